@@ -1,0 +1,231 @@
+"""Command-line arguments, each group defined once, and the one way in which scripts fail.
+
+Nothing heavy is imported here: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from qncd.config import (
+    SAMPLE_TYPES,
+    SKIP_TYPES,
+    STATISTICS,
+    TARGETS,
+    CorrectionConfig,
+    QuantConfig,
+    SamplerConfig,
+    SmoothingConfig,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+QUANT_MODES = ("linear", "qncd")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line on stderr, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every script has. No abbreviations: a typo must not act as another flag."""
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run a script's main: bad input and a full disk end as one line on stderr and exit status 2."""
+    try:
+        main(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if args.debug:
+            traceback.print_exc()
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command line goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config, --ckpt, --use_pretrained, --device."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--config", type=Path, required=True, help="yaml of the model, e.g. configs/fashion_mnist.yml")
+    group.add_argument(
+        "--ckpt", help="weights: a local checkpoint, a diffusers folder or a hub id (default: what the config names)"
+    )
+    group.add_argument("--use_pretrained", action="store_true", help="take the published weights for the config's data set")
+    group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """--sample_type, --skip_type, --timesteps, --eta and what says which images to make."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--sample_type", choices=SAMPLE_TYPES, default="generalized", help="generalized is DDIM")
+    group.add_argument("--skip_type", choices=SKIP_TYPES, default="uniform", help="spacing of the time steps")
+    group.add_argument("--timesteps", type=int, default=100, help="number of steps (default 100)")
+    group.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM; 1: as much noise as DDPM")
+    group.add_argument("--seed", type=int, default=1234, help="image i has the seed SEED + i (default 1234)")
+    group.add_argument("--max_images", type=int, default=64, help="images to make (default 64)")
+    group.add_argument("--batch_size", type=int, help="images at a time (default: the config's); changes no image")
+    group.add_argument("--lane", type=int, help="inputs in each network call, always exactly (default 16; 4 above 64 pixels)")
+
+
+def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    """The original's post-training quantization flags."""
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--ptq", action="store_true", help="quantize the network (without it: full precision)")
+    group.add_argument(
+        "--quant_mode", choices=QUANT_MODES, default="qncd",
+        help="qncd: the paper's whole method, activations included; linear: min-max ranges, no split, smoothing or correction",
+    )  # fmt: skip
+    group.add_argument("--weight_bit", type=int, default=8, help="2 to 8 (default 8)")
+    group.add_argument("--quant_act", action="store_true", help="quantize activations in --quant_mode linear too")
+    group.add_argument("--act_bit", type=int, default=8, help="2 to 8 (default 8)")
+    group.add_argument("--sm_abit", type=int, default=8, help="bits of the softmax output, 2 to 16 (default 8)")
+    group.add_argument("--a_sym", action="store_true", help="symmetric activation codes, no zero point")
+    group.add_argument("--running_stat", action="store_true", help="activation ranges by moving averages (momentum 0.95)")
+    group.add_argument("--split", action=argparse.BooleanOptionalAction, help="quantize the halves of skip concatenations apart")
+    group.add_argument(
+        "--scale_split_static", action=argparse.BooleanOptionalAction,
+        help="intra noise: smooth features by the embedding (on in --quant_mode qncd; --no-scale_split_static for ablation)",
+    )  # fmt: skip
+    group.add_argument("--weight_only", action="store_true", help="leave activations in floating point whatever the mode")
+
+
+def add_correction_arguments(parser: argparse.ArgumentParser) -> None:
+    """Inter noise: --sample_reverse and how it estimates."""
+    defaults = CorrectionConfig()
+    group = parser.add_argument_group("noise correction (inter noise)")
+    group.add_argument(
+        "--sample_reverse", type=int, nargs="?", const=0, metavar="N",
+        help="estimate the quantization noise while sampling, every N steps (on in --quant_mode qncd)",
+    )  # fmt: skip
+    group.add_argument("--no-sample_reverse", dest="no_sample_reverse", action="store_true", help="no correction, for ablation")
+    group.add_argument("--reverse_interval", type=int, help=f"the same N, as its own flag (default {defaults.interval})")
+    group.add_argument(
+        "--reverse_target", choices=TARGETS, help=f"what the estimate is compared with (default {defaults.target})"
+    )
+    group.add_argument("--reverse_statistics", choices=STATISTICS, help=f"one mean for what (default {defaults.statistics})")
+    group.add_argument(
+        "--reverse_control", action=argparse.BooleanOptionalAction, default=True,
+        help="correct relative to the full-precision model's own estimates (--no-reverse_control: as published)",
+    )  # fmt: skip
+
+
+def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
+    """The original's calibration flags."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--cali_n", type=int, default=64, help="inputs at each calibration time step (default 64)")
+    group.add_argument("--cali_st", type=int, default=10, help="calibration time steps (default 10)")
+    group.add_argument("--cali_batch_size", type=int, default=32, help="inputs at a time (default 32)")
+    group.add_argument("--cali_seed", type=int, default=0, help="of the calibration images' own seeds (default 0)")
+    group.add_argument(
+        "--cali_data_path", type=Path, help="calibration set, Q-Diffusion's .pt layout: read, or sampled and saved here"
+    )
+    group.add_argument("--cali_ckpt", type=Path, help="quantized checkpoint: loaded if it exists, else made and saved here")
+    group.add_argument("--resume", action="store_true", help="refuse to calibrate: --cali_ckpt must exist")
+
+
+def sampler_config(args: argparse.Namespace) -> SamplerConfig:
+    """The sampler that the flags ask for. Raises ValueError for values out of range."""
+    return SamplerConfig(args.sample_type, args.skip_type, args.timesteps, args.eta)
+
+
+def quant_config(args: argparse.Namespace) -> QuantConfig | None:
+    """The quantization that the flags ask for, None without --ptq. Raises ValueError for values out of range."""
+    if not args.ptq:
+        return None
+    for name in ("weight_bit", "act_bit"):
+        if not 2 <= getattr(args, name) <= 8:
+            raise ValueError(f"--{name} {getattr(args, name)}: allowed are 2 to 8")
+    if not 2 <= args.sm_abit <= 16:
+        raise ValueError(f"--sm_abit {args.sm_abit}: allowed are 2 to 16")
+    if args.weight_only and args.quant_act:
+        raise ValueError("--weight_only and --quant_act exclude one another")
+    qncd = args.quant_mode == "qncd"
+    quantize_acts = not args.weight_only and (qncd or args.quant_act)
+    act_range = "running" if args.running_stat else "mse" if qncd else "max"
+    return QuantConfig(
+        weight_bits=args.weight_bit,
+        act_bits=args.act_bit if quantize_acts else None,
+        softmax_bits=args.sm_abit,
+        weight_range="mse" if qncd else "max",
+        act_range=act_range,
+        act_symmetric=args.a_sym,
+        split=qncd if args.split is None else args.split,
+    )
+
+
+def smoothing_config(args: argparse.Namespace) -> SmoothingConfig | None:
+    """Smoothing, or None where it is off."""
+    wanted = args.quant_mode == "qncd" if args.scale_split_static is None else args.scale_split_static
+    return SmoothingConfig() if args.ptq and wanted else None
+
+
+def correction_config(args: argparse.Namespace) -> CorrectionConfig | None:
+    """Noise correction, or None where it is off. Raises ValueError for contradicting flags."""
+    details = [n for n in ("reverse_interval", "reverse_target", "reverse_statistics") if getattr(args, n) is not None]
+    asked = args.sample_reverse is not None or bool(details)
+    if args.no_sample_reverse and asked:
+        raise ValueError("--no-sample_reverse contradicts --sample_reverse and the --reverse_* flags")
+    if asked and not args.ptq:
+        raise ValueError("--sample_reverse corrects a quantized network: it needs --ptq")
+    if args.no_sample_reverse or not args.ptq or not (asked or args.quant_mode == "qncd"):
+        return None
+    if args.sample_reverse and args.reverse_interval and args.sample_reverse != args.reverse_interval:
+        raise ValueError(
+            f"--sample_reverse {args.sample_reverse} and --reverse_interval {args.reverse_interval} name two intervals"
+        )
+    if (args.sample_reverse or 0) < 0 or (args.reverse_interval is not None and args.reverse_interval < 1):
+        value = args.reverse_interval if args.reverse_interval is not None else args.sample_reverse
+        raise ValueError(f"interval {value}: allowed are whole numbers, 1 or more")
+    defaults = CorrectionConfig()
+    return CorrectionConfig(
+        interval=args.sample_reverse or args.reverse_interval or defaults.interval,
+        target=args.reverse_target or defaults.target,
+        statistics=args.reverse_statistics or defaults.statistics,
+        control=args.reverse_control,
+        shrink=args.reverse_control and defaults.shrink,
+    )
+
+
+def check_counts(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raise ValueError where a flag that counts something is below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: allowed are whole numbers, 1 or more")
+
+
+class progress_bar:
+    """`with progress_bar("sampling", "image") as update:`: update(done, total) draws rate and time left on stderr."""
+
+    def __init__(self, title: str, unit: str, quiet: bool = False) -> None:
+        self.title, self.unit, self.quiet = title, unit, quiet
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        from tqdm import tqdm
+
+        self.bar = tqdm(desc=self.title, unit=f" {self.unit}s", disable=self.quiet, total=0, mininterval=0.5)
+
+        def update(done: int, total: int) -> None:
+            self.bar.total = total
+            self.bar.update(done - self.bar.n)
+
+        return update
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()

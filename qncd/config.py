@@ -1,0 +1,159 @@
+"""Every setting of quantization, smoothing, correction and sampling, checked where it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WEIGHT_RANGES = ("mse", "max")
+ACT_RANGES = ("mse", "max", "running")
+TARGETS = ("consistent", "paper")
+STATISTICS = ("sample", "batch", "channel")
+SAMPLE_TYPES = ("generalized", "ddpm_noisy", "dpm_solver")
+SKIP_TYPES = ("uniform", "quad")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise ValueError naming the value and what is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r}: allowed are {', '.join(map(str, allowed))}")
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise ValueError unless `value` is an integer in [low, high]."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        bound = f"{low} to {high}" if high is not None else f"{low} or more"
+        raise ValueError(f"{name} {value!r}: allowed are whole numbers, {bound}")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How weights and activations are quantized (uniform affine, section 3.1 of Q-Diffusion, arXiv 2302.04304).
+
+    Attributes:
+        weight_bits: 2 to 8, or None to leave weights in floating point. Symmetric, one scale an output channel,
+            codes in [-2^(b-1), 2^(b-1)-1].
+        act_bits: 2 to 8, or None. One scale a tensor (two where a skip concatenation is split), codes in [0, 2^b-1]
+            with a zero point, or [-2^(b-1), 2^(b-1)-1] without one where `act_symmetric`.
+        softmax_bits: 2 to 16: attention probabilities, never a zero point. Used where `act_bits` is not None.
+        edge_bits: weights and activations of the first and the last layer.
+        weight_range: "mse" (the clip ratio that minimises the L2.4 error) or "max".
+        act_range: "mse" (same, over the histogram of the whole calibration set), "max", or "running" (exponential
+            moving average of batch extremes, momentum 0.95).
+        split: quantize the two halves of a skip concatenation apart (Q-Diffusion's shortcut split).
+        quantize_attention: quantize q, k, v and the softmax output as well.
+    """
+
+    weight_bits: int | None = 8
+    act_bits: int | None = 8
+    softmax_bits: int = 8
+    edge_bits: int = 8
+    weight_range: str = "mse"
+    act_range: str = "mse"
+    act_symmetric: bool = False
+    split: bool = True
+    quantize_attention: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "act_bits"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 2, 8)
+        check_int("softmax_bits", self.softmax_bits, 2, 16)
+        check_int("edge_bits", self.edge_bits, 2, 8)
+        check_choice("weight_range", self.weight_range, WEIGHT_RANGES)
+        check_choice("act_range", self.act_range, ACT_RANGES)
+        if self.weight_bits is None and self.act_bits is None:
+            raise ValueError("weight_bits and act_bits are both None: nothing would be quantized")
+
+    @property
+    def label(self) -> str:
+        """W8A8, W4A32 and so on."""
+        return f"W{self.weight_bits or 32}A{self.act_bits or 32}"
+
+
+@dataclass(frozen=True)
+class SmoothingConfig:
+    """Intra noise: embedding-derived feature smoothing (QNCD, arXiv 2403.19140, section 3.2).
+
+    Attributes:
+        floor: smallest factor; 1 only ever shrinks channels, as in the paper.
+    """
+
+    floor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.floor <= 1:
+            raise ValueError(f"floor {self.floor!r}: allowed are numbers above 0, up to 1")
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """Inter noise: runtime noise estimation (QNCD, section 3.3).
+
+    Attributes:
+        interval: steps between two estimates; the last estimate is used in between.
+        target: what the estimate is compared with: "paper" (the noise of one step, z) or "consistent" (all noise
+            that is known to be in the re-noised sample).
+        statistics: "batch" (one mean for the batch), "sample" (one an image) or "channel" (one an image and channel).
+        control: subtract the full-precision model's own estimate at the same step, from a table made in calibration.
+        shrink: shrink each estimate towards 0 by what the estimator's own spread explains (positive-part
+            James-Stein); an estimate within its own noise corrects nothing.
+        correct_variance: take the estimated variance out of the sampler's noise where eta > 0.
+    """
+
+    interval: int = 4
+    target: str = "consistent"
+    statistics: str = "sample"
+    control: bool = True
+    shrink: bool = True
+    correct_variance: bool = True
+
+    def __post_init__(self) -> None:
+        check_int("interval", self.interval, 1)
+        check_choice("target", self.target, TARGETS)
+        check_choice("statistics", self.statistics, STATISTICS)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Which steps a sampler takes.
+
+    Attributes:
+        timesteps: number of steps.
+        eta: 0 is deterministic DDIM, 1 is DDPM-like (DDIM, arXiv 2010.02502, eq. 16).
+    """
+
+    sample_type: str = "generalized"
+    skip_type: str = "uniform"
+    timesteps: int = 100
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("sample_type", self.sample_type, SAMPLE_TYPES)
+        check_choice("skip_type", self.skip_type, SKIP_TYPES)
+        check_int("timesteps", self.timesteps, 1)
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta {self.eta!r}: allowed are numbers from 0 to 1")
+        if self.eta and self.sample_type == "dpm_solver":
+            raise ValueError(f"eta {self.eta!r} with sample_type dpm_solver: allowed is 0 (the solver is deterministic)")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The calibration set: `samples` trajectories, seen at `steps` of the sampler's time steps.
+
+    Attributes:
+        samples: images (trajectories); the set holds samples * steps inputs.
+        steps: time steps, spread evenly over the sampler's.
+        batch_size: inputs a forward pass.
+    """
+
+    samples: int = 64
+    steps: int = 10
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "steps", "batch_size"):
+            check_int(name, getattr(self, name), 1)
+        check_int("seed", self.seed, 0)

@@ -1,0 +1,173 @@
+"""An output folder as a run: its settings beside its images, so that it is continued rightly or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qncd import __version__
+
+RUN_FILE = "run.json"
+_IMAGE = re.compile(r"(\d{6,})_seed-?\d+\.png")
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder opened by `open_run`."""
+
+    folder: Path
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What run.json says now."""
+        return _read(self.folder / RUN_FILE)
+
+    def existing_indices(self, subfolder: str = "images") -> set[int]:
+        """Indices of the images of a subfolder that are there and whole; one that is cut off counts as missing."""
+        if not (self.folder / subfolder).is_dir():
+            return set()
+        with os.scandir(self.folder / subfolder) as entries:
+            return {int(match[1]) for entry in entries if (match := _IMAGE.fullmatch(entry.name)) and _is_whole_png(entry.path)}
+
+    def finish(self, **figures: Any) -> None:
+        """Add the time and figures of the finished run (seconds, images per second, ...) to run.json.
+
+        Raises:
+            ValueError: a figure cannot be written as JSON.
+        """
+        record = self.record
+        record["finished"] = _now()
+        record["figures"] = record.get("figures", {}) | _as_json(figures, "figures")
+        _write(self.folder / RUN_FILE, record)
+
+
+def open_run(
+    folder: str | Path,
+    settings: Mapping[str, Any],
+    environment: Mapping[str, Any] | None = None,
+    min_free_bytes: int = 0,
+) -> Run:
+    """Start a run in a new or empty folder, or go on with the run that is in it.
+
+    Args:
+        folder: made where it is not there.
+        settings: everything that decides what an image looks like; a run is continued with equal settings only.
+        environment: what does not (device, batch_size, max_images, verbose): written down, free to change.
+        min_free_bytes: room that the run will need on the disk.
+
+    Raises:
+        ValueError: the folder holds a run with other settings or files of something else, the disk has too little room,
+            or a setting cannot be written as JSON.
+    """
+    folder = Path(folder)
+    wanted, around = _as_json(settings, "settings"), _as_json(environment or {}, "environment")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file, expected a folder for the images")
+    run_file = folder / RUN_FILE
+    old = _read(run_file) if run_file.is_file() else None
+    if old is not None:
+        _refuse_other_settings(folder, old["settings"], wanted)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: not empty, and no run of qncd (it has no {RUN_FILE}): name another folder")
+    _check_room(folder, min_free_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    session = {"started": _now(), "environment": around, "versions": _versions(), "git_commit": _git_commit()}
+    if old is None:
+        _write(run_file, {"settings": wanted, **session, "resumed": [], "finished": None, "figures": {}})
+    else:
+        _write(run_file, old | {"resumed": [*old.get("resumed", []), session], "finished": None})
+    return Run(folder)
+
+
+def _refuse_other_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    differing = []
+    for key in sorted(old.keys() | new.keys()):
+        there, here = (json.dumps(side[key]) if key in side else "absent" for side in (old, new))
+        if there != here:
+            differing.append(f"{key} ({there} there, {here} now)")
+    if differing:
+        raise ValueError(f"{folder}: holds a run with other settings: {', '.join(differing)}: name another folder or delete it")
+
+
+def _check_room(folder: Path, min_free_bytes: int) -> None:
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < min_free_bytes:
+        raise ValueError(f"{folder}: {free / 1e9:.3f} GB free on its disk, the run needs {min_free_bytes / 1e9:.3f} GB")
+
+
+def _as_json(values: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The values as they come back from a JSON file, so that a tuple equals the list it was written as."""
+    try:
+        plain = json.loads(json.dumps({key: str(v) if isinstance(v, Path) else v for key, v in values.items()}, sort_keys=True))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} cannot be written as JSON: {error}") from None
+    return plain
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}): name another folder or delete it") from None
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise ValueError(f"{path}: damaged (no settings in it): name another folder or delete it")
+    return record
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _is_whole_png(path: str) -> bool:
+    with open(path, "rb") as stream:
+        if stream.read(len(_PNG_START)) != _PNG_START or stream.seek(0, os.SEEK_END) < len(_PNG_START) + len(_PNG_END):
+            return False
+        stream.seek(-len(_PNG_END), os.SEEK_END)
+        return stream.read() == _PNG_END
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version(), "qncd": __version__}
+    for package in ("torch", "diffusers"):
+        try:
+            # The module knows its build (2.6.0+cu124) where the metadata may not; it is not imported for this.
+            versions[package] = getattr(sys.modules.get(package), "__version__", None) or metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _git_commit() -> str | None:
+    """The commit of the code, with `-dirty` where it was changed since; None outside a git checkout of qncd."""
+    here = Path(__file__)
+    try:
+        # An installed copy may lie inside a checkout of something else: only a tracked file speaks for its commit.
+        tracked = ["ls-files", "--error-unmatch", here.name]
+        for command in (tracked, ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]):
+            done = subprocess.run(["git", "-C", str(here.parent), *command], capture_output=True, text=True, timeout=10)
+            if done.returncode:
+                return None
+        return done.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,210 @@
+"""The calibration set, where it comes from, and the ranges that it gives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qncd.config import check_int
+from qncd.models.unpickle import load_checkpoint
+from qncd.quant.convert import UNet, act_quantizers, observing, quant_layers, set_stage
+from qncd.quant.quantizers import Stage
+from qncd.sampling.samplers import StepState
+
+Progress = Callable[[int, int], None]
+
+
+def call_unet(unet: UNet, x: Tensor, t: Tensor | int, cond: Tensor | None = None) -> Tensor:
+    """eps(x, t, cond): `cond` is the context of a UNet2DConditionModel, the class labels of a UNet2DModel."""
+    if "cross_attention_dim" in unet.config:
+        return unet(x, t, encoder_hidden_states=cond).sample
+    return unet(x, t, class_labels=cond).sample
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Inputs of the network along its own trajectories.
+
+    Attributes:
+        x: (N, C, H, W) noisy samples.
+        t: (N,) int64 time steps.
+        cond: (N, ...) contexts or class labels, or None.
+        uncond: the same for the unconditional half of guidance, or None.
+        model_hash: of the full-precision weights that made the set, or None where that is not known.
+    """
+
+    x: Tensor
+    t: Tensor
+    cond: Tensor | None = None
+    uncond: Tensor | None = None
+    model_hash: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 4 or len(self.x) == 0:
+            raise ValueError(f"calibration inputs of shape {tuple(self.x.shape)}: expected (N, C, H, W), N 1 or more")
+        for name in ("t", "cond", "uncond"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.x):
+                raise ValueError(f"calibration {name} has {len(value)} entries for {len(self.x)} inputs")
+        if not bool(torch.isfinite(self.x).all()):
+            raise ValueError("the calibration inputs hold NaN or infinity")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """(x, t, cond) batches; with `uncond`, conditional and unconditional halves are stacked."""
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            x, t = self.x[part], self.t[part]
+            cond = self.cond[part] if self.cond is not None else None
+            if cond is not None and self.uncond is not None:
+                x, t, cond = torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, self.uncond[part]])
+            yield x, t, cond
+
+    def check_model(self, unet: UNet, model_hash: str | None = None) -> None:
+        """Raise ValueError where the set can't be of this model: other channels, size, conditions or weights."""
+        channels, size = unet.config["in_channels"], unet.config["sample_size"]
+        sides = (size, size) if isinstance(size, int) else tuple(size or self.x.shape[2:])
+        if self.x.shape[1] != channels or (tuple(self.x.shape[2:]) != sides and "cross_attention_dim" not in unet.config):
+            raise ValueError(
+                f"the calibration set holds inputs of shape {tuple(self.x.shape[1:])}, the model takes {(channels, *sides)}"
+            )
+        if "cross_attention_dim" in unet.config and self.cond is None:
+            raise ValueError("the calibration set has no conditions (cs), the model needs them")
+        if model_hash and self.model_hash and model_hash != self.model_hash:
+            raise ValueError(
+                f"the calibration set was sampled from another model (weights {self.model_hash[:12]}, this one {model_hash[:12]})"
+            )
+
+
+def save_calibration(data: CalibrationSet, path: Path) -> None:
+    """Write a set in Q-Diffusion's layout: a dict of lists with one entry a time step, `xs`, `ts`, `cs`, `ucs`."""
+    lists: dict[str, list[Tensor] | str] = {"xs": [], "ts": []}
+    values = {"xs": data.x, "ts": data.t, "cs": data.cond, "ucs": data.uncond}
+    times = list(dict.fromkeys(data.t.tolist()))
+    for key, value in values.items():
+        if value is not None:
+            lists[key] = [value[data.t == t].clone() for t in times]
+    if data.model_hash:
+        lists["model_hash"] = data.model_hash
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    torch.save(lists, partial)
+    partial.replace(path)
+
+
+def load_calibration(path: Path, samples: int, steps: int) -> CalibrationSet:
+    """Read a set in Q-Diffusion's layout: `steps` of its time steps, evenly spread, `samples` inputs at each.
+
+    No code in the file is executed.
+
+    Raises:
+        ValueError: not such a file, or it holds fewer time steps or inputs than asked for.
+    """
+    check_int("cali_n", samples, 1)
+    check_int("cali_st", steps, 1)
+    content = load_checkpoint(path)
+    if not isinstance(content, dict) or "xs" not in content or "ts" not in content:
+        raise ValueError(f"{path}: not a calibration set (expected a dict with lists xs and ts, one entry a time step)")
+    available = len(content["ts"])
+    if len(content["xs"]) != available:
+        raise ValueError(f"{path}: {len(content['xs'])} entries in xs, {available} in ts")
+    if available < steps:
+        raise ValueError(f"{path}: holds {available} time steps, --cali_st {steps} asked for; allowed are 1 to {available}")
+    chosen = [i * available // steps for i in range(steps)]
+
+    def gather(key: str) -> Tensor | None:
+        entries = content.get(key)
+        if entries is None:
+            return None
+        parts = [torch.as_tensor(entries[i]) for i in chosen]
+        if any(p.ndim == 0 or len(p) < samples for p in parts):
+            fewest = min(len(p) if p.ndim else 1 for p in parts)
+            raise ValueError(f"{path}: {key} holds {fewest} inputs a time step, --cali_n {samples} asked for")
+        return torch.cat([p[:samples] for p in parts])
+
+    x, t = gather("xs"), gather("ts")
+    assert x is not None and t is not None
+    model_hash = content.get("model_hash")
+    return CalibrationSet(x.float(), t.long(), gather("cs"), gather("ucs"), model_hash if isinstance(model_hash, str) else None)
+
+
+class CalibrationCollector:
+    """A sampler callback that keeps the network's inputs at evenly spread steps.
+
+    Args:
+        total_steps: of the sampler.
+        steps: how many to keep. Raises ValueError where there are fewer.
+    """
+
+    def __init__(self, total_steps: int, steps: int) -> None:
+        if not 1 <= steps <= total_steps:
+            raise ValueError(f"cali_st {steps}: the sampler takes {total_steps} steps; allowed are 1 to {total_steps}")
+        # The middle of each of `steps` equal parts: neither end of the trajectory is favoured.
+        self.kept = {(2 * i + 1) * total_steps // (2 * steps) for i in range(steps)}
+        self.inputs: dict[int, list[Tensor]] = {}
+
+    def __call__(self, state: StepState) -> None:
+        if state.step.index in self.kept:
+            self.inputs.setdefault(state.step.t, []).append(state.x.cpu())
+
+    def result(self, cond: Tensor | None = None, uncond: Tensor | None = None, model_hash: str | None = None) -> CalibrationSet:
+        """The set collected; `cond` and `uncond` hold one condition a trajectory."""
+        parts = {t: torch.cat(xs) for t, xs in self.inputs.items()}
+        times = torch.cat([torch.full((len(x),), t) for t, x in parts.items()])
+
+        def repeat(value: Tensor | None) -> Tensor | None:
+            return None if value is None else torch.cat([value] * len(parts))
+
+        return CalibrationSet(torch.cat(list(parts.values())), times, repeat(cond), repeat(uncond), model_hash)
+
+
+@torch.no_grad()
+def calibrate_(unet: UNet, data: CalibrationSet, batch_size: int = 32, progress: Progress | None = None) -> float:
+    """Find every range from the whole set, round the weights, and switch the model over to quantized, in place.
+
+    Args:
+        unet: prepared by `quantize_`, smoothed or not.
+        data: its inputs; all of them pass every observer once, in floating point.
+        batch_size: inputs a forward pass; the result depends on it only for "running" ranges.
+        progress: called with (inputs done, inputs in all).
+
+    Returns:
+        seconds taken.
+
+    Raises:
+        ValueError: the set does not fit the model; a weight or an activation is NaN or infinite.
+    """
+    start = time.perf_counter()
+    data.check_model(unet)
+    layers = quant_layers(unet)
+    if not layers:
+        raise ValueError("calibrate_ works on a model prepared by quantize_")
+    quantizers = act_quantizers(unet)
+    if quantizers:
+        done = 0
+        with observing(unet):
+            for x, t, cond in data.batches(batch_size):
+                call_unet(unet, x.to(unet.device), t.to(unet.device), cond.to(unet.device) if cond is not None else None)
+                done += len(x)
+                if progress:
+                    progress(done, len(data))
+        for name, quantizer in quantizers.items():
+            _named(name, quantizer.finish_observing)
+    for name, layer in layers.items():
+        _named(name, layer.quantize_weight_)
+    set_stage(unet, Stage.QUANTIZE)
+    return time.perf_counter() - start
+
+
+def _named(name: str, function: Callable[[], None]) -> None:
+    try:
+        function()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

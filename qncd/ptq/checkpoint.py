@@ -1,0 +1,194 @@
+"""The quantized checkpoint: one safetensors file with integer weights, scales, and all that made them.
+
+Layout, for a layer `L` of the UNet: `L.weight_codes` (int8, shape of the weight) or `L.weight_packed` (uint8, two
+4-bit codes a byte) with `L.weight_scale` (O, K); `L.bias`; `L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every
+activation quantizer Q; all other parameters under their own names. `noise_table.*` is the full-precision control.
+The header's metadata carries the configuration and the SHA-256 of the base model's weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qncd.config import QuantConfig
+from qncd.quant.convert import UNet, act_quantizers, quant_layers, quantize_, set_stage
+from qncd.quant.layers import QuantLayer
+from qncd.quant.quantizers import Stage
+from qncd.sampling.runtime_noise import NoiseTable
+
+FORMAT = "qncd-1"
+_TABLE_FIELDS = ("mean", "spread", "spread_all", "variance")
+
+
+@dataclass(frozen=True)
+class QuantizedInfo:
+    """What a quantized checkpoint says of itself.
+
+    Attributes:
+        config: of the quantization.
+        smoothed: whether layers are smoothed.
+        base_hash: SHA-256 of the full-precision weights (`qncd.models.loading.state_dict_hash`).
+        settings: what else the calibration depended on (time steps, seeds, ...), as plain JSON values.
+    """
+
+    config: QuantConfig
+    smoothed: bool
+    base_hash: str
+    settings: dict[str, Any]
+
+
+def pack4(codes: Tensor) -> Tensor:
+    """Signed 4-bit codes, int8 any shape -> uint8 (ceil(n/2),): even elements in the low half of each byte."""
+    flat = codes.flatten().to(torch.int16) & 15
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return (flat[0::2] | (flat[1::2] << 4)).to(torch.uint8)
+
+
+def unpack4(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """The inverse of `pack4`: int8 codes of `shape`. Raises ValueError where the number of bytes does not fit."""
+    count = int(torch.Size(shape).numel())
+    if packed.numel() != (count + 1) // 2:
+        raise ValueError(f"{packed.numel()} bytes of packed codes for {count} weights")
+    both = torch.stack([packed & 15, packed >> 4], 1).flatten()[:count].to(torch.int8)
+    return torch.where(both > 7, both - 16, both).view(tuple(shape))
+
+
+def _weight_tensors(name: str, layer: QuantLayer) -> dict[str, Tensor]:
+    if layer.weight_scale is None or layer.config.weight_codes is None:
+        return {f"{name}.weight": layer.weight.detach()}
+    codes = layer.weight_codes()
+    packed = layer.config.weight_codes.bits <= 4
+    key, value = ("weight_packed", pack4(codes)) if packed else ("weight_codes", codes)
+    return {f"{name}.{key}": value, f"{name}.weight_scale": layer.weight_scale}
+
+
+def save_quantized(
+    unet: UNet, path: Path, config: QuantConfig, base_hash: str, table: NoiseTable | None, settings: dict[str, Any]
+) -> None:
+    """Write the calibrated model, atomically: a full disk or a kill leaves an older file as it was.
+
+    Raises:
+        ValueError: the model is not calibrated.
+        OSError: the file can't be written.
+    """
+    layers, quantizers = quant_layers(unet), act_quantizers(unet)
+    if not layers or any(q.stage is not Stage.QUANTIZE for q in quantizers.values()):
+        raise ValueError("only a calibrated model can be saved")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors |= _weight_tensors(name, layer)
+        if layer.smoothing is not None:
+            tensors[f"{name}.smoothing"] = layer.smoothing.flatten()
+    for name, quantizer in quantizers.items():
+        tensors |= {f"{name}.scale": quantizer.scale, f"{name}.zero_point": quantizer.zero_point}
+    taken = {f"{name}.weight" for name in layers}
+    tensors |= {name: p.detach() for name, p in unet.named_parameters() if name not in taken}
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(dataclasses.asdict(config)),
+        "base_hash": base_hash,
+        "settings": json.dumps(settings),
+    }
+    if table is not None:
+        tensors |= {f"noise_table.{field}": getattr(table, field) for field in _TABLE_FIELDS}
+        metadata["noise_table"] = json.dumps({"indices": table.indices, "target": table.target})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
+        partial.replace(path)
+    except SafetensorError as error:  # how the library reports a full disk
+        raise OSError(f"{path}: cannot be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def peek_quantized(path: Path) -> tuple[QuantizedInfo, NoiseTable | None]:
+    """What a quantized checkpoint says of itself, without reading its weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is cut off or of another kind.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such quantized checkpoint")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, names = dict(file.metadata() or {}), list(file.keys())
+            fields = {
+                field: file.get_tensor(f"noise_table.{field}") for field in _TABLE_FIELDS if f"noise_table.{field}" in names
+            }
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole quantized checkpoint (cut off or of another kind): {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {metadata.get('format')!r}; allowed is {FORMAT}")
+    try:
+        config = QuantConfig(**json.loads(metadata["config"]))
+        smoothed = any(name.endswith(".smoothing") for name in names)
+        info = QuantizedInfo(config, smoothed, metadata["base_hash"], json.loads(metadata["settings"]))
+        table = None
+        if "noise_table" in metadata:
+            head = json.loads(metadata["noise_table"])
+            table = NoiseTable(indices=tuple(head["indices"]), target=head["target"], **fields)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: damaged header: {error}") from None
+    return info, table
+
+
+@torch.no_grad()
+def load_quantized_(unet: UNet, path: Path, base_hash: str | None = None) -> tuple[QuantizedInfo, NoiseTable | None]:
+    """Turn a full-precision `unet` into the saved quantized model, in place; images come out bit-identical.
+
+    Args:
+        unet: the base model, in floating point.
+        base_hash: of its weights; refused where the file was made from others.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is cut off, of another kind, or was made from another base model.
+    """
+    info, table = peek_quantized(path)
+    if base_hash is not None and base_hash != info.base_hash:
+        raise ValueError(f"{path}: made from a base model with weights {info.base_hash[:12]}, this one has {base_hash[:12]}")
+    tensors = {key: value for key, value in load_file(path).items() if not key.startswith("noise_table.")}
+    quantize_(unet, info.config)
+    try:
+        for name, layer in quant_layers(unet).items():
+            _load_layer(name, layer, tensors)
+        for name, quantizer in act_quantizers(unet).items():
+            quantizer.set_qparams(tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"))
+        for name, parameter in unet.named_parameters():
+            if not (name.endswith(".weight") and isinstance(unet.get_submodule(name[:-7]), QuantLayer)):
+                parameter.copy_(tensors.pop(name))
+    except KeyError as error:
+        raise ValueError(f"{path}: has no tensor {error.args[0]}: made from another architecture") from None
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: does not fit this model: {error}") from None
+    if tensors:
+        raise ValueError(f"{path}: {len(tensors)} tensors that this model has no place for, {min(tensors)} among them")
+    set_stage(unet, Stage.QUANTIZE)
+    return info, table
+
+
+def _load_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> None:
+    if f"{name}.smoothing" in tensors:
+        layer.smooth_(tensors.pop(f"{name}.smoothing"))
+    if layer.config.weight_codes is None:
+        layer.weight.copy_(tensors.pop(f"{name}.weight"))
+        return
+    if layer.config.weight_codes.bits <= 4:
+        codes = unpack4(tensors.pop(f"{name}.weight_packed"), layer.weight.shape)
+    else:
+        codes = tensors.pop(f"{name}.weight_codes")
+    layer.set_weight_codes(codes, tensors.pop(f"{name}.weight_scale"))

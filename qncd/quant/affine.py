@@ -1,0 +1,123 @@
+"""Uniform affine quantization as pure arithmetic: codes, scales, zero points and range search.
+
+Symbols: x real value, s scale, z zero point, q integer code. q = clamp(round(x/s) + z, qmin, qmax), x^ = (q - z)*s.
+Rounding is half to even. Zero is always exactly representable, so that zero padding stays zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Q-Diffusion's range search: 80 clip ratios 1.00, 0.99, ... 0.21, error |x - x^|^2.4.
+SEARCH_RATIOS = tuple(1.0 - 0.01 * i for i in range(80))
+SEARCH_NORM = 2.4
+SMALLEST_SCALE = 1e-8
+
+
+@dataclass(frozen=True)
+class IntegerRange:
+    """Integer codes of one width: signed [-2^(b-1), 2^(b-1)-1] or unsigned [0, 2^b-1]."""
+
+    bits: int
+    signed: bool
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 16:
+            raise ValueError(f"bits {self.bits}: allowed are 2 to 16")
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, codes: IntegerRange) -> Tensor:
+    """Integer codes of `x`, as floats, same shape; `scale` and `zero_point` broadcast against `x`."""
+    return torch.clamp(torch.round(x / scale) + zero_point, codes.qmin, codes.qmax)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Real values of codes `q`: (q - z) * s."""
+    return (q - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, codes: IntegerRange) -> Tensor:
+    """`x` rounded to the grid of its codes: dequantize(quantize(x))."""
+    return dequantize(quantize(x, scale, zero_point, codes), scale, zero_point)
+
+
+def symmetric_scale(largest: Tensor, codes: IntegerRange) -> Tensor:
+    """Scale that maps the largest magnitude to the largest code: max|x| / qmax."""
+    return torch.clamp(largest / codes.qmax, min=SMALLEST_SCALE)
+
+
+def affine_qparams(low: Tensor, high: Tensor, codes: IntegerRange) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the range [low, high], widened to hold 0.
+
+    Signed codes get a symmetric range and zero point 0; unsigned ones s = (high-low)/(2^b-1), z = round(-low/s).
+    """
+    low, high = torch.clamp(low, max=0.0), torch.clamp(high, min=0.0)
+    if codes.signed:
+        scale = symmetric_scale(torch.maximum(-low, high), codes)
+        return scale, torch.zeros_like(scale)
+    scale = torch.clamp((high - low) / (codes.qmax - codes.qmin), min=SMALLEST_SCALE)
+    return scale, torch.round(-low / scale)
+
+
+def search_weight_scale(weight: Tensor, codes: IntegerRange, chunk_elements: int = 1 << 18) -> Tensor:
+    """The clip ratio of each output channel that minimises the L2.4 error of symmetric quantization.
+
+    Args:
+        weight: (O, K): one row an output channel.
+        codes: signed codes.
+
+    Returns:
+        scales (O, 1). All channels of a chunk are searched at once; the first of equal ratios wins.
+    """
+    largest = weight.abs().amax(1, keepdim=True)  # (O, 1)
+    best_scale = torch.empty_like(largest)
+    rows = max(1, chunk_elements // max(1, weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        part, peak = weight[start : start + rows], largest[start : start + rows]
+        best_error = torch.full_like(peak, torch.inf)
+        scale = torch.empty_like(peak)
+        for ratio in SEARCH_RATIOS:
+            candidate = symmetric_scale(peak * ratio, codes)
+            error = torch.div(part, candidate).round_().clamp_(codes.qmin, codes.qmax).mul_(candidate).sub_(part)
+            error = error.abs_().pow_(SEARCH_NORM).mean(1, keepdim=True)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            scale = torch.where(better, candidate, scale)
+        best_scale[start : start + rows] = scale
+    return best_scale
+
+
+def search_qparams(
+    values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, codes: IntegerRange
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the clip ratio that minimises the L2.4 error over weighted values.
+
+    Args:
+        values: (M,) real values: a tensor itself, or the centres of a histogram's bins.
+        counts: (M,) how often each occurs, or None for once each.
+        low, high: the extremes, 0-dim; the candidates are ratio * [low, high].
+
+    Returns:
+        scale and zero point, 0-dim. The first of equal candidates wins, as in Q-Diffusion.
+    """
+    best: tuple[Tensor, Tensor] | None = None
+    best_error = torch.tensor(torch.inf, dtype=torch.float64)
+    for ratio in SEARCH_RATIOS:
+        scale, zero_point = affine_qparams(low * ratio, high * ratio, codes)
+        error = (fake_quantize(values, scale, zero_point, codes) - values).abs().pow(SEARCH_NORM)
+        total = (error.double().mean() if counts is None else (error.double() * counts).sum()).cpu()
+        if best is None or total < best_error:
+            best, best_error = (scale, zero_point), total
+    assert best is not None
+    return best

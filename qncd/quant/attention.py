@@ -1,0 +1,76 @@
+"""Attention with quantized q, k, v and softmax output, as a diffusers attention processor."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from qncd.quant.affine import IntegerRange
+from qncd.quant.quantizers import ActQuantizer
+
+
+class QuantAttnProcessor(nn.Module):
+    """The computation of diffusers' AttnProcessor with a quantizer at each operand of the two matrix products.
+
+    q and k are quantized before the product and before the scale head_dim^-1/2, as in Q-Diffusion. The softmax
+    output is never negative, so it gets unsigned codes and zero point 0.
+    """
+
+    def __init__(self, codes: IntegerRange | None, softmax_codes: IntegerRange | None, act_range: str) -> None:
+        super().__init__()
+        self.q = ActQuantizer(codes, act_range)
+        self.k = ActQuantizer(codes, act_range)
+        self.v = ActQuantizer(codes, act_range)
+        self.softmax = ActQuantizer(softmax_codes, act_range)
+
+    # diffusers looks at the signature of __call__ itself to see which arguments a processor takes.
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """(N, L, C) or (N, C, H, W) in, the same shape out; `encoder_hidden_states` (N, L2, C2) for cross-attention."""
+        residual, shape = hidden_states, hidden_states.shape
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if hidden_states.ndim == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (N, H*W, C)
+        batch = len(hidden_states)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(batch, -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2)  # (N, heads, L, D)
+
+        query, key, value = heads(attn.to_q(hidden_states)), heads(attn.to_k(context)), heads(attn.to_v(context))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        scores = self.q(query) @ self.k(key).transpose(-1, -2) * attn.scale  # (N, heads, L, L2)
+        if attention_mask is not None:
+            mask = attn.prepare_attention_mask(attention_mask, context.shape[1], batch)
+            scores = scores + mask.view(batch, attn.heads, -1, mask.shape[-1])
+        if attn.upcast_softmax:
+            scores = scores.float()
+        weights = self.softmax(scores.softmax(-1)).to(value.dtype)
+        out = (weights @ self.v(value)).transpose(1, 2).flatten(2)  # (N, L, C)
+        out = attn.to_out[1](attn.to_out[0](out))
+        if len(shape) == 4:
+            out = out.transpose(1, 2).reshape(shape)
+        if attn.residual_connection:
+            out = out + residual
+        return torch.div(out, attn.rescale_output_factor) if attn.rescale_output_factor != 1 else out
+
+
+def check_supported(name: str, attn: Attention) -> None:
+    """Raise ValueError naming an attention layer whose computation the quantized processor does not cover."""
+    if getattr(attn, "added_kv_proj_dim", None) is not None or getattr(attn, "fused_projections", False):
+        raise ValueError(f"{name}: attention with added or fused projections is not supported; unfuse it first")

@@ -1,0 +1,154 @@
+"""Convolution and linear layers with quantized weights and inputs, made from the float layers in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qncd.quant.affine import IntegerRange, search_weight_scale, symmetric_scale
+from qncd.quant.quantizers import ActQuantizer
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Codes and ranges of one layer; None leaves that side in floating point."""
+
+    weight_codes: IntegerRange | None
+    act_codes: IntegerRange | None
+    weight_range: str
+    act_range: str
+    segments: tuple[int, ...] | None = None
+
+
+class QuantLayer(nn.Module):
+    """What quantized convolutions and linear layers share.
+
+    The weight stays a float tensor, on the integer grid once `quantize_weight_` has run, so a forward pass pays
+    nothing for it. Layout of the scales: (O, K), one for each output channel and segment of input channels.
+    """
+
+    weight: Any
+    bias: Any
+    act: ActQuantizer
+    config: LayerConfig
+    weight_scale: Tensor | None
+    smoothing: Tensor | None
+
+    def _prepare(self, source: nn.Conv2d | nn.Linear, config: LayerConfig) -> None:
+        self.weight, self.bias = source.weight, source.bias
+        self.config = config
+        self.act = ActQuantizer(config.act_codes, config.act_range, config.segments).to(source.weight.device)
+        self.register_buffer("weight_scale", None)
+        self.register_buffer("smoothing", None)
+        self.train(source.training)
+
+    def _segments(self) -> Sequence[slice]:
+        edges, start = [], 0
+        for size in self.config.segments or (self.weight.shape[1],):
+            edges.append(slice(start, start + size))
+            start += size
+        return edges
+
+    @torch.no_grad()
+    def smooth_(self, factors: Tensor) -> None:
+        """Divide input channels by `factors` (C,) from now on, and multiply them into the weight: exact in floats.
+
+        Raises:
+            ValueError: wrong number of factors, factors that are not positive, or weights already quantized.
+        """
+        channels = self.weight.shape[1]
+        if self.weight_scale is not None:
+            raise ValueError("smoothing comes before the weights are quantized")
+        if factors.shape != (channels,):
+            raise ValueError(f"{tuple(factors.shape)} smoothing factors for {channels} input channels")
+        if not bool((torch.isfinite(factors) & (factors > 0)).all()):
+            raise ValueError("a smoothing factor is not a positive finite number")
+        shaped = factors.to(self.weight).view(1, -1, *[1] * (self.weight.ndim - 2))
+        self.weight = nn.Parameter(self.weight * shaped, requires_grad=False)
+        self.smoothing = shaped if self.smoothing is None else self.smoothing * shaped
+
+    @torch.no_grad()
+    def quantize_weight_(self) -> None:
+        """Search the ranges and round the weight to its grid, once. A second call changes nothing.
+
+        Raises:
+            ValueError: the weight holds NaN or infinity.
+        """
+        codes = self.config.weight_codes
+        if codes is None or self.weight_scale is not None:
+            return
+        if not bool(torch.isfinite(self.weight).all()):
+            raise ValueError("a weight is NaN or infinite")
+        rounded, scales = torch.empty_like(self.weight), []
+        for part in self._segments():
+            rows = self.weight[:, part].flatten(1).float()  # (O, K)
+            if self.config.weight_range == "mse":
+                scale = search_weight_scale(rows, codes)
+            else:
+                scale = symmetric_scale(rows.abs().amax(1, keepdim=True), codes)
+            q = torch.div(rows, scale).round_().clamp_(codes.qmin, codes.qmax)
+            rounded[:, part] = (q * scale).view_as(self.weight[:, part])
+            scales.append(scale)
+        self.weight = nn.Parameter(rounded, requires_grad=False)
+        self.weight_scale = torch.cat(scales, 1)
+
+    @torch.no_grad()
+    def weight_codes(self) -> Tensor:
+        """The weight's integer codes, int8, shape of the weight. Raises ValueError before `quantize_weight_`."""
+        if self.weight_scale is None:
+            raise ValueError("the weights are not quantized yet")
+        return torch.round(self.weight / self._expanded_scale()).to(torch.int8)
+
+    @torch.no_grad()
+    def set_weight_codes(self, codes: Tensor, scale: Tensor) -> None:
+        """Take over integer codes (shape of the weight) and scales (O, K), as `weight_codes` and `weight_scale` gave them."""
+        if codes.shape != self.weight.shape or scale.shape != (len(self.weight), len(self._segments())):
+            raise ValueError(
+                f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} for a weight {tuple(self.weight.shape)}"
+            )
+        self.weight_scale = scale.to(self.weight.device)
+        self.weight = nn.Parameter(codes.to(self.weight) * self._expanded_scale(), requires_grad=False)
+
+    def _expanded_scale(self) -> Tensor:
+        assert self.weight_scale is not None
+        sizes = torch.tensor([s.stop - s.start for s in self._segments()], device=self.weight_scale.device)
+        scale = self.weight_scale.repeat_interleave(sizes, 1)  # (O, I)
+        return scale.view(*scale.shape, *[1] * (self.weight.ndim - 2))
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """A Conv2d whose input and weight lie on integer grids."""
+
+    @classmethod
+    def from_float(cls, source: nn.Conv2d, config: LayerConfig) -> QuantConv2d:
+        """Wrap `source`; the weight is shared, not copied."""
+        new = cls(
+            source.in_channels, source.out_channels, source.kernel_size, source.stride, source.padding,  # type: ignore[arg-type]
+            source.dilation, source.groups, source.bias is not None, source.padding_mode, device="meta",  # type: ignore[arg-type]
+        )  # fmt: skip
+        new._prepare(source, config)
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, H', W')."""
+        return self._conv_forward(self.act(x, self.smoothing), self.weight, self.bias)
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """A Linear whose input and weight lie on integer grids."""
+
+    @classmethod
+    def from_float(cls, source: nn.Linear, config: LayerConfig) -> QuantLinear:
+        """Wrap `source`; the weight is shared, not copied."""
+        new = cls(source.in_features, source.out_features, source.bias is not None, device="meta")
+        new._prepare(source, config)
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., O)."""
+        return F.linear(self.act(x, self.smoothing), self.weight, self.bias)

@@ -1,0 +1,111 @@
+"""What an activation looked like over the whole calibration set: extremes, moving extremes, or a histogram."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qncd.quant.affine import IntegerRange, affine_qparams, search_qparams
+
+
+class Observer(Protocol):
+    """Sees every batch, then gives quantization parameters."""
+
+    def observe(self, x: Tensor) -> None:
+        """Take in one batch, any shape."""
+
+    def qparams(self, codes: IntegerRange) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, 0-dim."""
+
+
+class MinMaxObserver:
+    """Extremes over everything seen (`max` ranges)."""
+
+    def __init__(self) -> None:
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+
+    def observe(self, x: Tensor) -> None:
+        low, high = (v.float() for v in torch.aminmax(x.detach()))
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise ValueError("an activation is NaN or infinite while calibrating")
+        self._update(low, high)
+
+    def _update(self, low: Tensor, high: Tensor) -> None:
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    def qparams(self, codes: IntegerRange) -> tuple[Tensor, Tensor]:
+        if self.low is None or self.high is None:
+            raise ValueError("an activation quantizer saw no calibration data")
+        return affine_qparams(self.low, self.high, codes)
+
+
+class RunningObserver(MinMaxObserver):
+    """Exponential moving average of the extremes of each batch (`running` ranges).
+
+    Momentum 0.95 as in Q-Diffusion's `--running_stat`: m = 0.95*m + 0.05*batch; the first batch starts it.
+    """
+
+    def __init__(self, momentum: float = 0.95) -> None:
+        super().__init__()
+        self.momentum = momentum
+
+    def _update(self, low: Tensor, high: Tensor) -> None:
+        keep = self.momentum
+        self.low = low if self.low is None else keep * self.low + (1 - keep) * low
+        self.high = high if self.high is None else keep * self.high + (1 - keep) * high
+
+
+class HistogramObserver(MinMaxObserver):
+    """A histogram of everything seen, for the `mse` search; one pass, a fixed few KiB.
+
+    Bins cover [-limit, limit]. When a batch reaches past the limit, the limit doubles and bins merge in pairs, which
+    keeps every count exact. 8192 bins leave at least 8 bins to one step of an 8-bit grid.
+    """
+
+    def __init__(self, bins: int = 8192) -> None:
+        super().__init__()
+        self.bins = bins
+        self.limit = 0.0
+        self.counts: Tensor | None = None
+
+    def observe(self, x: Tensor) -> None:
+        super().observe(x)
+        assert self.low is not None and self.high is not None
+        needed = max(-float(self.low), float(self.high))
+        if needed == 0:
+            needed = 1e-6
+        if self.counts is None:
+            self.limit = needed
+            self.counts = torch.zeros(self.bins, dtype=torch.float64, device=x.device)
+        while self.limit < needed:
+            self._double()
+        self.counts += torch.histc(x.detach().float().flatten(), self.bins, -self.limit, self.limit).double()
+
+    def _double(self) -> None:
+        assert self.counts is not None
+        merged = self.counts.view(-1, 2).sum(1)
+        self.counts = torch.zeros_like(self.counts)
+        self.counts[self.bins // 4 : self.bins // 4 + self.bins // 2] = merged
+        self.limit *= 2
+
+    def qparams(self, codes: IntegerRange) -> tuple[Tensor, Tensor]:
+        if self.counts is None or self.low is None or self.high is None:
+            raise ValueError("an activation quantizer saw no calibration data")
+        if codes.bits > 8:  # finer than a bin: clipping can't win there, and the histogram could not tell
+            return affine_qparams(self.low, self.high, codes)
+        width = 2 * self.limit / self.bins
+        centres = (torch.arange(self.bins, device=self.counts.device) + 0.5) * width - self.limit
+        filled = self.counts > 0
+        return search_qparams(centres[filled].float(), self.counts[filled], self.low, self.high, codes)
+
+
+_OBSERVERS = {"max": MinMaxObserver, "running": RunningObserver, "mse": HistogramObserver}
+
+
+def make_observer(act_range: str) -> Observer:
+    """The observer of an activation range: "max", "running" or "mse"."""
+    return _OBSERVERS[act_range]()

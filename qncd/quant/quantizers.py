@@ -1,0 +1,117 @@
+"""The activation quantizer: observing is a phase of its own, quantizing reads buffers only."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qncd.quant.affine import IntegerRange
+from qncd.quant.observers import Observer, make_observer
+
+
+class Stage(enum.Enum):
+    """What an activation quantizer does with its input."""
+
+    FLOAT = "float"  # nothing but the smoothing division
+    OBSERVE = "observe"  # the same, and shows it to the observers
+    QUANTIZE = "quantize"  # rounds it to the integer grid
+
+
+class ActQuantizer(nn.Module):
+    """Per-tensor fake quantization of one activation, or of each half of a skip concatenation.
+
+    Args:
+        codes: the integer codes, or None to leave activations in floating point.
+        act_range: "mse", "max" or "running".
+        segments: sizes of consecutive channel groups (dimension 1) with ranges of their own.
+
+    Buffers:
+        scale (K,) float32 and zero_point (K,) float32 holding whole numbers, K the number of segments.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, codes: IntegerRange | None, act_range: str, segments: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.codes = codes
+        self.act_range = act_range
+        self.segments = tuple(segments) if segments else None
+        self.stage = Stage.FLOAT
+        self.observers: list[Observer] = []
+        count = len(self.segments) if self.segments else 1
+        self.register_buffer("scale", torch.ones(count))
+        self.register_buffer("zero_point", torch.zeros(count))
+        self._bounds = [(0.0, 0.0)] * count  # qmin - z and qmax - z of each segment, as numbers: twice as quick
+
+    def set_stage(self, stage: Stage) -> None:
+        """Enter a stage; entering OBSERVE starts with fresh observers."""
+        if self.codes is None:
+            return
+        if stage is Stage.OBSERVE:
+            self.observers = [make_observer(self.act_range) for _ in range(len(self.scale))]
+        self.stage = stage
+
+    def finish_observing(self) -> None:
+        """Turn what the observers saw into scales and zero points, and forget it. Raises ValueError if they saw nothing."""
+        if self.codes is None:
+            return
+        pairs = [observer.qparams(self.codes) for observer in self.observers]
+        self.set_qparams(torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs]))
+        self.observers = []
+
+    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Set scale and zero point, (K,) each. Raises ValueError for another shape, or scales that are not positive."""
+        if scale.shape != self.scale.shape or zero_point.shape != self.zero_point.shape:
+            raise ValueError(f"scale of shape {tuple(scale.shape)}: expected {tuple(self.scale.shape)}")
+        if not bool((torch.isfinite(scale) & (scale > 0) & torch.isfinite(zero_point)).all()):
+            raise ValueError("an activation scale is not a positive finite number")
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self._refresh_bounds()
+
+    def _refresh_bounds(self) -> None:
+        if self.codes is not None:
+            self._bounds = [(self.codes.qmin - z, self.codes.qmax - z) for z in self.zero_point.tolist()]
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self._refresh_bounds()
+
+    def forward(self, x: Tensor, smoothing: Tensor | None = None) -> Tensor:
+        """`x` divided by `smoothing` and rounded to the grid, same shape.
+
+        Args:
+            x: any shape; (N, C, ...) where there are segments.
+            smoothing: factors S that broadcast against x. In the QUANTIZE stage the division by S is merged with the
+                quantizer's own: round(x / (S*s)).
+        """
+        if self.stage is Stage.QUANTIZE:
+            return self._fake_quantize(x, smoothing)
+        if smoothing is not None:
+            x = x / smoothing
+        if self.stage is Stage.OBSERVE:
+            for observer, part in zip(self.observers, self._split(x), strict=True):
+                observer.observe(part)
+        return x
+
+    def _split(self, x: Tensor) -> Sequence[Tensor]:
+        return x.split(self.segments, 1) if self.segments else (x,)
+
+    def _fake_quantize(self, x: Tensor, smoothing: Tensor | None) -> Tensor:
+        # clamp(round(x/s) + z, qmin, qmax) - z = clamp(round(x/s), qmin - z, qmax - z): one pass over memory fewer.
+        if self.segments is None:
+            scale = self.scale[0]
+            divisor = scale if smoothing is None else smoothing * scale
+            return torch.div(x, divisor).round_().clamp_(*self._bounds[0]).mul_(scale)
+        scale = self.scale.repeat_interleave(torch.tensor(self.segments, device=x.device)).view(1, -1, *[1] * (x.ndim - 2))
+        out = torch.div(x, scale if smoothing is None else smoothing * scale).round_()
+        for part, bounds in zip(self._split(out), self._bounds, strict=True):
+            part.clamp_(*bounds)
+        return out.mul_(scale)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.codes.bits if self.codes else None}, segments={self.segments}, stage={self.stage.value}"

@@ -1,0 +1,173 @@
+"""Samplers as plain functions of a denoiser and a list of steps: DDIM, DDPM and DPM-Solver++.
+
+Symbols as in DDIM (arXiv 2010.02502): x_t noisy sample, e noise prediction, abar cumulative alpha, p the step after t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qncd.config import SamplerConfig
+from qncd.rng import ImageNoise
+from qncd.sampling.correctors import Corrected, Corrector, Denoiser, Tentative
+from qncd.sampling.schedule import Step
+
+
+@dataclass(frozen=True)
+class StepState:
+    """What a callback sees after each step: x at t, the prediction before and after correction, x0-hat and the next x."""
+
+    step: Step
+    x: Tensor
+    eps: Tensor
+    corrected: Tensor
+    x0: Tensor
+    x_prev: Tensor
+
+
+Callback = Callable[[StepState], None]
+
+
+def predict_x0(x: Tensor, eps: Tensor, step: Step) -> Tensor:
+    """x0-hat = (x_t - sqrt(1-abar_t) e) / sqrt(abar_t) (DDIM eq. 9)."""
+    return (x - math.sqrt(1 - step.abar) * eps) / math.sqrt(step.abar)
+
+
+def ddim_step(x: Tensor, eps: Tensor, step: Step, noise: Tensor | None, sigma: Tensor | float) -> Tentative:
+    """x_p = sqrt(abar_p) x0-hat + sqrt(1-abar_p-step.sigma^2) e + sigma z (DDIM eq. 12); sigma may have been reduced."""
+    x0 = predict_x0(x, eps, step)
+    x_prev = math.sqrt(step.abar_prev) * x0 + math.sqrt(max(0.0, 1 - step.abar_prev - step.sigma**2)) * eps
+    if noise is not None:
+        x_prev = x_prev + sigma * noise
+    return Tentative(x_prev, x0)
+
+
+def ddpm_step(x: Tensor, eps: Tensor, step: Step, noise: Tensor | None, sigma: Tensor | float) -> Tentative:
+    """The posterior mean of DDPM (arXiv 2006.11239, eq. 7) with x0-hat clamped to [-1, 1], plus sigma z."""
+    x0 = predict_x0(x, eps, step).clamp(-1, 1)
+    beta = 1 - step.abar / step.abar_prev
+    x_prev = (math.sqrt(step.abar_prev) * beta * x0 + math.sqrt(1 - beta) * (1 - step.abar_prev) * x) / (1 - step.abar)
+    if noise is not None:
+        x_prev = x_prev + sigma * noise
+    return Tentative(x_prev, x0)
+
+
+def reduced_sigma(step: Step, variance: Tensor | None) -> Tensor | float:
+    """sigma' = sqrt(max(0, sigma^2 - c^2 var_q)): the variance of the quantization noise taken out of the sampler's (QNCD)."""
+    if variance is None or step.sigma == 0:
+        return step.sigma
+    return (step.sigma**2 - step.eps_gain**2 * variance).clamp(min=0).sqrt()
+
+
+def sample_ddim(
+    denoise: Denoiser,
+    x: Tensor,
+    steps: Sequence[Step],
+    noise: ImageNoise,
+    corrector: Corrector | None = None,
+    callback: Callback | None = None,
+    step_function: Callable[[Tensor, Tensor, Step, Tensor | None, Tensor | float], Tentative] = ddim_step,
+) -> Tensor:
+    """Sample with DDIM at any eta, or with `step_function=ddpm_step` as DDPM does.
+
+    Args:
+        denoise: the network.
+        x: x_T, (N, C, H, W).
+        steps: from `make_steps`.
+        noise: where the noise of steps with sigma > 0 comes from, one generator an image.
+        corrector: removes quantization noise; it has begun its batch already.
+        callback: sees every step.
+
+    Returns:
+        the clean sample (N, C, H, W), nominally in [-1, 1].
+
+    Raises:
+        FloatingPointError: the sample became NaN or infinite; names the step.
+    """
+    for step in steps:
+        eps = denoise(x, step.t)
+        z = noise.normal(x.shape[1:], x.device) if step.sigma > 0 else None
+
+        def advance(e: Tensor, x: Tensor = x, step: Step = step, z: Tensor | None = z) -> Tentative:
+            return step_function(x, e, step, z, step.sigma)
+
+        corrected = corrector.correct(step, x, eps, denoise, advance) if corrector else Corrected(eps)
+        after = step_function(x, corrected.eps, step, z, reduced_sigma(step, corrected.variance))
+        if callback:
+            callback(StepState(step, x, eps, corrected.eps, after.x0, after.x_prev))
+        x = after.x_prev
+        _check_finite(x, step)
+    return x
+
+
+def sample_dpm_solver(
+    denoise: Denoiser,
+    x: Tensor,
+    steps: Sequence[Step],
+    betas: Sequence[float],
+    corrector: Corrector | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Sample with DPM-Solver++(2M) (arXiv 2211.01095), diffusers' scheduler, at the time steps of `steps`.
+
+    The corrector's trial step is DDIM's, of which DPM-Solver is the higher-order form.
+    """
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(num_train_timesteps=len(betas), trained_betas=list(map(float, betas)))
+    times = list(dict.fromkeys(s.t for s in steps))
+    by_time = {s.t: s for s in steps}
+    scheduler.set_timesteps(timesteps=times, device=x.device)
+    for t in times:
+        step = by_time[t]
+        eps = denoise(x, t)
+
+        def advance(e: Tensor, x: Tensor = x, step: Step = step) -> Tentative:
+            return ddim_step(x, e, step, None, 0.0)
+
+        corrected = corrector.correct(step, x, eps, denoise, advance) if corrector else Corrected(eps)
+        after = scheduler.step(corrected.eps, t, x).prev_sample
+        if callback:
+            callback(StepState(step, x, eps, corrected.eps, predict_x0(x, corrected.eps, step), after))
+        x = after
+        _check_finite(x, step)
+    return x
+
+
+def sample(
+    config: SamplerConfig,
+    denoise: Denoiser,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    steps: Sequence[Step],
+    betas: Sequence[float],
+    device: torch.device | str = "cpu",
+    corrector: Corrector | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Images for `seeds` by the sampler that `config` names: x_T and all noise from each image's own generator.
+
+    Args:
+        shape: (C, H, W) of one sample.
+
+    Returns:
+        (N, C, H, W) float32 on `device`.
+    """
+    noise = ImageNoise(seeds)
+    x = noise.normal(shape, device)
+    if corrector:
+        corrector.begin(seeds, str(device))
+    if config.sample_type == "dpm_solver":
+        return sample_dpm_solver(denoise, x, steps, betas, corrector, callback)
+    step_function = ddpm_step if config.sample_type == "ddpm_noisy" else ddim_step
+    return sample_ddim(denoise, x, steps, noise, corrector, callback, step_function)
+
+
+def _check_finite(x: Tensor, step: Step) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise FloatingPointError(f"the sample is NaN or infinite after step {step.index + 1} (time step {step.t})")

@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""Train the Fashion-MNIST classifier that the evaluator uses for --features fashion_mnist.
+
+    python scripts/train_fashion_mnist_classifier.py --out qncd/assets
+
+Some minutes on one CPU core. Writes two files into OUT: fashion_mnist_classifier.safetensors (half precision, with its
+test accuracy in the metadata) and fashion_mnist_statistics.npz (its features over the 60,000 training images).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parents[1] / "qncd" / "assets"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder for the two files")
+    parser.add_argument("--data", type=Path, help="folder with the Fashion-MNIST idx files (default: where Debian puts them)")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak of the one-cycle schedule (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--statistics_only", action="store_true", help="keep the weights in OUT, write the statistics again")
+    return parser.parse_args()
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train, measure the accuracy of the half-precision weights on the test split, write them."""
+    import torch
+    from safetensors.torch import save_file
+
+    from qncd.io.fashion_mnist import load_fashion_mnist
+    from qncd.metrics.fashion_mnist_classifier import FashionMnistClassifier
+
+    torch.manual_seed(args.seed)
+    images, labels = (torch.from_numpy(array) for array in load_fashion_mnist("train", args.data))
+    network = FashionMnistClassifier()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.05)
+    steps = len(images) // args.batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps, pct_start=0.2)
+    start = time.monotonic()
+    for epoch in range(args.epochs):
+        network.train()
+        total = 0.0
+        order = torch.randperm(len(images))
+        for step in range(steps):
+            index = order[step * args.batch_size : (step + 1) * args.batch_size]
+            batch = images[index].permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 1, 32, 32) in [-1, 1]
+            flip = torch.rand(len(batch)) < 0.5
+            batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
+            # One shift a batch: the black border of 2 pixels makes a roll by 1 the same as a translation.
+            dx, dy = torch.randint(-1, 2, (2,)).tolist()
+            logits = network(batch.roll((dy, dx), (2, 3)))[2]
+            loss = torch.nn.functional.cross_entropy(logits, labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        print(f"epoch {epoch + 1}/{args.epochs}: loss {total / steps:.4f}, {time.monotonic() - start:.0f} s", flush=True)
+
+    network.half().float()  # what is measured is what is shipped
+    network.eval()
+    images, labels = (torch.from_numpy(array) for array in load_fashion_mnist("test", args.data))
+    with torch.no_grad():
+        correct = sum(
+            int((network(x.permute(0, 3, 1, 2).float() / 127.5 - 1)[2].argmax(1) == y).sum())
+            for x, y in zip(images.split(500), labels.split(500), strict=True)
+        )
+    accuracy = 100 * correct / len(images)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    metadata = {"test_accuracy": f"{accuracy:.2f}", "epochs": str(args.epochs), "seed": str(args.seed)}
+    save_file(state, args.out / "fashion_mnist_classifier.safetensors", metadata)
+    print(f"accuracy on the 10,000 test images: {accuracy:.2f} %")
+
+
+def write_statistics(args: argparse.Namespace) -> None:
+    """Features of the training images by the weights in OUT."""
+    import torch
+
+    from qncd.io.fashion_mnist import load_fashion_mnist
+    from qncd.metrics.features import FashionMnistFeatures
+    from qncd.metrics.sources import SavedStatistics
+    from qncd.metrics.statistics import StatisticsAccumulator
+
+    extractor = FashionMnistFeatures(args.out / "fashion_mnist_classifier.safetensors")
+    features, spatial = StatisticsAccumulator(), StatisticsAccumulator()
+    images, _ = load_fashion_mnist("train", args.data)
+    for batch in torch.from_numpy(images).split(500):
+        outputs = extractor(batch)
+        features.update(outputs["features"])
+        spatial.update(outputs["spatial"])
+    path = args.out / "fashion_mnist_statistics.npz"
+    SavedStatistics(path, features.finish(), spatial.finish(), extractor.name).save(path)
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    args = parse_args()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.statistics_only:
+        train(args)
+    write_statistics(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Packaging of QNCD. The ranges here are what the code needs; constraints.txt holds one tested set of exact versions."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """The `__version__` of qncd/__init__.py, read as text: importing the package needs what is being installed."""
+    match = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "qncd" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    if match is None:
+        raise RuntimeError('qncd/__init__.py has no line `__version__ = "X.Y.Z"`')
+    return match.group(1)
+
+
+def read_readme() -> str:
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+INSTALL_REQUIRES = [
+    "torch>=2.6,<3",  # before 2.6, loading a hostile checkpoint could run its code even with weights_only=True
+    "torchvision>=0.21,<1",
+    "numpy>=1.26,<3",
+    "omegaconf>=2.3,<3",
+    "pytorch-lightning>=2.5,<3",
+    "transformers>=4.45,<6",
+    "open_clip_torch>=2.26,<4",
+    "tqdm>=4.66,<5",
+    "scipy>=1.11,<2",
+    "pillow>=10.3,<14",
+    "diffusers>=0.35,<1",
+    "safetensors>=0.4.5,<1",
+    "torch-fidelity>=0.3,<1",
+    "matplotlib>=3.8,<4",
+    "pyyaml>=6.0.1,<7",
+]
+TEST_REQUIRES = [
+    "pytest>=8,<10",
+    "ruff>=0.9,<1",
+    "mypy>=1.13,<3",
+    "types-PyYAML>=6.0.12,<7",
+    "packaging>=23.2",
+]
+
+setup(
+    name="qncd",
+    version=read_version(),
+    description="Post-training quantization of diffusion models with intra and inter quantization noise correction",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    author="QNCD contributors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(where=str(ROOT), include=["qncd", "qncd.*"]),
+    package_data={"qncd": ["py.typed", "assets/**/*", "models/registry.json"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require={"test": TEST_REQUIRES},
+)

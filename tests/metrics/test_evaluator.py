@@ -1,0 +1,256 @@
+"""The evaluator as a command: every source, every edge case, one line and exit status 2 where there is no right value."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluator
+from qncd.metrics.features import EXTRACTORS, FashionMnistFeatures
+from qncd.metrics.sources import FASHION_MNIST_STATISTICS
+from qncd.metrics.statistics import features_to_statistics, frechet_distance, inception_score
+
+ROOT = Path(__file__).parents[2]
+COUNT = 12
+
+
+def write_images(folder: Path, count: int = COUNT, seed: int = 0, shape: tuple[int, ...] = (32, 32)) -> np.ndarray:
+    """Grey or RGB noise named as the sampler does; returns it as uint8 (count, ...)."""
+    images = np.random.default_rng(seed).integers(0, 256, (count, *shape), np.uint8)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:06d}_seed{1234 + i}.png")
+    return images
+
+
+@pytest.fixture
+def folders(tmp_path):
+    write_images(tmp_path / "real", seed=1)
+    write_images(tmp_path / "synth", seed=2)
+    return tmp_path / "real", tmp_path / "synth"
+
+
+def call(capsys, *arguments: object, features: str = "fashion_mnist") -> dict:
+    """The numbers of a call that succeeds."""
+    evaluator.main([*map(str, arguments), "--features", features, "--json", "-"])
+    return json.loads(capsys.readouterr().out)
+
+
+def fail(capsys, *arguments: object, features: str = "fashion_mnist") -> str:
+    """The one line of a call that is refused."""
+    with pytest.raises(SystemExit) as stopped:
+        evaluator.main([*map(str, arguments), "--features", features])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and captured.out == ""
+    assert ": error: " in captured.err and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_subprocess_prints_every_number_with_its_convention(folders, tmp_path):
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    command = [sys.executable, ROOT / "evaluator.py", *folders, "--features", "fashion_mnist", "--precision_recall"]
+    done = subprocess.run(
+        [*command, "--json", tmp_path / "scores.json"], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["FID", "sFID", "IS", "IS", "precision", "recall", "PSNR", "MSE", "note:"]
+    for line in lines[:2]:
+        assert "12 real against 12 synthetic images" in line and "test accuracy" in line and "no resize" in line
+    assert "10 contiguous splits" in lines[2]
+    assert "biased upwards at 12 images (fewer than 2048)" in lines[-1]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert f"{scores['fid']:.6g}" in lines[0] and scores["pairs"] == COUNT
+
+
+def test_subprocess_error_is_one_line_and_debug_shows_the_traceback(tmp_path):
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    command = [sys.executable, ROOT / "evaluator.py", "nowhere", "nowhere", "--features", "fashion_mnist"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "evaluator.py: error: nowhere: no such file or folder\n"
+    done = subprocess.run([*command, "--debug"], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" in done.stderr and "FileNotFoundError: nowhere" in done.stderr
+
+
+def test_help_is_fast_and_names_all_extractors():
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, ROOT / "evaluator.py", "--help"], capture_output=True, text=True)
+    assert time.monotonic() - start < 1
+    assert done.returncode == 0 and set(evaluator.FEATURES) == set(EXTRACTORS)
+    assert all(name in done.stdout for name in EXTRACTORS)
+
+
+def test_numbers_equal_the_functions(capsys, tmp_path):
+    real, synth = (write_images(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2)))
+    scores = call(capsys, tmp_path / "a", tmp_path / "b", "--batch_size", 5, "--is_splits", 3)
+    outputs = [FashionMnistFeatures()(torch.from_numpy(images[..., None])) for images in (real, synth)]
+    for key, layer in (("fid", "features"), ("sfid", "spatial")):
+        statistics = [features_to_statistics(output[layer]) for output in outputs]
+        assert scores[key] == pytest.approx(frechet_distance(*statistics), rel=1e-4)
+    assert scores["inception_score_mean"] == pytest.approx(inception_score(outputs[1]["logits"], 3).mean, rel=1e-5)
+    error = ((real.astype(float) - synth) ** 2).mean((1, 2))
+    assert scores["mse"] == pytest.approx(error.mean())
+    assert scores["psnr"] == pytest.approx((10 * np.log10(255**2 / error)).mean())
+
+
+def test_equal_folders(capsys, folders):
+    scores = call(capsys, folders[0], folders[0])
+    assert scores["fid"] == pytest.approx(0, abs=1e-6) and scores["mse"] == 0 and scores["psnr"] == "inf"
+
+
+def test_nested_folders_and_other_formats(capsys, tmp_path):
+    images = write_images(tmp_path / "flat")
+    for i, image in enumerate(images):
+        folder = tmp_path / "nested" / str(i % 3) / "deep"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.WEBP", lossless=True)
+    (tmp_path / "nested" / "._0.png").write_bytes(b"left by another system")
+    (tmp_path / "nested" / "readme.txt").write_text("no image")
+    scores = call(capsys, tmp_path / "flat", tmp_path / "nested")
+    assert scores["count_synthetic"] == COUNT and scores["fid"] == pytest.approx(0, abs=1e-6)
+    assert scores["psnr"] is None and scores["pairs"] == 0
+
+
+def test_arrays_statistics_and_the_name_in_the_box(capsys, folders, tmp_path):
+    images = np.stack([np.array(Image.open(path)) for path in sorted(folders[1].iterdir())])
+    np.savez(tmp_path / "synth.npz", images[..., None].repeat(3, -1))  # ADM's files hold RGB
+    np.savez_compressed(tmp_path / "compressed.npz", images[..., None])
+    from_folders = call(capsys, *folders, "--save_statistics", tmp_path / "real.npz")
+    for real in (folders[0], tmp_path / "real.npz"):
+        for synth in ("synth.npz", "compressed.npz"):
+            scores = call(capsys, real, tmp_path / synth, "--batch_size", 5)
+            for key in ("fid", "sfid", "inception_score_mean"):
+                assert scores[key] == pytest.approx(from_folders[key], rel=1e-4)
+            assert (scores["count_real"], scores["count_synthetic"]) == (COUNT, COUNT)
+    both = call(capsys, tmp_path / "real.npz", tmp_path / "real.npz")
+    assert both["fid"] == pytest.approx(0, abs=1e-6) and both["inception_score_mean"] is None
+    assert any("no inception score" in note for note in both["notes"])
+    assert call(capsys, "fashion_mnist", folders[1])["count_real"] == 60000
+    # ADM's reference files hold images and statistics: statistics as REAL, images as SYNTH.
+    with np.load(tmp_path / "real.npz") as file:
+        np.savez(tmp_path / "both.npz", arr_0=images[..., None], mu=file["mu"], sigma=file["sigma"])
+    scores = call(capsys, tmp_path / "both.npz", tmp_path / "both.npz")
+    assert scores["fid"] == pytest.approx(from_folders["fid"], rel=1e-4)
+    assert scores["count_real"] is None and scores["sfid"] is None
+
+
+def test_grey_and_rgb_count_as_the_same_where_channels_are_equal(capsys, tmp_path):
+    images = write_images(tmp_path / "grey")
+    for mode in ("RGB", "RGBA", "LA", "P"):
+        folder = tmp_path / mode
+        folder.mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).convert(mode).save(folder / f"{i:06d}_seed{1234 + i}.png")
+        scores = call(capsys, tmp_path / "grey", folder)
+        assert scores["mse"] == 0 and scores["fid"] == pytest.approx(0, abs=1e-6), mode
+
+
+def test_colour_is_refused_for_grey_features(capsys, folders, tmp_path):
+    write_images(tmp_path / "colour", shape=(32, 32, 3))
+    assert "000000_seed1234.png: a colour image, these features take grey ones" in fail(capsys, tmp_path / "colour", folders[1])
+
+
+def test_transparency_and_16_bit_are_refused(capsys, folders, tmp_path):
+    write_images(tmp_path / "alpha", shape=(32, 32, 4))
+    assert "000000_seed1234.png: transparent pixels" in fail(capsys, tmp_path / "alpha", folders[1])
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "deep" / "a.png")
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "deep" / "b.png")
+    assert "only 8-bit images are read" in fail(capsys, tmp_path / "deep", folders[1])
+
+
+def test_corrupt_images_are_named(capsys, folders):
+    path = folders[1] / "000005_seed1239.png"
+    whole = path.read_bytes()
+    for content in (b"", b"no image", whole[: len(whole) // 2], whole[:60] + bytes(40) + whole[100:]):
+        path.write_bytes(content)
+        assert f"{path}: cannot be read as an image" in fail(capsys, *folders)
+
+
+def test_missing_empty_and_mixed(capsys, folders, tmp_path):
+    assert "nowhere: no such file or folder" in fail(capsys, tmp_path / "nowhere", folders[1])
+    (tmp_path / "empty").mkdir()
+    assert "empty: no images (.png, .jpg, .jpeg, .webp)" in fail(capsys, folders[0], tmp_path / "empty")
+    Image.new("L", (32, 48)).save(folders[1] / "odd.png")
+    message = fail(capsys, *folders)
+    assert "000000_seed1234.png is 32x32, odd.png is 32x48" in message
+    write_images(tmp_path / "large", shape=(64, 48))
+    assert "large: images of 48x64: the Fashion-MNIST features take 32x32" in fail(capsys, tmp_path / "large", folders[0])
+
+
+def test_one_image_still_has_paired_figures(capsys, tmp_path):
+    for name, value in (("a", 100), ("b", 110)):
+        (tmp_path / name).mkdir()
+        Image.new("L", (32, 32), value).save(tmp_path / name / "only.png")
+    scores = call(capsys, tmp_path / "a", tmp_path / "b")
+    assert scores["mse"] == 100 and scores["psnr"] == pytest.approx(10 * math.log10(255**2 / 100))
+    assert scores["fid"] is None and scores["inception_score_mean"] is None
+    assert any("no FID: a covariance needs at least 2 images" in note for note in scores["notes"])
+    (tmp_path / "b" / "only.png").rename(tmp_path / "b" / "other.png")
+    assert "a: 1 image: FID needs at least 2" in fail(capsys, tmp_path / "a", tmp_path / "b")
+
+
+def test_names_that_agree_in_part_give_a_note(capsys, folders):
+    (folders[1] / "000000_seed1234.png").rename(folders[1] / "000000_seed9999.png")
+    scores = call(capsys, *folders)
+    assert scores["psnr"] is None and any("11 names of 12 and 12 are the same" in note for note in scores["notes"])
+
+
+def test_statistics_that_do_not_fit(capsys, folders, tmp_path):
+    path = tmp_path / "statistics.npz"
+    np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
+    assert f"{path}: statistics of 2048 dimensions, the features fashion_mnist have 128" in fail(capsys, path, folders[1])
+    np.savez(path, mu=np.zeros(128), sigma=np.eye(128), mu_s=np.zeros(7), sigma_s=np.eye(7))
+    assert f"{path}: sFID: statistics of 7 and of 256 dimensions" in fail(capsys, path, folders[1])
+    np.savez(path, mu=np.full(128, np.nan), sigma=np.eye(128))
+    assert f"{path}: no usable statistics: the statistics hold NaN" in fail(capsys, path, folders[1])
+    np.savez(path, mu=np.zeros(128))
+    assert f"{path}: statistics without the array 'sigma'" in fail(capsys, path, folders[1])
+    np.savez(path, other=np.zeros(3))
+    assert "no images (arr_0) and no statistics (mu, sigma)" in fail(capsys, path, folders[1])
+    np.savez(path, arr_0=np.zeros((4, 32, 32, 1), np.float32))
+    assert f"error: {path}: arr_0 is float32" in fail(capsys, folders[0], path)
+    path.write_bytes(b"no archive")
+    assert "neither a folder of images nor a .npz file" in fail(capsys, path, folders[1])
+    message = fail(capsys, FASHION_MNIST_STATISTICS, folders[1], features="inception")
+    assert "statistics of the features fashion_mnist, not inception" in message
+
+
+@pytest.mark.parametrize("levels", [2, 256])  # bits flipped in compressed data, or in data that could not be compressed
+def test_damaged_archives_are_refused(capsys, folders, tmp_path, levels):
+    path = tmp_path / "images.npz"
+    np.savez_compressed(path, np.random.default_rng(0).integers(0, levels, (200, 32, 32, 1), np.uint8))
+    whole = path.read_bytes()
+    for start in (100, len(whole) // 2, len(whole) - 60):
+        path.write_bytes(whole[:start] + bytes(255 - byte for byte in whole[start : start + 100]) + whole[start + 100 :])
+        assert str(path) in fail(capsys, folders[0], path)
+
+
+def test_nan_from_the_network_is_refused(capsys, folders, tmp_path):
+    from safetensors.torch import save_file
+
+    state = FashionMnistFeatures().network.state_dict()
+    state["head.bias"] = state["head.bias"] * math.nan
+    save_file(state, tmp_path / "nan.safetensors")
+    assert "NaN" in fail(capsys, *folders, "--weights", tmp_path / "nan.safetensors")
+    state["late.0.weight"] = state["late.0.weight"] * math.nan
+    save_file(state, tmp_path / "nan.safetensors")
+    assert f"{folders[0]}: the features hold NaN" in fail(capsys, *folders, "--weights", tmp_path / "nan.safetensors")
+
+
+def test_options_are_checked_first(capsys, folders, tmp_path):
+    assert "--json" in fail(capsys, *folders, "--json", tmp_path / "none" / "a.json")
+    assert "--save_statistics" in fail(capsys, *folders, "--save_statistics", tmp_path / "none" / "a.npz")
+    assert "--device nonsense" in fail(capsys, *folders, "--device", "nonsense")
+    with pytest.raises(SystemExit):
+        evaluator.main([*map(str, folders), "--is_splits", "0"])
+    assert "--is_splits 0: has to be at least 1" in capsys.readouterr().err

@@ -1,0 +1,183 @@
+"""The scores against reference values of guided-diffusion, pytorch-fid and torch-fidelity, and against closed forms."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qncd.metrics.statistics import (
+    FeatureStatistics,
+    StatisticsAccumulator,
+    features_to_statistics,
+    frechet_distance,
+    inception_score,
+    inception_score_adm,
+    mse_to_psnr,
+    neighbour_radii,
+    paired_mse,
+    paired_psnr,
+    precision_recall,
+)
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+
+
+@pytest.fixture(scope="module")
+def features() -> dict[str, torch.Tensor]:
+    with np.load(GOLDEN / "metrics_features.npz") as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict:
+    return json.loads((GOLDEN / "metrics_results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("real", "synthetic", "rows", "key", "tolerance"),
+    [
+        ("feat_ref", "feat_gen", None, "fid_ref_gen_guided_diffusion", 1e-7),
+        ("feat_ref", "feat_gen", None, "fid_ref_gen_pytorch_fid", 1e-7),
+        ("feat_ref", "feat_gen_small", None, "fid_ref_small", 1e-7),
+        ("feat_ref", "feat_gen", 40, "fid_first40_guided_diffusion", 1e-3),  # fewer images than dimensions
+    ],
+)
+def test_frechet_distance_equals_the_references(features, expected, real, synthetic, rows, key, tolerance):
+    a, b = (features_to_statistics(features[name][:rows]) for name in (real, synthetic))
+    assert frechet_distance(a, b) == pytest.approx(expected[key], abs=tolerance)
+    assert frechet_distance(b, a) == pytest.approx(expected[key], abs=tolerance)
+
+
+def test_frechet_distance_equals_torch_fidelity(features):
+    metric_fid = pytest.importorskip("torch_fidelity.metric_fid")
+    a, b = (metric_fid.fid_features_to_statistics(features[name].double()) for name in ("feat_ref", "feat_gen"))
+    theirs = metric_fid.fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
+    ours = frechet_distance(features_to_statistics(features["feat_ref"]), features_to_statistics(features["feat_gen"]))
+    assert ours == pytest.approx(theirs, rel=1e-10)
+
+
+def test_frechet_distance_of_diagonal_gaussians_is_exact():
+    rng = np.random.default_rng(0)
+    mu, scale = rng.normal(size=(2, 30)), rng.uniform(0, 3, (2, 30))
+    scale[0, :10] = 0  # singular
+    scale[1, 5:15] = 0
+    a, b = (FeatureStatistics(mu[i], np.diag(scale[i] ** 2)) for i in (0, 1))
+    assert frechet_distance(a, b) == pytest.approx(((mu[0] - mu[1]) ** 2 + (scale[0] - scale[1]) ** 2).sum(), rel=1e-12)
+
+
+def test_frechet_distance_is_zero_on_equal_singular_sets(features):
+    few = features_to_statistics(features["feat_ref"][:20])
+    assert 0 <= frechet_distance(few, few) < 1e-9
+    constant = features_to_statistics(torch.ones(5, 8))
+    assert frechet_distance(constant, constant) == 0
+    # Against a point the distance is |difference of means|^2 + trace.
+    difference = few.mu - 1
+    point = FeatureStatistics(np.ones_like(few.mu), np.zeros_like(few.sigma))
+    assert frechet_distance(few, point) == pytest.approx(difference @ difference + np.trace(few.sigma), rel=1e-12)
+
+
+def test_frechet_distance_refuses_other_dimensions():
+    a, b = (FeatureStatistics(np.zeros(d), np.eye(d)) for d in (3, 4))
+    with pytest.raises(ValueError, match="statistics of 3 and of 4 dimensions cannot be compared"):
+        frechet_distance(a, b)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 500])
+def test_accumulator_equals_numpy_for_any_batch_size(features, batch_size):
+    rows = features["feat_ref"].double() + 1e4  # a large mean, where sums of squares would lose digits
+    accumulator = StatisticsAccumulator()
+    for batch in rows.split(batch_size):
+        accumulator.update(batch)
+    statistics = accumulator.finish()
+    assert statistics.count == len(rows)
+    np.testing.assert_allclose(statistics.mu, rows.numpy().mean(0), rtol=1e-13)
+    np.testing.assert_allclose(statistics.sigma, np.cov(rows.numpy(), rowvar=False), rtol=1e-10, atol=1e-11)
+
+
+def test_accumulator_refuses_nan_one_image_and_other_dimensions():
+    accumulator = StatisticsAccumulator()
+    accumulator.update(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="1 image: a covariance needs at least 2"):
+        accumulator.finish()
+    with pytest.raises(ValueError, match="features of 5 dimensions after features of 4"):
+        accumulator.update(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="NaN"):
+        accumulator.update(torch.full((2, 4), math.nan))
+
+
+def test_statistics_refuse_nan_and_shapes():
+    with pytest.raises(ValueError, match="NaN"):
+        FeatureStatistics(np.array([math.nan]), np.eye(1))
+    with pytest.raises(ValueError, match=r"expected \(D,\) and \(D, D\)"):
+        FeatureStatistics(np.zeros(3), np.eye(4))
+
+
+def test_inception_score_equals_the_references(features, expected):
+    logits = features["is_logits"]
+    score = inception_score(logits, 10)
+    assert [score.mean, score.std] == pytest.approx(expected["is_10_splits_mean_std_noshuffle"], rel=1e-9)
+    # guided-diffusion computes in float32.
+    assert inception_score_adm(logits).mean == pytest.approx(expected["is_guided_diffusion_split5000_on_1000"], rel=1e-6)
+    assert inception_score_adm(logits, 300).mean == pytest.approx(expected["is_guided_diffusion_split300_on_1000"], rel=1e-6)
+    isc = pytest.importorskip("torch_fidelity.metric_isc").isc_features_to_metric(logits, splits=7, shuffle=False)
+    score = inception_score(logits, 7)
+    assert score.mean == pytest.approx(isc["inception_score_mean"], rel=1e-12)
+    assert score.std == pytest.approx(isc["inception_score_std"], rel=1e-9)
+
+
+def test_inception_score_in_closed_form():
+    certain = torch.log(torch.eye(5).repeat(4, 1))  # log(0) = -inf: probabilities 0 add nothing
+    assert inception_score(certain, 1).mean == pytest.approx(5)
+    assert inception_score(torch.zeros(20, 5), 2) == inception_score_adm(torch.zeros(20, 5), 10)
+    assert inception_score(torch.zeros(20, 5), 2).mean == pytest.approx(1)
+
+
+def test_inception_score_refuses():
+    with pytest.raises(ValueError, match="3 images in 10 splits"):
+        inception_score(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="0 images"):
+        inception_score_adm(torch.zeros(0, 5))
+    with pytest.raises(ValueError, match="NaN"):
+        inception_score(torch.full((20, 5), math.nan))
+
+
+@pytest.mark.parametrize(("synthetic", "key"), [("feat_gen", "ref_gen"), ("feat_gen_small", "ref_small")])
+def test_precision_recall_equals_the_references(features, expected, synthetic, key):
+    pair = precision_recall(features["feat_ref"], features[synthetic], 3, block=170)
+    assert pair == pytest.approx(expected[f"precision_recall_k3_{key}_f64"], abs=1e-12)
+    radii = neighbour_radii(features["feat_ref"], 3).float()
+    torch.testing.assert_close(radii, features[f"radii_sq_first_{key}_f64"], rtol=1e-5, atol=0)
+
+
+def test_precision_recall_needs_more_samples_than_neighbours():
+    with pytest.raises(ValueError, match="3 images: the neighbour number 3 needs at least 4"):
+        precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
+
+
+def test_paired_figures():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (3, 8, 8, 3), np.uint8)
+    b = a.copy()
+    b[1] ^= 1  # every value off by one
+    b[2, 0, 0, 0] = a[2, 0, 0, 0] ^ 255
+    off = (255 - 2.0 * min(a[2, 0, 0, 0], b[2, 0, 0, 0])) ** 2 / 192
+    np.testing.assert_allclose(paired_mse(a, b), [0, 1, off])
+    np.testing.assert_allclose(paired_psnr(a, b), [math.inf, 20 * math.log10(255), 10 * math.log10(255**2 / off)])
+    assert mse_to_psnr(np.array([255.0**2])) == pytest.approx(0)
+    with pytest.raises(ValueError, match="one shape"):
+        paired_mse(a, b[:, :4])
+
+
+def test_spatial_statistics_and_unbiased_logits_of_inception(expected):
+    values = expected["inception"]
+    with np.load(GOLDEN / "metrics_inception.npz") as file:
+        spatial = file["spatial_mixed6_first7_NCHW"].transpose(0, 2, 3, 1).reshape(64, -1)[:, ::17]
+        logits = torch.from_numpy(file["logits_unbiased"])
+    a, b = (features_to_statistics(torch.from_numpy(part)) for part in (spatial[:32], spatial[32:]))
+    assert frechet_distance(a, b) == pytest.approx(values["sfid_slice17_first32_vs_last32"], abs=1e-3)
+    score = inception_score(logits)
+    assert [score.mean, score.std] == pytest.approx(values["is_10_splits_logits_unbiased"], rel=1e-9)
+    assert inception_score_adm(logits).mean == pytest.approx(values["is_gd_logits_unbiased"], rel=1e-6)
