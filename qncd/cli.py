@@ -102,6 +102,11 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale_split_static", action=argparse.BooleanOptionalAction,
         help="intra noise: smooth features by the embedding (on in --quant_mode qncd; --no-scale_split_static for ablation)",
     )  # fmt: skip
+    group.add_argument(
+        "--bias_correction",
+        action=argparse.BooleanOptionalAction,
+        help="take each layer's mean rounding error out of its bias (on in --quant_mode qncd, though not in the paper)",
+    )
     group.add_argument("--weight_only", action="store_true", help="leave activations in floating point whatever the mode")
 
 
@@ -139,6 +144,19 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume", action="store_true", help="refuse to calibrate: --cali_ckpt must exist")
 
 
+def choose_device(name: str | None) -> str:
+    """The device of --device, by default cuda where there is one. Raises ValueError for one that is not there."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return name
+
+
 def sampler_config(args: argparse.Namespace) -> SamplerConfig:
     """The sampler that the flags ask for. Raises ValueError for values out of range."""
     return SamplerConfig(args.sample_type, args.skip_type, args.timesteps, args.eta)
@@ -166,6 +184,7 @@ def quant_config(args: argparse.Namespace) -> QuantConfig | None:
         act_range=act_range,
         act_symmetric=args.a_sym,
         split=qncd if args.split is None else args.split,
+        bias_correction=qncd if args.bias_correction is None else args.bias_correction,
     )
 
 

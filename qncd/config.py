@@ -42,6 +42,8 @@ class QuantConfig:
             moving average of batch extremes, momentum 0.95).
         split: quantize the two halves of a skip concatenation apart (Q-Diffusion's shortcut split).
         quantize_attention: quantize q, k, v and the softmax output as well.
+        bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
+            al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
 
     weight_bits: int | None = 8
@@ -53,6 +55,7 @@ class QuantConfig:
     act_symmetric: bool = False
     split: bool = True
     quantize_attention: bool = True
+    bias_correction: bool = True
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "act_bits"):

@@ -49,14 +49,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    logging.basicConfig(level=args.verbose.upper(), format="%(message)s")
+    logging.basicConfig(level=args.verbose.upper(), format="%(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     cli.check_counts(args, ("max_images", "batch_size", "lane", "cali_n", "cali_st", "cali_batch_size"))
     sampler, quant = cli.sampler_config(args), cli.quant_config(args)
     smoothing, correction = cli.smoothing_config(args), cli.correction_config(args)
     _check_combinations(args)
-
-    import torch
 
     from qncd.io.runs import open_run
     from qncd.models.loading import load_config, load_ddim, state_dict_hash
@@ -65,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
 
     model_config = load_config(args.config)
     betas = betas_of(model_config)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = cli.choose_device(args.device)
     unet = load_ddim(model_config, args.ckpt, args.use_pretrained).to(device)
     size, channels = int(model_config["data"]["image_size"]), int(model_config["model"]["in_channels"])
     diffusion = Diffusion(unet, betas, sampler, (channels, size, size), args.lane or (16 if size <= 64 else 4))

@@ -17,6 +17,7 @@ from qncd.quant.quantizers import Stage
 from qncd.sampling.samplers import StepState
 
 Progress = Callable[[int, int], None]
+BIAS_INPUTS = 128  # inputs that bias correction looks at
 
 
 def call_unet(unet: UNet, x: Tensor, t: Tensor | int, cond: Tensor | None = None) -> Tensor:
@@ -166,7 +167,9 @@ class CalibrationCollector:
 
 
 @torch.no_grad()
-def calibrate_(unet: UNet, data: CalibrationSet, batch_size: int = 32, progress: Progress | None = None) -> float:
+def calibrate_(
+    unet: UNet, data: CalibrationSet, batch_size: int = 32, progress: Progress | None = None, bias_correction: bool = False
+) -> float:
     """Find every range from the whole set, round the weights, and switch the model over to quantized, in place.
 
     Args:
@@ -174,6 +177,7 @@ def calibrate_(unet: UNet, data: CalibrationSet, batch_size: int = 32, progress:
         data: its inputs; all of them pass every observer once, in floating point.
         batch_size: inputs a forward pass; the result depends on it only for "running" ranges.
         progress: called with (inputs done, inputs in all).
+        bias_correction: as in QuantConfig.
 
     Returns:
         seconds taken.
@@ -198,9 +202,51 @@ def calibrate_(unet: UNet, data: CalibrationSet, batch_size: int = 32, progress:
         for name, quantizer in quantizers.items():
             _named(name, quantizer.finish_observing)
     for name, layer in layers.items():
-        _named(name, layer.quantize_weight_)
+        _named(name, layer.search_weight_range_)
+    if bias_correction:
+        correct_biases_(unet, data, batch_size)
+    for layer in layers.values():
+        layer.quantize_weight_()
     set_stage(unet, Stage.QUANTIZE)
     return time.perf_counter() - start
+
+
+@torch.no_grad()
+def correct_biases_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> None:
+    """Take the mean rounding error of every layer's output out of its bias, in place; ranges are known, weights still float.
+
+    Each layer is compared with itself on the full-precision network's own activations, so the order of the layers
+    does not matter. A deterministic sampler adds such a mean up over all its steps.
+    """
+    layers = quant_layers(unet)
+    sums = {name: torch.zeros(len(layer.weight), dtype=torch.float64, device=unet.device) for name, layer in layers.items()}
+    inside = False  # rounding_error calls the layer itself
+
+    def watch(name: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+        def hook(layer: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            nonlocal inside
+            if not inside:
+                inside = True
+                sums[name] += layers[name].rounding_error(inputs[0]).double() * len(inputs[0])
+                inside = False
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    # Evenly over the set, all time steps in proportion: a mean needs fewer inputs than a range does.
+    chosen = torch.arange(0, len(data), max(1, len(data) // BIAS_INPUTS))
+    cond, uncond = (None if v is None else v[chosen] for v in (data.cond, data.uncond))
+    part = CalibrationSet(data.x[chosen], data.t[chosen], cond, uncond)
+    try:
+        total = 0
+        for x, t, c in part.batches(batch_size):
+            call_unet(unet, x.to(unet.device), t.to(unet.device), c.to(unet.device) if c is not None else None)
+            total += len(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, layer in layers.items():
+        layer.shift_bias_(-sums[name] / total)
 
 
 def _named(name: str, function: Callable[[], None]) -> None:

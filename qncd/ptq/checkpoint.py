@@ -83,7 +83,8 @@ def save_quantized(
         OSError: the file can't be written.
     """
     layers, quantizers = quant_layers(unet), act_quantizers(unet)
-    if not layers or any(q.stage is not Stage.QUANTIZE for q in quantizers.values()):
+    rounded = all(layer.config.weight_codes is None or layer.weight_scale is not None for layer in layers.values())
+    if not layers or not rounded or any(q.stage is not Stage.QUANTIZE for q in quantizers.values()):
         raise ValueError("only a calibrated model can be saved")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -168,6 +169,9 @@ def load_quantized_(unet: UNet, path: Path, base_hash: str | None = None) -> tup
             _load_layer(name, layer, tensors)
         for name, quantizer in act_quantizers(unet).items():
             quantizer.set_qparams(tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"))
+        for name, layer in quant_layers(unet).items():
+            if layer.bias is None and f"{name}.bias" in tensors:  # made by bias correction
+                layer.shift_bias_(torch.zeros(len(layer.weight)))
         for name, parameter in unet.named_parameters():
             if not (name.endswith(".weight") and isinstance(unet.get_submodule(name[:-7]), QuantLayer)):
                 parameter.copy_(tensors.pop(name))

@@ -141,4 +141,4 @@ def quantize_with_(
     factors = smoothing_factors(diffusion.unet, [s.t for s in diffusion.steps], smoothing) if smoothing else {}
     quantize_(diffusion.unet, config)
     smooth_(diffusion.unet, factors)
-    return calibrate_(diffusion.unet, data, batch_size, progress)
+    return calibrate_(diffusion.unet, data, batch_size, progress, config.bias_correction)

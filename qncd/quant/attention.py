@@ -7,7 +7,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from qncd.quant.affine import IntegerRange
-from qncd.quant.quantizers import ActQuantizer
+from qncd.quant.quantizers import ActQuantizer, Stage
+
+SCORE_ELEMENTS = 1 << 18  # attention scores computed at a time: 1 MiB, a core's second-level cache
 
 
 class QuantAttnProcessor(nn.Module):
@@ -54,20 +56,35 @@ class QuantAttnProcessor(nn.Module):
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        scores = self.q(query) @ self.k(key).transpose(-1, -2) * attn.scale  # (N, heads, L, L2)
+        mask = None
         if attention_mask is not None:
             mask = attn.prepare_attention_mask(attention_mask, context.shape[1], batch)
-            scores = scores + mask.view(batch, attn.heads, -1, mask.shape[-1])
-        if attn.upcast_softmax:
-            scores = scores.float()
-        weights = self.softmax(scores.softmax(-1)).to(value.dtype)
-        out = (weights @ self.v(value)).transpose(1, 2).flatten(2)  # (N, L, C)
+            mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
+        out = self._attend(self.q(query) * attn.scale, self.k(key), self.v(value), mask, attn.upcast_softmax)
+        out = out.transpose(1, 2).flatten(2)  # (N, L, C)
         out = attn.to_out[1](attn.to_out[0](out))
         if len(shape) == 4:
             out = out.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
             out = out + residual
         return torch.div(out, attn.rescale_output_factor) if attn.rescale_output_factor != 1 else out
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, upcast: bool) -> Tensor:
+        """softmax(q k^T + mask) v, a few images at a time so that the scores stay in the cache: (N, heads, L, D)."""
+        size = len(query)
+        if self.softmax.stage is Stage.QUANTIZE and not query.requires_grad:
+            size = max(1, SCORE_ELEMENTS // (query.shape[1] * query.shape[2] * key.shape[2]))
+        parts = []
+        for start in range(0, len(query), size):
+            part = slice(start, start + size)
+            scores = query[part] @ key[part].transpose(-1, -2)  # (n, heads, L, L2)
+            if mask is not None:
+                scores = scores + mask[part]
+            if upcast:
+                scores = scores.float()
+            weights = self.softmax(scores.softmax(-1), owned=True).to(value.dtype)
+            parts.append(weights @ value[part])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def check_supported(name: str, attn: Attention) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qncd.quant.affine import IntegerRange, search_weight_scale, symmetric_scale
-from qncd.quant.quantizers import ActQuantizer
+from qncd.quant.quantizers import ActQuantizer, Stage
 
 
 @dataclass(frozen=True)
@@ -74,28 +74,61 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def quantize_weight_(self) -> None:
-        """Search the ranges and round the weight to its grid, once. A second call changes nothing.
+        """Search the ranges where that is still to do, and round the weight to its grid. A second call changes nothing.
 
         Raises:
             ValueError: the weight holds NaN or infinity.
         """
+        self.search_weight_range_()
+        self.weight = nn.Parameter(self.rounded_weight(), requires_grad=False)
+
+    @torch.no_grad()
+    def search_weight_range_(self) -> None:
+        """Find the scales, once, and leave the weight as it is. Raises ValueError as `quantize_weight_`."""
         codes = self.config.weight_codes
         if codes is None or self.weight_scale is not None:
             return
         if not bool(torch.isfinite(self.weight).all()):
             raise ValueError("a weight is NaN or infinite")
-        rounded, scales = torch.empty_like(self.weight), []
+        scales = []
         for part in self._segments():
             rows = self.weight[:, part].flatten(1).float()  # (O, K)
             if self.config.weight_range == "mse":
                 scale = search_weight_scale(rows, codes)
             else:
                 scale = symmetric_scale(rows.abs().amax(1, keepdim=True), codes)
-            q = torch.div(rows, scale).round_().clamp_(codes.qmin, codes.qmax)
-            rounded[:, part] = (q * scale).view_as(self.weight[:, part])
             scales.append(scale)
-        self.weight = nn.Parameter(rounded, requires_grad=False)
         self.weight_scale = torch.cat(scales, 1)
+
+    @torch.no_grad()
+    def rounded_weight(self) -> Tensor:
+        """The weight on its grid, a new tensor; the weight itself where it stays in floating point."""
+        codes = self.config.weight_codes
+        if codes is None:
+            return self.weight
+        scale = self._expanded_scale()
+        return torch.div(self.weight, scale).round_().clamp_(codes.qmin, codes.qmax).mul_(scale)
+
+    @torch.no_grad()
+    def rounding_error(self, x: Tensor) -> Tensor:
+        """Mean error (O,) that quantizing the weight and the input x leaves in this layer's output, scales being known."""
+        stage, weight = self.act.stage, self.weight
+        exact = self(x)
+        try:
+            self.act.set_stage(Stage.QUANTIZE)
+            self.weight = nn.Parameter(self.rounded_weight(), requires_grad=False)
+            error = self(x) - exact
+        finally:
+            self.act.set_stage(stage)
+            self.weight = weight
+        channel = 1 if isinstance(self, nn.Conv2d) else error.ndim - 1
+        return error.mean([d for d in range(error.ndim) if d != channel])
+
+    @torch.no_grad()
+    def shift_bias_(self, shift: Tensor) -> None:
+        """Add `shift` (O,) to the bias, which is made where there was none."""
+        bias = shift.to(self.weight) if self.bias is None else self.bias + shift.to(self.weight)
+        self.bias = nn.Parameter(bias, requires_grad=False)
 
     @torch.no_grad()
     def weight_codes(self) -> Tensor:

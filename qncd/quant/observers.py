@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -79,7 +80,7 @@ class HistogramObserver(MinMaxObserver):
         if needed == 0:
             needed = 1e-6
         if self.counts is None:
-            self.limit = needed
+            self.limit = 2.0 ** math.ceil(math.log2(needed))  # a power of two: the bins do not depend on the first batch
             self.counts = torch.zeros(self.bins, dtype=torch.float64, device=x.device)
         while self.limit < needed:
             self._double()

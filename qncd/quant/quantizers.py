@@ -81,16 +81,17 @@ class ActQuantizer(nn.Module):
         super()._load_from_state_dict(*args)
         self._refresh_bounds()
 
-    def forward(self, x: Tensor, smoothing: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, smoothing: Tensor | None = None, owned: bool = False) -> Tensor:
         """`x` divided by `smoothing` and rounded to the grid, same shape.
 
         Args:
             x: any shape; (N, C, ...) where there are segments.
             smoothing: factors S that broadcast against x. In the QUANTIZE stage the division by S is merged with the
                 quantizer's own: round(x / (S*s)).
+            owned: nobody else needs `x`: it may be overwritten, where no gradient flows.
         """
         if self.stage is Stage.QUANTIZE:
-            return self._fake_quantize(x, smoothing)
+            return self._fake_quantize(x, smoothing, owned)
         if smoothing is not None:
             x = x / smoothing
         if self.stage is Stage.OBSERVE:
@@ -101,12 +102,13 @@ class ActQuantizer(nn.Module):
     def _split(self, x: Tensor) -> Sequence[Tensor]:
         return x.split(self.segments, 1) if self.segments else (x,)
 
-    def _fake_quantize(self, x: Tensor, smoothing: Tensor | None) -> Tensor:
+    def _fake_quantize(self, x: Tensor, smoothing: Tensor | None, owned: bool) -> Tensor:
         # clamp(round(x/s) + z, qmin, qmax) - z = clamp(round(x/s), qmin - z, qmax - z): one pass over memory fewer.
         if self.segments is None:
             scale = self.scale[0]
             divisor = scale if smoothing is None else smoothing * scale
-            return torch.div(x, divisor).round_().clamp_(*self._bounds[0]).mul_(scale)
+            divided = x.div_(divisor) if owned and not x.requires_grad else torch.div(x, divisor)
+            return divided.round_().clamp_(*self._bounds[0]).mul_(scale)
         scale = self.scale.repeat_interleave(torch.tensor(self.segments, device=x.device)).view(1, -1, *[1] * (x.ndim - 2))
         out = torch.div(x, scale if smoothing is None else smoothing * scale).round_()
         for part, bounds in zip(self._split(out), self._bounds, strict=True):

@@ -1,0 +1,273 @@
+"""The calibration set and the ranges that it gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qncd.config import CalibrationConfig, QuantConfig, SamplerConfig
+from qncd.ptq.calibration import (
+    CalibrationCollector,
+    CalibrationSet,
+    calibrate_,
+    load_calibration,
+    save_calibration,
+)
+from qncd.ptq.pipeline import Diffusion, sample_calibration
+from qncd.quant.convert import act_quantizers, quant_layers, quantize_
+from qncd.quant.quantizers import Stage
+from qncd.sampling.samplers import StepState
+from qncd.sampling.schedule import Step, linear_betas
+
+
+def make_set(count: int = 13, channels: int = 3) -> CalibrationSet:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(count, channels, 8, 8, generator=generator) * torch.linspace(0.2, 3, count).view(-1, 1, 1, 1)
+    return CalibrationSet(x, torch.randint(0, 1000, (count,), generator=generator))
+
+
+def ranges(unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (q.scale.clone(), q.zero_point.clone()) for name, q in act_quantizers(unet).items()}
+
+
+def calibrated(unet: Any, data: CalibrationSet, act_range: str, batch_size: int, act_bits: int = 8) -> Any:
+    quantize_(unet, QuantConfig(4, act_bits, act_range=act_range, weight_range="max"))
+    assert calibrate_(unet, data, batch_size) >= 0
+    return unet
+
+
+@pytest.mark.parametrize("act_range", ["max", "mse"])
+def test_ranges_are_of_the_whole_set_for_any_batch_size(make_unet: Any, act_range: str) -> None:
+    data = make_set()
+    expected = ranges(calibrated(make_unet(), data, act_range, 64))
+    for batch_size in (1, 4, 12):
+        found = ranges(calibrated(make_unet(), data, act_range, batch_size))
+        for name, (scale, zero_point) in expected.items():
+            torch.testing.assert_close(found[name][0], scale, rtol=1e-4, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+            assert (found[name][1] - zero_point).abs().max() <= 1, name
+    first = ranges(calibrated(make_unet(), CalibrationSet(data.x[:4], data.t[:4]), act_range, 4))
+    assert first["conv_in.act"][0] < 0.7 * expected["conv_in.act"][0]
+
+
+def test_max_is_the_range_of_what_a_layer_receives(make_unet: Any) -> None:
+    data = make_set()
+    unet = make_unet()
+    seen: list[Tensor] = []
+    handle = unet.conv_out.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    unet(data.x, data.t)
+    handle.remove()
+    calibrated(unet, data, "max", 5)
+    for name, x in (("conv_in", data.x), ("conv_out", seen[0])):
+        quantizer = unet.get_submodule(name).act
+        torch.testing.assert_close(quantizer.scale[0], (x.max() - x.min()) / 255, rtol=1e-5, atol=0)
+        torch.testing.assert_close(quantizer.zero_point[0], torch.round(-x.min() / quantizer.scale[0]))
+
+
+def test_it_switches_everything_over_and_reports_progress(make_unet: Any) -> None:
+    unet, data, seen = quantize_(make_unet(), QuantConfig(4, 8)), make_set(), []
+    before = unet(data.x, data.t).sample
+    calibrate_(unet, data, 5, lambda done, total: seen.append((done, total)))
+    assert seen == [(5, 13), (10, 13), (13, 13)]
+    assert {q.stage for q in act_quantizers(unet).values()} == {Stage.QUANTIZE}
+    assert all(layer.weight_scale is not None for layer in quant_layers(unet).values())
+    assert not any(q.observers for q in act_quantizers(unet).values())
+    after = unet(data.x, data.t).sample
+    assert 0.001 < (after - before).abs().max() / before.abs().max() < 0.5
+
+
+def test_bias_correction_takes_the_mean_error_out(make_unet: Any) -> None:
+    """Measured at the first layer, whose input is the same in both models; weights and scales stay as they are."""
+    data = make_set(24)
+    unets = [quantize_(make_unet(), QuantConfig(4, 4, edge_bits=3)) for _ in range(2)]
+    for unet, correction in zip(unets, (False, True), strict=True):
+        calibrate_(unet, data, 8, bias_correction=correction)
+    exact = make_unet().conv_in(data.x)
+    errors = [(unet.conv_in(data.x) - exact).mean((0, 2, 3)).abs().max() for unet in unets]
+    assert errors[0] > 0.005 and errors[1] < 1e-5
+    plain, corrected = (quant_layers(unet) for unet in unets)
+    assert all(torch.equal(plain[name].weight, corrected[name].weight) for name in plain)
+    assert all(torch.equal(plain[name].act.scale, corrected[name].act.scale) for name in plain)
+    assert not any(layer._forward_pre_hooks for layer in corrected.values())
+
+
+def test_weights_alone_need_no_forward_pass(make_unet: Any) -> None:
+    unet = quantize_(make_unet(), QuantConfig(4, None, weight_range="max"))
+    unet.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
+    calibrate_(unet, make_set())
+    assert len(unet.mid_block.resnets[0].conv1.weight[0].unique()) <= 16
+
+
+@pytest.mark.parametrize("act_bits", [8, None])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_weight_is_named(make_unet: Any, act_bits: int | None, value: float) -> None:
+    unet = make_unet()
+    unet.mid_block.resnets[0].conv1.weight[3, 2, 1, 1] = value
+    quantize_(unet, QuantConfig(4, act_bits))
+    with pytest.raises(ValueError, match=r"^mid_block\.resnets\.0\.conv1: a weight is NaN or infinite$"):
+        calibrate_(unet, make_set())
+
+
+def test_a_bad_activation_is_named(make_unet: Any) -> None:
+    unet = make_unet()
+    unet.mid_block.resnets[0].norm1.bias[3] = torch.nan
+    quantize_(unet, QuantConfig(4, 8))
+    message = r"^mid_block\.resnets\.0\.conv1\.act: an activation is NaN or infinite while calibrating$"
+    with pytest.raises(ValueError, match=message):
+        calibrate_(unet, make_set())
+
+
+def test_bad_inputs_are_refused() -> None:
+    x = torch.zeros(2, 3, 8, 8)
+    x[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"^the calibration inputs hold NaN or infinity$"):
+        CalibrationSet(x, torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("shape", "extra", "message"),
+    [
+        ((0, 3, 8, 8), {}, r"^calibration inputs of shape \(0, 3, 8, 8\): expected \(N, C, H, W\), N 1 or more$"),
+        ((2, 8, 8), {}, r"^calibration inputs of shape \(2, 8, 8\): expected"),
+        ((2, 3, 8, 8), {"t": torch.zeros(3)}, r"^calibration t has 3 entries for 2 inputs$"),
+        ((2, 3, 8, 8), {"cond": torch.zeros(1, 4)}, r"^calibration cond has 1 entries for 2 inputs$"),
+        ((2, 3, 8, 8), {"uncond": torch.zeros(5)}, r"^calibration uncond has 5 entries for 2 inputs$"),
+    ],
+)
+def test_parts_have_to_fit(shape: tuple[int, ...], extra: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CalibrationSet(torch.zeros(shape), **{"t": torch.zeros(shape[0]), **extra})
+
+
+def test_batches_stack_both_halves_of_guidance() -> None:
+    data = make_set(5)
+    data = CalibrationSet(data.x, data.t, torch.arange(5.0)[:, None], -torch.arange(5.0)[:, None])
+    x, t, cond = next(iter(data.batches(2)))
+    assert torch.equal(x, torch.cat([data.x[:2]] * 2)) and torch.equal(t, torch.cat([data.t[:2]] * 2))
+    assert cond is not None and cond.flatten().tolist() == [0, 1, 0, -1]
+    assert [len(batch[0]) for batch in data.batches(2)] == [4, 4, 2]
+
+
+def test_a_set_of_another_model_is_refused(make_unet: Any, make_cross_unet: Any) -> None:
+    data, unet = make_set(), make_unet()
+    with pytest.raises(ValueError, match=r"^calibrate_ works on a model prepared by quantize_$"):
+        calibrate_(unet, data)
+    message = r"^the calibration set holds inputs of shape \(4, 8, 8\), the model takes \(3, 8, 8\)$"
+    with pytest.raises(ValueError, match=message):
+        calibrate_(quantize_(unet, QuantConfig(4, 8)), make_set(channels=4))
+    with pytest.raises(ValueError, match=r"the model takes \(3, 16, 16\)$"):
+        data.check_model(make_unet(sample_size=16))
+    with pytest.raises(ValueError, match=r"^the calibration set has no conditions \(cs\), the model needs them$"):
+        make_set(channels=4).check_model(make_cross_unet())
+    known = CalibrationSet(data.x, data.t, model_hash="a" * 64)
+    known.check_model(unet, "a" * 64)
+    known.check_model(unet)
+    with pytest.raises(ValueError, match=r"another model \(weights aaaaaaaaaaaa, this one bbbbbbbbbbbb\)$"):
+        known.check_model(unet, "b" * 64)
+
+
+def test_context_reaches_the_network(make_cross_unet: Any) -> None:
+    data = make_set(4, 4)
+    contexts = torch.randn(4, 5, 12, generator=torch.Generator().manual_seed(0))
+    wide = CalibrationSet(data.x, data.t, contexts, 10 * contexts)
+    narrow = CalibrationSet(data.x, data.t, contexts)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.act"
+    scales = [ranges(calibrated(make_cross_unet(), data, "max", 3))[name][0] for data in (wide, narrow)]
+    torch.testing.assert_close(scales[0], 10 * scales[1])
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    times = torch.tensor([900, 900, 500, 500, 10, 10])
+    data = make_set(6)
+    data = CalibrationSet(data.x, times, torch.randn(6, 5, 12), torch.randn(6, 5, 12), "f" * 64)
+    save_calibration(data, tmp_path / "deep" / "set.pt")
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["set.pt"]
+    back = load_calibration(tmp_path / "deep" / "set.pt", samples=2, steps=3)
+    for name in ("x", "t", "cond", "uncond"):
+        assert torch.equal(getattr(back, name), getattr(data, name)), name
+    assert back.model_hash == data.model_hash
+    less = load_calibration(tmp_path / "deep" / "set.pt", samples=1, steps=2)
+    assert less.t.tolist() == [900, 500] and torch.equal(less.x, data.x[[0, 2]])
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("conditions", [False, True])
+def test_q_diffusion_files_are_read(tmp_path: Path, stacked: bool, conditions: bool) -> None:
+    """Lists with one entry a time step, or the same stacked to one tensor; evenly spread steps are taken."""
+    steps, count = 10, 4
+    content: dict[str, Any] = {
+        "xs": [torch.full((count, 3, 8, 8), float(i)) + torch.arange(count).view(-1, 1, 1, 1) / 10 for i in range(steps)],
+        "ts": [torch.full((count,), 100 * (steps - 1 - i)) for i in range(steps)],
+    }
+    if conditions:
+        content["cs"] = [torch.full((count, 5, 12), float(i)) for i in range(steps)]
+        content["ucs"] = [torch.full((count, 5, 12), -float(i)) for i in range(steps)]
+    if stacked:
+        content = {key: torch.stack(value) for key, value in content.items()}
+    torch.save(content, tmp_path / "cali.pt")
+    data = load_calibration(tmp_path / "cali.pt", samples=3, steps=4)
+    chosen = [0, 2, 5, 7]
+    assert data.t.tolist() == [900 - 100 * i for i in chosen for _ in range(3)] and data.t.dtype == torch.int64
+    torch.testing.assert_close(data.x[:, 0, 0, 0], torch.tensor([i + j / 10 for i in chosen for j in range(3)]))
+    assert (data.cond is not None) == conditions and data.model_hash is None
+    if data.cond is not None and data.uncond is not None:
+        assert torch.equal(data.cond, -data.uncond) and data.cond[::3, 0, 0].tolist() == chosen
+
+
+@pytest.mark.parametrize(
+    ("content", "samples", "steps", "message"),
+    [
+        ({"xs": [torch.zeros(2, 3, 8, 8)] * 3, "ts": [torch.zeros(2)] * 3}, 2, 4,
+         "holds 3 time steps, --cali_st 4 asked for; allowed are 1 to 3"),
+        ({"xs": [torch.zeros(2, 3, 8, 8)] * 3, "ts": [torch.zeros(2)] * 3}, 5, 3,
+         "xs holds 2 inputs a time step, --cali_n 5 asked for"),
+        ({"xs": [torch.zeros(2, 3, 8, 8)] * 2, "ts": [torch.zeros(2)] * 3}, 2, 2, "2 entries in xs, 3 in ts"),
+        ({"xs": [torch.zeros(2, 3, 8, 8)], "ts": [torch.tensor(1)]}, 1, 1, "ts holds 1 inputs a time step, --cali_n 1 asked for"),
+        ({"x": []}, 1, 1, "not a calibration set (expected a dict with lists xs and ts, one entry a time step)"),
+        ([1, 2], 1, 1, "not a calibration set (expected a dict with lists xs and ts, one entry a time step)"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_do(tmp_path: Path, content: Any, samples: int, steps: int, message: str) -> None:
+    path = tmp_path / "cali.pt"
+    torch.save(content, path)
+    with pytest.raises(ValueError) as caught:
+        load_calibration(path, samples, steps)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_bad_counts(tmp_path: Path) -> None:
+    for samples, steps, name in ((0, 1, "cali_n"), (1, 0, "cali_st")):
+        with pytest.raises(ValueError, match=rf"^{name} 0: allowed are whole numbers, 1 or more$"):
+            load_calibration(tmp_path / "none.pt", samples, steps)
+    with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+        load_calibration(tmp_path / "none.pt", 1, 1)
+
+
+def test_the_collector_keeps_evenly_spread_steps() -> None:
+    collector = CalibrationCollector(10, 3)
+    for start in (0, 4):
+        for index in range(10):
+            x = torch.full((2, 3, 1, 1), float(start + index))
+            step = Step(index, 900 - 100 * index, 800 - 100 * index, 0.5, 0.6, 0.0, 0.0)
+            collector(StepState(step=step, x=x, eps=-x, corrected=-x, x0=-x, x_prev=-x))
+    data = collector.result(cond=torch.arange(4.0), model_hash="h")
+    assert data.t.tolist() == [800] * 4 + [400] * 4 + [100] * 4  # steps 1, 5 and 8: the middles of three parts
+    assert data.x[:, 0, 0, 0].tolist() == [1, 1, 5, 5, 5, 5, 9, 9, 8, 8, 12, 12]
+    assert data.cond is not None and data.cond.tolist() == [0, 1, 2, 3] * 3
+    assert data.model_hash == "h"
+    for steps in (0, 11):
+        with pytest.raises(ValueError, match=rf"^cali_st {steps}: the sampler takes 10 steps; allowed are 1 to 10$"):
+            CalibrationCollector(10, steps)
+
+
+def test_a_set_is_sampled_along_the_models_own_trajectories(make_unet: Any) -> None:
+    diffusion = Diffusion(make_unet(), linear_betas(1e-4, 0.02, 1000), SamplerConfig(timesteps=5), (3, 8, 8), lane=4)
+    data, table = sample_calibration(diffusion, CalibrationConfig(samples=6, steps=2, batch_size=4), None, "h")
+    assert table is None and data.model_hash == "h" and data.t.tolist() == [600] * 6 + [200] * 6
+    again, _ = sample_calibration(diffusion, CalibrationConfig(samples=6, steps=2, batch_size=6), None)
+    torch.testing.assert_close(again.x, data.x, rtol=0, atol=0)
+    other, _ = sample_calibration(diffusion, CalibrationConfig(samples=6, steps=2, seed=1), None)
+    assert not torch.allclose(other.x, data.x, atol=0.1)

@@ -1,0 +1,145 @@
+"""From seeds to images: what a quantized image may and may not depend on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
+from qncd.ptq.calibration import CalibrationSet
+from qncd.ptq.pipeline import Diffusion, quantize_with_, record_noise_table, sample_calibration
+from qncd.quant.convert import act_quantizers, quant_layers
+from qncd.quant.quantizers import Stage
+from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
+from qncd.sampling.schedule import linear_betas
+
+SEEDS = range(16)
+
+
+def make_diffusion(unet: Any, lane: int = 16, steps: int = 6, eta: float = 0.0) -> Diffusion:
+    return Diffusion(unet, linear_betas(1e-4, 0.02, 1000), SamplerConfig(timesteps=steps, eta=eta), (3, 8, 8), lane)
+
+
+@pytest.fixture(scope="module")
+def prepared(make_unet: Any) -> tuple[Diffusion, CalibrationSet, NoiseTable]:
+    """A W4A8 model with its calibration set and its control table."""
+    diffusion = make_diffusion(make_unet(), eta=0.5)
+    data, table = sample_calibration(diffusion, CalibrationConfig(16, 3, 16), CorrectionConfig(interval=2))
+    assert table is not None
+    quantize_with_(diffusion, QuantConfig(4, 8), data, SmoothingConfig())
+    return diffusion, data, table
+
+
+def in_batches(diffusion: Diffusion, size: int, corrector: RuntimeNoiseCorrector | None = None) -> Tensor:
+    seeds = list(SEEDS)
+    return torch.cat([diffusion.sample(seeds[i : i + size], corrector) for i in range(0, len(seeds), size)])
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_an_image_depends_on_its_seed_alone(prepared: tuple[Diffusion, CalibrationSet, NoiseTable], corrected: bool) -> None:
+    """Bit for bit, for every batch size: network calls always hold the same number of inputs."""
+    diffusion, _, table = prepared
+    corrector = RuntimeNoiseCorrector(CorrectionConfig(interval=2, control=False, shrink=False), table) if corrected else None
+    expected = in_batches(diffusion, 16, corrector)
+    for size in (1, 3):
+        assert torch.equal(in_batches(diffusion, size, corrector), expected), f"batches of {size}"
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
+    assert torch.equal(diffusion.sample(order, corrector), expected[order])
+    assert len({float(image.sum()) for image in expected}) == 16
+    if corrected:
+        assert (in_batches(diffusion, 16) - expected).abs().max() > 1e-3
+
+
+def test_network_calls_hold_a_lane_of_inputs(make_unet: Any) -> None:
+    unet, sizes = make_unet(), []
+    diffusion = make_diffusion(unet, lane=4)
+    unet.register_forward_pre_hook(lambda _m, args: sizes.append((len(args[0]), torch.as_tensor(args[1]).tolist())))
+    denoise = diffusion.denoiser()
+    for count, calls in ((1, 1), (4, 1), (6, 2)):
+        sizes.clear()
+        x = torch.randn(count, 3, 8, 8)
+        out = denoise(x, 321)
+        assert sizes == [(4, [321] * 4)] * calls
+        torch.testing.assert_close(out, unet(x, 321).sample, rtol=0, atol=1e-4 * float(out.abs().max()))
+
+
+def test_labels_follow_their_images_into_the_lanes(make_unet: Any) -> None:
+    unet = make_unet(num_class_embeds=7)
+    x, labels = torch.randn(6, 3, 8, 8), torch.arange(6)
+    out = make_diffusion(unet, lane=4).denoiser(labels)(x, 50)
+    torch.testing.assert_close(out, unet(x, 50, class_labels=labels).sample, rtol=0, atol=1e-4 * float(out.abs().max()))
+
+
+def test_wrap_sees_every_call(make_unet: Any) -> None:
+    calls: list[int] = []
+
+    def wrap(denoise: Any) -> Any:
+        return lambda x, t: (calls.append(t), denoise(x, t))[1]
+
+    diffusion = make_diffusion(make_unet(), lane=2)
+    assert torch.equal(diffusion.sample([0, 1], wrap=wrap), diffusion.sample([0, 1]))
+    assert calls == [step.t for step in diffusion.steps]
+
+
+def psnr(found: Tensor, expected: Tensor) -> float:
+    spread = float(expected.max() - expected.min())
+    return 10 * math.log10(spread**2 / float((found - expected).square().mean()))
+
+
+@pytest.mark.parametrize("statistics", ["sample", "channel", "batch"])
+def test_the_full_precision_model_is_hardly_corrected(make_unet: Any, statistics: str) -> None:
+    """With control and shrinking, an estimate without quantization noise is nearly nothing."""
+    correction = CorrectionConfig(interval=2, statistics=statistics)
+    diffusion = make_diffusion(make_unet(), steps=10)
+    table = record_noise_table(diffusion, CalibrationConfig(48, 1, 16), correction)
+    plain = diffusion.sample(SEEDS)
+    corrected = diffusion.sample(SEEDS, RuntimeNoiseCorrector(correction, table))
+    bare = diffusion.sample(SEEDS, RuntimeNoiseCorrector(CorrectionConfig(2, statistics=statistics, control=False, shrink=False)))
+    print(f"{statistics}: {psnr(corrected, plain):.1f} dB, without control and shrinking {psnr(bare, plain):.1f} dB")
+    assert psnr(corrected, plain) > 35
+    assert psnr(corrected, plain) > psnr(bare, plain) + 3
+
+
+def test_the_pipeline_smooths_and_calibrates(prepared: tuple[Diffusion, CalibrationSet, NoiseTable]) -> None:
+    diffusion, data, table = prepared
+    assert len(data) == 48 and table.indices == (0, 2, 4, 6)
+    assert all(q.stage is Stage.QUANTIZE for q in act_quantizers(diffusion.unet).values())
+    smoothed = {name for name, layer in quant_layers(diffusion.unet).items() if layer.smoothing is not None}
+    assert smoothed and all(name.endswith(".conv2") for name in smoothed)
+    assert all(layer.weight_scale is not None for layer in quant_layers(diffusion.unet).values())
+
+
+def test_quantized_images_are_near_the_full_precision_ones(make_unet: Any) -> None:
+    full = make_diffusion(make_unet())
+    data, _ = sample_calibration(full, CalibrationConfig(16, 3, 16), None)
+    expected = full.sample(SEEDS)
+
+    def quality(config: QuantConfig) -> float:
+        diffusion = make_diffusion(make_unet())
+        quantize_with_(diffusion, config, data, SmoothingConfig())
+        return psnr(diffusion.sample(SEEDS), expected)
+
+    eight, four, activations = (quality(QuantConfig(*bits)) for bits in ((8, None), (4, None), (8, 8)))
+    print(f"W8 {eight:.1f} dB, W4 {four:.1f} dB, W8A8 {activations:.1f} dB")
+    # An untrained network's samples grow a hundredfold, and one input range has to hold them all: hence the 25 dB.
+    assert eight > 55 and four < eight - 10 and 25 < activations < eight - 10
+
+
+def test_recording_the_table_alone_gives_the_same_table(make_unet: Any) -> None:
+    diffusion, calibration = make_diffusion(make_unet(), lane=4), CalibrationConfig(5, 2, 3)
+    _, beside = sample_calibration(diffusion, calibration, CorrectionConfig(interval=2))
+    alone = record_noise_table(diffusion, calibration, CorrectionConfig(interval=2))
+    assert beside is not None and alone.indices == beside.indices
+    assert torch.equal(alone.mean, beside.mean) and torch.equal(alone.variance, beside.variance)
+
+
+def test_a_set_that_does_not_fit_leaves_the_model_as_it_was(make_unet: Any) -> None:
+    diffusion = make_diffusion(make_unet())
+    wrong = CalibrationSet(torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^the calibration set holds inputs of shape \(4, 8, 8\), the model takes \(3, 8, 8\)$"):
+        quantize_with_(diffusion, QuantConfig(4, 8), wrong, None)
+    assert not quant_layers(diffusion.unet)

@@ -1,0 +1,159 @@
+"""Attention with quantized operands, against Q-Diffusion's attention blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from qncd.quant.affine import IntegerRange
+from qncd.quant.attention import QuantAttnProcessor, check_supported
+from qncd.quant.quantizers import Stage
+
+HEADS = 4  # of the original's cross-attention block
+OPERANDS = ("q", "k", "v", "softmax")
+
+
+def processor_of(attention: Attention, bits: int = 8, softmax_bits: int = 8) -> QuantAttnProcessor:
+    processor = QuantAttnProcessor(IntegerRange(bits, False), IntegerRange(softmax_bits, False), "max")
+    attention.set_processor(processor)
+    return processor
+
+
+def set_stage(processor: QuantAttnProcessor, stage: Stage) -> None:
+    for name in OPERANDS:
+        getattr(processor, name).set_stage(stage)
+
+
+@torch.no_grad()
+def observe(attention: Attention, processor: QuantAttnProcessor, *inputs: Tensor | None) -> None:
+    set_stage(processor, Stage.OBSERVE)
+    attention(*inputs)
+    for name in OPERANDS:
+        getattr(processor, name).finish_observing()
+    set_stage(processor, Stage.QUANTIZE)
+
+
+def spatial_attention(weights: Mapping[str, Tensor], heads: int = 1) -> Attention:
+    """diffusers' attention over pixels with the weights of an original block with 1x1 convolutions."""
+    channels = len(weights["norm.weight"])
+    attention = Attention(
+        channels, heads=heads, dim_head=channels // heads, norm_num_groups=32, eps=1e-6, bias=True, residual_connection=True
+    )
+    names = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+    attention.load_state_dict({f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": w for k, w in weights.items()})
+    return attention.requires_grad_(False)
+
+
+def assert_near(found: Tensor, expected: Tensor, softmax_bits: int) -> None:
+    """Within 1e-5 but for 0.5 % ties; 16-bit probabilities are within float error of a tie far more often."""
+    if softmax_bits == 16:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        return
+    error = (found - expected).abs()
+    assert (error > 1e-5).float().mean() <= 0.005, f"{(error > 1e-5).float().mean():.4f} differ, by up to {error.max():.2e}"
+
+
+@pytest.mark.parametrize("softmax_bits", [8, 16])
+def test_ddim_attention_is_the_originals(golden: Any, softmax_bits: int) -> None:
+    data = golden("quant_blocks")
+    weights = {k[12:]: w.flatten(1) if w.ndim == 4 else w for k, w in data.items() if k.startswith("ddim_attn_w.")}
+    attention, x = spatial_attention(weights), data["ddim_attn_x"]
+    processor = processor_of(attention, 8, softmax_bits)
+    torch.testing.assert_close(attention(x), data["ddim_attn_fp"], rtol=0, atol=1e-5)
+    observe(attention, processor, x)
+    key = f"ddim_attn_a8_sm{softmax_bits}"
+    for name in ("q", "k", "v"):
+        torch.testing.assert_close(getattr(processor, name).scale[0], data[f"{key}_{name}_delta"], rtol=1e-5, atol=0)
+        assert getattr(processor, name).zero_point[0] == data[f"{key}_{name}_zp"]
+    # The original scales the softmax output here by max - min; ours reaches from 0 to max.
+    assert processor.softmax.scale[0] >= data[f"{key}_w_delta"]
+    processor.softmax.set_qparams(data[f"{key}_w_delta"].view(1), data[f"{key}_w_zp"].view(1))
+    assert_near(attention(x), data[key], softmax_bits)
+
+
+@pytest.mark.parametrize("softmax_bits", [8, 16])
+def test_cross_attention_is_the_originals(golden: Any, softmax_bits: int) -> None:
+    data = golden("quant_blocks")
+    weights = {k[13:]: w for k, w in data.items() if k.startswith("cross_attn_w.")}
+    x, context = data["cross_attn_x"], data["cross_attn_ctx"]
+    attention = Attention(32, cross_attention_dim=20, heads=HEADS, dim_head=32 // HEADS, bias=False)
+    attention.load_state_dict(weights)
+    processor = processor_of(attention.requires_grad_(False), 8, softmax_bits)
+    torch.testing.assert_close(attention(x, context), data["cross_attn_fp"], rtol=0, atol=1e-5)
+    observe(attention, processor, x, context)
+    key = f"cross_attn_a8_sm{softmax_bits}"
+    for name in ("q", "k", "v"):
+        torch.testing.assert_close(getattr(processor, name).scale[0], data[f"{key}_{name}_delta"], rtol=1e-5, atol=0)
+        assert getattr(processor, name).zero_point[0] == data[f"{key}_{name}_zp"]
+    processor.softmax.set_qparams(data[f"{key}_w_delta"].view(1), data[f"{key}_w_zp"].view(1))
+    assert_near(attention(x, context), data[key], softmax_bits)
+
+
+def block(cross: bool = False, **settings: Any) -> tuple[Attention, list[Tensor | None]]:
+    torch.manual_seed(0)
+    attention = Attention(16, cross_attention_dim=12 if cross else None, heads=2, dim_head=8, **settings)
+    return attention.requires_grad_(False), [torch.randn(3, 9, 16), torch.randn(3, 5, 12) if cross else None]
+
+
+@pytest.mark.parametrize(
+    ("cross", "settings"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"bias": True, "residual_connection": True, "rescale_output_factor": 2.0}),
+        (False, {"qk_norm": "layer_norm"}),
+        (True, {"cross_attention_norm": "layer_norm"}),
+        (False, {"upcast_softmax": True, "norm_num_groups": 4}),
+        (False, {"scale_qk": False}),
+    ],
+)
+def test_in_floats_it_is_diffusers_attention(cross: bool, settings: dict[str, Any]) -> None:
+    attention, inputs = block(cross, **settings)
+    mask = torch.zeros(3, 1, 5 if cross else 9)
+    mask[1, :, 2:] = -10000.0
+    plain, masked = attention(*inputs), attention(*inputs, attention_mask=mask.repeat_interleave(2, 0))
+    assert not torch.allclose(plain, masked)
+    processor_of(attention)
+    torch.testing.assert_close(attention(*inputs), plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention(*inputs, attention_mask=mask.repeat_interleave(2, 0)), masked, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_every_operand_is_quantized(name: str) -> None:
+    attention, inputs = block(True)
+    inputs = [x if x is None else 3 * x for x in inputs]
+    fine, coarse = copy.deepcopy(attention), copy.deepcopy(attention)
+    reference = attention(*inputs)
+    observe(fine, processor_of(fine, 8, 16), *inputs)
+    processor = processor_of(coarse, 8, 16)
+    observe(coarse, processor, *inputs)
+    only = getattr(processor, name)
+    only.codes = IntegerRange(2, False)
+    observe(coarse, processor, *inputs)
+    errors = [(attn(*inputs) - reference).abs().max() for attn in (fine, coarse)]
+    assert errors[0] > 0 and errors[1] > 3 * errors[0]
+
+
+def test_probabilities_get_no_zero_point() -> None:
+    attention, inputs = block(True)
+    processor = processor_of(attention, 8, 8)
+    observe(attention, processor, *inputs)
+    assert processor.softmax.zero_point == 0 and processor.q.zero_point > 0
+    assert processor.softmax.scale <= 1 / 255
+
+
+def test_added_projections_are_refused() -> None:
+    attention, _ = block(added_kv_proj_dim=4)
+    with pytest.raises(ValueError, match=r"^mid\.attn: attention with added or fused projections is not supported; unfuse it"):
+        check_supported("mid.attn", attention)
+    attention, _ = block()
+    check_supported("mid.attn", attention)
+    attention.fuse_projections()
+    with pytest.raises(ValueError, match=r"^mid\.attn: attention with added or fused projections"):
+        check_supported("mid.attn", attention)

@@ -1,0 +1,210 @@
+"""Quantized convolutions and linear layers, against Q-Diffusion's QuantModule where the formulas are the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qncd.quant.affine import IntegerRange
+from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
+from qncd.quant.quantizers import Stage
+
+A8 = IntegerRange(8, False)
+
+
+def layer_config(weight_bits: int | None = 4, act: IntegerRange | None = A8, **changes: Any) -> LayerConfig:
+    codes = None if weight_bits is None else IntegerRange(weight_bits, True)
+    return LayerConfig(**{"weight_codes": codes, "act_codes": act, "weight_range": "max", "act_range": "max", **changes})
+
+
+def wrap(layer: nn.Module, config: LayerConfig) -> QuantLayer:
+    return (QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear).from_float(layer, config)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def switch_over(layer: QuantLayer, *inputs: Tensor) -> QuantLayer:
+    layer.act.set_stage(Stage.OBSERVE)
+    for x in inputs:
+        layer(x)
+    layer.act.finish_observing()
+    layer.quantize_weight_()
+    layer.act.set_stage(Stage.QUANTIZE)
+    return layer
+
+
+def float_layer(weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0) -> nn.Module:
+    layer: nn.Module
+    if weight.ndim == 2:
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+    else:
+        layer = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], stride, padding)
+    layer.weight, layer.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+    return layer.requires_grad_(False)
+
+
+def small_layer(kind: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(1)
+    if kind == "linear":
+        return nn.Linear(10, 6).requires_grad_(False), torch.randn(2, 7, 10)
+    return nn.Conv2d(10, 6, 3, stride=2, padding=1).requires_grad_(False), torch.randn(2, 10, 5, 5)
+
+
+def assert_near(found: Tensor, expected: Tensor, step: float) -> None:
+    """Within 1e-5, but for at most 0.5 % of the elements, which are a rounding tie (one `step`) off."""
+    error = (found - expected).abs()
+    assert (error > 1e-5).float().mean() <= 0.005, f"{(error > 1e-5).float().mean():.4f} of the elements differ"
+    assert error.max() <= step
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("name", "stride", "padding"), [("conv", 1, 1), ("conv_s2", 2, 0), ("linear", 1, 0)])
+def test_activations_are_quantized_as_by_the_original(golden: Any, name: str, stride: int, padding: int, bits: int) -> None:
+    """The original's weights are asymmetric: its rounded weight is put in, its activations are found by observing."""
+    data = golden("quant_blocks")
+    key, weight = f"{name}_w{bits}a8", data[f"{name}_weight"]
+    delta, zero_point = data[f"{key}_wdelta"], data[f"{key}_wzp"]
+    rounded = (torch.clamp(torch.round(weight / delta) + zero_point, 0, 2**bits - 1) - zero_point) * delta
+    layer = wrap(float_layer(rounded, data[f"{name}_bias"], stride, padding), layer_config(None))
+    x = data[f"{name}_x"]
+    torch.testing.assert_close(layer(x), data[f"{name}_w{bits}a32"], rtol=0, atol=1e-5)
+    switch_over(layer, x)
+    torch.testing.assert_close(layer.act.scale[0], data[f"{key}_adelta"], rtol=1e-6, atol=0)
+    assert layer.act.zero_point[0] == data[f"{key}_azp"]
+    assert_near(layer(x), data[key], float(layer.act.scale * rounded.abs().max()) * 1.01)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_split_shortcut_is_the_originals(golden: Any, bits: int) -> None:
+    data = golden("quant_blocks")
+    key, weight, at = f"split_w{bits}a8", data["split_weight"], int(data["split_at"])
+    halves = []
+    for part, half in ((weight[:, :at], 0), (weight[:, at:], 1)):
+        delta, zero_point = data[f"{key}_w{half}_delta"], data[f"{key}_w{half}_zp"]
+        halves.append((torch.clamp(torch.round(part / delta) + zero_point, 0, 2**bits - 1) - zero_point) * delta)
+    rounded = torch.cat(halves, 1)
+    segments = (at, weight.shape[1] - at)
+    layer = wrap(float_layer(rounded, data["split_bias"]), layer_config(None, segments=segments))
+    switch_over(layer, data["split_x"])
+    for half in (0, 1):
+        torch.testing.assert_close(layer.act.scale[half], data[f"{key}_a{half}_delta"], rtol=1e-6, atol=0)
+        assert layer.act.zero_point[half] == data[f"{key}_a{half}_zp"]
+    assert_near(layer(data["split_x"]), data[key], float(layer.act.scale.max() * rounded.abs().max()) * 1.01)
+
+
+@pytest.mark.parametrize("name", ["convw", "linw"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_are_rounded_as_by_the_original(golden: Any, name: str, bits: int) -> None:
+    data = golden("quantizers_uniform")
+    weight, key = data[f"in_{name}"], f"{name}_b{bits}_sym_max_az0"
+    layer = wrap(float_layer(weight, torch.zeros(len(weight))), layer_config(bits))
+    layer.quantize_weight_()
+    assert layer.weight_scale is not None
+    torch.testing.assert_close(layer.weight_scale[:, 0], data[f"{key}_delta"].flatten(), rtol=1e-6, atol=0)
+    assert ((layer.weight - data[f"{key}_deq"]).abs() > 1e-6).float().mean() <= 0.005
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_before_quantizing_it_is_the_float_layer(kind: str) -> None:
+    layer, x = small_layer(kind)
+    wrapped = wrap(layer, layer_config())
+    assert wrapped.weight is layer.weight and wrapped.bias is layer.bias
+    assert torch.equal(wrapped(x), layer(x))
+
+
+@pytest.mark.parametrize("segments", [None, (7, 3)])
+@pytest.mark.parametrize("weight_range", ["max", "mse"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_codes_round_trip_bit_for_bit(kind: str, bits: int, weight_range: str, segments: tuple[int, ...] | None) -> None:
+    layer, _ = small_layer(kind)
+    original = layer.weight.clone()
+    config = layer_config(bits, weight_range=weight_range, segments=segments)
+    rounded = wrap(layer, config)
+    rounded.quantize_weight_()
+    codes, scale = rounded.weight_codes(), rounded.weight_scale
+    assert codes.dtype == torch.int8 and scale is not None and scale.shape == (6, len(segments or (1,)))
+    assert codes.min() >= -(2 ** (bits - 1)) and codes.max() <= 2 ** (bits - 1) - 1
+    for channel in rounded.weight:
+        for part in channel.split(segments or 10):
+            assert len(part.unique()) <= 2**bits
+    if weight_range == "max" and segments is None:
+        step = scale.view(-1, *[1] * (original.ndim - 1))
+        assert bool(((rounded.weight - original).abs() <= step / 2 * 1.0001).all())
+    other = wrap(small_layer(kind)[0], config)
+    other.set_weight_codes(codes, scale)
+    assert torch.equal(other.weight, rounded.weight) and torch.equal(other.weight_codes(), codes)
+    before = rounded.weight.clone()
+    rounded.quantize_weight_()
+    assert torch.equal(rounded.weight, before)
+
+
+def test_split_weights_have_scales_of_their_own() -> None:
+    layer, _ = small_layer("conv")
+    layer.weight[:, 7:] *= 20
+    original = layer.weight.clone()
+    split, whole = (wrap(layer, layer_config(4, segments=s)) for s in ((7, 3), None))
+    for wrapped in (split, whole):
+        wrapped.quantize_weight_()
+    error = [(wrapped.weight - original)[:, :7].square().mean() for wrapped in (split, whole)]
+    assert error[0] < 0.02 * error[1]
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_smoothing_is_exact_in_floats(kind: str) -> None:
+    layer, x = small_layer(kind)
+    expected = layer(x)
+    wrapped = wrap(layer, layer_config())
+    factors = torch.logspace(-1, 2, 10)
+    wrapped.smooth_(factors)
+    torch.testing.assert_close(wrapped(x), expected, rtol=1e-5, atol=1e-5)
+    wrapped.smooth_(1 / factors.sqrt())
+    torch.testing.assert_close(wrapped(x), expected, rtol=1e-5, atol=1e-5)
+    assert wrapped.smoothing is not None
+    torch.testing.assert_close(wrapped.smoothing.flatten(), factors.sqrt())
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_shifting_the_bias_by_the_rounding_error_leaves_no_mean_error(kind: str) -> None:
+    layer, x = small_layer(kind)
+    layer.bias = None
+    exact = layer(x)
+    wrapped = wrap(layer, layer_config(3, act_range="mse"))
+    wrapped.act.set_stage(Stage.OBSERVE)
+    wrapped(x)
+    wrapped.act.finish_observing()
+    wrapped.act.set_stage(Stage.FLOAT)
+    wrapped.search_weight_range_()
+    weight = wrapped.weight.clone()
+    error = wrapped.rounding_error(x)
+    assert torch.equal(wrapped.weight, weight) and wrapped.act.stage is Stage.FLOAT and error.shape == (6,)
+    wrapped.shift_bias_(-error)
+    wrapped.quantize_weight_()
+    wrapped.act.set_stage(Stage.QUANTIZE)
+    others = (0, 2, 3) if kind == "conv" else (0, 1)
+    mean = (wrapped(x) - exact).mean(others)
+    assert error.abs().max() > 0.01 and mean.abs().max() < 1e-5
+
+
+def test_refusals() -> None:
+    layer, _ = small_layer("conv")
+    wrapped = wrap(layer, layer_config())
+    with pytest.raises(ValueError, match=r"^the weights are not quantized yet$"):
+        wrapped.weight_codes()
+    with pytest.raises(ValueError, match=r"^\(3,\) smoothing factors for 10 input channels$"):
+        wrapped.smooth_(torch.ones(3))
+    for bad in (0.0, -1.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=r"^a smoothing factor is not a positive finite number$"):
+            wrapped.smooth_(torch.tensor([1.0] * 9 + [bad]))
+    with pytest.raises(ValueError, match=r"^codes \(6, 10, 3, 3\) and scales \(6, 2\) for a weight \(6, 10, 3, 3\)$"):
+        wrapped.set_weight_codes(torch.zeros(6, 10, 3, 3), torch.ones(6, 2))
+    wrapped.quantize_weight_()
+    with pytest.raises(ValueError, match=r"^smoothing comes before the weights are quantized$"):
+        wrapped.smooth_(torch.ones(10))
+    for bad in (torch.nan, torch.inf):
+        layer, _ = small_layer("conv")
+        layer.weight[2, 3, 1, 1] = bad
+        with pytest.raises(ValueError, match=r"^a weight is NaN or infinite$"):
+            wrap(layer, layer_config()).quantize_weight_()
