@@ -97,6 +97,9 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sm_abit", type=int, default=8, help="bits of the softmax output, 2 to 16 (default 8)")
     group.add_argument("--a_sym", action="store_true", help="symmetric activation codes, no zero point")
     group.add_argument("--running_stat", action="store_true", help="activation ranges by moving averages (momentum 0.95)")
+    group.add_argument(
+        "--act_range", choices=("max", "mse"), help="activation ranges: extremes (default) or least L2.4 error"
+    )
     group.add_argument("--split", action=argparse.BooleanOptionalAction, help="quantize the halves of skip concatenations apart")
     group.add_argument(
         "--scale_split_static", action=argparse.BooleanOptionalAction,
@@ -175,13 +178,14 @@ def quant_config(args: argparse.Namespace) -> QuantConfig | None:
         raise ValueError("--weight_only and --quant_act exclude one another")
     qncd = args.quant_mode == "qncd"
     quantize_acts = not args.weight_only and (qncd or args.quant_act)
-    act_range = "running" if args.running_stat else "mse" if qncd else "max"
+    if args.running_stat and args.act_range:
+        raise ValueError("--running_stat and --act_range exclude one another")
     return QuantConfig(
         weight_bits=args.weight_bit,
         act_bits=args.act_bit if quantize_acts else None,
         softmax_bits=args.sm_abit,
         weight_range="mse" if qncd else "max",
-        act_range=act_range,
+        act_range="running" if args.running_stat else args.act_range or "max",
         act_symmetric=args.a_sym,
         split=qncd if args.split is None else args.split,
         bias_correction=qncd if args.bias_correction is None else args.bias_correction,

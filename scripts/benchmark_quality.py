@@ -148,13 +148,13 @@ class Cell:
 
     @property
     def quant(self) -> QuantConfig | None:
-        """The widths with min-max ranges alone (linear), or with mse ranges, split and bias correction (all others)."""
+        """Min-max ranges alone (linear), or mse weight ranges, split and bias correction (all others)."""
         if self.mode == FULL:
             return None
         ours, (weight_bits, act_bits) = self.mode != "linear", parse_width(self.width)
-        ranges = "mse" if ours else "max"
+        weight_range = "mse" if ours else "max"
         biases = ours and self.mode != "paper"
-        return QuantConfig(weight_bits, act_bits, weight_range=ranges, act_range=ranges, split=ours, bias_correction=biases)
+        return QuantConfig(weight_bits, act_bits, weight_range=weight_range, act_range="max", split=ours, bias_correction=biases)
 
     @property
     def smoothing(self) -> SmoothingConfig | None:
@@ -408,9 +408,9 @@ def sample_calibration_set(plan: Plan, seed: int) -> None:
     data, table = sample_calibration(plan.diffusion(), config, plan.correction if plan.controlled else None, plan.model_hash)
     data_path, table_path = plan.calibration_paths(seed)
     if table is not None:
-        tensors = {name: getattr(table, name).contiguous() for name in ("mean", "spread", "spread_all", "variance")}
+        tensors, head = table.to_tensors()
         partial = table_path.with_name(f".{table_path.name}.{os.getpid()}.part")
-        save_file(tensors, partial, {"indices": json.dumps(table.indices), "target": table.target})
+        save_file(tensors, partial, {"noise_table": head})
         partial.replace(table_path)
     save_calibration(data, data_path)
 
@@ -426,9 +426,8 @@ def load_calibration_set(plan: Plan, seed: int) -> tuple[CalibrationSet, NoiseTa
     table = None
     if plan.controlled:
         with safe_open(table_path, "pt") as file:
-            head = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in ("mean", "spread", "spread_all", "variance")}
-            table = NoiseTable(indices=tuple(json.loads(head["indices"])), target=head["target"], **tensors)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            table = NoiseTable.from_tensors(tensors, file.metadata()["noise_table"])
     return load_calibration(data_path, plan.calibration.samples, plan.calibration.steps), table
 
 
@@ -580,8 +579,8 @@ def caption(args: argparse.Namespace, plan: Plan, rows: Sequence[dict[str, Any]]
         + (f"; without the {identical} images that equal it." if identical else "."),
         "Noise-prediction error: ‖ε − ε_FP‖² / ‖ε_FP‖² at the quantized model's own x_t, ε after correction, mean over the "
         f"steps, first {min(ERROR_IMAGES, plan.images)} images.",
-        "linear: min-max ranges, no split. All qncd rows: mse ranges and split; neither, smoothing only and correction only "
-        "leave out the rest.",
+        "linear: min-max ranges, no split. All qncd rows: mse weight ranges, min-max activation ranges, split, and (but for "
+        "the last) bias correction; neither, smoothing only and correction only leave out the rest.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",
     ]
     if len(commits) > 1:

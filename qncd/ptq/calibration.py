@@ -190,6 +190,8 @@ def calibrate_(
     layers = quant_layers(unet)
     if not layers:
         raise ValueError("calibrate_ works on a model prepared by quantize_")
+    for name, layer in layers.items():
+        _named(name, layer.search_weight_range_)
     quantizers = act_quantizers(unet)
     if quantizers:
         done = 0
@@ -201,8 +203,6 @@ def calibrate_(
                     progress(done, len(data))
         for name, quantizer in quantizers.items():
             _named(name, quantizer.finish_observing)
-    for name, layer in layers.items():
-        _named(name, layer.search_weight_range_)
     if bias_correction:
         correct_biases_(unet, data, batch_size)
     for layer in layers.values():

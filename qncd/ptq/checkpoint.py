@@ -27,7 +27,6 @@ from qncd.quant.quantizers import Stage
 from qncd.sampling.runtime_noise import NoiseTable
 
 FORMAT = "qncd-1"
-_TABLE_FIELDS = ("mean", "spread", "spread_all", "variance")
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,8 @@ def save_quantized(
         "settings": json.dumps(settings),
     }
     if table is not None:
-        tensors |= {f"noise_table.{field}": getattr(table, field) for field in _TABLE_FIELDS}
-        metadata["noise_table"] = json.dumps({"indices": table.indices, "target": table.target})
+        fields, metadata["noise_table"] = table.to_tensors()
+        tensors |= {f"noise_table.{name}": value for name, value in fields.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -127,9 +126,8 @@ def peek_quantized(path: Path) -> tuple[QuantizedInfo, NoiseTable | None]:
     try:
         with safe_open(path, "pt") as file:
             metadata, names = dict(file.metadata() or {}), list(file.keys())
-            fields = {
-                field: file.get_tensor(f"noise_table.{field}") for field in _TABLE_FIELDS if f"noise_table.{field}" in names
-            }
+            prefixed = [name for name in names if name.startswith("noise_table.")]
+            fields = {name.partition(".")[2]: file.get_tensor(name) for name in prefixed}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole quantized checkpoint (cut off or of another kind): {error}") from None
     if metadata.get("format") != FORMAT:
@@ -140,8 +138,7 @@ def peek_quantized(path: Path) -> tuple[QuantizedInfo, NoiseTable | None]:
         info = QuantizedInfo(config, smoothed, metadata["base_hash"], json.loads(metadata["settings"]))
         table = None
         if "noise_table" in metadata:
-            head = json.loads(metadata["noise_table"])
-            table = NoiseTable(indices=tuple(head["indices"]), target=head["target"], **fields)
+            table = NoiseTable.from_tensors(fields, metadata["noise_table"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged header: {error}") from None
     return info, table

@@ -27,11 +27,20 @@ class MinMaxObserver:
     def __init__(self) -> None:
         self.low: Tensor | None = None
         self.high: Tensor | None = None
+        self.finite = True
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """The range seen. Raises ValueError where nothing was, or NaN or infinity."""
+        if self.low is None or self.high is None:
+            raise ValueError("an activation quantizer saw no calibration data")
+        if not self.finite:
+            raise ValueError("an activation is NaN or infinite while calibrating")
+        return self.low, self.high
 
     def observe(self, x: Tensor) -> None:
         low, high = (v.float() for v in torch.aminmax(x.detach()))
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise ValueError("an activation is NaN or infinite while calibrating")
+            self.finite = False  # said by qparams, whose caller knows the layer's name
         self._update(low, high)
 
     def _update(self, low: Tensor, high: Tensor) -> None:
@@ -39,9 +48,7 @@ class MinMaxObserver:
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
     def qparams(self, codes: IntegerRange) -> tuple[Tensor, Tensor]:
-        if self.low is None or self.high is None:
-            raise ValueError("an activation quantizer saw no calibration data")
-        return affine_qparams(self.low, self.high, codes)
+        return affine_qparams(*self.extremes(), codes)
 
 
 class RunningObserver(MinMaxObserver):
@@ -75,6 +82,8 @@ class HistogramObserver(MinMaxObserver):
 
     def observe(self, x: Tensor) -> None:
         super().observe(x)
+        if not self.finite:
+            return
         assert self.low is not None and self.high is not None
         needed = max(-float(self.low), float(self.high))
         if needed == 0:
@@ -94,14 +103,14 @@ class HistogramObserver(MinMaxObserver):
         self.limit *= 2
 
     def qparams(self, codes: IntegerRange) -> tuple[Tensor, Tensor]:
-        if self.counts is None or self.low is None or self.high is None:
-            raise ValueError("an activation quantizer saw no calibration data")
+        low, high = self.extremes()
         if codes.bits > 8:  # finer than a bin: clipping can't win there, and the histogram could not tell
-            return affine_qparams(self.low, self.high, codes)
+            return affine_qparams(low, high, codes)
+        assert self.counts is not None
         width = 2 * self.limit / self.bins
         centres = (torch.arange(self.bins, device=self.counts.device) + 0.5) * width - self.limit
         filled = self.counts > 0
-        return search_qparams(centres[filled].float(), self.counts[filled], self.low, self.high, codes)
+        return search_qparams(centres[filled].float(), self.counts[filled], low, high, codes)
 
 
 _OBSERVERS = {"max": MinMaxObserver, "running": RunningObserver, "mse": HistogramObserver}

@@ -6,6 +6,7 @@ x^_t the re-noised sample, e^ the prediction there, d = e^ - (what e^ should be)
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,48 +19,82 @@ from qncd.rng import CORRECTOR_STREAM, ImageNoise
 from qncd.sampling.correctors import Advance, Corrected, Denoiser
 from qncd.sampling.schedule import Step
 
+SHRINK_SPREADS = 3.0  # an estimate within so many standard deviations of the estimator corrects nothing
+TABLE_TENSORS = ("coefficients", "spread", "coefficients_all", "spread_all", "variance")
+
 
 def is_due(index: int, interval: int) -> bool:
     """Whether step `index` (0 first) makes a new estimate: the released code's rule (l-2) % n == n // 2, l = index + 1."""
     return (index - 1) % interval == interval // 2 % interval
 
 
-def estimate_difference(
-    step: Step, x: Tensor, eps: Tensor, denoise: Denoiser, advance: Advance, z: Tensor, target: str
-) -> Tensor:
-    """d = e^ - target at the re-noised sample, (N, C, H, W).
+@dataclass(frozen=True)
+class Estimate:
+    """One estimate d = e^ - target (N, C, H, W) and the two inputs whose means it moves with: x^_t and z."""
+
+    d: Tensor
+    renoised: Tensor
+    z: Tensor
+
+    def predictors(self) -> Tensor:
+        """(N, C, 3): 1, mean(x^_t), mean(z) of every image and channel."""
+        means = [v.mean((2, 3)) for v in (self.renoised, self.z)]
+        return torch.stack([torch.ones_like(means[0]), *means], 2)
+
+
+def estimate_noise(step: Step, x: Tensor, eps: Tensor, denoise: Denoiser, advance: Advance, z: Tensor, target: str) -> Estimate:
+    """Re-noise the trial step and predict again.
 
     x^_t = r x_p + sqrt(1-r^2) z with r = sqrt(abar_t/abar_p). Targets: "paper" z, the noise of this one step;
-    "consistent" n = (x^_t - sqrt(abar_t) x0-hat) / sqrt(1-abar_t), all noise known to be in x^_t.
+    "consistent" n = (x^_t - sqrt(abar_t) x0-hat) / sqrt(1-abar_t), all noise that x0-hat says is in x^_t.
     """
     tentative = advance(eps)
     r = math.sqrt(step.abar / step.abar_prev)
     renoised = r * tentative.x_prev + math.sqrt(max(0.0, 1 - r * r)) * z
     predicted = denoise(renoised, step.t)
     if target == "paper":
-        return predicted - z
-    return predicted - (renoised - math.sqrt(step.abar) * tentative.x0) / math.sqrt(1 - step.abar)
+        return Estimate(predicted - z, renoised, z)
+    n = (renoised - math.sqrt(step.abar) * tentative.x0) / math.sqrt(1 - step.abar)
+    return Estimate(predicted - n, renoised, z)
 
 
 @dataclass(frozen=True)
 class NoiseTable:
     """The full-precision model's own estimates: what the estimator reports where there is no quantization noise.
 
+    An image's mean(d) differs from the next one's because the images differ. Most of that follows from the means of
+    x^_t and z, which are known while sampling, so the table holds a regression on them at each step.
+
     Attributes:
         indices: the S steps at which estimates are made.
-        mean: (S, C) mean over images of each channel's mean(d).
-        spread: (S, C) standard deviation over images of each channel's mean(d).
-        spread_all: (S,) the same of the mean over all channels.
+        coefficients: (S, C, 3) of 1, mean(x^_t) and mean(z), for the mean over one channel.
+        spread: (S, C) standard deviation of what the regression leaves.
+        coefficients_all: (S, 3), spread_all: (S,): the same for the mean over all channels.
         variance: (S,) mean over images of var(d).
+        images: how many the table was made from.
         target: what d was compared with.
     """
 
     indices: tuple[int, ...]
-    mean: Tensor
+    coefficients: Tensor
     spread: Tensor
+    coefficients_all: Tensor
     spread_all: Tensor
     variance: Tensor
+    images: int
     target: str
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], str]:
+        """The tensors by name, and the rest as JSON: what a safetensors file holds."""
+        tensors = {name: getattr(self, name).contiguous() for name in TABLE_TENSORS}
+        return tensors, json.dumps({"indices": self.indices, "images": self.images, "target": self.target})
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], head: str) -> NoiseTable:
+        """The inverse of `to_tensors`. Raises KeyError or JSONDecodeError for something else."""
+        plain = json.loads(head)
+        named = {name: tensors[name] for name in TABLE_TENSORS}
+        return cls(indices=tuple(plain["indices"]), images=plain["images"], target=plain["target"], **named)
 
     def at(self, index: int) -> int:
         """Row of step `index`. Raises ValueError where the table has none."""
@@ -68,12 +103,21 @@ class NoiseTable:
         return self.indices.index(index)
 
 
+def _regress(predictors: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares of means (N,) on predictors (N, 3): coefficients (3,) and the standard deviation of the rest."""
+    # Exactly constant or equal predictors leave coefficients undetermined: gelsd picks the smallest ones.
+    solution = torch.linalg.lstsq(predictors.double(), means.double()[:, None], driver="gelsd").solution
+    rest = means.double() - (predictors.double() @ solution)[:, 0]
+    return solution[:, 0].float(), (rest.square().sum() / max(1, len(means) - 3)).sqrt().float()
+
+
 class NoiseRecorder:
     """A corrector that corrects nothing and records the estimates of the model it watches, for a NoiseTable."""
 
     def __init__(self, config: CorrectionConfig) -> None:
         self.config = config
         self.means: dict[int, list[Tensor]] = {}
+        self.predictors: dict[int, list[Tensor]] = {}
         self.variances: dict[int, list[Tensor]] = {}
 
     def begin(self, seeds: Sequence[int], device: str) -> None:
@@ -82,25 +126,32 @@ class NoiseRecorder:
     def correct(self, step: Step, x: Tensor, eps: Tensor, denoise: Denoiser, advance: Advance) -> Corrected:
         if is_due(step.index, self.config.interval):
             z = self.noise.normal(x.shape[1:], x.device)
-            d = estimate_difference(step, x, eps, denoise, advance, z, self.config.target)
-            self.means.setdefault(step.index, []).append(d.mean((2, 3)).cpu())  # (N, C)
-            self.variances.setdefault(step.index, []).append(d.var((1, 2, 3)).cpu())  # (N,)
+            estimate = estimate_noise(step, x, eps, denoise, advance, z, self.config.target)
+            self.means.setdefault(step.index, []).append(estimate.d.mean((2, 3)).cpu())  # (N, C)
+            self.predictors.setdefault(step.index, []).append(estimate.predictors().cpu())  # (N, C, 3)
+            self.variances.setdefault(step.index, []).append(estimate.d.var((1, 2, 3)).cpu())  # (N,)
         return Corrected(eps)
 
     def table(self) -> NoiseTable:
-        """The table of everything recorded. Raises ValueError where nothing was, or from a single image."""
+        """The table of everything recorded. Raises ValueError where nothing was, or from fewer than 4 images."""
         indices = tuple(sorted(self.means))
         if not indices:
             raise ValueError(f"interval {self.config.interval}: no step makes an estimate; allowed are intervals below the steps")
         means = [torch.cat(self.means[i]) for i in indices]  # S x (N, C)
-        if len(means[0]) < 2:
-            raise ValueError("the full-precision noise table needs 2 images or more")
+        predictors = [torch.cat(self.predictors[i]) for i in indices]  # S x (N, C, 3)
+        if len(means[0]) < 4:
+            raise ValueError(f"the full-precision noise table needs 4 images or more, not {len(means[0])}")
+        channels = range(means[0].shape[1])
+        single = [[_regress(p[:, c], m[:, c]) for c in channels] for p, m in zip(predictors, means, strict=True)]
+        pooled = [_regress(p.mean(1), m.mean(1)) for p, m in zip(predictors, means, strict=True)]
         return NoiseTable(
             indices=indices,
-            mean=torch.stack([m.mean(0) for m in means]),
-            spread=torch.stack([m.std(0) for m in means]),
-            spread_all=torch.stack([m.mean(1).std() for m in means]),
+            coefficients=torch.stack([torch.stack([c[0] for c in row]) for row in single]),
+            spread=torch.stack([torch.stack([c[1] for c in row]) for row in single]),
+            coefficients_all=torch.stack([c[0] for c in pooled]),
+            spread_all=torch.stack([c[1] for c in pooled]),
             variance=torch.stack([torch.cat(self.variances[i]).mean() for i in indices]),
+            images=len(means[0]),
             target=self.config.target,
         )
 
@@ -109,7 +160,7 @@ class RuntimeNoiseCorrector:
     """Estimates the mean and variance of the quantization noise while sampling, and takes them out.
 
     Args:
-        config: how; with `control` the full-precision table is subtracted from every estimate.
+        config: how; with `control` what the full-precision model would report is subtracted from every estimate.
         table: needed for `control` and `shrink`.
 
     Raises:
@@ -132,23 +183,32 @@ class RuntimeNoiseCorrector:
     def correct(self, step: Step, x: Tensor, eps: Tensor, denoise: Denoiser, advance: Advance) -> Corrected:
         if is_due(step.index, self.config.interval):
             z = self.noise.normal(x.shape[1:], x.device)
-            self._update(step, estimate_difference(step, x, eps, denoise, advance, z, self.config.target))
+            self._update(step, estimate_noise(step, x, eps, denoise, advance, z, self.config.target))
         return Corrected(eps - self.mean, self.variance)
 
-    def _update(self, step: Step, d: Tensor) -> None:
+    def _update(self, step: Step, estimate: Estimate) -> None:
         statistics, table = self.config.statistics, self.reference
-        dims = {"batch": (0, 1, 2, 3), "sample": (1, 2, 3), "channel": (2, 3)}[statistics]
-        mean = d.mean(dims, keepdim=True)
-        variance = d.var(dims, keepdim=True)
+        mean = estimate.d.mean((2, 3))  # (N, C)
+        variance = estimate.d.var({"batch": (0, 1, 2, 3), "sample": (1, 2, 3), "channel": (2, 3)}[statistics], keepdim=True)
+        if statistics != "channel":
+            mean = mean.mean(1, keepdim=True)  # (N, 1)
+        spread = torch.zeros(1)
         if table is not None:
             row = table.at(step.index)
+            if statistics == "channel":
+                coefficients, predictors, spread = table.coefficients[row], estimate.predictors(), table.spread[row]
+            else:
+                coefficients, predictors = table.coefficients_all[row], estimate.predictors().mean(1, keepdim=True)
+                spread = table.spread_all[row]
             if self.config.control:
-                known = table.mean[row].to(d)
-                mean = mean - (known.view(1, -1, 1, 1) if statistics == "channel" else known.mean())
-                variance = (variance - table.variance[row].to(d)).clamp(min=0)
-            if self.config.shrink:
-                spread = table.spread[row].view(1, -1, 1, 1) if statistics == "channel" else table.spread_all[row]
-                noise = spread.to(d).square() / (len(d) if statistics == "batch" else 1)
-                mean = mean * (1 - noise / mean.square().clamp(min=1e-20)).clamp(min=0)
-        self.mean = mean
+                mean = mean - (predictors * coefficients.to(predictors)).sum(2)
+                variance = (variance - table.variance[row].to(variance)).clamp(min=0)
+        if statistics == "batch":
+            mean = mean.mean(0, keepdim=True)
+        if table is not None and self.config.shrink:
+            # The estimate's own variance: of the images it averages, and of the table.
+            averaged = len(estimate.d) if statistics == "batch" else 1
+            noise = spread.to(mean).square() * (1 / averaged + 3 / table.images)
+            mean = mean * (1 - SHRINK_SPREADS**2 * noise / mean.square().clamp(min=1e-20)).clamp(min=0)
+        self.mean = mean[:, :, None, None]
         self.variance = variance if self.config.correct_variance else None
