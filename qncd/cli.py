@@ -97,9 +97,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sm_abit", type=int, default=8, help="bits of the softmax output, 2 to 16 (default 8)")
     group.add_argument("--a_sym", action="store_true", help="symmetric activation codes, no zero point")
     group.add_argument("--running_stat", action="store_true", help="activation ranges by moving averages (momentum 0.95)")
-    group.add_argument(
-        "--act_range", choices=("max", "mse"), help="activation ranges: extremes (default) or least L2.4 error"
-    )
+    group.add_argument("--act_range", choices=("max", "mse"), help="activation ranges: extremes (default) or least L2.4 error")
     group.add_argument("--split", action=argparse.BooleanOptionalAction, help="quantize the halves of skip concatenations apart")
     group.add_argument(
         "--scale_split_static", action=argparse.BooleanOptionalAction,

@@ -195,14 +195,18 @@ def calibrate_(
     quantizers = act_quantizers(unet)
     if quantizers:
         done = 0
+        order: dict[str, None] = {}  # in which they run: the first to see NaN is the one to name
+        handles = [q.register_forward_hook(lambda *_, name=name: order.setdefault(name)) for name, q in quantizers.items()]
         with observing(unet):
             for x, t, cond in data.batches(batch_size):
                 call_unet(unet, x.to(unet.device), t.to(unet.device), cond.to(unet.device) if cond is not None else None)
                 done += len(x)
                 if progress:
                     progress(done, len(data))
-        for name, quantizer in quantizers.items():
-            _named(name, quantizer.finish_observing)
+        for handle in handles:
+            handle.remove()
+        for name in [*order, *(name for name in quantizers if name not in order)]:
+            _named(name, quantizers[name].finish_observing)
     if bias_correction:
         correct_biases_(unet, data, batch_size)
     for layer in layers.values():

@@ -95,7 +95,7 @@ def sample_calibration(
         progress: called with (images done, images in all).
     """
     collector = CalibrationCollector(len(diffusion.steps), config.steps)
-    recorder = NoiseRecorder(correction) if correction else None
+    recorder = NoiseRecorder(correction, config.samples) if correction else None
     _run(diffusion, config, recorder, collector, progress)
     return collector.result(model_hash=model_hash), recorder.table() if recorder else None
 
@@ -104,7 +104,7 @@ def record_noise_table(
     diffusion: Diffusion, config: CalibrationConfig, correction: CorrectionConfig, progress: Progress | None = None
 ) -> NoiseTable:
     """The control table alone, for a calibration set or a quantized checkpoint that came without a fitting one."""
-    recorder = NoiseRecorder(correction)
+    recorder = NoiseRecorder(correction, config.samples)
     _run(diffusion, config, recorder, None, progress)
     return recorder.table()
 

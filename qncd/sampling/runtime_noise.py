@@ -111,10 +111,19 @@ def _regress(predictors: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
     return solution[:, 0].float(), (rest.square().sum() / max(1, len(means) - 3)).sqrt().float()
 
 
+def check_table_images(images: int) -> None:
+    """Raise ValueError for fewer images than the regression of a noise table has a use for."""
+    if images < 4:
+        raise ValueError(f"the full-precision noise table needs 4 images or more, not {images}")
+
+
 class NoiseRecorder:
     """A corrector that corrects nothing and records the estimates of the model it watches, for a NoiseTable."""
 
-    def __init__(self, config: CorrectionConfig) -> None:
+    def __init__(self, config: CorrectionConfig, images: int | None = None) -> None:
+        """`images`: how many will be recorded, where known. Raises ValueError at once if they are too few."""
+        if images is not None:
+            check_table_images(images)
         self.config = config
         self.means: dict[int, list[Tensor]] = {}
         self.predictors: dict[int, list[Tensor]] = {}
@@ -139,8 +148,7 @@ class NoiseRecorder:
             raise ValueError(f"interval {self.config.interval}: no step makes an estimate; allowed are intervals below the steps")
         means = [torch.cat(self.means[i]) for i in indices]  # S x (N, C)
         predictors = [torch.cat(self.predictors[i]) for i in indices]  # S x (N, C, 3)
-        if len(means[0]) < 4:
-            raise ValueError(f"the full-precision noise table needs 4 images or more, not {len(means[0])}")
+        check_table_images(len(means[0]))
         channels = range(means[0].shape[1])
         single = [[_regress(p[:, c], m[:, c]) for c in channels] for p, m in zip(predictors, means, strict=True)]
         pooled = [_regress(p.mean(1), m.mean(1)) for p, m in zip(predictors, means, strict=True)]

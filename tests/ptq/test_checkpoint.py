@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from qncd.ptq.checkpoint import load_quantized_, pack4, peek_quantized, save_qua
 from qncd.ptq.pipeline import Diffusion
 from qncd.ptq.smoothing import smooth_, smoothing_factors
 from qncd.quant.convert import quant_layers, quantize_
-from qncd.sampling.runtime_noise import NoiseTable
+from qncd.sampling.runtime_noise import TABLE_TENSORS, NoiseTable
 from qncd.sampling.schedule import linear_betas
 
 HASH = "0123456789abcdef" * 4
@@ -42,7 +43,16 @@ def images(unet: Any) -> Tensor:
 
 
 def table() -> NoiseTable:
-    return NoiseTable((1, 3), torch.randn(2, 3), torch.rand(2, 3), torch.rand(2), torch.rand(2), "consistent")
+    return NoiseTable(
+        indices=(1, 3),
+        coefficients=torch.randn(2, 3, 3),
+        spread=torch.rand(2, 3),
+        coefficients_all=torch.randn(2, 3),
+        spread_all=torch.rand(2),
+        variance=torch.rand(2),
+        images=48,
+        target="consistent",
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 16, 255])
@@ -86,8 +96,8 @@ def test_images_come_back_bit_for_bit(make_unet: Any, tmp_path: Path, kind: str,
     assert torch.equal(images(target), images(source))
     assert info == peek_quantized(path)[0]
     assert (info.config, info.smoothed, info.base_hash, info.settings) == (config, smoothed, HASH, SETTINGS)
-    assert back is not None and (back.indices, back.target) == (control.indices, control.target)
-    for field in ("mean", "spread", "spread_all", "variance"):
+    assert back is not None and (back.indices, back.images, back.target) == ((1, 3), 48, "consistent")
+    for field in TABLE_TENSORS:
         assert torch.equal(getattr(back, field), getattr(control, field))
     layers = quant_layers(source)
     for name, layer in quant_layers(target).items():
@@ -158,12 +168,25 @@ def test_other_files_are_refused(make_unet: Any, saved: Path, tmp_path: Path) ->
         save_file({"a": torch.zeros(1)}, path, {**header, **damage})
         with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: damaged header: "):
             peek_quantized(path)
-    tensors = load_file(saved)
-    save_file(tensors, path, {**header, "settings": "{}", "noise_table": '{"indices": [1], "target": "paper"}'})
+    tensors, head = load_file(saved), {"indices": [1], "images": 9, "target": "paper"}
+
+    def write(tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
+        save_file(tensors, path, {**header, "settings": "{}", "noise_table": json.dumps(head)})
+
+    write(tensors, head)
     assert peek_quantized(path)[1] is not None
-    del tensors["noise_table.mean"]
-    save_file(tensors, path, {**header, "settings": "{}", "noise_table": '{"indices": [1], "target": "paper"}'})
-    with pytest.raises(ValueError, match=r"damaged header: .*mean"):
+    for name in TABLE_TENSORS:
+        write({key: value for key, value in tensors.items() if key != f"noise_table.{name}"}, head)
+        with pytest.raises(ValueError, match=rf"damaged header: '{name}'$"):
+            peek_quantized(path)
+    for name in head:
+        write(tensors, {key: value for key, value in head.items() if key != name})
+        with pytest.raises(ValueError, match=rf"damaged header: '{name}'$"):
+            peek_quantized(path)
+    # A table as files held it before there was a regression.
+    old = {key: value for key, value in tensors.items() if not key.startswith("noise_table.coefficients")}
+    write({**old, "noise_table.mean": torch.zeros(2, 3)}, {"indices": [1], "target": "paper"})
+    with pytest.raises(ValueError, match=r"damaged header: "):
         peek_quantized(path)
 
 

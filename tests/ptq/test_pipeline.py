@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from qncd.ptq.calibration import CalibrationSet
 from qncd.ptq.pipeline import Diffusion, quantize_with_, record_noise_table, sample_calibration
 from qncd.quant.convert import act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
-from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
+from qncd.sampling.runtime_noise import TABLE_TENSORS, NoiseTable, RuntimeNoiseCorrector
 from qncd.sampling.schedule import linear_betas
 
 SEEDS = range(16)
@@ -86,8 +87,8 @@ def test_wrap_sees_every_call(make_unet: Any) -> None:
 
 
 def psnr(found: Tensor, expected: Tensor) -> float:
-    spread = float(expected.max() - expected.min())
-    return 10 * math.log10(spread**2 / float((found - expected).square().mean()))
+    spread, error = float(expected.max() - expected.min()), float((found - expected).square().mean())
+    return 10 * math.log10(spread**2 / error) if error else math.inf
 
 
 @pytest.mark.parametrize("statistics", ["sample", "channel", "batch"])
@@ -98,10 +99,18 @@ def test_the_full_precision_model_is_hardly_corrected(make_unet: Any, statistics
     table = record_noise_table(diffusion, CalibrationConfig(48, 1, 16), correction)
     plain = diffusion.sample(SEEDS)
     corrected = diffusion.sample(SEEDS, RuntimeNoiseCorrector(correction, table))
-    bare = diffusion.sample(SEEDS, RuntimeNoiseCorrector(CorrectionConfig(2, statistics=statistics, control=False, shrink=False)))
-    print(f"{statistics}: {psnr(corrected, plain):.1f} dB, without control and shrinking {psnr(bare, plain):.1f} dB")
+    bare, controlled = (
+        diffusion.sample(SEEDS, RuntimeNoiseCorrector(replace(correction, control=control, shrink=False), table))
+        for control in (False, True)
+    )
+    print(
+        f"{statistics}: {psnr(corrected, plain):.1f} dB, without shrinking {psnr(controlled, plain):.1f} dB, "
+        f"without control and shrinking {psnr(bare, plain):.1f} dB"
+    )
     assert psnr(corrected, plain) > 35
     assert psnr(corrected, plain) > psnr(bare, plain) + 3
+    # Shrinking takes these estimates to nothing, so that the control's own part only shows without it.
+    assert psnr(controlled, plain) > psnr(bare, plain) + 3
 
 
 def test_the_pipeline_smooths_and_calibrates(prepared: tuple[Diffusion, CalibrationSet, NoiseTable]) -> None:
@@ -134,7 +143,17 @@ def test_recording_the_table_alone_gives_the_same_table(make_unet: Any) -> None:
     _, beside = sample_calibration(diffusion, calibration, CorrectionConfig(interval=2))
     alone = record_noise_table(diffusion, calibration, CorrectionConfig(interval=2))
     assert beside is not None and alone.indices == beside.indices
-    assert torch.equal(alone.mean, beside.mean) and torch.equal(alone.variance, beside.variance)
+    assert (alone.images, alone.target) == (beside.images, beside.target) == (5, "paper")
+    for name in TABLE_TENSORS:
+        assert torch.equal(getattr(alone, name), getattr(beside, name)), name
+
+
+def test_a_table_of_too_few_images_is_refused_before_sampling(make_unet: Any) -> None:
+    diffusion, calibration, correction = make_diffusion(make_unet()), CalibrationConfig(3, 2, 3), CorrectionConfig()
+    diffusion.unet.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
+    for make in (sample_calibration, record_noise_table):
+        with pytest.raises(ValueError, match=r"^the full-precision noise table needs 4 images or more, not 3$"):
+            make(diffusion, calibration, correction)
 
 
 def test_a_set_that_does_not_fit_leaves_the_model_as_it_was(make_unet: Any) -> None:

@@ -114,5 +114,9 @@ def test_refusals(act_range: str) -> None:
     with pytest.raises(ValueError, match=r"^an activation quantizer saw no calibration data$"):
         make_observer(act_range).qparams(IntegerRange(8, False))
     for bad in (torch.nan, torch.inf, -torch.inf):
-        with pytest.raises(ValueError, match=r"^an activation is NaN or infinite while calibrating$"):
-            make_observer(act_range).observe(torch.tensor([0.0, bad]))
+        for before, after in (([], []), ([1.0], []), ([], [1.0]), ([1.0], [2.0])):  # finite batches do not hide it
+            observer = make_observer(act_range)
+            for batch in ([before] if before else []) + [[0.0, bad]] + ([after] if after else []):
+                observer.observe(torch.tensor(batch))
+            with pytest.raises(ValueError, match=r"^an activation is NaN or infinite while calibrating$"):
+                observer.qparams(IntegerRange(8, False))

@@ -113,13 +113,14 @@ def test_batch_size_changes_no_pixel_and_a_cut_off_run_goes_on(model: Path, tmp_
 
 def test_switches_act(model: Path, tmp_path: Path) -> None:
     """Each part of the method changes the images when it is switched off."""
-    base = ["--ptq", "--weight_bit", "4", "--act_bit", "4", "--max_images", "2"]
+    base = ["--ptq", "--weight_bit", "4", "--act_bit", "4", "--max_images", "2", "--cali_batch_size", "2"]
     results = {}
     variants: dict[str, list[str]] = {
         "qncd": [], "no_smoothing": ["--no-scale_split_static"], "no_split": ["--no-split"], "weights": ["--weight_only"],
         "no_correction": ["--no-sample_reverse"], "linear": ["--quant_mode", "linear"],
         "published": ["--sample_reverse", "--reverse_target", "paper", "--no-reverse_control", "--reverse_statistics", "batch"],
-        "softmax": ["--sm_abit", "2"], "symmetric": ["--a_sym"], "running": ["--running_stat"],
+        "softmax": ["--sm_abit", "2"], "symmetric": ["--a_sym"], "running": ["--running_stat"], "clipped": ["--act_range", "mse"],
+        "biased": ["--no-bias_correction"],
     }  # fmt: skip
     for name, flags in variants.items():
         run(model, tmp_path / name, *base, *flags)
@@ -127,7 +128,7 @@ def test_switches_act(model: Path, tmp_path: Path) -> None:
     settings = {n: json.loads((tmp_path / n / "run.json").read_text())["settings"] for n in variants}
     assert settings["linear"]["quantization"]["act_bits"] is None  # the original's meaning: activations need --quant_act
     assert settings["linear"]["correction"] is None
-    for name in ("weights", "linear", "published", "softmax", "symmetric", "running", "no_split"):
+    for name in ("weights", "linear", "published", "softmax", "symmetric", "running", "no_split", "clipped", "biased"):
         assert results[name] != results["qncd"], name
 
 
@@ -144,6 +145,7 @@ BAD = [
     (["--quant_mode", "qdrop"], "invalid choice: 'qdrop'"),
     (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt"),
     (["--config", "nowhere.yml"], "nowhere.yml: no such config file"),
+    (["--ptq", "--cali_n", "3"], "the full-precision noise table needs 4 images or more, not 3"),
     (["--ptq", "--cali_st", "6"], "cali_st 6: the sampler takes 5 steps; allowed are 1 to 5"),
     (["--seed", "-3"], "seed -3: allowed are whole numbers, 0 or more"),
     (["--devise", "cpu"], "unrecognized arguments: --devise cpu"),
