@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from qncd.quant.affine import IntegerRange, search_weight_scale, symmetric_scale
 from qncd.quant.quantizers import ActQuantizer, Stage
 
+ERROR_INPUTS = 4  # inputs that rounding_error looks at together: it holds two outputs at a time
+
 
 @dataclass(frozen=True)
 class LayerConfig:
@@ -113,16 +115,20 @@ class QuantLayer(nn.Module):
     def rounding_error(self, x: Tensor) -> Tensor:
         """Mean error (O,) that quantizing the weight and the input x leaves in this layer's output, scales being known."""
         stage, weight = self.act.stage, self.weight
-        exact = self(x)
-        try:
-            self.act.set_stage(Stage.QUANTIZE)
-            self.weight = nn.Parameter(self.rounded_weight(), requires_grad=False)
-            error = self(x) - exact
-        finally:
-            self.act.set_stage(stage)
-            self.weight = weight
-        channel = 1 if isinstance(self, nn.Conv2d) else error.ndim - 1
-        return error.mean([d for d in range(error.ndim) if d != channel])
+        rounded = nn.Parameter(self.rounded_weight(), requires_grad=False)
+        total = torch.zeros(len(weight), dtype=torch.float64, device=x.device)
+        for part in x.split(ERROR_INPUTS):
+            exact = self(part)
+            try:
+                self.act.set_stage(Stage.QUANTIZE)
+                self.weight = rounded
+                error = self(part).sub_(exact)
+            finally:
+                self.act.set_stage(stage)
+                self.weight = weight
+            channel = 1 if isinstance(self, nn.Conv2d) else error.ndim - 1
+            total += error.mean([d for d in range(error.ndim) if d != channel]).double() * len(part)
+        return total / len(x)
 
     @torch.no_grad()
     def shift_bias_(self, shift: Tensor) -> None:

@@ -93,7 +93,8 @@ class HistogramObserver(MinMaxObserver):
             self.counts = torch.zeros(self.bins, dtype=torch.float64, device=x.device)
         while self.limit < needed:
             self._double()
-        self.counts += torch.histc(x.detach().float().flatten(), self.bins, -self.limit, self.limit).double()
+        for part in x.detach().flatten().split(1 << 20):  # the library's own working memory grows with its input
+            self.counts += torch.histc(part.float(), self.bins, -self.limit, self.limit).double()
 
     def _double(self) -> None:
         assert self.counts is not None

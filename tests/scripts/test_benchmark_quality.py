@@ -53,7 +53,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         "--config", str(folder / "tiny.yml"), "--ckpt", str(folder / "unet"), "--out", str(folder / "out"), "--device", "cpu",
         "--images", "4", "--timesteps", "2", "--seeds", "1", "--widths", "w4a8", "--modes", "linear", "qncd",
-        "--batch_size", "3", "--cali_n", "2", "--cali_st", "2", "--interval", "1", "--jobs", "1",
+        "--batch_size", "3", "--cali_n", "4", "--cali_st", "2", "--interval", "1", "--jobs", "1",
     ]  # fmt: skip
 
 
