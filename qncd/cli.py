@@ -70,13 +70,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
 
 
+def add_step_arguments(group: argparse._ArgumentGroup, timesteps: int) -> None:
+    """--sample_type, --skip_type, --timesteps (with its default) and --eta."""
+    group.add_argument("--sample_type", choices=SAMPLE_TYPES, default="generalized", help="generalized is DDIM")
+    group.add_argument("--skip_type", choices=SKIP_TYPES, default="uniform", help="spacing of the time steps")
+    group.add_argument("--timesteps", type=int, default=timesteps, help=f"number of steps (default {timesteps})")
+    group.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM; 1: as much noise as DDPM")
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """--sample_type, --skip_type, --timesteps, --eta and what says which images to make."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--sample_type", choices=SAMPLE_TYPES, default="generalized", help="generalized is DDIM")
-    group.add_argument("--skip_type", choices=SKIP_TYPES, default="uniform", help="spacing of the time steps")
-    group.add_argument("--timesteps", type=int, default=100, help="number of steps (default 100)")
-    group.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM; 1: as much noise as DDPM")
+    add_step_arguments(group, 100)
     group.add_argument("--seed", type=int, default=1234, help="image i has the seed SEED + i (default 1234)")
     group.add_argument("--max_images", type=int, default=64, help="images to make (default 64)")
     group.add_argument("--batch_size", type=int, help="images at a time (default: the config's); changes no image")

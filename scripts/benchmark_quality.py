@@ -26,8 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 from qncd import cli
 from qncd.config import (
-    SAMPLE_TYPES,
-    SKIP_TYPES,
     CalibrationConfig,
     CorrectionConfig,
     QuantConfig,
@@ -217,10 +215,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--images", type=int, default=UNBIASED_IMAGES,
         help=f"images of each cell (default {UNBIASED_IMAGES}; 10000 for figures to publish)",
     )  # fmt: skip
-    group.add_argument("--sample_type", choices=SAMPLE_TYPES, default="generalized", help="generalized is DDIM")
-    group.add_argument("--skip_type", choices=SKIP_TYPES, default="uniform", help="spacing of the time steps")
-    group.add_argument("--timesteps", type=int, default=20, help="number of steps (default 20)")
-    group.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM; 1: as much noise as DDPM")
+    cli.add_step_arguments(group, 20)
     group.add_argument("--seed", type=int, default=1234, help="image i has the seed SEED + i in every cell (default 1234)")
     group.add_argument("--batch_size", type=int, default=64, help="images at a time (default 64); changes no image")
     group = parser.add_argument_group("calibration and correction")

@@ -32,7 +32,7 @@ def main() -> None:
 
     from qncd.io.fashion_mnist import load_fashion_mnist
     from qncd.models.ddim import build_ddim_unet
-    from qncd.sampling.schedule import alphas_cumprod, linear_betas
+    from qncd.sampling.schedule import alphas_cumprod, betas_of
 
     config = yaml.safe_load(args.config.read_text())
     steps = args.max_steps or config["training"]["n_iters"]
@@ -46,9 +46,7 @@ def main() -> None:
             self.unet = build_ddim_unet(config)
             self.ema = build_ddim_unet(config).requires_grad_(False)
             self.ema.load_state_dict(self.unet.state_dict())
-            diffusion = config["diffusion"]
-            betas = linear_betas(diffusion["beta_start"], diffusion["beta_end"], diffusion["num_diffusion_timesteps"])
-            self.register_buffer("abar", torch.from_numpy(alphas_cumprod(betas)).float())
+            self.register_buffer("abar", torch.from_numpy(alphas_cumprod(betas_of(config))).float())
 
         def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
             x0 = batch[0].float().permute(0, 3, 1, 2) / 127.5 - 1  # (N, 1, 32, 32) in [-1, 1]

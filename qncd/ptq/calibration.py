@@ -194,13 +194,10 @@ def calibrate_(
         _named(name, layer.search_weight_range_)
     quantizers = act_quantizers(unet)
     if quantizers:
-        done = 0
         order: dict[str, None] = {}  # in which they run: the first to see NaN is the one to name
         handles = [q.register_forward_hook(lambda *_, name=name: order.setdefault(name)) for name, q in quantizers.items()]
         with observing(unet):
-            for x, t, cond in data.batches(batch_size):
-                call_unet(unet, x.to(unet.device), t.to(unet.device), cond.to(unet.device) if cond is not None else None)
-                done += len(x)
+            for done in _passes(unet, data, batch_size):
                 if progress:
                     progress(done, len(data))
         for handle in handles:
@@ -231,7 +228,7 @@ def correct_biases_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> N
             nonlocal inside
             if not inside:
                 inside = True
-                sums[name] += layers[name].rounding_error(inputs[0]).double() * len(inputs[0])
+                sums[name] += layers[name].rounding_error(inputs[0]) * len(inputs[0])
                 inside = False
 
         return hook
@@ -242,15 +239,21 @@ def correct_biases_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> N
     cond, uncond = (None if v is None else v[chosen] for v in (data.cond, data.uncond))
     part = CalibrationSet(data.x[chosen], data.t[chosen], cond, uncond)
     try:
-        total = 0
-        for x, t, c in part.batches(batch_size):
-            call_unet(unet, x.to(unet.device), t.to(unet.device), c.to(unet.device) if c is not None else None)
-            total += len(x)
+        total = max(_passes(unet, part, batch_size))  # the hooks do the work; the last count is the largest
     finally:
         for handle in handles:
             handle.remove()
     for name, layer in layers.items():
         layer.shift_bias_(-sums[name] / total)
+
+
+def _passes(unet: UNet, data: CalibrationSet, batch_size: int) -> Iterator[int]:
+    """Run the network over the whole set; yields the number of inputs done after each batch."""
+    done = 0
+    for x, t, cond in data.batches(batch_size):
+        call_unet(unet, x.to(unet.device), t.to(unet.device), None if cond is None else cond.to(unet.device))
+        done += len(x)
+        yield done
 
 
 def _named(name: str, function: Callable[[], None]) -> None:
