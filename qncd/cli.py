@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 QUANT_MODES = ("linear", "qncd")
+VERBOSITY = ("debug", "info", "warning", "critical")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -70,6 +71,47 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
 
 
+def add_latent_model_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
+    """--config, --ckpt (also under other names), --use_pretrained, --device of a latent model."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--config", type=Path, help="yaml in CompVis' layout (default: beside the checkpoint, else the model in the box)"
+    )
+    group.add_argument(
+        *names, "--ckpt", dest="ckpt",
+        help="weights: a CompVis checkpoint, a folder with model.ckpt and config.yaml, a diffusers folder or a hub id",
+    )  # fmt: skip
+    group.add_argument("--use_pretrained", action="store_true", help="take the published weights that --config names")
+    group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def add_lane_argument(group: argparse._ArgumentGroup) -> None:
+    """--lane."""
+    group.add_argument("--lane", type=int, help="images in each network call, always exactly (default: by the size of the input)")
+
+
+def add_output_arguments(group: argparse._ArgumentGroup) -> None:
+    """--compare_fp, --savez, --sequence, --verbose."""
+    group.add_argument("--compare_fp", action="store_true", help="also sample the full-precision model with the same seeds")
+    group.add_argument("--savez", action="store_true", help="also write samples.npz, as ADM's evaluator takes it")
+    group.add_argument(
+        "--sequence", action="store_true", help="also write sequence.png: the first images on their way from noise"
+    )
+    group.add_argument(
+        "--verbose",
+        nargs="?",
+        choices=VERBOSITY,
+        const="debug",
+        default="info",
+        help="how much is told (default info; alone: debug)",
+    )
+
+
+def default_lane(size: int) -> int:
+    """Images in each network call by the side of what the network sees: 16 up to 64 pixels, else 4."""
+    return 16 if size <= 64 else 4
+
+
 def add_step_arguments(group: argparse._ArgumentGroup, timesteps: int) -> None:
     """--sample_type, --skip_type, --timesteps (with its default) and --eta."""
     group.add_argument("--sample_type", choices=SAMPLE_TYPES, default="generalized", help="generalized is DDIM")
@@ -85,7 +127,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=1234, help="image i has the seed SEED + i (default 1234)")
     group.add_argument("--max_images", type=int, default=64, help="images to make (default 64)")
     group.add_argument("--batch_size", type=int, help="images at a time (default: the config's); changes no image")
-    group.add_argument("--lane", type=int, help="inputs in each network call, always exactly (default 16; 4 above 64 pixels)")
+    add_lane_argument(group)
 
 
 def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +143,12 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--act_bit", type=int, default=8, help="2 to 8 (default 8)")
     group.add_argument("--sm_abit", type=int, default=8, help="bits of the softmax output, 2 to 16 (default 8)")
     group.add_argument("--a_sym", action="store_true", help="symmetric activation codes, no zero point")
+    group.add_argument(
+        "--a_min_max", action="store_true", help="activation ranges by their extremes: --act_range max, the default"
+    )
     group.add_argument("--running_stat", action="store_true", help="activation ranges by moving averages (momentum 0.95)")
+    group.add_argument("--rs_sm_only", action="store_true", help="moving averages for the softmax output only")
+    group.add_argument("--emb_float", action="store_true", help="leave the time embedding and its projections in floating point")
     group.add_argument("--act_range", choices=("max", "mse"), help="activation ranges: extremes (default) or least L2.4 error")
     group.add_argument("--split", action=argparse.BooleanOptionalAction, help="quantize the halves of skip concatenations apart")
     group.add_argument(
@@ -144,10 +191,18 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cali_batch_size", type=int, default=32, help="inputs at a time (default 32)")
     group.add_argument("--cali_seed", type=int, default=0, help="of the calibration images' own seeds (default 0)")
     group.add_argument(
+        "--cond", action="store_true", help="conditional calibration: refused for an unconditional model, always on for another"
+    )
+    group.add_argument(
         "--cali_data_path", type=Path, help="calibration set, Q-Diffusion's .pt layout: read, or sampled and saved here"
     )
     group.add_argument("--cali_ckpt", type=Path, help="quantized checkpoint: loaded if it exists, else made and saved here")
     group.add_argument("--resume", action="store_true", help="refuse to calibrate: --cali_ckpt must exist")
+    group.add_argument(
+        "--resume_w",
+        action="store_true",
+        help="take the weights of --cali_ckpt, calibrate activations anew, save beside the images",
+    )
 
 
 def choose_device(name: str | None) -> str:
@@ -181,14 +236,21 @@ def quant_config(args: argparse.Namespace) -> QuantConfig | None:
         raise ValueError("--weight_only and --quant_act exclude one another")
     qncd = args.quant_mode == "qncd"
     quantize_acts = not args.weight_only and (qncd or args.quant_act)
-    if args.running_stat and args.act_range:
-        raise ValueError("--running_stat and --act_range exclude one another")
+    if args.a_min_max and (args.running_stat or args.act_range not in (None, "max")):
+        raise ValueError("--a_min_max contradicts --running_stat and --act_range mse")
+    act_range = args.act_range or "max"
+    if args.running_stat or args.rs_sm_only:
+        if args.running_stat and args.act_range:
+            raise ValueError("--running_stat and --act_range exclude one another")
+        act_range = act_range if args.rs_sm_only else "running"
     return QuantConfig(
         weight_bits=args.weight_bit,
         act_bits=args.act_bit if quantize_acts else None,
         softmax_bits=args.sm_abit,
         weight_range="mse" if qncd else "max",
-        act_range="running" if args.running_stat else args.act_range or "max",
+        act_range=act_range,
+        softmax_range="running" if args.rs_sm_only else None,
+        quantize_embedding=not args.emb_float,
         act_symmetric=args.a_sym,
         split=qncd if args.split is None else args.split,
         bias_correction=qncd if args.bias_correction is None else args.bias_correction,

@@ -9,8 +9,10 @@ WEIGHT_RANGES = ("mse", "max")
 ACT_RANGES = ("mse", "max", "running")
 TARGETS = ("consistent", "paper")
 STATISTICS = ("sample", "batch", "channel")
-SAMPLE_TYPES = ("generalized", "ddpm_noisy", "dpm_solver")
+SAMPLE_TYPES = ("generalized", "ddpm_noisy", "dpm_solver", "plms")
+DETERMINISTIC = ("dpm_solver", "plms")
 SKIP_TYPES = ("uniform", "quad")
+CONVENTIONS = ("ddim", "ldm")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -42,7 +44,9 @@ class QuantConfig:
             (exponential moving average of batch extremes, momentum 0.95). Clipping shrinks the noise prediction a
             little at every step, and a sampler adds that up: "max" gave the better images wherever it was measured.
         split: quantize the two halves of a skip concatenation apart (Q-Diffusion's shortcut split).
+        softmax_range: the same for the softmax output alone; None: as `act_range`.
         quantize_attention: quantize q, k, v and the softmax output as well.
+        quantize_embedding: quantize the time embedding's layers and the blocks' projections of it as well.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
@@ -55,7 +59,9 @@ class QuantConfig:
     act_range: str = "max"
     act_symmetric: bool = False
     split: bool = True
+    softmax_range: str | None = None
     quantize_attention: bool = True
+    quantize_embedding: bool = True
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
@@ -66,6 +72,8 @@ class QuantConfig:
         check_int("edge_bits", self.edge_bits, 2, 8)
         check_choice("weight_range", self.weight_range, WEIGHT_RANGES)
         check_choice("act_range", self.act_range, ACT_RANGES)
+        if self.softmax_range is not None:
+            check_choice("softmax_range", self.softmax_range, ACT_RANGES)
         if self.weight_bits is None and self.act_bits is None:
             raise ValueError("weight_bits and act_bits are both None: nothing would be quantized")
 
@@ -123,23 +131,28 @@ class SamplerConfig:
     """Which steps a sampler takes.
 
     Attributes:
+        sample_type: "generalized" (DDIM at any eta), "ddpm_noisy", "dpm_solver" (DPM-Solver++ 2M) or "plms".
         timesteps: number of steps.
         eta: 0 is deterministic DDIM, 1 is DDPM-like (DDIM, arXiv 2010.02502, eq. 16).
+        convention: whose time steps. "ddim" (ermongroup/ddim): 0, k, 2k, ..., and the last step ends at the clean image.
+            "ldm" (CompVis latent-diffusion and Stable Diffusion): one later each, and the last step ends at time step 0.
     """
 
     sample_type: str = "generalized"
     skip_type: str = "uniform"
     timesteps: int = 100
     eta: float = 0.0
+    convention: str = "ddim"
 
     def __post_init__(self) -> None:
         check_choice("sample_type", self.sample_type, SAMPLE_TYPES)
         check_choice("skip_type", self.skip_type, SKIP_TYPES)
+        check_choice("convention", self.convention, CONVENTIONS)
         check_int("timesteps", self.timesteps, 1)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta {self.eta!r}: allowed are numbers from 0 to 1")
-        if self.eta and self.sample_type == "dpm_solver":
-            raise ValueError(f"eta {self.eta!r} with sample_type dpm_solver: allowed is 0 (the solver is deterministic)")
+        if self.eta and self.sample_type in DETERMINISTIC:
+            raise ValueError(f"eta {self.eta!r} with sample_type {self.sample_type}: allowed is 0 (it is deterministic)")
 
 
 @dataclass(frozen=True)

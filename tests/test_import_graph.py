@@ -25,8 +25,10 @@ LAYERS = (
     ("models", "metrics"),
     ("quant",),
     ("sampling",),
-    ("ptq",),
+    ("ptq", "training"),
     ("cli",),
+    ("jobs",),
+    ("latent_jobs",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ class CalibrationSet:
     Attributes:
         x: (N, C, H, W) noisy samples.
         t: (N,) int64 time steps.
-        cond: (N, ...) contexts or class labels, or None.
+        cond: (M, ...) contexts or class labels, or None. They repeat: input i has the condition i mod M, so a set of
+            M trajectories holds each of them once.
         uncond: the same for the unconditional half of guidance, or None.
         model_hash: of the full-precision weights that made the set, or None where that is not known.
     """
@@ -48,9 +50,11 @@ class CalibrationSet:
     def __post_init__(self) -> None:
         if self.x.ndim != 4 or len(self.x) == 0:
             raise ValueError(f"calibration inputs of shape {tuple(self.x.shape)}: expected (N, C, H, W), N 1 or more")
-        for name in ("t", "cond", "uncond"):
+        if len(self.t) != len(self.x):
+            raise ValueError(f"calibration t has {len(self.t)} entries for {len(self.x)} inputs")
+        for name in ("cond", "uncond"):
             value = getattr(self, name)
-            if value is not None and len(value) != len(self.x):
+            if value is not None and (len(value) == 0 or len(self.x) % len(value)):
                 raise ValueError(f"calibration {name} has {len(value)} entries for {len(self.x)} inputs")
         if not bool(torch.isfinite(self.x).all()):
             raise ValueError("the calibration inputs hold NaN or infinity")
@@ -58,15 +62,26 @@ class CalibrationSet:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def inputs(self) -> int:
+        """Inputs that the network gets in one pass over the set: twice its length with guidance."""
+        return len(self) * (2 if self.cond is not None and self.uncond is not None else 1)
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """(x, t, cond) batches; with `uncond`, conditional and unconditional halves are stacked."""
         for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            x, t = self.x[part], self.t[part]
-            cond = self.cond[part] if self.cond is not None else None
-            if cond is not None and self.uncond is not None:
-                x, t, cond = torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, self.uncond[part]])
+            rows = torch.arange(start, min(start + size, len(self)))
+            x, t, cond = self.x[rows], self.t[rows], _repeated(self.cond, rows)
+            uncond = _repeated(self.uncond, rows)
+            if cond is not None and uncond is not None:
+                x, t, cond = torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, uncond])
             yield x, t, cond
+
+    def subset(self, rows: Tensor) -> CalibrationSet:
+        """The inputs of some rows (n,) with their conditions."""
+        return CalibrationSet(
+            self.x[rows], self.t[rows], _repeated(self.cond, rows), _repeated(self.uncond, rows), self.model_hash
+        )
 
     def check_model(self, unet: UNet, model_hash: str | None = None) -> None:
         """Raise ValueError where the set can't be of this model: other channels, size, conditions or weights."""
@@ -84,20 +99,33 @@ class CalibrationSet:
             )
 
 
+def _repeated(value: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if value is None else value[rows % len(value)]
+
+
 def save_calibration(data: CalibrationSet, path: Path) -> None:
     """Write a set in Q-Diffusion's layout: a dict of lists with one entry a time step, `xs`, `ts`, `cs`, `ucs`."""
     lists: dict[str, list[Tensor] | str] = {"xs": [], "ts": []}
-    values = {"xs": data.x, "ts": data.t, "cs": data.cond, "ucs": data.uncond}
-    times = list(dict.fromkeys(data.t.tolist()))
-    for key, value in values.items():
-        if value is not None:
-            lists[key] = [value[data.t == t].clone() for t in times]
+    rows = [(data.t == t).nonzero()[:, 0] for t in dict.fromkeys(data.t.tolist())]
+    for key, value in (("xs", data.x), ("ts", data.t)):
+        lists[key] = [value[r] for r in rows]
+    for key, conditions in (("cs", data.cond), ("ucs", data.uncond)):
+        if conditions is not None:
+            lists[key] = _condition_lists(conditions, rows)
     if data.model_hash:
         lists["model_hash"] = data.model_hash
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     torch.save(lists, partial)
     partial.replace(path)
+
+
+def _condition_lists(value: Tensor, rows: list[Tensor]) -> list[Tensor]:
+    """The conditions of each time step; one tensor for all where they are the same, which torch.save writes once."""
+    if len(value) == 1:
+        return [value.expand(len(r), *value.shape[1:]) for r in rows]
+    whole = torch.arange(len(value))
+    return [value if torch.equal(r % len(value), whole) else value[r % len(value)] for r in rows]
 
 
 def load_calibration(path: Path, samples: int, steps: int) -> CalibrationSet:
@@ -130,10 +158,23 @@ def load_calibration(path: Path, samples: int, steps: int) -> CalibrationSet:
             raise ValueError(f"{path}: {key} holds {fewest} inputs a time step, --cali_n {samples} asked for")
         return torch.cat([p[:samples] for p in parts])
 
+    def gather_conditions(key: str) -> Tensor | None:
+        entries = content.get(key)
+        if entries is not None and all(_same_conditions(entries[i], entries[chosen[0]], samples) for i in chosen):
+            first = torch.as_tensor(entries[chosen[0]])[:samples]
+            return first[:1] if _same_conditions(first, first[:1].expand_as(first), samples) else first
+        return gather(key)
+
     x, t = gather("xs"), gather("ts")
     assert x is not None and t is not None
     model_hash = content.get("model_hash")
-    return CalibrationSet(x.float(), t.long(), gather("cs"), gather("ucs"), model_hash if isinstance(model_hash, str) else None)
+    cond, uncond = gather_conditions("cs"), gather_conditions("ucs")
+    return CalibrationSet(x.float(), t.long(), cond, uncond, model_hash if isinstance(model_hash, str) else None)
+
+
+def _same_conditions(one: Any, other: Any, samples: int) -> bool:
+    one, other = torch.as_tensor(one), torch.as_tensor(other)
+    return one.ndim > 0 and len(one) >= samples and torch.equal(one[:samples], other[:samples])
 
 
 class CalibrationCollector:
@@ -149,21 +190,19 @@ class CalibrationCollector:
             raise ValueError(f"cali_st {steps}: the sampler takes {total_steps} steps; allowed are 1 to {total_steps}")
         # The middle of each of `steps` equal parts: neither end of the trajectory is favoured.
         self.kept = {(2 * i + 1) * total_steps // (2 * steps) for i in range(steps)}
-        self.inputs: dict[int, list[Tensor]] = {}
+        self.inputs: dict[int, list[Tensor]] = {}  # by the step's index: spacings may visit a time step twice
+        self.times: dict[int, int] = {}
 
     def __call__(self, state: StepState) -> None:
         if state.step.index in self.kept:
-            self.inputs.setdefault(state.step.t, []).append(state.x.cpu())
+            self.inputs.setdefault(state.step.index, []).append(state.x.cpu())
+            self.times[state.step.index] = state.step.t
 
     def result(self, cond: Tensor | None = None, uncond: Tensor | None = None, model_hash: str | None = None) -> CalibrationSet:
-        """The set collected; `cond` and `uncond` hold one condition a trajectory."""
-        parts = {t: torch.cat(xs) for t, xs in self.inputs.items()}
-        times = torch.cat([torch.full((len(x),), t) for t, x in parts.items()])
-
-        def repeat(value: Tensor | None) -> Tensor | None:
-            return None if value is None else torch.cat([value] * len(parts))
-
-        return CalibrationSet(torch.cat(list(parts.values())), times, repeat(cond), repeat(uncond), model_hash)
+        """The set collected; `cond` and `uncond` hold one condition a trajectory, or one for all."""
+        parts = {index: torch.cat(xs) for index, xs in self.inputs.items()}
+        times = torch.cat([torch.full((len(x),), self.times[index]) for index, x in parts.items()])
+        return CalibrationSet(torch.cat(list(parts.values())), times, cond, uncond, model_hash)
 
 
 @torch.no_grad()
@@ -199,7 +238,7 @@ def calibrate_(
         with observing(unet):
             for done in _passes(unet, data, batch_size):
                 if progress:
-                    progress(done, len(data))
+                    progress(done, data.inputs)
         for handle in handles:
             handle.remove()
         for name in [*order, *(name for name in quantizers if name not in order)]:
@@ -236,15 +275,15 @@ def correct_biases_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> N
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     # Evenly over the set, all time steps in proportion: a mean needs fewer inputs than a range does.
     chosen = torch.arange(0, len(data), max(1, len(data) // BIAS_INPUTS))
-    cond, uncond = (None if v is None else v[chosen] for v in (data.cond, data.uncond))
-    part = CalibrationSet(data.x[chosen], data.t[chosen], cond, uncond)
+    part = data.subset(chosen)
     try:
-        total = max(_passes(unet, part, batch_size))  # the hooks do the work; the last count is the largest
+        for _ in _passes(unet, part, batch_size):
+            pass  # the hooks do the work
     finally:
         for handle in handles:
             handle.remove()
     for name, layer in layers.items():
-        layer.shift_bias_(-sums[name] / total)
+        layer.shift_bias_(-sums[name] / part.inputs)
 
 
 def _passes(unet: UNet, data: CalibrationSet, batch_size: int) -> Iterator[int]:

@@ -156,16 +156,40 @@ def load_quantized_(unet: UNet, path: Path, base_hash: str | None = None) -> tup
         FileNotFoundError: no such file.
         ValueError: the file is cut off, of another kind, or was made from another base model.
     """
+    info, table = _load_(unet, path, None, base_hash)
+    return info, table
+
+
+@torch.no_grad()
+def load_weights_(unet: UNet, path: Path, config: QuantConfig, base_hash: str | None = None) -> QuantizedInfo:
+    """Prepare a full-precision `unet` for `config` and take the saved weights, biases and smoothing alone, in place.
+
+    The activations stay in floating point: `calibrate_` finds their ranges, without another bias correction.
+
+    Args:
+        config: its weights as in the file, its activations as wanted.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_quantized_`; the file's weights were quantized otherwise.
+    """
+    return _load_(unet, path, config, base_hash)[0]
+
+
+def _load_(unet: UNet, path: Path, config: QuantConfig | None, base_hash: str | None) -> tuple[QuantizedInfo, NoiseTable | None]:
+    """Load everything, or with `config` the weights alone."""
     info, table = peek_quantized(path)
     if base_hash is not None and base_hash != info.base_hash:
         raise ValueError(f"{path}: made from a base model with weights {info.base_hash[:12]}, this one has {base_hash[:12]}")
     tensors = {key: value for key, value in load_file(path).items() if not key.startswith("noise_table.")}
-    quantize_(unet, info.config)
+    quantize_(unet, config or info.config)
     try:
         for name, layer in quant_layers(unet).items():
             _load_layer(name, layer, tensors)
-        for name, quantizer in act_quantizers(unet).items():
-            quantizer.set_qparams(tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"))
+        if config is None:
+            for name, quantizer in act_quantizers(unet).items():
+                quantizer.set_qparams(tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"))
+        else:
+            tensors = {key: value for key, value in tensors.items() if not key.endswith((".scale", ".zero_point"))}
         for name, layer in quant_layers(unet).items():
             if layer.bias is None and f"{name}.bias" in tensors:  # made by bias correction
                 layer.shift_bias_(torch.zeros(len(layer.weight)))
@@ -178,7 +202,8 @@ def load_quantized_(unet: UNet, path: Path, base_hash: str | None = None) -> tup
         raise ValueError(f"{path}: does not fit this model: {error}") from None
     if tensors:
         raise ValueError(f"{path}: {len(tensors)} tensors that this model has no place for, {min(tensors)} among them")
-    set_stage(unet, Stage.QUANTIZE)
+    if config is None:
+        set_stage(unet, Stage.QUANTIZE)
     return info, table
 
 

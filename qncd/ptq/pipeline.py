@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
+from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig, check_choice
 from qncd.ptq.calibration import CalibrationCollector, CalibrationSet, Progress, calibrate_, call_unet
 from qncd.ptq.smoothing import smooth_, smoothing_factors
 from qncd.quant.convert import UNet, quantize_
 from qncd.sampling.correctors import Corrector, Denoiser
+from qncd.sampling.guidance import Conditions, guide
 from qncd.sampling.runtime_noise import NoiseRecorder, NoiseTable
 from qncd.sampling.samplers import Callback, sample
 from qncd.sampling.schedule import Step, alphas_cumprod, make_steps
@@ -31,8 +32,10 @@ class Diffusion:
         betas: (T,) float64.
         config: of the sampler.
         shape: (C, H, W) of one sample.
-        lane: inputs in every network call, exactly. Kernels chosen for another batch size round otherwise, and a
-            quantizer turns the last bit into a whole step: with lanes of one size an image depends on its seed alone.
+        lane: images in every network call, exactly (twice as many inputs with guidance). Kernels chosen for another
+            batch size round otherwise, and a quantizer turns the last bit into a whole step: with lanes of one size an
+            image depends on its seed and its condition alone.
+        precision: "full", or "autocast": torch's mixed precision, float16 on a GPU and bfloat16 on a CPU.
     """
 
     unet: UNet
@@ -40,23 +43,45 @@ class Diffusion:
     config: SamplerConfig
     shape: tuple[int, int, int]
     lane: int = 16
+    precision: str = "full"
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, ("full", "autocast"))
 
     @property
     def steps(self) -> list[Step]:
         """The steps that the sampler takes."""
         return make_steps(self.config, alphas_cumprod(self.betas))
 
-    def denoiser(self, cond: Tensor | None = None) -> Denoiser:
-        """The network as the samplers call it: any number of inputs, in lanes of one size, the last one filled up."""
+    def denoiser(self, conditions: Conditions | None = None) -> Denoiser:
+        """The network as the samplers call it: any number of images, in lanes of one size, the last one filled up.
+
+        Args:
+            conditions: one for each of the images that the denoiser will get, or for the first of them.
+        """
+        cond = uncond = None
+        if conditions is not None:
+            cond = conditions.cond.to(self.unet.device)
+            if conditions.uncond is not None and conditions.guided:
+                uncond = conditions.uncond.to(cond).expand(self.lane, *cond.shape[1:])
+
+        def predict(x: Tensor, times: Tensor, context: Tensor | None) -> Tensor:
+            if context is None or uncond is None or conditions is None:
+                return call_unet(self.unet, x, times, context)
+            both = call_unet(self.unet, torch.cat([x, x]), torch.cat([times, times]), torch.cat([uncond, context]))
+            half_uncond, half_cond = both.chunk(2)
+            return guide(half_uncond, half_cond, conditions.scale)
 
         def denoise(x: Tensor, t: int) -> Tensor:
+            with torch.autocast(x.device.type, enabled=self.precision == "autocast"):
+                return in_lanes(x, t).float()
+
+        def in_lanes(x: Tensor, t: int) -> Tensor:
             filler = -len(x) % self.lane
-            padded, context = _fill(x, filler), None if cond is None else _fill(cond, filler)
+            padded, context = _fill(x, filler), None if cond is None else _fill(cond[: len(x)], filler)
             times = torch.full((self.lane,), t, device=x.device)
-            parts = []
-            for start in range(0, len(padded), self.lane):
-                lane = slice(start, start + self.lane)
-                parts.append(call_unet(self.unet, padded[lane], times, None if context is None else context[lane]))
+            lanes = [slice(start, start + self.lane) for start in range(0, len(padded), self.lane)]
+            parts = [predict(padded[lane], times, None if context is None else context[lane]) for lane in lanes]
             return torch.cat(parts)[: len(x)]
 
         return denoise
@@ -68,9 +93,17 @@ class Diffusion:
         corrector: Corrector | None = None,
         callback: Callback | None = None,
         wrap: Callable[[Denoiser], Denoiser] | None = None,
+        conditions: Conditions | None = None,
     ) -> Tensor:
-        """Samples (N, C, H, W) for `seeds`; `wrap` may count or time the network's calls."""
-        denoise = wrap(self.denoiser()) if wrap else self.denoiser()
+        """Samples (N, C, H, W) for `seeds` and as many `conditions`; `wrap` may count or time the network's calls.
+
+        Raises:
+            ValueError: as many seeds as conditions are needed; a network with cross-attention needs conditions.
+        """
+        if conditions is not None and len(conditions) != len(seeds):
+            raise ValueError(f"{len(conditions)} conditions for {len(seeds)} seeds")
+        denoise = self.denoiser(conditions)
+        denoise = wrap(denoise) if wrap else denoise
         return sample(
             self.config, denoise, self.shape, seeds, self.steps, list(self.betas), self.unet.device, corrector, callback
         )
@@ -86,26 +119,34 @@ def sample_calibration(
     correction: CorrectionConfig | None,
     model_hash: str | None = None,
     progress: Progress | None = None,
+    conditions: Conditions | None = None,
 ) -> tuple[CalibrationSet, NoiseTable | None]:
     """One full-precision run: the calibration set along its trajectories, and the control table beside it.
 
     Args:
         diffusion: with the full-precision network.
+        conditions: one for each of the `config.samples` trajectories.
         correction: record the noise table of this estimator, or None.
         progress: called with (images done, images in all).
     """
     collector = CalibrationCollector(len(diffusion.steps), config.steps)
     recorder = NoiseRecorder(correction, config.samples) if correction else None
-    _run(diffusion, config, recorder, collector, progress)
-    return collector.result(model_hash=model_hash), recorder.table() if recorder else None
+    _run(diffusion, config, recorder, collector, progress, conditions)
+    cond = conditions.cond.cpu() if conditions else None
+    uncond = conditions.uncond.cpu() if conditions and conditions.uncond is not None and conditions.guided else None
+    return collector.result(cond, uncond, model_hash), recorder.table() if recorder else None
 
 
 def record_noise_table(
-    diffusion: Diffusion, config: CalibrationConfig, correction: CorrectionConfig, progress: Progress | None = None
+    diffusion: Diffusion,
+    config: CalibrationConfig,
+    correction: CorrectionConfig,
+    progress: Progress | None = None,
+    conditions: Conditions | None = None,
 ) -> NoiseTable:
     """The control table alone, for a calibration set or a quantized checkpoint that came without a fitting one."""
     recorder = NoiseRecorder(correction, config.samples)
-    _run(diffusion, config, recorder, None, progress)
+    _run(diffusion, config, recorder, None, progress, conditions)
     return recorder.table()
 
 
@@ -115,11 +156,17 @@ def _run(
     recorder: NoiseRecorder | None,
     collector: CalibrationCollector | None,
     progress: Progress | None,
+    conditions: Conditions | None,
 ) -> None:
-    for start in range(0, config.samples, config.batch_size):
-        count = min(config.batch_size, config.samples - start)
+    if conditions is not None and len(conditions) != config.samples:
+        raise ValueError(f"{len(conditions)} conditions for {config.samples} calibration trajectories")
+    # Whole lanes: a trajectory does not depend on its batch, and a lane that is not full costs as much as one that is.
+    size = max(1, config.batch_size // diffusion.lane) * diffusion.lane
+    for start in range(0, config.samples, size):
+        count = min(size, config.samples - start)
         first = CALIBRATION_SEED_BASE + (config.seed << 20) + start
-        diffusion.sample(range(first, first + count), recorder, collector)
+        part = conditions[start : start + count] if conditions else None
+        diffusion.sample(range(first, first + count), recorder, collector, conditions=part)
         if progress:
             progress(start + count, config.samples)
 

@@ -19,12 +19,14 @@ class QuantAttnProcessor(nn.Module):
     output is never negative, so it gets unsigned codes and zero point 0.
     """
 
-    def __init__(self, codes: IntegerRange | None, softmax_codes: IntegerRange | None, act_range: str) -> None:
+    def __init__(
+        self, codes: IntegerRange | None, softmax_codes: IntegerRange | None, act_range: str, softmax_range: str | None = None
+    ) -> None:
         super().__init__()
         self.q = ActQuantizer(codes, act_range)
         self.k = ActQuantizer(codes, act_range)
         self.v = ActQuantizer(codes, act_range)
-        self.softmax = ActQuantizer(softmax_codes, act_range)
+        self.softmax = ActQuantizer(softmax_codes, softmax_range or act_range)
 
     # diffusers looks at the signature of __call__ itself to see which arguments a processor takes.
     def __call__(

@@ -20,6 +20,7 @@ from qncd.quant.quantizers import ActQuantizer, Stage
 
 UNet = UNet2DModel | UNet2DConditionModel
 EDGE_LAYERS = ("conv_in", "conv_out")
+EMBEDDING_LAYERS = ("time_embedding", "add_embedding", "time_emb_proj")  # by a part of their names
 
 
 def quantize_(unet: UNet, config: QuantConfig) -> UNet:
@@ -46,6 +47,8 @@ def quantize_(unet: UNet, config: QuantConfig) -> UNet:
     for name, layer in list(unet.named_modules()):
         if type(layer) not in (nn.Conv2d, nn.Linear):
             continue
+        if not config.quantize_embedding and not set(name.split(".")).isdisjoint(EMBEDDING_LAYERS):
+            continue
         parent, _, child = name.rpartition(".")
         wrapped: QuantLayer
         if isinstance(layer, nn.Conv2d):
@@ -56,7 +59,7 @@ def quantize_(unet: UNet, config: QuantConfig) -> UNet:
     if config.quantize_attention and config.act_bits is not None:
         codes, softmax_codes = IntegerRange(config.act_bits, config.act_symmetric), IntegerRange(config.softmax_bits, False)
         for _, attention in attentions:
-            processor = QuantAttnProcessor(codes, softmax_codes, config.act_range)
+            processor = QuantAttnProcessor(codes, softmax_codes, config.act_range, config.softmax_range)
             attention.set_processor(processor.to(unet.device))  # type: ignore[arg-type]
     return unet
 

@@ -1,4 +1,4 @@
-"""Samplers as plain functions of a denoiser and a list of steps: DDIM, DDPM and DPM-Solver++.
+"""Samplers as plain functions of a denoiser and a list of steps: DDIM, DDPM, PLMS and DPM-Solver++.
 
 Symbols as in DDIM (arXiv 2010.02502): x_t noisy sample, e noise prediction, abar cumulative alpha, p the step after t.
 """
@@ -105,6 +105,57 @@ def sample_ddim(
     return x
 
 
+# PLMS (arXiv 2202.09778, eq. 12): weights of this prediction and of up to three before it, the latest first.
+_ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def sample_plms(
+    denoise: Denoiser,
+    x: Tensor,
+    steps: Sequence[Step],
+    corrector: Corrector | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Sample with pseudo linear multistep (PLMS): DDIM's step with a noise prediction extrapolated from the last four.
+
+    The first step has no history: it averages the predictions at both its ends, so S steps cost S + 1 network calls.
+    A correction is part of the history. The first step's second prediction takes the first one's correction (QNCD's
+    code leaves it as it is).
+    """
+    history: list[Tensor] = []  # the latest first
+    for step, following in zip(steps, [*steps[1:], steps[-1]], strict=True):
+        eps = denoise(x, step.t)
+
+        def combine(
+            e: Tensor,
+            x: Tensor = x,
+            eps: Tensor = eps,
+            step: Step = step,
+            following: Step = following,
+            past: Sequence[Tensor] = history,
+        ) -> Tensor:
+            if not past:
+                second = denoise(ddim_step(x, e, step, None, 0.0).x_prev, following.t)
+                return (e + second + (e - eps)) / 2
+            weights = _ADAMS_BASHFORTH[len(past)]
+            total = weights[0] * e
+            for weight, old in zip(weights[1:], past, strict=True):
+                total = total + weight * old
+            return total
+
+        def advance(e: Tensor, x: Tensor = x, step: Step = step, combine: Callable[[Tensor], Tensor] = combine) -> Tentative:
+            return ddim_step(x, combine(e), step, None, 0.0)
+
+        corrected = corrector.correct(step, x, eps, denoise, advance) if corrector else Corrected(eps)
+        after = advance(corrected.eps)
+        history = [corrected.eps, *history[:2]]
+        if callback:
+            callback(StepState(step, x, eps, corrected.eps, after.x0, after.x_prev))
+        x = after.x_prev
+        _check_finite(x, step)
+    return x
+
+
 def sample_dpm_solver(
     denoise: Denoiser,
     x: Tensor,
@@ -162,6 +213,8 @@ def sample(
     x = noise.normal(shape, device)
     if corrector:
         corrector.begin(seeds, str(device))
+    if config.sample_type == "plms":
+        return sample_plms(denoise, x, steps, corrector, callback)
     if config.sample_type == "dpm_solver":
         return sample_dpm_solver(denoise, x, steps, betas, corrector, callback)
     step_function = ddpm_step if config.sample_type == "ddpm_noisy" else ddim_step

@@ -40,15 +40,23 @@ def alphas_cumprod(betas: np.ndarray) -> np.ndarray:
     return np.cumprod(1.0 - np.asarray(betas, np.float64))
 
 
-def ddim_timesteps(skip_type: str, timesteps: int, num_train_timesteps: int = 1000) -> list[int]:
-    """The time steps of ermongroup/ddim's runner, ascending.
+def ddim_timesteps(skip_type: str, timesteps: int, num_train_timesteps: int = 1000, convention: str = "ddim") -> list[int]:
+    """The time steps of ermongroup/ddim's runner ("ddim") or of CompVis' samplers ("ldm": one later each), ascending.
 
     uniform: 0, k, 2k, ... with k = T // S (a little more than S steps where S does not divide T).
     quad: floor(linspace(0, sqrt(0.8 T), S)^2), which repeats small time steps for large S.
 
     Raises:
-        ValueError: unknown spacing, or more steps than the model was trained with.
+        ValueError: unknown spacing, more steps than the model was trained with, or a time step past its last.
     """
+    if convention == "ldm":
+        shifted = [t + 1 for t in ddim_timesteps(skip_type, timesteps, num_train_timesteps)]
+        if shifted[-1] >= num_train_timesteps:
+            raise ValueError(
+                f"timesteps {timesteps}: latent-diffusion's {skip_type} spacing would end at time step {shifted[-1]}, the "
+                f"model's last is {num_train_timesteps - 1}; allowed are counts up to {num_train_timesteps // 2}"
+            )
+        return shifted
     check_choice("skip_type", skip_type, ("uniform", "quad"))
     if not 1 <= timesteps <= num_train_timesteps:
         raise ValueError(f"timesteps {timesteps}: allowed are 1 to {num_train_timesteps}")
@@ -59,7 +67,7 @@ def ddim_timesteps(skip_type: str, timesteps: int, num_train_timesteps: int = 10
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a sampler, from time step t to the earlier t_prev (-1: the clean image).
+    """One step of a sampler, from time step t to the earlier t_prev (-1: the clean image; CompVis' samplers end at 0).
 
     Attributes:
         index: 0 for the first step taken, the noisiest.
@@ -78,7 +86,7 @@ class Step:
 
 
 def make_steps(config: SamplerConfig, abar: Sequence[float] | np.ndarray) -> list[Step]:
-    """The steps of DDIM (`generalized`, `dpm_solver`) or DDPM (`ddpm_noisy`), noisiest first.
+    """The steps of DDIM (`generalized`, `dpm_solver`, `plms`) or DDPM (`ddpm_noisy`), noisiest first.
 
     Args:
         abar: alphas_cumprod, (T,).
@@ -86,9 +94,9 @@ def make_steps(config: SamplerConfig, abar: Sequence[float] | np.ndarray) -> lis
     DDIM: sigma = eta sqrt((1-abar_t/abar_p)(1-abar_p)/(1-abar_t)) (arXiv 2010.02502, eq. 16).
     DDPM: sigma^2 = 1 - abar_t/abar_p (the "fixed large" variance), 0 at t = 0.
     """
-    times = ddim_timesteps(config.skip_type, config.timesteps, len(abar))
-    steps = []
-    for index, (t, t_prev) in enumerate(zip(reversed(times), reversed([-1, *times[:-1]]), strict=True)):
+    times = ddim_timesteps(config.skip_type, config.timesteps, len(abar), config.convention)
+    end, steps = 0 if config.convention == "ldm" else -1, []
+    for index, (t, t_prev) in enumerate(zip(reversed(times), reversed([end, *times[:-1]]), strict=True)):
         a, p = float(abar[t]), float(abar[t_prev]) if t_prev >= 0 else 1.0
         if config.sample_type == "ddpm_noisy":
             beta = 1 - a / p

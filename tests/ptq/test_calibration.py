@@ -133,7 +133,7 @@ def test_bad_inputs_are_refused() -> None:
         ((0, 3, 8, 8), {}, r"^calibration inputs of shape \(0, 3, 8, 8\): expected \(N, C, H, W\), N 1 or more$"),
         ((2, 8, 8), {}, r"^calibration inputs of shape \(2, 8, 8\): expected"),
         ((2, 3, 8, 8), {"t": torch.zeros(3)}, r"^calibration t has 3 entries for 2 inputs$"),
-        ((2, 3, 8, 8), {"cond": torch.zeros(1, 4)}, r"^calibration cond has 1 entries for 2 inputs$"),
+        ((2, 3, 8, 8), {"cond": torch.zeros(3, 4)}, r"^calibration cond has 3 entries for 2 inputs$"),
         ((2, 3, 8, 8), {"uncond": torch.zeros(5)}, r"^calibration uncond has 5 entries for 2 inputs$"),
     ],
 )
@@ -167,6 +167,25 @@ def test_a_set_of_another_model_is_refused(make_unet: Any, make_cross_unet: Any)
     known.check_model(unet)
     with pytest.raises(ValueError, match=r"another model \(weights aaaaaaaaaaaa, this one bbbbbbbbbbbb\)$"):
         known.check_model(unet, "b" * 64)
+
+
+def test_one_set_of_conditions_serves_every_time_step(tmp_path: Path) -> None:
+    """Contexts of a text model are large: they are held once, in memory and in the file, and read back so."""
+    data = make_set(6)
+    cond, uncond = torch.randn(3, 77, 12), torch.randn(1, 77, 12)
+    data = CalibrationSet(data.x, torch.tensor([900] * 3 + [100] * 3), cond, uncond)
+    for x, _, contexts in data.batches(2):
+        assert contexts is not None and len(contexts) == len(x) == 4 and torch.equal(contexts[2:], uncond.expand(2, -1, -1))
+    part = data.subset(torch.tensor([1, 5]))
+    assert part.cond is not None and torch.equal(part.cond, cond[[1, 2]])
+    save_calibration(data, tmp_path / "set.pt")
+    plain = torch.load(tmp_path / "set.pt", weights_only=True)  # as Q-Diffusion reads it
+    assert [c.shape for c in plain["cs"]] == [c.shape for c in plain["ucs"]] == [(3, 77, 12)] * 2
+    assert torch.equal(plain["cs"][1], cond) and torch.equal(plain["ucs"][1], uncond.expand(3, -1, -1))
+    assert (tmp_path / "set.pt").stat().st_size < 4 * (data.x.numel() + cond.numel() + uncond.numel()) + 8000
+    back = load_calibration(tmp_path / "set.pt", samples=3, steps=2)
+    assert back.cond is not None and torch.equal(back.cond, cond)
+    assert back.uncond is not None and torch.equal(back.uncond, uncond)
 
 
 def test_context_reaches_the_network(make_cross_unet: Any) -> None:
@@ -256,7 +275,8 @@ def test_the_collector_keeps_evenly_spread_steps() -> None:
     data = collector.result(cond=torch.arange(4.0), model_hash="h")
     assert data.t.tolist() == [800] * 4 + [400] * 4 + [100] * 4  # steps 1, 5 and 8: the middles of three parts
     assert data.x[:, 0, 0, 0].tolist() == [1, 1, 5, 5, 5, 5, 9, 9, 8, 8, 12, 12]
-    assert data.cond is not None and data.cond.tolist() == [0, 1, 2, 3] * 3
+    assert data.cond is not None and data.cond.tolist() == [0, 1, 2, 3]
+    assert [c.tolist() for _, _, c in data.batches(6) if c is not None] == [[0, 1, 2, 3, 0, 1], [2, 3, 0, 1, 2, 3]]
     assert data.model_hash == "h"
     for steps in (0, 11):
         with pytest.raises(ValueError, match=rf"^cali_st {steps}: the sampler takes 10 steps; allowed are 1 to 10$"):

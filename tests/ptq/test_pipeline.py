@@ -15,6 +15,7 @@ from qncd.ptq.calibration import CalibrationSet
 from qncd.ptq.pipeline import Diffusion, quantize_with_, record_noise_table, sample_calibration
 from qncd.quant.convert import act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
+from qncd.sampling.guidance import Conditions
 from qncd.sampling.runtime_noise import TABLE_TENSORS, NoiseTable, RuntimeNoiseCorrector
 from qncd.sampling.schedule import linear_betas
 
@@ -71,8 +72,55 @@ def test_network_calls_hold_a_lane_of_inputs(make_unet: Any) -> None:
 def test_labels_follow_their_images_into_the_lanes(make_unet: Any) -> None:
     unet = make_unet(num_class_embeds=7)
     x, labels = torch.randn(6, 3, 8, 8), torch.arange(6)
-    out = make_diffusion(unet, lane=4).denoiser(labels)(x, 50)
+    out = make_diffusion(unet, lane=4).denoiser(Conditions(labels))(x, 50)
     torch.testing.assert_close(out, unet(x, 50, class_labels=labels).sample, rtol=0, atol=1e-4 * float(out.abs().max()))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_guidance_sees_both_halves(make_cross_unet: Any, scale: float) -> None:
+    unet, sizes = make_cross_unet(), []
+    x, cond, uncond = torch.randn(6, 4, 8, 8), torch.randn(6, 5, 12), torch.randn(1, 5, 12)
+    handle = unet.register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])))
+    diffusion = Diffusion(unet, linear_betas(1e-4, 0.02, 1000), SamplerConfig(timesteps=6), (4, 8, 8), lane=4)
+    out = diffusion.denoiser(Conditions(cond, uncond, scale))(x, 50)
+    assert sizes == [8 if scale != 1 else 4] * 2
+    handle.remove()
+    e_c = unet(x, 50, encoder_hidden_states=cond).sample
+    e_u = unet(x, 50, encoder_hidden_states=uncond.expand(6, -1, -1)).sample
+    torch.testing.assert_close(out, e_u + scale * (e_c - e_u), rtol=0, atol=1e-4 * float(out.abs().max()))
+
+
+def test_conditioned_images_depend_on_seed_and_condition_alone(make_cross_unet: Any) -> None:
+    diffusion = Diffusion(
+        make_cross_unet(), linear_betas(1e-4, 0.02, 1000), SamplerConfig("plms", timesteps=4, convention="ldm"), (4, 8, 8), lane=4
+    )
+    conditions = Conditions(torch.randn(8, 5, 12), torch.randn(1, 5, 12), 3.0)
+    data, table = sample_calibration(diffusion, CalibrationConfig(8, 2, 4), CorrectionConfig(interval=2), conditions=conditions)
+    assert data.uncond is not None and len(data.uncond) == 1 and data.cond is not None and len(data.cond) == 8
+    quantize_with_(diffusion, QuantConfig(8, 8), data, SmoothingConfig())
+    corrector = RuntimeNoiseCorrector(CorrectionConfig(interval=2), table)
+    expected = diffusion.sample(range(8), corrector, conditions=conditions)
+    single = [diffusion.sample([i], corrector, conditions=conditions[i : i + 1]) for i in range(8)]
+    assert torch.equal(torch.cat(single), expected)
+    other = diffusion.sample([0], corrector, conditions=conditions[1:2])
+    assert (other - expected[:1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"^8 conditions for 3 seeds$"):
+        diffusion.sample(range(3), conditions=conditions)
+    with pytest.raises(ValueError, match=r"^8 conditions for 6 calibration trajectories$"):
+        sample_calibration(diffusion, CalibrationConfig(6, 2, 4), None, conditions=conditions)
+
+
+@pytest.mark.parametrize(
+    ("uncond", "scale", "message"),
+    [
+        (None, 2.0, "guidance scale 2 needs the unconditional context; allowed without it is 1"),
+        (torch.zeros(3, 5, 12), 2.0, "uncond of shape (3, 5, 12): expected (1, 5, 12)"),
+    ],
+)
+def test_conditions_have_to_fit(uncond: Tensor | None, scale: float, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Conditions(torch.zeros(3, 5, 12), uncond, scale)
+    assert str(caught.value) == message
 
 
 def test_wrap_sees_every_call(make_unet: Any) -> None:

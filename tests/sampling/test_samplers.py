@@ -19,7 +19,18 @@ from qncd.config import SamplerConfig
 from qncd.models.loading import load_ddim
 from qncd.rng import CORRECTOR_STREAM, ImageNoise
 from qncd.sampling.correctors import Advance, Corrected, Denoiser
-from qncd.sampling.samplers import StepState, ddim_step, ddpm_step, reduced_sigma, sample, sample_ddim, sample_dpm_solver
+from qncd.sampling.guidance import guide
+from qncd.sampling.runtime_noise import estimate_noise, is_due
+from qncd.sampling.samplers import (
+    StepState,
+    ddim_step,
+    ddpm_step,
+    reduced_sigma,
+    sample,
+    sample_ddim,
+    sample_dpm_solver,
+    sample_plms,
+)
 from qncd.sampling.schedule import Step, alphas_cumprod, linear_betas, make_steps
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
@@ -94,6 +105,103 @@ def test_a_converted_network_follows_the_original_trajectory(golden: Any, skip_t
     torch.testing.assert_close(image, data[f"ddim10_{skip_type}_eta0_image"], rtol=0, atol=1e-4)
 
 
+LDM_BETAS = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+SD_BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+
+
+def guided_analytic(data: Any, scale: float) -> Denoiser:
+    """The golden network with a condition c: + 0.1 c (1 - t/1000) cos(x)."""
+
+    def predict(x: Tensor, t: int, c: Tensor) -> Tensor:
+        return analytic(x, t) + 0.1 * c.view(-1, 1, 1, 1) * (1 - t / 1000) * torch.cos(x)
+
+    return lambda x, t: guide(predict(x, t, data["uncond"]), predict(x, t, data["cond"]), scale)
+
+
+LATENT_TRAJECTORIES = [
+    "ddim10_eta0_cfg1", "ddim20_eta1_cfg1", "ddim20_eta0_cfg3", "ddim30_eta0_cfg1",
+    "plms10_eta0_cfg7.5", "plms25_eta0_cfg7.5", "plms50_eta0_cfg1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATENT_TRAJECTORIES)
+def test_latent_trajectories_are_the_originals(golden: Any, name: str) -> None:
+    """CompVis' DDIMSampler and PLMSSampler: their time steps, their last alpha, their guidance."""
+    data = golden("samplers_ldm_trajectories")
+    kind, count, eta, scale = re.fullmatch(r"(ddim|plms)(\d+)_eta(\d)_cfg([\d.]+)", name).groups()  # type: ignore[union-attr]
+    config = SamplerConfig("plms" if kind == "plms" else "generalized", timesteps=int(count), eta=float(eta), convention="ldm")
+    abar = alphas_cumprod(SD_BETAS if kind == "plms" else LDM_BETAS)
+    steps = make_steps(config, abar)
+    assert [s.t for s in steps] == data[f"{name}_timesteps"].tolist()[::-1]
+    for key, values in (("alphas", [s.abar for s in steps]), ("alphas_prev", [s.abar_prev for s in steps])):
+        np.testing.assert_allclose(values[::-1], data[f"{name}_{key}"].numpy(), rtol=1e-6)
+    np.testing.assert_allclose([s.sigma for s in steps][::-1], data[f"{name}_sigmas"].numpy(), atol=1e-6)
+    denoise = analytic if scale == "1" else guided_analytic(data, float(scale))
+    seen = Collector()
+    if kind == "plms":
+        sample_plms(denoise, data["x_T"], steps, callback=seen)
+    else:
+        sample_ddim(denoise, data["x_T"], steps, Replay(list(data.get(f"{name}_noise", []))), callback=seen)  # type: ignore[arg-type]
+    assert len(seen.states) == len(data[f"{name}_pred_x0"]) == len(steps)
+    for i, state in enumerate(seen.states):
+        torch.testing.assert_close(state.x_prev, data[f"{name}_x"][i + 1], rtol=0, atol=5e-5)
+        torch.testing.assert_close(state.x0, data[f"{name}_pred_x0"][i], rtol=1e-5, atol=5e-5)
+
+
+class AsPublished:
+    """QNCD's released correction: one scalar for the batch, kept until the next estimate."""
+
+    def __init__(self, interval: int, draws: Sequence[Tensor]) -> None:
+        self.interval, self.draws, self.mean = interval, list(draws), 0.0
+        self.means: list[float] = []
+
+    def begin(self, seeds: Sequence[int], device: str) -> None: ...
+
+    def correct(self, step: Step, x: Tensor, eps: Tensor, denoise: Denoiser, advance: Advance) -> Corrected:
+        if is_due(step.index, self.interval):
+            self.mean = float(estimate_noise(step, x, eps, denoise, advance, self.draws.pop(0), "paper").d.mean())
+            self.means.append(self.mean)
+        return Corrected(eps - self.mean)
+
+
+@pytest.mark.parametrize("count", [25, 50])
+def test_a_corrected_plms_trajectory_is_qncds(golden: Any, count: int) -> None:
+    data = golden("qncd_plms_reverse")
+    steps = make_steps(SamplerConfig("plms", timesteps=count, convention="ldm"), alphas_cumprod(SD_BETAS))
+
+    def half(x: Tensor, t: int, c: Tensor) -> Tensor:
+        e = analytic(x, t) + 0.1 * c.view(-1, 1, 1, 1) * (1 - t / 1000) * torch.cos(x)
+        return torch.round(8 * e) / 8 + 0.03
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        return guide(half(x, t, data["sr_uncond"]), half(x, t, data["sr_cond"]), 3.0)
+
+    corrector = AsPublished(int(data[f"tr{count}_interval"]), list(data[f"tr{count}_noise"]))
+    # The golden second run starts with the first one's last mean, an error of the original that a new batch here can't make.
+    expected, seen = data[f"tr{count}_run0_x"], Collector()
+    sample_plms(denoise, expected[0], steps, corrector, seen)
+    for state, x in zip(seen.states, expected[1:], strict=True):
+        torch.testing.assert_close(state.x_prev, x, rtol=0, atol=5e-5)
+    means = data[f"tr{count}_calls_index_mean_std4"][: len(corrector.means), 1]
+    np.testing.assert_allclose(corrector.means, means.numpy(), atol=1e-5)
+    assert len(corrector.means) == len(data[f"tr{count}_calls_index_mean_std4"]) // 2
+
+
+def test_plms_averages_both_ends_of_its_first_step() -> None:
+    """S steps cost S + 1 calls, and a constant noise prediction gives what DDIM gives."""
+    calls: list[int] = []
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        calls.append(t)
+        return torch.full_like(x, 0.3)
+
+    x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    steps = make_steps(SamplerConfig("plms", timesteps=10, convention="ldm"), ABAR)
+    found = sample_plms(denoise, x, steps)
+    assert calls == [901, 801, 801, *range(701, 0, -100)]
+    torch.testing.assert_close(found, sample_ddim(lambda x, t: torch.full_like(x, 0.3), x, steps, Replay([])))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("skip_type", "count"), [("uniform", 10), ("uniform", 20), ("quad", 10), ("quad", 100)])
 def test_dpm_solver_is_diffusers(skip_type: str, count: int) -> None:
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -143,7 +251,7 @@ class Recorded:
         return Corrected(eps - self.bias, self.variance)
 
 
-@pytest.mark.parametrize("sample_type", ["generalized", "ddpm_noisy", "dpm_solver"])
+@pytest.mark.parametrize("sample_type", ["generalized", "ddpm_noisy", "dpm_solver", "plms"])
 def test_a_corrector_that_takes_a_bias_out_gives_the_unbiased_images(sample_type: str) -> None:
     config = SamplerConfig(sample_type, timesteps=10, eta=0.5 if sample_type == "generalized" else 0.0)
     steps, seen = make_steps(config, ABAR), Collector()
@@ -163,7 +271,7 @@ def test_a_corrector_that_takes_a_bias_out_gives_the_unbiased_images(sample_type
         torch.testing.assert_close(state.corrected, state.eps - 0.25)
 
 
-@pytest.mark.parametrize("sample_type", ["generalized", "ddpm_noisy"])
+@pytest.mark.parametrize("sample_type", ["generalized", "ddpm_noisy", "plms"])
 def test_the_trial_step_is_the_step_taken_where_nothing_is_corrected(sample_type: str) -> None:
     """The same noise, too: a trial draws none of its own."""
     config = SamplerConfig(sample_type, timesteps=10, eta=1.0 if sample_type == "generalized" else 0.0)
@@ -220,7 +328,7 @@ def test_a_sample_that_is_no_longer_finite_stops_the_run() -> None:
     def broken(x: Tensor, t: int) -> Tensor:
         return x * (float("inf") if t == 400 else 1.0)
 
-    for sample_type in ("generalized", "dpm_solver"):
+    for sample_type in ("generalized", "dpm_solver", "plms"):
         with pytest.raises(FloatingPointError, match=r"^the sample is NaN or infinite after step 3 \(time step 400\)$"):
             sample(SamplerConfig(sample_type, timesteps=5), broken, (1, 4, 4), [0], steps, BETAS)
 
