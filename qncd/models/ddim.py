@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
+
+from qncd.models.key_tables import KeyTable, Pointwise, Renamed, check_original, from_original, shapes_of, to_original
 
 # Names inside a module: original -> diffusers.
 _TOP = {
@@ -20,7 +22,7 @@ _RESNET = {"norm1": "norm1", "conv1": "conv1", "temb_proj": "time_emb_proj", "no
 _SHORTCUT = {"nin_shortcut": "conv_shortcut"}  # only where a block changes the number of channels
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _LINEAR_ATTENTION = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight")
-_SHOWN = 3  # keys named in an error
+_KIND = "DDIM model"  # in errors
 
 
 def ddim_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,23 +155,9 @@ def convert_ddim_state_dict(checkpoint: Any, config: Mapping[str, Any]) -> dict[
     Raises:
         ValueError: a key is missing, left over, of another shape than the config says, or holds no tensor.
     """
-    state, names = ddim_weights(checkpoint, config), ddim_key_map(config)
-    with torch.device("meta"):
-        shapes = {key: value.shape for key, value in build_ddim_unet(config).state_dict().items()}
-    # Missing ones first: a checkpoint of another family lacks nearly all of them, which says more than what it has.
-    _refuse(f"of {len(names)} keys are missing in the checkpoint", names.keys() - state.keys())
-    _refuse("keys that a DDIM model of this config lacks", state.keys() - names)
-    _refuse("keys that hold no tensor", [key for key, value in state.items() if not isinstance(value, torch.Tensor)])
-    converted, wrong = {}, []
-    for old, new in names.items():
-        value = state[old]
-        if new.endswith(_LINEAR_ATTENTION) and value.ndim == 4 and value.shape[2:] == (1, 1):
-            value = value[:, :, 0, 0]
-        if value.shape != shapes[new]:
-            wrong.append(f"{old} {tuple(state[old].shape)} for {tuple(shapes[new])}")
-        converted[new] = value
-    _refuse("tensors of another shape than the config's", wrong)
-    return converted
+    state, table = dict(ddim_weights(checkpoint, config)), _table(config)
+    check_original(state, table, shapes_of(lambda: build_ddim_unet(config)), _KIND)
+    return dict(from_original(state, table))
 
 
 def to_ddim_state_dict(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -178,13 +166,9 @@ def to_ddim_state_dict(state: Mapping[str, torch.Tensor], config: Mapping[str, A
     Raises:
         ValueError: a key of `build_ddim_unet(config)` is missing or left over.
     """
-    names = {new: old for old, new in ddim_key_map(config).items()}
-    _refuse("keys that a DDIM model of this config lacks", state.keys() - names)
-    _refuse(f"of {len(names)} keys are missing in the state dict", names.keys() - state.keys())
-    return {old: state[new][:, :, None, None] if new.endswith(_LINEAR_ATTENTION) else state[new] for new, old in names.items()}
+    return to_original(state, _table(config), _KIND)
 
 
-def _refuse(what: str, keys: Iterable[str]) -> None:
-    if found := sorted(keys):
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise ValueError(f"{len(found)} {what}: {', '.join(found[:_SHOWN])}{more}")
+def _table(config: Mapping[str, Any]) -> KeyTable:
+    names = ddim_key_map(config)
+    return {old: Pointwise(new) if new.endswith(_LINEAR_ATTENTION) else Renamed(new) for old, new in names.items()}

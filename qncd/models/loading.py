@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,14 @@ import yaml
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from qncd.models.ddim import build_ddim_unet, convert_ddim_state_dict, ddim_unet_config, ddim_weights
+from qncd.models.diffusers_folders import load_unet_folder, local_path, save_component
+from qncd.models.key_tables import network_with_weights
 from qncd.models.registry import fetch, load_registry
 from qncd.models.unpickle import load_checkpoint
 
+__all__ = ["load_config", "load_ddim", "load_unet_folder", "save_ddim", "state_dict_hash"]
+
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-_WEIGHT_FILES = (  # in the order of preference
-    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin",
-)  # fmt: skip
-# Attention layers under the names that diffusers gave them before 0.17, as the google/ddpm-* files still have them.
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SHOWN = 3  # keys named in an error
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
@@ -67,11 +62,9 @@ def load_ddim(config: Mapping[str, Any], ckpt: str | Path | None = None, use_pre
     """
     settings = ddim_unet_config(config)
     source = str(ckpt) if ckpt is not None else str(_default_weights(config, use_pretrained))
-    path = Path(source)
-    if not path.exists() and _HUB_ID.fullmatch(source) and path.suffix not in (".ckpt", ".pth", ".pt", ".safetensors"):
-        path = _download_hub_folder(source)
+    path = local_path(source)
     if path.is_dir():
-        unet = load_unet_folder(path)
+        unet = load_unet_folder(path, ("UNet2DModel",))
         for key in ("in_channels", "out_channels", "sample_size"):
             if (found := unet.config[key]) != settings[key]:
                 raise ValueError(f"{source}: {key} is {found}, the config says {settings[key]}")
@@ -83,41 +76,37 @@ def load_ddim(config: Mapping[str, Any], ckpt: str | Path | None = None, use_pre
             state = convert_ddim_state_dict(checkpoint, config)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    return _with_weights(build_ddim_unet(config), state, source)
+    return network_with_weights(lambda: build_ddim_unet(config), state.items(), source)
 
 
-def load_unet_folder(folder: str | Path) -> UNet2DModel:
-    """A UNet2DModel saved by diffusers, weights of any float dtype cast to float32; eval mode, no gradients.
-
-    Args:
-        folder: with config.json and the weights, or a pipeline that has them in `unet/`.
+def save_ddim(unet: UNet2DModel, config: Mapping[str, Any], folder: str | Path) -> None:
+    """Write the folder of a DDIMPipeline: `unet/`, and `scheduler/` with the config's noise schedule.
 
     Raises:
-        ValueError: the folder holds no UNet2DModel, or its weights do not fit its config or are not finite.
+        ValueError: the config has no noise schedule that diffusers knows.
     """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    try:
+        diffusion = config["diffusion"]
+        schedule, steps = str(diffusion["beta_schedule"]), int(diffusion["num_diffusion_timesteps"])
+        start, end = float(diffusion["beta_start"]), float(diffusion["beta_end"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            "the config's diffusion section needs beta_schedule, beta_start, beta_end, num_diffusion_timesteps"
+        ) from None
+    names = {"linear": "linear", "quad": "scaled_linear"}  # DDIM's names -> diffusers'
+    if schedule not in names:
+        raise ValueError(f"beta_schedule {schedule!r} has no scheduler in diffusers: allowed are {', '.join(names)}")
     folder = Path(folder)
-    root = folder / "unet" if (folder / "unet").is_dir() else folder
-    config_file = root / "config.json"
-    if not config_file.is_file():
-        raise ValueError(f"{folder}: not a diffusers folder (no config.json in it or in its unet/)")
-    try:
-        settings = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_file}: not JSON: {error}") from None
-    kind = settings.get("_class_name") if isinstance(settings, dict) else None
-    if kind != "UNet2DModel":
-        raise ValueError(f"{config_file}: the model is a {kind}, expected a UNet2DModel")
-    weights = next((root / name for name in _WEIGHT_FILES if (root / name).is_file()), None)
-    if weights is None:
-        raise ValueError(f"{root}: no weights (looked for {', '.join(_WEIGHT_FILES)})")
-    try:
-        unet = UNet2DModel.from_config(settings)
-    except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{config_file}: no UNet2DModel can be built from it: {str(error).splitlines()[0]}") from None
-    state = load_checkpoint(weights)
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{weights}: holds a {type(state).__name__}, expected a state dict")
-    return _with_weights(unet, {_current_name(key): value for key, value in state.items()}, str(weights))
+    scheduler = DDIMScheduler(
+        num_train_timesteps=steps, beta_schedule=names[schedule], beta_start=start, beta_end=end,
+        set_alpha_to_one=True, steps_offset=0, clip_sample=False,
+    )  # fmt: skip
+    save_component(unet, folder / "unet")
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {"_class_name": "DDIMPipeline", "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def state_dict_hash(model: torch.nn.Module | Mapping[str, torch.Tensor]) -> str:
@@ -144,7 +133,7 @@ def _default_weights(config: Mapping[str, Any], use_pretrained: bool) -> Path:
         if f"ema_diffusion_{published}" in load_registry():
             return fetch(f"ema_diffusion_{published}")
         if name is None:
-            known = ", ".join(sorted(load_registry()))
+            known = ", ".join(name for name in sorted(load_registry()) if name.startswith("ema_diffusion_"))
             raise ValueError(f"no published weights for the data set {published!r} (there are {known}): give --ckpt PATH")
     if name is None:
         raise ValueError("no weights: give --ckpt PATH or --use_pretrained, or name a model in the box as model.weights")
@@ -153,52 +142,3 @@ def _default_weights(config: Mapping[str, Any], use_pretrained: bool) -> Path:
         boxed = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
         raise ValueError(f"model.weights {name!r} is no model in the box: allowed are {', '.join(boxed) or '(none)'}")
     return folder
-
-
-def _download_hub_folder(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    def files(*names: str) -> list[str]:
-        return [prefix + name for prefix in ("", "unet/") for name in names]
-
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=files("config.json", *_WEIGHT_FILES[:2])))
-        if not any((folder / name).is_file() for name in files(*_WEIGHT_FILES[:2])):
-            folder = Path(snapshot_download(repository, allow_patterns=files("config.json", *_WEIGHT_FILES[2:])))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(
-            f"{repository}: no such path here, and not to be had from the hub ({reason}): "
-            "download its folder and name that with --ckpt PATH"
-        ) from None
-    return folder
-
-
-def _current_name(key: str) -> str:
-    parts = key.split(".")
-    if "attentions" in parts and len(parts) >= 2 and parts[-2] in _OLD_ATTENTION:
-        parts[-2] = _OLD_ATTENTION[parts[-2]]
-    return ".".join(parts)
-
-
-def _with_weights(unet: UNet2DModel, state: Mapping[str, Any], source: str) -> UNet2DModel:
-    """Copy the weights into the network, after saying by name what does not fit."""
-    own = unet.state_dict()
-    wrong = [key for key in state.keys() & own.keys() if getattr(state[key], "shape", None) != own[key].shape]
-    for what, keys in (
-        ("keys are missing", own.keys() - state.keys()),
-        ("keys belong to no layer", state.keys() - own.keys()),
-        ("tensors have another shape than their layer", wrong),
-    ):
-        if found := sorted(keys):
-            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-            raise ValueError(f"{source}: {len(found)} {what}: {', '.join(found[:_SHOWN])}{more}")
-    with torch.no_grad():
-        for key, target in own.items():
-            if not state[key].is_floating_point():
-                raise ValueError(f"{source}: {key} holds {state[key].dtype}, expected floating point numbers")
-            target.copy_(state[key])
-            if not torch.isfinite(target).all():
-                raise ValueError(f"{source}: {key} holds NaN or infinite values")
-    return unet.float().eval().requires_grad_(False)

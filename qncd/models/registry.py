@@ -6,10 +6,13 @@ import hashlib
 import http.client
 import json
 import os
+import shutil
 import sys
 import time
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ class Download:
         sha256, md5: hex digests, None where nobody published one. MD5 is no protection against an attacker; it is what
             the DDIM authors published, and finds a damaged file.
         size: bytes, None where unknown.
+        member: the file inside a zip archive, where `url` is one; the digests and the size are then the archive's.
     """
 
     url: str
@@ -36,6 +40,7 @@ class Download:
     sha256: str | None = None
     md5: str | None = None
     size: int | None = None
+    member: str | None = None
 
 
 def load_registry(path: str | Path | None = None) -> dict[str, Download]:
@@ -54,7 +59,7 @@ def fetch(name: str, registry: Mapping[str, Download] | None = None) -> Path:
 
     The download is kept in `FILE.part` and goes on from there after an interruption; it gets its name once its size and
     digest are right. A file already in the cache is checked too, so one that was put there by hand is as good. Where no
-    SHA-256 is on record, the computed one is printed to stderr.
+    SHA-256 is on record, the computed one is printed to stderr. An archive goes once its member is out of it.
 
     Raises:
         ValueError: the name is unknown, or the file has another size or digest than the record.
@@ -66,7 +71,8 @@ def fetch(name: str, registry: Mapping[str, Download] | None = None) -> Path:
     entry = entries[name]
     path = cache_dir() / entry.file
     if path.is_file():
-        _verify(path, entry, name)
+        if entry.member is None:  # what is on record of an archive says nothing about the file from it
+            _verify(path, entry, name)
         return path
     part = path.with_name(path.name + ".part")
     try:
@@ -83,10 +89,28 @@ def fetch(name: str, registry: Mapping[str, Download] | None = None) -> Path:
     except ValueError:
         part.unlink()  # going on from wrong bytes would never end well
         raise
-    os.replace(part, path)
+    if entry.member is None:
+        os.replace(part, path)
+    else:
+        _extract(part, entry.member, path, f"{name} ({entry.url})")
+        part.unlink()
     if entry.sha256 is None:
-        print(f"{path}: no SHA-256 is on record for it; this one has {digest}", file=sys.stderr)
+        of = "" if entry.member is None else " for its archive"
+        print(f"{path}: no SHA-256 is on record for it; this one has {digest}{of}", file=sys.stderr)
     return path
+
+
+def _extract(archive: Path, member: str, path: Path, name: str) -> None:
+    """Write one file of a zip archive to `path`, whole or not at all. Raises ValueError where the archive is damaged."""
+    partial = path.with_name(path.name + ".unzipped")
+    try:
+        with zipfile.ZipFile(archive) as files, files.open(member) as source, partial.open("wb") as target:
+            shutil.copyfileobj(source, target, _BLOCK)  # checks the member's CRC on the way
+    except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, zlib.error) as error:
+        partial.unlink(missing_ok=True)
+        archive.unlink()
+        raise ValueError(f"{name}: not a zip archive with {member} ({error})") from None
+    os.replace(partial, path)
 
 
 def _download(entry: Download, part: Path) -> None:

@@ -24,6 +24,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from qncd.models.safetensors_files import read_safetensors
+
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _STORAGE_DTYPES = {
@@ -255,8 +257,8 @@ def _unpickle(stream: BinaryIO, read_storage: Callable[[torch.dtype, str, int], 
 def load_checkpoint(path: str | Path) -> Any:
     """Read a .ckpt/.pth/.pt file of torch (zip or the old format), or a .safetensors file, without running its code.
 
-    Tensors come on the CPU in the dtype of the file, without gradients; tensors of a zip file are read from disk when
-    they are first touched, so what is not used costs nothing. Objects of unknown classes become `Inert`.
+    Tensors come on the CPU in the dtype of the file, without gradients; tensors of a zip or .safetensors file are read from disk
+    when they are first touched, so what is not used costs nothing. Objects of unknown classes become `Inert`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -273,21 +275,11 @@ def load_checkpoint(path: str | Path) -> Any:
         raise ValueError(f"{path}: not a checkpoint but a web page (a download that went wrong)")
     try:
         if path.suffix == ".safetensors":
-            return _load_safetensors(path)
+            return read_safetensors(path)
         return _load_zip(path) if head.startswith(b"PK") else _load_legacy(path)
     except _DAMAGE as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(f"{path}: truncated, or not a checkpoint ({reason})") from None
-
-
-def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(error) from None
 
 
 def _storage(raw: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -296,8 +288,7 @@ def _storage(raw: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _load_zip(path: Path) -> Any:
-    # Copy on write: a tensor of the checkpoint may be changed in place, the file may not.
-    data = np.memmap(path, np.uint8, mode="c")
+    data = np.memmap(path, np.uint8, mode="r")
     records: dict[str, tuple[int, int]] = {}
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
@@ -317,7 +308,11 @@ def _load_zip(path: Path) -> Any:
         if name not in records:
             raise ValueError(f"record {name} is missing")
         start, size = records[name]
-        return data[start : start + size]
+        if not size:
+            return np.empty(0, np.uint8)
+        # A mapping of its own for each, so that the pages of a tensor go with it. Copy on write: a tensor may be changed
+        # in place, the file may not.
+        return np.memmap(path, np.uint8, mode="c", offset=start, shape=(size,))
 
     if "byteorder" in records and bytes(record("byteorder")) != b"little":
         raise ValueError("written on a big-endian machine")

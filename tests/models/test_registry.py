@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,10 +22,11 @@ MD5 = hashlib.md5(DATA).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves DATA; each request may be cut after so many bytes."""
+    """Serves `data`; each request may be cut after so many bytes."""
 
     cuts: list[int]
     ranges: list[str | None]
+    data = DATA
     honours_ranges = True
     status = 200
 
@@ -40,16 +43,16 @@ class Handler(BaseHTTPRequestHandler):
         start = 0
         if asked and self.server.honours_ranges:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
-            if start >= len(DATA):
+            if start >= len(self.server.data):
                 self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(DATA)}")
+                self.send_header("Content-Range", f"bytes */{len(self.server.data)}")
                 self.end_headers()
                 return
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(DATA) - 1}/{len(DATA)}")
+            self.send_header("Content-Range", f"bytes {start}-{len(self.server.data) - 1}/{len(self.server.data)}")
         else:
             self.send_response(200)
-        body = DATA[start:]
+        body = self.server.data[start:]
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: self.server.cuts.pop(0)] if self.server.cuts else body)
@@ -129,6 +132,31 @@ def test_a_server_that_sends_nothing_is_given_up(server: Server) -> None:
         fetch("m", entry(server, sha256=SHA256))
 
 
+def test_a_member_of_a_zip_archive(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.ckpt", DATA)
+    server.data = buffer.getvalue()
+    server.cuts = [50]
+    digest = hashlib.sha256(server.data).hexdigest()
+    for sha256 in (digest, None):
+        path = fetch("m", entry(server, sha256=sha256, member="model.ckpt"))
+        assert path.read_bytes() == DATA
+        assert [item.name for item in path.parent.iterdir()] == ["m.ckpt"]
+        asked = len(server.ranges)
+        assert fetch("m", entry(server, sha256=digest, member="model.ckpt")) == path
+        assert len(server.ranges) == asked  # it is in the cache
+        path.unlink()
+    assert f"m.ckpt: no SHA-256 is on record for it; this one has {digest} for its archive" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"m \(http.*\): not a zip archive with other\.ckpt"):
+        fetch("m", entry(server, sha256=digest, member="other.ckpt"))
+    for damaged in (DATA, buffer.getvalue()[:60] + b"xxxxxxxx" + buffer.getvalue()[68:]):
+        server.data = damaged
+        with pytest.raises(ValueError, match=r"not a zip archive with model\.ckpt"):
+            fetch("m", entry(server, member="model.ckpt"))
+        assert list((cache_dir() / "folder").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -174,7 +202,7 @@ def test_unknown_names() -> None:
 
 def test_the_registry_is_well_formed() -> None:
     registry = load_registry()
-    assert {"ema_diffusion_cifar10", "ema_diffusion_lsun_bedroom", "ema_diffusion_lsun_church"} <= registry.keys()
+    assert {"ema_diffusion_cifar10", "ema_diffusion_lsun_bedroom", "ldm_cin256_v2", "sd_v1_4"} <= registry.keys()
     assert len({item.url for item in registry.values()}) == len({item.file for item in registry.values()}) == len(registry)
     for item in registry.values():
         assert item.url.startswith("https://")

@@ -309,3 +309,26 @@ def test_a_damaged_memo_index_takes_no_memory(tmp_path: Path, container: Callabl
     path = container(tmp_path / "a.ckpt", b"\x80\x02}r\xff\xff\xff\x7f.")  # LONG_BINPUT of 2**31 - 1
     with pytest.raises(ValueError, match=r"\(memo index 2147483647 after 3 steps\)$"):
         load_checkpoint(path)
+
+
+def test_safetensors_files(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {
+        "half": torch.arange(3).half(), "odd": torch.arange(5, dtype=torch.uint8), "full": torch.arange(6.0).reshape(2, 3),
+        "empty": torch.zeros(0, 2), "number": torch.tensor(3), "flags": torch.tensor([True]), "b": torch.ones(1).bfloat16(),
+    }  # fmt: skip
+    path = tmp_path / "m.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    content = path.read_bytes()
+    loaded = load_checkpoint(path)
+    assert loaded.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert loaded[name].dtype == value.dtype
+        assert torch.equal(loaded[name], value)
+    loaded["full"].zero_()
+    assert path.read_bytes() == content
+    for cut in (4, 40, len(content) - 1):
+        path.write_bytes(content[:cut])
+        with pytest.raises(ValueError, match=r"m\.safetensors: truncated, or not a checkpoint"):
+            load_checkpoint(path)

@@ -1,0 +1,245 @@
+"""Latent diffusion models as a whole: UNet, first stage, conditioning, noise schedule; from any source, to diffusers folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+from qncd.models import loading
+from qncd.models.autoencoders import FirstStage
+from qncd.models.compvis import Conditioner, check_config, networks_of
+from qncd.models.conditioning import ClassConditioner, TextConditioner, load_text_folder
+from qncd.models.diffusers_folders import UNETS, load_component, load_unet_folder, local_path, read_json, save_component
+from qncd.models.ldm import LdmUNet, build_ldm_unet, ldm_betas
+from qncd.models.registry import fetch, load_registry
+
+# LDM's own noise schedule where a scheduler's config does not name it, by diffusers' defaults.
+_SCHEDULER_DEFAULTS = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+_SD_SCALE = 0.18215  # of AutoencoderKL where its config, of an old diffusers, does not hold it
+
+
+@dataclass(frozen=True)
+class LatentModel:
+    """A latent diffusion model.
+
+    Args:
+        unet: predicts the noise in latents; takes (x, t), or (x, t, context) where there is a conditioner.
+        first_stage: between latents and images.
+        conditioner: makes the contexts, None for an unconditional model.
+        betas: variances (T,) float64 of the noise schedule.
+        latent_shape: (C, H, W) of a latent.
+        source: where the weights come from.
+    """
+
+    unet: LdmUNet
+    first_stage: FirstStage
+    conditioner: Conditioner | None
+    betas: np.ndarray
+    latent_shape: tuple[int, int, int]
+    source: str
+
+    @property
+    def image_size(self) -> int:
+        """Side of an image."""
+        return self.latent_shape[1] * self.first_stage.factor
+
+    def to(self, device: torch.device | str) -> LatentModel:
+        """Move the networks to a device; returns the model."""
+        networks: tuple[Any, ...] = (self.unet, self.first_stage.model, self.conditioner)
+        for network in networks:
+            if network is not None:
+                network.to(device)
+        return self
+
+
+def load_latent_model(
+    config: Mapping[str, Any] | None, ckpt: str | Path | None = None, use_pretrained: bool = False
+) -> LatentModel:
+    """A latent diffusion model with its weights: eval mode, float32, on the CPU, no gradients.
+
+    Args:
+        config: the original yaml as a mapping; may be None for a diffusers folder, which is checked against it otherwise.
+        ckpt: an original checkpoint (.ckpt, .pth, .safetensors), a diffusers folder of a pipeline, or a hub id.
+        use_pretrained: without `ckpt`, the published weights that `config["model"]["pretrained"]` names.
+            Without both, `config["model"]["weights"]` names a model in the box.
+
+    Averaged weights (`model_ema.*`) are used where the file has them and `use_ema` is not false, as the original does.
+
+    Raises:
+        ValueError: weights and config do not fit, the model is not supported, a file is damaged, or a weight is not finite.
+        FileNotFoundError: there are no such weights.
+    """
+    if config is not None:
+        check_config(config)
+    elif ckpt is None:
+        raise ValueError("no model: give a config, or --ckpt with a diffusers folder or a hub id")
+    source = str(ckpt) if ckpt is not None else str(_default_weights(config or {}, use_pretrained))
+    path = local_path(source)
+    if path.is_dir():
+        model = _load_folder(path, source)
+        if config is not None:
+            _check_against(model, config)
+        return model
+    if config is None:
+        if not path.exists():
+            raise FileNotFoundError(f"{source}: no such file")
+        raise ValueError(f"{source}: an original checkpoint needs its yaml, give --config")
+    unet, first_stage, conditioner = networks_of(path, config)
+    return _latent_model(unet, first_stage, conditioner, ldm_betas(config), source)
+
+
+def _default_weights(config: Mapping[str, Any], use_pretrained: bool) -> Path:
+    model = config["model"]
+    if use_pretrained:
+        if (name := model.get("pretrained")) is None:
+            known = ", ".join(name for name in sorted(load_registry()) if not name.startswith("ema_diffusion_"))
+            raise ValueError(f"the config names no published weights (model.pretrained; there are {known}): give --ckpt PATH")
+        return fetch(str(name))
+    if (name := model.get("weights")) is None:
+        raise ValueError("no weights: give --ckpt PATH or --use_pretrained, or name a model in the box as model.weights")
+    assets = loading.ASSETS
+    candidates = (assets / str(name), assets / f"{name}.safetensors", assets / f"{name}.ckpt")
+    found = next((path for path in candidates if path.is_file() or (path / "unet" / "config.json").is_file()), None)
+    if found is None:
+        boxed = sorted(path.parents[1].name for path in assets.glob("*/unet/config.json"))
+        raise ValueError(f"model.weights {name!r} is no model in the box: allowed are {', '.join(boxed) or '(none)'}")
+    return found
+
+
+def _latent_model(
+    unet: LdmUNet, first_stage: FirstStage, conditioner: Conditioner | None, betas: np.ndarray, source: str
+) -> LatentModel:
+    channels, size = unet.config["in_channels"], unet.config["sample_size"]
+    if channels != first_stage.latent_channels:
+        raise ValueError(f"{source}: the UNet has {channels} channels, the first stage's latents {first_stage.latent_channels}")
+    if not size:
+        raise ValueError(f"{source}: the UNet's config has no sample_size, the side of the latent")
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    wanted = unet.config.get("cross_attention_dim")
+    if (conditioner is None) != (wanted is None):
+        raise ValueError(f"{source}: {'no' if conditioner is None else 'a'} conditioning for a UNet with contexts of {wanted}")
+    if conditioner is not None and wanted != (found := _context_channels(conditioner)):
+        raise ValueError(f"{source}: contexts of {found} channels, the UNet takes {wanted}")
+    return LatentModel(unet, first_stage, conditioner, betas, (int(channels), int(height), int(width)), source)
+
+
+def _context_channels(conditioner: Conditioner) -> int:
+    if isinstance(conditioner, ClassConditioner):
+        return conditioner.embedding.embedding_dim
+    return int(conditioner.text_model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+
+def _load_folder(folder: Path, source: str) -> LatentModel:
+    if not (folder / "unet").is_dir():
+        raise ValueError(f"{source}: not the folder of a latent diffusion pipeline (no unet/ in it)")
+    stage = next((folder / name for name in ("vqvae", "vae") if (folder / name).is_dir()), None)
+    if stage is None:
+        raise ValueError(f"{source}: not the folder of a latent diffusion pipeline (no vqvae/ or vae/ in it)")
+    betas = _scheduler_betas(folder / "scheduler" / "scheduler_config.json")
+    conditioner: Conditioner | None = None
+    if (folder / "text_encoder").is_dir():
+        if (folder / "text_encoder_2").is_dir():
+            raise ValueError(f"{source}: a pipeline with two text encoders is not supported")
+        conditioner = load_text_folder(folder / "text_encoder", folder / "tokenizer").eval()
+    elif (folder / "class_embedder").is_dir():
+        conditioner = ClassConditioner.from_pretrained(folder / "class_embedder")
+    elif (folder / "bert").is_dir():
+        raise ValueError(f"{source}: a pipeline with a BERT text encoder is not supported")
+    unet = load_unet_folder(folder, UNETS)
+    autoencoder = load_component(stage, ("VQModel", "AutoencoderKL"))
+    # Folders without the factor are from before diffusers divided by it: LDM's own, 1 with a codebook.
+    default = 1.0 if isinstance(autoencoder, VQModel) else _SD_SCALE
+    scale = float(read_json(stage / "config.json").get("scaling_factor", default))
+    autoencoder.register_to_config(scaling_factor=scale)
+    return _latent_model(unet, FirstStage(autoencoder, scale), conditioner, betas, source)
+
+
+def _scheduler_betas(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, it holds the noise schedule")
+    settings = {**_SCHEDULER_DEFAULTS, **read_json(path)}
+    if settings.get("prediction_type", "epsilon") != "epsilon":
+        raise ValueError(f"{path}: prediction_type {settings['prediction_type']} is not supported: allowed is epsilon")
+    try:
+        if settings.get("trained_betas") is not None:
+            return np.asarray(settings["trained_betas"], dtype=np.float64)
+        start, end, steps = (float(settings["beta_start"]), float(settings["beta_end"]), int(settings["num_train_timesteps"]))
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}: beta_start, beta_end, num_train_timesteps or trained_betas are no numbers") from None
+    if settings["beta_schedule"] == "linear":
+        return np.linspace(start, end, steps, dtype=np.float64)
+    if settings["beta_schedule"] == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
+    raise ValueError(f"{path}: beta_schedule {settings['beta_schedule']} is not supported: allowed are linear, scaled_linear")
+
+
+def _check_against(model: LatentModel, config: Mapping[str, Any]) -> None:
+    """Raise ValueError where a folder is another model than the config's."""
+    with torch.device("meta"):
+        expected = build_ldm_unet(config)
+    kind = type(expected).__name__
+    if type(model.unet).__name__ != kind:
+        raise ValueError(f"{model.source}: the UNet is a {type(model.unet).__name__}, the config's a {kind}")
+    for key in ("in_channels", "out_channels", "sample_size", "block_out_channels", "layers_per_block", "cross_attention_dim"):
+        found, wanted = model.unet.config.get(key), expected.config.get(key)
+        if found != wanted and (not isinstance(wanted, list | tuple) or list(found or ()) != list(wanted)):
+            raise ValueError(f"{model.source}: {key} is {found}, the config says {wanted}")
+    betas = ldm_betas(config)
+    if len(model.betas) != len(betas) or not np.allclose(model.betas, betas, rtol=1e-4, atol=0):
+        raise ValueError(f"{model.source}: its noise schedule is not the config's")
+
+
+def scheduler_of(betas: np.ndarray) -> DDIMScheduler:
+    """diffusers' DDIM scheduler that samples as LDM does with these variances."""
+    start, end = (float(f"{value:.12g}") for value in (betas[0], betas[-1]))
+    scaled = np.linspace(start**0.5, end**0.5, len(betas), dtype=np.float64) ** 2
+    schedule: dict[str, Any] = {"trained_betas": betas.tolist()}
+    if np.allclose(scaled, betas, rtol=1e-9, atol=0):
+        schedule = {"beta_schedule": "scaled_linear", "beta_start": start, "beta_end": end}
+    return DDIMScheduler(
+        num_train_timesteps=len(betas), set_alpha_to_one=False, steps_offset=1, clip_sample=False, **schedule
+    )  # fmt: skip
+
+
+def save_latent_model(model: LatentModel, folder: str | Path) -> None:
+    """Write a diffusers folder that diffusers loads without this package.
+
+    Unconditional: all of LDMPipeline. Text: all of StableDiffusionPipeline, without a safety checker. Classes: UNet,
+    autoencoder and scheduler; `class_embedder/` is this package's own, since diffusers has no such pipeline.
+
+    Raises:
+        ValueError: diffusers' config cannot describe a network of the model.
+    """
+    folder = Path(folder)
+    text = isinstance(model.conditioner, TextConditioner)
+    stage = "vae" if text or not (model.first_stage.quantizes or model.conditioner is None) else "vqvae"
+    parts: dict[str, Any] = {
+        stage: ["diffusers", type(model.first_stage.model).__name__],
+        "unet": ["diffusers", type(model.unet).__name__],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
+    model.first_stage.model.register_to_config(scaling_factor=model.first_stage.scale)
+    save_component(model.unet, folder / "unet")
+    save_component(model.first_stage.model, folder / stage)
+    scheduler_of(model.betas).save_pretrained(folder / "scheduler")
+    pipeline = "LDMPipeline"
+    if isinstance(model.conditioner, TextConditioner):
+        pipeline = "StableDiffusionPipeline"
+        parts |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+        parts |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        model.conditioner.text_model.save_pretrained(folder / "text_encoder")  # type: ignore[operator]
+        model.conditioner.tokenizer.save_pretrained(folder / "tokenizer")
+    elif isinstance(model.conditioner, ClassConditioner):
+        pipeline = "ClassConditionalLDM"
+        parts["class_embedder"] = ["qncd", "ClassConditioner"]
+        model.conditioner.save_pretrained(folder / "class_embedder")
+    index = {"_class_name": pipeline, **dict(sorted(parts.items()))}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,128 @@
+"""scripts/convert_checkpoint.py as its user runs it, on small random checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import yaml
+
+from qncd.models.autoencoders import FirstStage, build_first_stage
+from qncd.models.compvis import original_state_dict
+from qncd.models.ddim import build_ddim_unet, to_ddim_state_dict
+from qncd.models.latent import load_latent_model
+from qncd.models.ldm import build_ldm_unet
+from qncd.models.loading import load_ddim, state_dict_hash
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_checkpoint.py"
+DDIM: dict[str, Any] = {
+    "data": {"dataset": "NONE", "image_size": 8, "channels": 3},
+    "model": {"in_channels": 3, "out_ch": 3, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1,
+              "attn_resolutions": [4], "num_groups": 4},
+    "diffusion": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_diffusion_timesteps": 100},
+}  # fmt: skip
+UNET = {"in_channels": 3, "out_channels": 3, "model_channels": 8, "attention_resolutions": [2], "num_res_blocks": 1,
+        "channel_mult": [1, 2], "num_groups": 4, "num_head_channels": 8}  # fmt: skip
+STAGE = {"double_z": False, "z_channels": 3, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 8, "ch_mult": [1, 2],
+         "num_res_blocks": 1, "attn_resolutions": [], "num_groups": 4}  # fmt: skip
+LDM: dict[str, Any] = {
+    "model": {
+        "params": {
+            "image_size": 8,
+            "unet_config": {"target": "openaimodel.UNetModel", "params": UNET},
+            "first_stage_config": {
+                "target": "autoencoder.VQModelInterface",
+                "params": {"embed_dim": 3, "n_embed": 16, "ddconfig": STAGE},
+            },
+            "cond_stage_config": "__is_unconditional__",
+        }
+    }
+}
+
+
+def run(*arguments: Any, status: int = 0) -> str:
+    """Run the script in this process; returns what it wrote to stderr."""
+    stderr, code = io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
+        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    assert code == status, stderr.getvalue()
+    return stderr.getvalue()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with ddim.yml, ddim.ckpt, ldm.yaml and ldm.ckpt."""
+    torch.manual_seed(0)
+    (tmp_path / "ddim.yml").write_text(yaml.safe_dump(DDIM))
+    (tmp_path / "ldm.yaml").write_text(yaml.safe_dump(LDM))
+    torch.save(to_ddim_state_dict(build_ddim_unet(DDIM).state_dict(), DDIM), tmp_path / "ddim.ckpt")
+    state = original_state_dict(LDM, build_ldm_unet(LDM), FirstStage(build_first_stage(LDM)), None)
+    torch.save({"state_dict": state}, tmp_path / "ldm.ckpt")
+    return tmp_path
+
+
+def test_latent_diffusion(files: Path) -> None:
+    out = files / "out"
+    run("--config", files / "ldm.yaml", "--ckpt", files / "ldm.ckpt", "--out", out)
+    model, folder = load_latent_model(LDM, files / "ldm.ckpt"), load_latent_model(None, out)
+    assert state_dict_hash(folder.unet) == state_dict_hash(model.unet)
+    assert state_dict_hash(folder.first_stage.model) == state_dict_hash(model.first_stage.model)
+    assert diffusers.LDMPipeline.from_pretrained(out).unet.config.sample_size == 8
+    record = json.loads((out / "converted.json").read_text())
+    assert record["unet_sha256"] == state_dict_hash(model.unet)
+    assert (record["config"], record["checkpoint"]) == ("ldm.yaml", "ldm.ckpt")
+    run("--config", files / "ldm.yaml", "--ckpt", files / "ldm.ckpt", "--out", out)  # again, over its own
+    assert not [path for path in files.iterdir() if path.suffix in (".part", ".old")]
+
+
+def test_ddim(files: Path) -> None:
+    out = files / "out"
+    run("--config", files / "ddim.yml", "--ckpt", files / "ddim.ckpt", "--out", out)
+    expected = state_dict_hash(load_ddim(DDIM, files / "ddim.ckpt"))
+    assert state_dict_hash(load_ddim(DDIM, out)) == expected
+    pipeline = diffusers.DDIMPipeline.from_pretrained(out)
+    assert state_dict_hash(pipeline.unet) == expected
+    assert pipeline.scheduler.config.num_train_timesteps == 100
+    images = pipeline(num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 8, 8, 3)
+
+
+def test_faults_are_one_line(files: Path) -> None:
+    def refused(message: str, *arguments: Any) -> None:
+        stderr = run(*arguments, status=2)
+        assert message in stderr
+        assert stderr.count("\n") == 1
+
+    ldm = ("--config", files / "ldm.yaml", "--out", files / "out")
+    refused("keys are missing in the checkpoint", *ldm, "--ckpt", files / "ddim.ckpt")
+    refused("gone.ckpt: no such file", *ldm, "--ckpt", files / "gone.ckpt")
+    refused("no weights: give --ckpt PATH", *ldm)
+    refused("the following arguments are required: --out", "--config", files / "ldm.yaml")
+    assert not (files / "out").exists()
+    assert not (files / "out.part").exists()
+    (files / "out").mkdir()
+    (files / "out" / "other.txt").write_text("x")
+    refused("out: not empty, and not made by this command", *ldm, "--ckpt", files / "ldm.ckpt")
+    assert [path.name for path in (files / "out").iterdir()] == ["other.txt"]
+    several = yaml.safe_load((files / "ldm.yaml").read_text())
+    unet = several["model"]["params"]["unet_config"]["params"]
+    del unet["num_head_channels"]
+    unet |= {"num_heads": 2, "attention_resolutions": [1, 2]}
+    state = original_state_dict(several, build_ldm_unet(several), FirstStage(build_first_stage(several)), None)
+    torch.save(state, files / "heads.ckpt")
+    (files / "heads.yaml").write_text(yaml.safe_dump(several))
+    command = ("--config", files / "heads.yaml", "--ckpt", files / "heads.ckpt", "--out", files / "heads")
+    refused("has no diffusers folder", *command)
+    assert not (files / "heads").exists()
