@@ -29,6 +29,7 @@ LAYERS = (
     ("cli",),
     ("jobs",),
     ("latent_jobs",),
+    ("benchmark",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qncd.config import check_int
 from qncd.io.images import to_uint8
 from qncd.ptq.pipeline import Diffusion
-from qncd.sampling.correctors import Corrector, Denoiser
-from qncd.sampling.samplers import Callback, StepState
+from qncd.sampling.correctors import Corrector
+from qncd.sampling.guidance import Conditions
+from qncd.sampling.samplers import StepState
 
 
 @dataclass
@@ -40,22 +42,27 @@ class NoiseErrorRecorder:
     x_t. Random error largely averages out over the steps, gain and bias add up.
 
     Args:
-        reference: the full-precision network.
+        reference: the full-precision model.
         images: how many to compare; later batches pass at no cost.
     """
 
-    def __init__(self, reference: Denoiser, images: int = 64) -> None:
+    def __init__(self, reference: Diffusion, images: int = 64) -> None:
         check_int("images", images, 1)
         self.reference = reference
         self.images = images
         self.sums: dict[int, _Sums] = {}
+        self.begin(None)
+
+    def begin(self, conditions: Conditions | None) -> None:
+        """The conditions of the images that come next."""
+        self.denoise = self.reference.denoiser(conditions)
 
     def __call__(self, state: StepState) -> None:
         sums = self.sums.setdefault(state.step.index, _Sums())
         count = min(len(state.x), self.images - sums.images)
         if count <= 0:
             return
-        expected = self.reference(state.x[:count], state.step.t).double()
+        expected = self.denoise(state.x[:count], state.step.t).double()
         predicted = state.corrected[:count].double()
         error = predicted - expected
         sums.images += count
@@ -93,11 +100,22 @@ def sample_images(
     seeds: Sequence[int],
     batch_size: int,
     corrector: Corrector | None = None,
-    callback: Callback | None = None,
+    errors: NoiseErrorRecorder | None = None,
+    conditions: Callable[[Sequence[int]], Conditions] | None = None,
+    decode: Callable[[Tensor], np.ndarray] = to_uint8,
 ) -> np.ndarray:
-    """Images for `seeds`, uint8 (N, H, W, C), `batch_size` at a time."""
-    parts = [
-        to_uint8(diffusion.sample(seeds[start : start + batch_size], corrector, callback))
-        for start in range(0, len(seeds), batch_size)
-    ]
+    """Images for `seeds`, uint8 (N, H, W, C), `batch_size` at a time.
+
+    Args:
+        errors: watches the noise predictions.
+        conditions: of images by their places in `seeds`.
+        decode: samples -> images.
+    """
+    parts = []
+    for start in range(0, len(seeds), batch_size):
+        rows = range(start, min(start + batch_size, len(seeds)))
+        given = conditions(rows) if conditions else None
+        if errors:
+            errors.begin(given)
+        parts.append(decode(diffusion.sample([seeds[i] for i in rows], corrector, errors, conditions=given)))
     return np.concatenate(parts)

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,7 +123,8 @@ def test_bad_input(
 
 
 def test_noise_error_is_relative_and_counts_the_first_images_only() -> None:
-    recorder = NoiseErrorRecorder(lambda x, t: 2 * x, images=3)
+    reference = SimpleNamespace(denoiser=lambda conditions: lambda x, t: 2 * x)
+    recorder = NoiseErrorRecorder(reference, images=3)  # type: ignore[arg-type]
     step = Step(0, 10, 0, 0.5, 0.9, 0.0, 0.0)
     x = torch.ones(2, 1, 4, 4)
     for error in (0.2, 0.4, 9.0):

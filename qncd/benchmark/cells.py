@@ -1,0 +1,197 @@
+"""Running the cells of a quality benchmark, after what they share, in one process or in several."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qncd import cli
+from qncd.benchmark.plan import ERROR_IMAGES, FULL, PART, Cell, Plan
+from qncd.io.runs import Run
+from qncd.metrics.statistics import mse_to_psnr, paired_mse
+from qncd.ptq.calibration import CalibrationSet, load_calibration, save_calibration
+from qncd.ptq.evaluation import NoiseErrorRecorder, sample_images
+from qncd.ptq.pipeline import quantize_with_, sample_calibration
+from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
+
+log = logging.getLogger("qncd")
+
+
+def compute(run: Run, plan: Plan, cells: Sequence[Cell], workers: int | None = None) -> None:
+    """Run the cells that are not there, after what they share, in `workers` processes (default: one a core)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = workers or (1 if plan.device.startswith("cuda") else cores)
+    threads = max(1, cores // jobs)
+    record = run.record
+    plan = dataclasses.replace(plan, commit=(record["resumed"] or [record])[-1]["git_commit"])
+    for name in ("cells", "cache"):
+        (plan.out / name).mkdir(exist_ok=True)
+    missing = [cell for cell in cells if cell.finished(plan) is None]
+    log.info("%d of %d cells are there already; %d processes", len(cells) - len(missing), len(cells), jobs)
+    start = time.perf_counter()
+    if missing:
+        parts = [first for first in range(0, plan.images, PART) if not plan.part_path(first).is_file()]
+        run_tasks("full precision", "part", sample_part, plan, parts, jobs, threads)
+        seeds = sorted({cell.seed for cell in missing if cell.mode != FULL})
+        seeds = [seed for seed in seeds if not plan.calibration_paths(seed)[0].is_file()]
+        run_tasks("calibration sets", "set", sample_calibration_set, plan, seeds, jobs, threads)
+        run_tasks("cells", "cell", run_cell, plan, missing, jobs, threads)
+    run.finish(cells=len(cells), cells_computed=len(missing), seconds=time.perf_counter() - start)
+
+
+def run_tasks(
+    title: str, unit: str, function: Callable[[Plan, Any], None], plan: Plan, items: Sequence[Any], jobs: int, threads: int
+) -> None:
+    """function(plan, item) for all items, in this process or in `jobs` others, with a progress line on stderr."""
+    if not items:
+        return
+    with cli.progress_bar(title, unit) as bar:
+        bar(0, len(items))
+        if jobs == 1:
+            torch.set_num_threads(threads)
+            for done, item in enumerate(items, 1):
+                function(plan, item)
+                bar(done, len(items))
+            return
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor, as_completed
+        from concurrent.futures.process import BrokenProcessPool
+
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(jobs, len(items)), context, start_worker, (threads,)) as pool:
+            futures = [pool.submit(function, plan, item) for item in items]
+            try:
+                for done, future in enumerate(as_completed(futures), 1):
+                    future.result()
+                    bar(done, len(items))
+            except BrokenProcessPool:
+                raise OSError("a worker process died (short of memory?): the same command line goes on from here") from None
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def start_worker(threads: int) -> None:
+    """Share the cores, end at Ctrl-C without a traceback, and do not outlive the benchmark."""
+    import multiprocessing
+    import signal
+    import threading
+
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def sample_part(plan: Plan, start: int) -> None:
+    """Up to PART full-precision images, into the cache."""
+    stop = min(start + PART, plan.images)
+    subject = plan.subject()
+    conditions = subject.conditions
+    images = sample_images(
+        subject.diffusion,
+        range(plan.image_seed + start, plan.image_seed + stop),
+        plan.batch_size,
+        conditions=(lambda rows: conditions([start + row for row in rows])) if conditions else None,
+        decode=subject.decode,
+    )
+    path = plan.part_path(start)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with partial.open("wb") as stream:
+        np.savez(stream, images=images)
+    partial.replace(path)
+
+
+def full_precision_images(plan: Plan) -> np.ndarray:
+    """All of them, uint8 (N, H, W, C)."""
+    parts = []
+    for start in range(0, plan.images, PART):
+        with np.load(plan.part_path(start)) as file:
+            parts.append(file["images"])
+    return np.concatenate(parts)
+
+
+def sample_calibration_set(plan: Plan, seed: int) -> None:
+    """Calibration set and noise table of one repetition, into the cache; the set last, as the sign that both are there."""
+    config = dataclasses.replace(plan.calibration, seed=seed)
+    subject, correction = plan.subject(), plan.correction if plan.controlled else None
+    conditions = subject.calibration_conditions(config.samples, seed) if subject.calibration_conditions else None
+    data, table = sample_calibration(subject.diffusion, config, correction, plan.subject_settings["model"], conditions=conditions)
+    data_path, table_path = plan.calibration_paths(seed)
+    if table is not None:
+        tensors, head = table.to_tensors()
+        partial = table_path.with_name(f".{table_path.name}.{os.getpid()}.part")
+        save_file(tensors, partial, {"noise_table": head})
+        partial.replace(table_path)
+    save_calibration(data, data_path)
+
+
+def load_calibration_set(plan: Plan, seed: int) -> tuple[CalibrationSet, NoiseTable | None]:
+    """What `sample_calibration_set` has written."""
+    data_path, table_path = plan.calibration_paths(seed)
+    table = None
+    if plan.controlled:
+        with safe_open(table_path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            table = NoiseTable.from_tensors(tensors, file.metadata()["noise_table"])
+    return load_calibration(data_path, plan.calibration.samples, plan.calibration.steps), table
+
+
+def run_cell(plan: Plan, cell: Cell) -> None:
+    """Quantize, sample, measure, and write the cell's file."""
+    full, figures, start = full_precision_images(plan), dict[str, Any](), time.perf_counter()
+    images, subject = full, plan.subject()
+    if cell.quant is not None:
+        diffusion, correction = subject.diffusion, cell.correction(plan)
+        reference = dataclasses.replace(diffusion, unet=copy.deepcopy(diffusion.unet))
+        data, table = load_calibration_set(plan, cell.seed)
+        figures["calibration_seconds"] = quantize_with_(diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size)
+        corrector = RuntimeNoiseCorrector(correction, table) if correction else None
+        errors = NoiseErrorRecorder(reference, ERROR_IMAGES)
+        try:
+            seeds = range(plan.image_seed, plan.image_seed + plan.images)
+            images = sample_images(diffusion, seeds, plan.batch_size, corrector, errors, subject.conditions, subject.decode)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{cell.name}: {error}") from None
+        mse = paired_mse(full, images)
+        changed = mse[mse > 0]
+        figures |= {
+            "psnr": float(mse_to_psnr(changed).mean()) if len(changed) else None,
+            "identical_images": len(mse) - len(changed),
+            "mse": float(mse.mean()),
+            "noise_error": errors.mean_error(),
+            "noise_error_per_step": errors.error_per_step(),
+            "gain_per_step": errors.gain_per_step(),
+            "bias_per_step": errors.bias_per_step(),
+        }
+    figures |= subject.score(images)
+    record = {
+        "cell": dataclasses.asdict(cell), "settings": cell.settings(plan), "figures": figures,
+        "seconds": time.perf_counter() - start, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "git_commit": plan.commit,
+    }  # fmt: skip
+    write_text(cell.path(plan), json.dumps(record, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,162 @@
+"""What a quality benchmark compares: its plan and its cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
+
+if TYPE_CHECKING:
+    from qncd.benchmark.subjects import Subject
+
+MODES = {  # name: what the table calls it
+    "linear": "linear",
+    "neither": "qncd, neither",
+    "smoothing": "qncd, smoothing only",
+    "correction": "qncd, correction only",
+    "qncd": "qncd",
+    "paper": "qncd, no bias correction",
+}
+WIDTHS = ("W8A8", "W4A8", "W8A6", "W4A6")
+FULL = "FP"
+PART = 512  # full-precision images in one file of the cache
+ERROR_IMAGES = 64
+FORMAT = 2  # of a cell's file; raised when the same settings come to mean something else
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all cells of a benchmark share; sent to every worker.
+
+    Attributes:
+        out: folder of the results.
+        model_config: the model's yaml.
+        ckpt: where its weights are, None for those that the config names.
+        subject_settings: hashes of the weights and what else decides the images of a model.
+        scale: of guidance, None for what the model's yaml recommends.
+        calibration: with the seed of the first repetition; others count up from it.
+        correction: of the modes that correct.
+        controlled: record the full-precision noise table, because some mode corrects.
+        image_seed: image i has the seed image_seed + i.
+        commit: of the code, for the cells' files.
+    """
+
+    out: Path
+    model_config: dict[str, Any]
+    ckpt: str | None
+    subject_settings: dict[str, Any]
+    scale: float | None
+    device: str
+    sampler: SamplerConfig
+    calibration: CalibrationConfig
+    correction: CorrectionConfig
+    controlled: bool
+    images: int
+    image_seed: int
+    batch_size: int
+    commit: str | None = None
+
+    def subject(self) -> Subject:
+        """The full-precision model, read anew."""
+        from qncd.benchmark.subjects import load_subject
+
+        return load_subject(self.model_config, self.ckpt, self.sampler, self.scale, self.device)
+
+    def base_settings(self) -> dict[str, Any]:
+        """What decides the full-precision images."""
+        return {
+            "format": FORMAT, "subject": self.subject_settings, "sampler": dataclasses.asdict(self.sampler),
+            "image_seed": self.image_seed,
+        }  # fmt: skip
+
+    def cached(self, kind: str, suffix: str, settings: dict[str, Any]) -> Path:
+        """A file of the cache, named after all that decides its content: other settings never find it."""
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        return self.out / "cache" / f"{kind}_{key}{suffix}"
+
+    def part_path(self, start: int) -> Path:
+        stop = min(start + PART, self.images)
+        return self.cached(f"fp_{start:06d}_{stop:06d}", ".npz", self.base_settings())
+
+    def calibration_paths(self, seed: int) -> tuple[Path, Path]:
+        """Calibration set and noise table of one repetition."""
+        settings = self.base_settings() | {
+            "calibration": dataclasses.asdict(self.calibration),
+            "correction": dataclasses.asdict(self.correction) if self.controlled else None,
+        }
+        kind = f"calibration_{seed}"
+        return self.cached(kind, ".pt", settings), self.cached(kind, ".safetensors", settings)
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One run of the benchmark: a width and a mode with one calibration seed, or full precision."""
+
+    width: str
+    mode: str = FULL
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return FULL if self.mode == FULL else f"{self.width}_{self.mode}_seed{self.seed}"
+
+    def path(self, plan: Plan) -> Path:
+        return plan.out / "cells" / f"{self.name}.json"
+
+    @property
+    def quant(self) -> QuantConfig | None:
+        """Min-max ranges alone (linear), or mse weight ranges, split and bias correction (all others)."""
+        if self.mode == FULL:
+            return None
+        ours, (weight_bits, act_bits) = self.mode != "linear", parse_width(self.width)
+        weight_range = "mse" if ours else "max"
+        biases = ours and self.mode != "paper"
+        return QuantConfig(weight_bits, act_bits, weight_range=weight_range, act_range="max", split=ours, bias_correction=biases)
+
+    @property
+    def smoothing(self) -> SmoothingConfig | None:
+        return SmoothingConfig() if self.mode in ("smoothing", "qncd", "paper") else None
+
+    def correction(self, plan: Plan) -> CorrectionConfig | None:
+        return plan.correction if corrects(self.mode) else None
+
+    def settings(self, plan: Plan) -> dict[str, Any]:
+        """Everything that decides the cell's figures, as it comes back from JSON."""
+        quant, smoothing, correction = self.quant, self.smoothing, self.correction(plan)
+        calibration = dataclasses.replace(plan.calibration, seed=self.seed)
+        settings = plan.base_settings() | {
+            "images": plan.images,
+            "error_images": ERROR_IMAGES,
+            "quantization": quant and dataclasses.asdict(quant),
+            "smoothing": smoothing and dataclasses.asdict(smoothing),
+            "correction": correction and dataclasses.asdict(correction),
+            "calibration": quant and dataclasses.asdict(calibration),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        return plain
+
+    def finished(self, plan: Plan) -> dict[str, Any] | None:
+        """The cell's file, None where there is none, or one with other settings, or a damaged one."""
+        try:
+            record = json.loads(self.path(plan).read_text(encoding="utf-8"))
+            return record if record["settings"] == self.settings(plan) and record["figures"] else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+
+def corrects(mode: str) -> bool:
+    return mode in ("correction", "qncd", "paper")
+
+
+def parse_width(text: str) -> tuple[int, int]:
+    """Bits of weights and activations of a name such as W4A8. Raises ValueError for anything else."""
+    match = re.fullmatch(r"[Ww]([2-8])[Aa]([2-8])", text)
+    if not match:
+        raise ValueError(f"--widths {text}: allowed are names such as W4A8, 2 to 8 bits each")
+    return int(match[1]), int(match[2])

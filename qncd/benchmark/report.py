@@ -1,0 +1,156 @@
+"""The results of a quality benchmark: table, machine-readable file, plot."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qncd.benchmark.cells import write_text
+from qncd.benchmark.plan import ERROR_IMAGES, FULL, MODES, Cell, Plan
+from qncd.benchmark.subjects import TITLES
+from qncd.io.runs import Run
+
+log = logging.getLogger("qncd")
+UNBIASED_IMAGES = 2048
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Mean, extremes and standard deviation (N - 1; 0 of one value), None where a value is missing."""
+    numbers = [value for value in values if value is not None]
+    if not numbers or len(numbers) < len(values):
+        return None
+    deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else 0.0
+    return {"mean": float(np.mean(numbers)), "min": min(numbers), "max": max(numbers), "std": deviation}
+
+
+def summarize(records: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One row for full precision and one for each width and mode, over the seeds whose cells are there."""
+    full = records.get(Cell(FULL))
+    rows = []
+    for width, mode in dict.fromkeys((cell.width, cell.mode) for cell in cells):
+        found = [records[cell]["figures"] for cell in cells if (cell.width, cell.mode) == (width, mode) and cell in records]
+        row: dict[str, Any] = {"width": width, "mode": mode, "seeds": len(found)}
+        row |= {key: spread([f.get(key) for f in found]) for key in ("fid", "sfid", "psnr", "noise_error", *TITLES)}
+        row["fid_difference"] = spread([f["fid"] - full["figures"]["fid"] for f in found]) if full and mode != FULL else None
+        row["identical_images"] = sum(f.get("identical_images", 0) for f in found)
+        if found and mode != FULL:
+            steps = np.array([f["noise_error_per_step"] for f in found])  # (seeds, steps)
+            row["noise_error_per_step"] = {
+                "mean": steps.mean(0).tolist(), "min": steps.min(0).tolist(), "max": steps.max(0).tolist(),
+            }  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows as a table in Markdown."""
+    extra = [key for key in TITLES if any(row[key] for row in rows)]
+    columns = {"fid": ".3f", "fid_difference": "+.3f", "sfid": ".3f", **dict.fromkeys(extra, ".1f")}
+    columns |= {"psnr": ".2f", "noise_error": ".3g"}
+
+    def show(row: dict[str, Any], key: str) -> str:
+        value, style = row[key], columns[key]
+        if value is None:
+            return "–"
+        mean = format(value["mean"], style)
+        return mean if row["seeds"] < 2 else f"{mean} ({value['min']:{style}} to {value['max']:{style}})"
+
+    titles = ["width", "mode", "FID", "FID − FID of FP", "sFID", *(TITLES[key] for key in extra)]
+    titles += ["PSNR to FP, dB", "noise-prediction error", "seeds"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        name = "full precision" if row["mode"] == FULL else MODES[row["mode"]]
+        seeds = "–" if row["mode"] == FULL else str(row["seeds"])
+        width = "FP32" if row["mode"] == FULL else row["width"]
+        lines.append(" | ".join([f"| {width}", name, *(show(row, key) for key in columns), f"{seeds} |"]))
+    return lines
+
+
+def caption(
+    command: str, plan: Plan, seeds: int, convention: str, rows: Sequence[dict[str, Any]], commits: Sequence[str]
+) -> list[str]:
+    """How the numbers came about, in words."""
+    sampler, guidance = plan.sampler, plan.subject_settings.get("guidance")
+    identical = sum(row["identical_images"] for row in rows)
+    repeated = "One calibration seed; "
+    if seeds > 1:
+        repeated = f"Mean (min to max) over {seeds} calibration seeds: the spread of calibration, not of sampling; "
+    notes = [
+        f"`{command}`",
+        repeated + f"every cell makes the same {plan.images} images (seeds {plan.image_seed} to "
+        f"{plan.image_seed + plan.images - 1}).",
+        f"Sampling: {sampler.sample_type}, {sampler.timesteps} steps ({sampler.skip_type}), eta {sampler.eta:g}"
+        + (f", guidance {guidance:g}" if guidance else "")
+        + ". Calibration: "
+        f"{plan.calibration.samples} images at {plan.calibration.steps} time steps. Correction: every "
+        f"{plan.correction.interval} steps.",
+        f"FID and sFID: {convention}; not on the scale of Inception's."
+        + (f" Biased upwards at fewer than {UNBIASED_IMAGES} images." if plan.images < UNBIASED_IMAGES else ""),
+        "PSNR: mean over images, peak 255, uint8, to full precision with the same seeds"
+        + (f"; without the {identical} images that equal it." if identical else "."),
+        "Noise-prediction error: ‖ε − ε_FP‖² / ‖ε_FP‖² at the quantized model's own x_t, ε after correction, mean over the "
+        f"steps, first {min(ERROR_IMAGES, plan.images)} images.",
+        "linear: min-max ranges, no split. All qncd rows: mse weight ranges, min-max activation ranges, split, and (but for "
+        "the last) bias correction; neither, smoothing only and correction only leave out the rest.",
+        f"Code: {', '.join(commits) or 'unknown commit'}.",
+    ]
+    if len(commits) > 1:
+        notes.append("The cells come from more than one state of the code.")
+    return notes
+
+
+def write_report(command: str, run: Run, plan: Plan, cells: Sequence[Cell], convention: str) -> None:
+    """quality.json, quality.md and quality.png of the cells that are there, and the table on stdout."""
+    records = {cell: record for cell in cells if (record := cell.finished(plan)) is not None}
+    if not records:
+        raise ValueError(f"{plan.out}: no finished cell with these settings")
+    rows = summarize(records, cells)
+    commits = sorted({record["git_commit"] for record in records.values() if record["git_commit"]})
+    notes = caption(command, plan, 1 + max(cell.seed for cell in cells), convention, rows, commits)
+    if missing := [cell.name for cell in cells if cell not in records]:
+        notes.append(f"Not finished: {len(missing)} of {len(cells)} cells.")
+    session = run.record
+    content = {
+        "command": command, "caption": notes, "settings": Cell(FULL).settings(plan), "rows": rows, "missing": missing,
+        "cells": list(records.values()), "git_commits": commits, "versions": session["versions"],
+    }  # fmt: skip
+    write_text(plan.out / "quality.json", json.dumps(content, indent=2) + "\n")
+    lines = ["# Quality after quantization", "", *table_lines(rows), "", *(f"- {note}" for note in notes)]
+    write_text(plan.out / "quality.md", "\n".join(lines) + "\n")
+    draw_errors(rows, plan.out / "quality.png")
+    print("\n".join(lines[2:]))
+    log.info("written: %s", ", ".join(str(plan.out / f"quality.{suffix}") for suffix in ("md", "json", "png")))
+
+
+def draw_errors(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Noise-prediction error by step: a panel for each width, a line for each mode, the spread over seeds as a band."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    widths = list(dict.fromkeys(row["width"] for row in rows if "noise_error_per_step" in row))
+    if not widths:
+        return
+    figure = Figure(figsize=(4.2 * len(widths), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(widths), squeeze=False, sharey=True)[0]
+    for panel, width in zip(panels, widths, strict=True):
+        for row in rows:
+            if row["width"] != width or "noise_error_per_step" not in row:
+                continue
+            values, color = row["noise_error_per_step"], f"C{list(MODES).index(row['mode'])}"
+            steps = range(1, len(values["mean"]) + 1)
+            panel.plot(steps, values["mean"], label=MODES[row["mode"]], color=color, linewidth=1.5)
+            panel.fill_between(steps, values["min"], values["max"], color=color, alpha=0.2, linewidth=0)
+        panel.set(title=width, xlabel="step (1: the noisiest)", yscale="log")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("relative squared error of the noise prediction")
+    panels[0].legend(fontsize="small")
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    figure.savefig(partial, dpi=110)
+    partial.replace(path)

@@ -1,0 +1,190 @@
+"""The models in the box as subjects of a benchmark: how each makes its images, and what they are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qncd.config import SamplerConfig
+from qncd.io.images import to_uint8
+from qncd.io.scenes import all_scenes, caption_of, is_held_out, scene_dataset
+from qncd.latent_jobs import PromptEncoder, class_conditions, make_decoder, model_hashes
+from qncd.metrics.features import FashionMnistFeatures
+from qncd.metrics.scene_classifier import SceneClassifier, caption_accuracy, load_scene_classifier
+from qncd.metrics.sources import FASHION_MNIST_STATISTICS, SavedStatistics
+from qncd.metrics.statistics import FeatureStatistics, StatisticsAccumulator, frechet_distance
+from qncd.models.conditioning import ClassConditioner
+from qncd.models.latent import load_latent_model
+from qncd.models.loading import load_ddim, state_dict_hash
+from qncd.ptq.pipeline import Diffusion
+from qncd.sampling.guidance import Conditions
+from qncd.sampling.schedule import betas_of
+
+LANE = 16  # images in each network call, always exactly
+FEATURE_BATCH = 250
+SCENES = 4000  # rendered pictures that generated ones are held against
+CAPTIONS_SEED = 7  # of the order in which held-out captions are taken
+TITLES = {"class_accuracy": "class accuracy, %", "caption_accuracy": "captions right, %"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model and how its images are scored.
+
+    Attributes:
+        diffusion: the full-precision network with schedule and sampler.
+        decode: samples -> images uint8 (N, H, W, C).
+        conditions: of images by their indices; None for an unconditional model.
+        calibration_conditions: (count, seed) -> conditions of as many calibration trajectories.
+        score: images 0 to N - 1 -> figures by name: fid, sfid, and those of TITLES that the model has.
+        settings: what decides the images beside sampler and seeds.
+        extra: the names of TITLES that `score` gives.
+        convention: what FID means here, in words.
+    """
+
+    diffusion: Diffusion
+    decode: Callable[[Tensor], np.ndarray]
+    conditions: Callable[[Sequence[int]], Conditions] | None
+    calibration_conditions: Callable[[int, int], Conditions] | None
+    score: Callable[[np.ndarray], dict[str, float]]
+    settings: dict[str, Any]
+    extra: tuple[str, ...]
+    convention: str
+
+
+def is_latent(config: Mapping[str, Any]) -> bool:
+    """Whether a yaml describes a latent model (CompVis' layout) or a DDIM model."""
+    return "diffusion" not in config
+
+
+def default_scale(config: Mapping[str, Any]) -> float | None:
+    """The guidance that a model's yaml recommends as sampling.scale."""
+    scale = (config.get("sampling") or {}).get("scale")
+    return None if scale is None else float(scale)
+
+
+def load_subject(
+    config: Mapping[str, Any], ckpt: str | None, sampler: SamplerConfig, scale: float | None, device: str
+) -> Subject:
+    """The model of a yaml as a subject, read anew.
+
+    Args:
+        scale: of guidance; None for what the yaml recommends, else 3.
+
+    Raises:
+        ValueError: the model makes images that nothing in the box can score.
+    """
+    if not is_latent(config):
+        return _pixel_subject(config, ckpt, sampler, device)
+    model = load_latent_model(config, ckpt).to(device)
+    diffusion = Diffusion(model.unet, model.betas, sampler, model.latent_shape, LANE)
+    decode = make_decoder(model, LANE)
+    chosen = scale if scale is not None else default_scale(config) or 3.0
+    settings = {
+        **model_hashes(model),
+        "lane": LANE,
+        "guidance": chosen,
+        "schedule": [float(model.betas[0]), float(model.betas[-1])],
+    }
+    if isinstance(model.conditioner, ClassConditioner):
+        classes = model.conditioner.n_classes - 1
+        if model.first_stage.model.config["in_channels"] != 1 or classes != 10:
+            raise ValueError(f"{model.source}: only Fashion-MNIST's grey images and 10 classes can be scored")
+        return Subject(
+            diffusion,
+            decode,
+            lambda indices: class_conditions(model, [i % classes for i in indices], chosen),
+            lambda count, seed: class_conditions(model, [(seed + i) % classes for i in range(count)], chosen),
+            lambda images: _fashion_figures(images, device, [i % classes for i in range(len(images))]),
+            settings,
+            ("class_accuracy",),
+            f"against the training set, {FashionMnistFeatures().convention}",
+        )
+    if model.conditioner is None:
+        raise ValueError(f"{model.source}: unconditional latent models have nothing to be scored with")
+    encode, captions = PromptEncoder(model, chosen), held_out_captions()
+    known = [caption_of(scene) for scene in all_scenes() if not is_held_out(scene)]
+
+    def calibration(count: int, seed: int) -> Conditions:
+        rows = np.random.default_rng(seed).choice(len(known), count, replace=count > len(known))
+        return encode([known[row] for row in rows])
+
+    return Subject(
+        diffusion,
+        decode,
+        lambda indices: encode([captions[i % len(captions)] for i in indices]),
+        calibration,
+        lambda images: _scene_figures(images, device, [captions[i % len(captions)] for i in range(len(images))]),
+        settings | {"captions": CAPTIONS_SEED},
+        ("caption_accuracy",),
+        f"64 mean features of the scene classifier, against {SCENES} rendered scenes with held-out captions",
+    )
+
+
+def held_out_captions() -> list[str]:
+    """Captions that no training has seen, in a fixed random order."""
+    captions = [caption_of(scene) for scene in all_scenes() if is_held_out(scene)]
+    order = np.random.default_rng(CAPTIONS_SEED).permutation(len(captions))
+    return [captions[i] for i in order]
+
+
+def _pixel_subject(config: Mapping[str, Any], ckpt: str | None, sampler: SamplerConfig, device: str) -> Subject:
+    unet = load_ddim(config, ckpt).to(device)  # type: ignore[arg-type]
+    size, channels = int(config["data"]["image_size"]), int(config["model"]["in_channels"])
+    if channels != 1:
+        raise ValueError(f"{channels} channels: the Fashion-MNIST features take grey images")
+    features = FashionMnistFeatures()
+    features.check_size(size, size)
+    settings = {"model": state_dict_hash(unet), "lane": LANE, "diffusion": config["diffusion"]}
+    diffusion = Diffusion(unet, betas_of(config), sampler, (channels, size, size), LANE)
+    score = lambda images: _fashion_figures(images, device)  # noqa: E731
+    return Subject(diffusion, to_uint8, None, None, score, settings, (), f"against the training set, {features.convention}")
+
+
+def _fashion_figures(images: np.ndarray, device: str, labels: Sequence[int] | None = None) -> dict[str, float]:
+    """FID and sFID of uint8 (N, 32, 32, 1) against the training set; the share that the classifier gives its label."""
+    real, extractor = SavedStatistics.open(FASHION_MNIST_STATISTICS), FashionMnistFeatures(device=device)
+    pooled, spatial, predicted = StatisticsAccumulator(), StatisticsAccumulator(), []
+    for batch in torch.from_numpy(images).split(FEATURE_BATCH):
+        outputs = extractor(batch)
+        pooled.update(outputs["features"])
+        spatial.update(outputs["spatial"])
+        predicted.append(outputs["logits"].argmax(1).cpu())
+    assert real.spatial is not None
+    figures = {
+        "fid": frechet_distance(real.features, pooled.finish()),
+        "sfid": frechet_distance(real.spatial, spatial.finish()),
+    }
+    if labels is not None:
+        figures["class_accuracy"] = 100 * float((torch.cat(predicted) == torch.tensor(labels)).float().mean())
+    return figures
+
+
+def _scene_figures(images: np.ndarray, device: str, captions: Sequence[str]) -> dict[str, float]:
+    """FID and sFID of uint8 (N, 64, 64, 3) against rendered scenes; the share of captions that come out wholly right."""
+    classifier = load_scene_classifier()[0].to(device)
+    rendered, _ = scene_dataset(SCENES, seed=CAPTIONS_SEED, held_out=True)
+    real, made = _scene_statistics(rendered, classifier), _scene_statistics(images, classifier)
+    scores = caption_accuracy(images, captions, classifier)
+    figures = {name: frechet_distance(a, b) for name, a, b in zip(("fid", "sfid"), real, made, strict=True)}
+    return figures | {
+        "caption_accuracy": 100 * scores.all_correct,
+        **{f"caption_{name}": 100 * getattr(scores, name) for name in ("size", "colour", "shape", "relation")},
+    }
+
+
+@torch.no_grad()
+def _scene_statistics(images: np.ndarray, classifier: SceneClassifier) -> tuple[FeatureStatistics, FeatureStatistics]:
+    """Statistics of the last map's mean features (64) and of its first 7 channels (7 * 16), as FID and sFID take them."""
+    pooled, spatial = StatisticsAccumulator(), StatisticsAccumulator()
+    device = next(classifier.parameters()).device
+    for batch in torch.from_numpy(images).split(FEATURE_BATCH):
+        maps = classifier.features(batch.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1)  # (N, 64, 4, 4)
+        pooled.update(maps.mean((2, 3)))
+        spatial.update(maps[:, :7].flatten(1))
+    return pooled.finish(), spatial.finish()
