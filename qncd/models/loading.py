@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import yaml
 from diffusers.models.unets.unet_2d import UNet2DModel
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from qncd.models.ddim import build_ddim_unet, convert_ddim_state_dict, ddim_unet_config, ddim_weights
 from qncd.models.diffusers_folders import load_unet_folder, local_path, save_component
@@ -24,7 +26,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
-    """A model's yaml as a dict.
+    """A model's yaml as a dict, read as CompVis' code reads it: by OmegaConf, for which 1e-05 is a number and ${a.b} a reference.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,8 +36,10 @@ def load_config(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}: not a yaml file{where}: {getattr(error, 'problem', None) or 'unreadable'}") from None

@@ -227,7 +227,8 @@ def test_state_dict_hash_sees_every_part() -> None:
     [
         ("a: [1", r"not a yaml file at line \d+: "),
         ("- 1", "holds a list, expected sections"),
-        ("", "holds a NoneType, expected sections"),
+        ("", r"no model section \(found: nothing\)"),
+        ("model: ${nothing.there}", "Interpolation key 'nothing.there' not found"),
         ("data: {}", r"no model section \(found: data\)"),
         ("{}", r"no model section \(found: nothing\)"),
         ("model: 3", "no model section"),
@@ -248,3 +249,9 @@ def test_config_files(tmp_path: Path) -> None:
         load_config(tmp_path / "gone.yml")
     config = load_config(Path(__file__).resolve().parents[2] / "configs" / "fashion_mnist.yml")
     assert config["model"]["weights"] == "fashion_mnist_ddim"
+
+
+def test_a_config_is_read_as_the_original_code_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model:\n  eps: 1e-05\n  size: 64\n  again: ${model.size}\n")
+    assert load_config(path)["model"] == {"eps": 1e-5, "size": 64, "again": 64}
