@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from qncd.config import QuantConfig
@@ -212,3 +213,43 @@ def test_config_refuses(changes: dict[str, Any], message: str) -> None:
 
 def test_config_labels() -> None:
     assert (QuantConfig(4, 8).label, QuantConfig(4, None).label, QuantConfig(None, 6).label) == ("W4A8", "W4A32", "W32A6")
+
+
+def test_stable_diffusion_xls_unet_is_covered() -> None:
+    """Two text encoders' contexts, size and crop as additional conditions, linear projections, several transformer layers."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=8 * 6 + 12,
+    ).eval().requires_grad_(False)  # fmt: skip
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 5, 16)
+    added = {"text_embeds": torch.randn(2, 12), "time_ids": torch.rand(2, 6) * 1024}
+
+    def run() -> Tensor:
+        return unet(x, t, encoder_hidden_states=context, added_cond_kwargs=added).sample
+
+    before = run()
+    quantize_(unet, QuantConfig(4, 8))
+    torch.testing.assert_close(run(), before, rtol=1e-4, atol=1e-5)
+    with observing(unet):
+        run()
+    for layer in quant_layers(unet).values():
+        layer.quantize_weight_()
+    for quantizer in act_quantizers(unet).values():
+        quantizer.finish_observing()
+    set_stage(unet, Stage.QUANTIZE)
+    after = run()
+    assert 0.001 < float((after - before).abs().max() / before.abs().max()) < 0.6
+    names = quant_layers(unet)
+    assert "add_embedding.linear_1" in names and "mid_block.attentions.0.transformer_blocks.1.attn2.to_k" in names
+
+
+def test_the_embedding_may_stay_in_floating_point_and_softmax_have_its_own_range(make_unet: Any) -> None:
+    unet = quantize_(make_unet(), QuantConfig(4, 8, quantize_embedding=False, softmax_range="running"))
+    assert not any("time_emb" in name for name in quant_layers(unet))
+    assert type(unet.time_embedding.linear_1) is nn.Linear and type(unet.mid_block.resnets[0].time_emb_proj) is nn.Linear
+    with observing(unet):
+        kinds = {name.rpartition(".")[2]: {type(o).__name__ for o in q.observers} for name, q in act_quantizers(unet).items()}
+    assert kinds["softmax"] == {"RunningObserver"} and kinds["q"] != kinds["softmax"]
