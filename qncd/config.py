@@ -84,6 +84,36 @@ class QuantConfig:
 
 
 @dataclass(frozen=True)
+class ReconstructionConfig:
+    """BRECQ: rounding of the weights learned block by block (arXiv 2102.05426; AdaRound, arXiv 2004.10568).
+
+    Attributes:
+        iterations: optimizer steps of each block.
+        batch_size: inputs a step.
+        lr: of Adam on the rounding variables.
+        inputs: calibration inputs used, evenly spread over the set; None for all.
+        memory_gb: cached activations of a block above this go to a file.
+        seed: of the order in which inputs are drawn.
+    """
+
+    iterations: int = 2000
+    batch_size: int = 32
+    lr: float = 1e-2
+    inputs: int | None = 512
+    memory_gb: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("iterations", self.iterations, 1)
+        check_int("batch_size", self.batch_size, 1)
+        check_int("seed", self.seed, 0)
+        if self.inputs is not None:
+            check_int("inputs", self.inputs, 1)
+        if not self.lr > 0 or not self.memory_gb >= 0:
+            raise ValueError(f"lr {self.lr!r}, memory_gb {self.memory_gb!r}: allowed are numbers above 0")
+
+
+@dataclass(frozen=True)
 class SmoothingConfig:
     """Intra noise: embedding-derived feature smoothing (QNCD, arXiv 2403.19140, section 3.2).
 

@@ -108,7 +108,7 @@ class QuantLayer(nn.Module):
         codes = self.config.weight_codes
         if codes is None:
             return self.weight
-        scale = self._expanded_scale()
+        scale = self.expanded_scale()
         return torch.div(self.weight, scale).round_().clamp_(codes.qmin, codes.qmax).mul_(scale)
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class QuantLayer(nn.Module):
         """The weight's integer codes, int8, shape of the weight. Raises ValueError before `quantize_weight_`."""
         if self.weight_scale is None:
             raise ValueError("the weights are not quantized yet")
-        return torch.round(self.weight / self._expanded_scale()).to(torch.int8)
+        return torch.round(self.weight / self.expanded_scale()).to(torch.int8)
 
     @torch.no_grad()
     def set_weight_codes(self, codes: Tensor, scale: Tensor) -> None:
@@ -151,9 +151,10 @@ class QuantLayer(nn.Module):
                 f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} for a weight {tuple(self.weight.shape)}"
             )
         self.weight_scale = scale.to(self.weight.device)
-        self.weight = nn.Parameter(codes.to(self.weight) * self._expanded_scale(), requires_grad=False)
+        self.weight = nn.Parameter(codes.to(self.weight) * self.expanded_scale(), requires_grad=False)
 
-    def _expanded_scale(self) -> Tensor:
+    def expanded_scale(self) -> Tensor:
+        """The scales as they broadcast against the weight: (O, I, 1, ...)."""
         assert self.weight_scale is not None
         sizes = torch.tensor([s.stop - s.start for s in self._segments()], device=self.weight_scale.device)
         scale = self.weight_scale.repeat_interleave(sizes, 1)  # (O, I)

@@ -1,0 +1,85 @@
+"""Activations of one block over a calibration set: in memory, or in a file past a budget."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ActivationStore:
+    """Rows of one activation, appended batch by batch, read in any order.
+
+    Args:
+        rows: how many there will be.
+        dtype: in which they are kept; read back as float32.
+        folder: where a file holds them; None for memory.
+    """
+
+    def __init__(self, rows: int, dtype: torch.dtype = torch.float16, folder: Path | None = None) -> None:
+        self.rows, self.dtype, self.folder = rows, dtype, folder
+        self.data: Tensor | None = None
+        self.filled = 0
+
+    def append(self, batch: Tensor) -> None:
+        """Add rows (n, ...). Raises ValueError for more rows than announced, or values that the dtype cannot hold."""
+        if self.data is None:
+            self.data = self._allocate((self.rows, *batch.shape[1:]))
+        if self.filled + len(batch) > self.rows:
+            raise ValueError(f"{self.filled + len(batch)} rows for a store of {self.rows}")
+        kept = batch.detach().to(self.dtype)
+        if not bool(torch.isfinite(kept).all()):
+            raise ValueError(f"an activation is NaN, infinite or too large for {self.dtype}")
+        self.data[self.filled : self.filled + len(batch)] = kept.cpu()
+        self.filled += len(batch)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Rows (n,) int64 -> (n, ...) float32."""
+        assert self.data is not None
+        return self.data[rows].float()
+
+    def _allocate(self, shape: Sequence[int]) -> Tensor:
+        if self.folder is None:
+            return torch.empty(tuple(shape), dtype=self.dtype)
+        count = int(torch.Size(shape).numel())
+        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".activations") as file:
+            # The mapping keeps the file's space; without a name it goes when the process ends, however it ends.
+            return torch.from_file(file.name, shared=True, size=count, dtype=self.dtype).view(tuple(shape))
+
+
+class CallStore:
+    """What a module is called with, over a calibration set: its tensors row by row, everything else as it is.
+
+    Args:
+        rows: of all batches together.
+        spill: (bytes needed) -> folder for files, or None for memory.
+    """
+
+    def __init__(self, rows: int, spill: Any) -> None:
+        self.rows, self.spill = rows, spill
+        self.stores: dict[str | int, ActivationStore] = {}
+        self.plain: dict[str | int, Any] = {}
+        self.positional = 0
+
+    def append(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Add one batch's arguments. Tensors whose first dimension is not the batch are kept once, as they are."""
+        size = len(args[0])
+        self.positional = len(args)
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size and value.is_floating_point():
+                if key not in self.stores:
+                    folder = self.spill(2 * self.rows * value[0].numel())
+                    self.stores[key] = ActivationStore(self.rows, folder=folder)
+                self.stores[key].append(value)
+            else:
+                self.plain[key] = value
+
+    def batch(self, rows: Tensor, device: torch.device | str) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments for some rows, float32 on `device`."""
+        values = dict(self.plain) | {key: store[rows].to(device) for key, store in self.stores.items()}
+        args = [values.pop(i) for i in range(self.positional)]
+        return args, {str(key): value for key, value in values.items()}
