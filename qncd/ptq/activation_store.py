@@ -69,7 +69,8 @@ class CallStore:
         """Add one batch's arguments. Tensors whose first dimension is not the batch are kept once, as they are."""
         size = len(args[0])
         self.positional = len(args)
-        given: dict[str | int, Any] = {**dict(enumerate(args)), **kwargs}
+        given: dict[str | int, Any] = dict(enumerate(args))
+        given.update(kwargs)  # type: ignore[arg-type]
         for key, value in given.items():
             if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size and value.is_floating_point():
                 if key not in self.stores:

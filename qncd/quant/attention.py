@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qncd.quant.affine import IntegerRange
 from qncd.quant.quantizers import ActQuantizer, Stage
 
-SCORE_ELEMENTS = 1 << 18  # attention scores computed at a time: 1 MiB, a core's second-level cache
+SCORE_ELEMENTS = 1 << 18  # attention scores computed at a time: 1 MiB, a core's second-level cache; one head's where it has more
 
 
 class QuantAttnProcessor(nn.Module):
@@ -72,21 +72,33 @@ class QuantAttnProcessor(nn.Module):
         return torch.div(out, attn.rescale_output_factor) if attn.rescale_output_factor != 1 else out
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, upcast: bool) -> Tensor:
-        """softmax(q k^T + mask) v, a few images at a time so that the scores stay in the cache: (N, heads, L, D)."""
-        size = len(query)
-        if self.softmax.stage is Stage.QUANTIZE and not query.requires_grad:
-            size = max(1, SCORE_ELEMENTS // (query.shape[1] * query.shape[2] * key.shape[2]))
-        parts = []
-        for start in range(0, len(query), size):
-            part = slice(start, start + size)
-            scores = query[part] @ key[part].transpose(-1, -2)  # (n, heads, L, L2)
+        """softmax(q k^T + mask) v, (N, heads, L, D), in parts: at 64x64 all scores of one image with 8 heads take 512 MiB."""
+        parts = _score_parts(query, key)
+        outs = []
+        for part in parts:
+            scores = query[part] @ key[part].transpose(-1, -2)  # (n, h, L, L2)
             if mask is not None:
                 scores = scores + mask[part]
             if upcast:
                 scores = scores.float()
-            weights = self.softmax(scores.softmax(-1), owned=True).to(value.dtype)
-            parts.append(weights @ value[part])
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+            scores = scores.softmax(-1)
+            weights = self.softmax(scores, owned=True, more=part is not parts[-1]).to(value.dtype)
+            outs.append(weights @ value[part])
+        if len(outs) == 1:
+            return outs[0]
+        return torch.cat([out.flatten(0, 1) for out in outs]).unflatten(0, query.shape[:2])
+
+
+def _score_parts(query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:
+    """(images, heads) of the parts in which attention is computed: whole images, or single heads of one that is too large."""
+    images, heads, length = query.shape[:3]
+    if query.requires_grad:  # back-propagation keeps all scores anyway
+        return [(slice(0, images), slice(0, heads))]
+    fitting = max(1, SCORE_ELEMENTS // (length * key.shape[2]))  # heads
+    if fitting >= heads:
+        step = fitting // heads
+        return [(slice(i, i + step), slice(0, heads)) for i in range(0, images, step)]
+    return [(slice(i, i + 1), slice(h, h + fitting)) for i in range(images) for h in range(0, heads, fitting)]
 
 
 def check_supported(name: str, attn: Attention) -> None:

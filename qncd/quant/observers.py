@@ -14,8 +14,8 @@ from qncd.quant.affine import IntegerRange, affine_qparams, search_qparams
 class Observer(Protocol):
     """Sees every batch, then gives quantization parameters."""
 
-    def observe(self, x: Tensor) -> None:
-        """Take in one batch, any shape."""
+    def observe(self, x: Tensor, more: bool = False) -> None:
+        """Take in one batch, any shape, or a part of one: `more` of the same batch follows."""
 
     def qparams(self, codes: IntegerRange) -> tuple[Tensor, Tensor]:
         """Scale and zero point, 0-dim."""
@@ -37,13 +37,13 @@ class MinMaxObserver:
             raise ValueError("an activation is NaN or infinite while calibrating")
         return self.low, self.high
 
-    def observe(self, x: Tensor) -> None:
+    def observe(self, x: Tensor, more: bool = False) -> None:
         low, high = (v.float() for v in torch.aminmax(x.detach()))
         if not (torch.isfinite(low) and torch.isfinite(high)):
             self.finite = False  # said by qparams, whose caller knows the layer's name
-        self._update(low, high)
+        self._update(low, high, more)
 
-    def _update(self, low: Tensor, high: Tensor) -> None:
+    def _update(self, low: Tensor, high: Tensor, more: bool) -> None:
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
@@ -60,8 +60,14 @@ class RunningObserver(MinMaxObserver):
     def __init__(self, momentum: float = 0.95) -> None:
         super().__init__()
         self.momentum = momentum
+        self._batch: tuple[Tensor, Tensor] | None = None  # extremes of the parts of a batch that is not complete
 
-    def _update(self, low: Tensor, high: Tensor) -> None:
+    def _update(self, low: Tensor, high: Tensor, more: bool) -> None:
+        if self._batch is not None:
+            low, high = torch.minimum(self._batch[0], low), torch.maximum(self._batch[1], high)
+        self._batch = (low, high) if more else None
+        if more:
+            return
         keep = self.momentum
         self.low = low if self.low is None else keep * self.low + (1 - keep) * low
         self.high = high if self.high is None else keep * self.high + (1 - keep) * high
@@ -80,8 +86,8 @@ class HistogramObserver(MinMaxObserver):
         self.limit = 0.0
         self.counts: Tensor | None = None
 
-    def observe(self, x: Tensor) -> None:
-        super().observe(x)
+    def observe(self, x: Tensor, more: bool = False) -> None:
+        super().observe(x, more)
         if not self.finite:
             return
         assert self.low is not None and self.high is not None

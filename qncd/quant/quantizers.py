@@ -81,7 +81,7 @@ class ActQuantizer(nn.Module):
         super()._load_from_state_dict(*args)
         self._refresh_bounds()
 
-    def forward(self, x: Tensor, smoothing: Tensor | None = None, owned: bool = False) -> Tensor:
+    def forward(self, x: Tensor, smoothing: Tensor | None = None, owned: bool = False, more: bool = False) -> Tensor:
         """`x` divided by `smoothing` and rounded to the grid, same shape.
 
         Args:
@@ -89,6 +89,7 @@ class ActQuantizer(nn.Module):
             smoothing: factors S that broadcast against x. In the QUANTIZE stage the division by S is merged with the
                 quantizer's own: round(x / (S*s)).
             owned: nobody else needs `x`: it may be overwritten, where no gradient flows.
+            more: `x` is a part of a batch and others follow: "running" ranges move once a batch.
         """
         if self.stage is Stage.QUANTIZE:
             return self._fake_quantize(x, smoothing, owned)
@@ -96,7 +97,7 @@ class ActQuantizer(nn.Module):
             x = x / smoothing
         if self.stage is Stage.OBSERVE:
             for observer, part in zip(self.observers, self._split(x), strict=True):
-                observer.observe(part)
+                observer.observe(part, more)
         return x
 
     def _split(self, x: Tensor) -> Sequence[Tensor]:
