@@ -70,7 +70,7 @@ class CallStore:
         size = len(args[0])
         self.positional = len(args)
         given: dict[str | int, Any] = dict(enumerate(args))
-        given.update(kwargs)  # type: ignore[arg-type]
+        given.update(kwargs)
         for key, value in given.items():
             if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size and value.is_floating_point():
                 if key not in self.stores:
