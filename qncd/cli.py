@@ -19,6 +19,7 @@ from qncd.config import (
     TARGETS,
     CorrectionConfig,
     QuantConfig,
+    ReconstructionConfig,
     SamplerConfig,
     SmoothingConfig,
 )
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 QUANT_MODES = ("linear", "qncd")
+RECONSTRUCTION_FLAGS = {"iterations": "cali_iters", "lr": "recon_lr", "inputs": "recon_inputs", "memory_gb": "recon_memory"}
 VERBOSITY = ("debug", "info", "warning", "critical")
 
 
@@ -163,6 +165,21 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weight_only", action="store_true", help="leave activations in floating point whatever the mode")
 
 
+def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
+    """BRECQ: --recon and how."""
+    defaults = ReconstructionConfig()
+    group = parser.add_argument_group("reconstruction of the weights (BRECQ)")
+    group.add_argument(
+        "--recon", action="store_true", help="learn the rounding of the weights block by block; takes minutes to hours"
+    )
+    group.add_argument("--cali_iters", type=int, help=f"iterations a block (default {defaults.iterations}; the papers: 20000)")
+    group.add_argument("--recon_lr", type=float, help=f"Adam's learning rate (default {defaults.lr:g}; the papers: 0.001)")
+    group.add_argument("--recon_inputs", type=int, help=f"calibration inputs used (default {defaults.inputs})")
+    group.add_argument(
+        "--recon_memory", type=float, help=f"GB of activations in memory (default {defaults.memory_gb:g}), the rest in files"
+    )
+
+
 def add_correction_arguments(parser: argparse.ArgumentParser) -> None:
     """Inter noise: --sample_reverse and how it estimates."""
     defaults = CorrectionConfig()
@@ -288,6 +305,18 @@ def correction_config(args: argparse.Namespace) -> CorrectionConfig | None:
         control=args.reverse_control,
         shrink=args.reverse_control and defaults.shrink,
     )
+
+
+def reconstruction_config(args: argparse.Namespace) -> ReconstructionConfig | None:
+    """Reconstruction, or None where it is off. Raises ValueError for contradicting flags and values out of range."""
+    given = {field: value for field, name in RECONSTRUCTION_FLAGS.items() if (value := getattr(args, name)) is not None}
+    if not args.recon:
+        if given:
+            raise ValueError(f"--{RECONSTRUCTION_FLAGS[next(iter(given))]} needs --recon")
+        return None
+    if not args.ptq:
+        raise ValueError("--recon needs --ptq")
+    return ReconstructionConfig(**given)
 
 
 def check_counts(args: argparse.Namespace, names: Sequence[str]) -> None:

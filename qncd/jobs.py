@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from qncd import cli
-from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, SmoothingConfig
+from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, ReconstructionConfig, SmoothingConfig
 from qncd.io.images import contact_sheet, image_name, save_npz, save_png, to_uint8
 from qncd.io.runs import Run
 from qncd.metrics.statistics import mse_to_psnr, paired_mse
@@ -50,6 +50,8 @@ def check_quantization_arguments(args: argparse.Namespace) -> None:
     for name in (*needing, "rs_sm_only", "a_sym", "emb_float"):
         if getattr(args, name) and not args.ptq:
             raise ValueError(f"--{name} needs --ptq")
+    if args.resume_w and args.recon:
+        raise ValueError("--resume_w takes weights as they are: it excludes --recon")
     if args.resume and args.resume_w:
         raise ValueError("--resume and --resume_w exclude one another: all of the checkpoint, or its weights alone")
     for name in ("resume", "resume_w"):
@@ -70,12 +72,16 @@ class Quantization:
     mode: str
     quant: QuantConfig | None
     smoothing: SmoothingConfig | None
+    reconstruction: ReconstructionConfig | None
     correction: CorrectionConfig | None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Quantization:
         """Raises ValueError as the parts do."""
-        return cls(args.quant_mode, cli.quant_config(args), cli.smoothing_config(args), cli.correction_config(args))
+        return cls(
+            args.quant_mode, cli.quant_config(args), cli.smoothing_config(args), cli.reconstruction_config(args),
+            cli.correction_config(args),
+        )  # fmt: skip
 
     @property
     def label(self) -> str:
@@ -103,6 +109,7 @@ class Quantization:
         return {
             "quantization": self.quant and {"mode": self.mode, **dataclasses.asdict(self.quant)},
             "smoothing": plain(self.smoothing),
+            "reconstruction": plain(self.reconstruction),
             "correction": plain(self.correction),
             "calibration": calibration if self.quant else None,
             "batch": batch_size if self.correction and self.correction.statistics == "batch" else None,
@@ -130,6 +137,7 @@ def prepare_quantized(
     assert quant is not None
     calibration = CalibrationConfig(args.cali_n, args.cali_st, args.cali_batch_size, args.cali_seed)
     settings = {
+        "reconstruction": wanted.reconstruction and dataclasses.asdict(wanted.reconstruction),
         "sampler": dataclasses.asdict(diffusion.config),
         "guidance": conditions.scale if conditions else None,
         "correction": {"interval": controlled.interval, "target": controlled.target} if controlled else None,
@@ -147,9 +155,12 @@ def prepare_quantized(
     if there and not args.resume_w:
         info, table = peek_quantized(args.cali_ckpt)
         _check_same(args.cali_ckpt, info, quant, wanted.smoothing is not None)
+        if wanted.reconstruction and info.settings.get("reconstruction") != settings["reconstruction"]:
+            raise ValueError(f"{args.cali_ckpt}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
         if info.settings.get("sampler") != settings["sampler"] and info.smoothed:
             log.warning("%s was smoothed for the time steps of %s", args.cali_ckpt, info.settings.get("sampler"))
-        if controlled and (table is None or info.settings != settings):
+        made_for = {key: info.settings.get(key) for key in ("sampler", "guidance", "correction")}
+        if controlled and (table is None or any(made_for[key] != settings[key] for key in made_for)):
             table = record()
         load_quantized_(diffusion.unet, args.cali_ckpt, base_hash)
         log.info("loaded %s: %s", args.cali_ckpt, info.config.label)
@@ -167,7 +178,7 @@ def prepare_quantized(
             data, table = sample_calibration(diffusion, calibration, controlled, base_hash, bar, conditions)
         if args.cali_data_path:
             save_calibration(data, args.cali_data_path)
-    _quantize_(args, wanted, diffusion, data, base_hash)
+    _quantize_(args, wanted, diffusion, data, base_hash, folder)
     target = folder / "quantized.safetensors" if args.resume_w else args.cali_ckpt
     if target:
         save_quantized(diffusion.unet, target, quant, base_hash, table, settings)
@@ -176,17 +187,23 @@ def prepare_quantized(
 
 
 def _quantize_(
-    args: argparse.Namespace, wanted: Quantization, diffusion: Diffusion, data: CalibrationSet, base_hash: str
+    args: argparse.Namespace, wanted: Quantization, diffusion: Diffusion, data: CalibrationSet, base_hash: str, folder: Path
 ) -> None:
     quant = wanted.quant
     assert quant is not None
-    with cli.progress_bar(f"calibrating {quant.label}", "input", is_quiet()) as bar:
+    with (
+        cli.progress_bar("reconstruction", "block", is_quiet() or wanted.reconstruction is None) as blocks,
+        cli.progress_bar(f"calibrating {quant.label}", "input", is_quiet()) as bar,
+    ):
         if args.resume_w:
             load_weights_(diffusion.unet, args.cali_ckpt, quant, base_hash)
             log.info("weights of %s; activations are calibrated anew", args.cali_ckpt)
             calibrate_(diffusion.unet, data, args.cali_batch_size, bar)
         else:
-            quantize_with_(diffusion, quant, data, wanted.smoothing, args.cali_batch_size, bar)
+            quantize_with_(
+                diffusion, quant, data, wanted.smoothing, args.cali_batch_size, bar, wanted.reconstruction, blocks,
+                folder / "reconstruction" if wanted.reconstruction else None,
+            )  # fmt: skip
 
 
 def _check_same(path: Path, info: QuantizedInfo, wanted: QuantConfig, smooth: bool, names: Sequence[str] | None = None) -> None:

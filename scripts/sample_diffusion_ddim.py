@@ -26,6 +26,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_model_arguments(parser)
     cli.add_sampling_arguments(parser)
     cli.add_quantization_arguments(parser)
+    cli.add_reconstruction_arguments(parser)
     cli.add_correction_arguments(parser)
     cli.add_calibration_arguments(parser)
     group = parser.add_argument_group("output")

@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--classes", help="comma-separated class numbers, repeated over the images (default: all in turn)")
     cli.add_lane_argument(group)
     cli.add_quantization_arguments(parser)
+    cli.add_reconstruction_arguments(parser)
     cli.add_correction_arguments(parser)
     cli.add_calibration_arguments(parser)
     group = parser.add_argument_group("output")

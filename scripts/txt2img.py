@@ -62,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     )  # fmt: skip
     cli.add_lane_argument(group)
     cli.add_quantization_arguments(parser)
+    cli.add_reconstruction_arguments(parser)
     cli.add_correction_arguments(parser)
     cli.add_calibration_arguments(parser)
     group = parser.add_argument_group("output")

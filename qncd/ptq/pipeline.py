@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig, check_choice
+from qncd.config import (
+    CalibrationConfig,
+    CorrectionConfig,
+    QuantConfig,
+    ReconstructionConfig,
+    SamplerConfig,
+    SmoothingConfig,
+    check_choice,
+)
 from qncd.ptq.calibration import CalibrationCollector, CalibrationSet, Progress, calibrate_, call_unet
+from qncd.ptq.reconstruction import reconstruct_
 from qncd.ptq.smoothing import smooth_, smoothing_factors
 from qncd.quant.convert import UNet, quantize_
 from qncd.sampling.correctors import Corrector, Denoiser
@@ -178,14 +190,24 @@ def quantize_with_(
     smoothing: SmoothingConfig | None,
     batch_size: int = 32,
     progress: Progress | None = None,
+    reconstruction: ReconstructionConfig | None = None,
+    block_progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> float:
-    """Prepare, smooth and calibrate the network in place. Returns the seconds that calibration took.
+    """Prepare, smooth, reconstruct and calibrate the network in place. Returns the seconds that it took.
 
     Args:
         smoothing: None for none; else from the time steps that this sampler visits.
+        reconstruction: of the weights' rounding, or None for rounding to nearest.
+        block_progress: called with (blocks done, blocks in all) while reconstructing.
+        folder: for reconstructed blocks, so that a run that was cut off goes on.
     """
+    start = time.perf_counter()
     data.check_model(diffusion.unet)
     factors = smoothing_factors(diffusion.unet, [s.t for s in diffusion.steps], smoothing) if smoothing else {}
     quantize_(diffusion.unet, config)
     smooth_(diffusion.unet, factors)
-    return calibrate_(diffusion.unet, data, batch_size, progress, config.bias_correction)
+    if reconstruction is not None and config.weight_bits is not None:
+        reconstruct_(diffusion.unet, copy.deepcopy(diffusion.unet), data, reconstruction, block_progress, folder)
+    calibrate_(diffusion.unet, data, batch_size, progress, config.bias_correction)
+    return time.perf_counter() - start

@@ -132,3 +132,26 @@ def test_a_checkpoint_brings_its_yaml(run_script: Any, tmp_path: Path) -> None:
     assert "which yaml describes it? 2 lie beside it: name one with --config" in log
     log = run_script("sample_diffusion_ldm.py", "-r", tmp_path / "none.ckpt", "-l", tmp_path / "o", status=2)
     assert "none.ckpt: no such checkpoint" in log
+
+
+def test_reconstruction_changes_the_weights_and_goes_on(
+    run_script: Any, latent_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    common = ("-r", latent_folder("class"), "-n", 2, "-c", 4, "-e", 0, "--lane", 4, *QUANTIZED)
+    recon = ("--recon", "--cali_iters", 3, "--recon_inputs", 8)
+    run_script("sample_diffusion_ldm.py", *common, "-l", tmp_path / "nearest")
+    run_script("sample_diffusion_ldm.py", *common, "-l", tmp_path / "a", *recon, "--cali_ckpt", tmp_path / "q.safetensors")
+    blocks = list((tmp_path / "a" / "reconstruction").glob("*.safetensors"))
+    assert len(blocks) > 10
+    run_script("sample_diffusion_ldm.py", *common, "-l", tmp_path / "b", *recon, "--cali_ckpt", tmp_path / "q.safetensors")
+    nearest, a, b = (pixels(tmp_path / name / "images") for name in ("nearest", "a", "b"))
+    assert all(np.array_equal(a[name], b[name]) for name in a) and any(not np.array_equal(a[name], nearest[name]) for name in a)
+    for flags, message in (
+        (("--recon", "--cali_iters", 4), "was reconstructed otherwise"),
+        (("--recon", "--cali_iters", 0), "iterations 0: allowed are whole numbers, 1 or more"),
+        (("--cali_iters", 4), "--cali_iters needs --recon"),
+    ):
+        log = run_script(
+            "sample_diffusion_ldm.py", *common, "-l", tmp_path / "c", *flags, "--cali_ckpt", tmp_path / "q.safetensors", status=2
+        )
+        assert message in log.splitlines()[-1]
