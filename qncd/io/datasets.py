@@ -1,0 +1,42 @@
+"""The data sets of the models in the box, by the name in a config's `data.dataset`, with what they are conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qncd.io.fashion_mnist import load_fashion_mnist
+from qncd.io.scenes import scene_dataset
+
+DATASETS = ("FASHION_MNIST", "SCENES")
+SCENES_SEEDS = {"train": 1, "test": 2}
+SCENES_COUNTS = {"train": 30000, "test": 1000}
+
+
+def load_conditioned(
+    name: str, split: str, count: int | None = None, root: str | Path | None = None
+) -> tuple[np.ndarray, Sequence[int] | Sequence[str]]:
+    """Images of a data set and the class or caption of each.
+
+    Args:
+        name: a member of DATASETS.
+        split: "train" or "test"; the test captions of SCENES are scenes that its training split never shows.
+        count: the first so many images only (SCENES are drawn, so it has any number); by default all there are.
+        root: folder of the files on disk, where the data set has some.
+
+    Returns:
+        images uint8 (N, H, W, C), and N class labels or N captions.
+
+    Raises:
+        ValueError: an unknown data set or split.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"dataset {name!r}: allowed are {', '.join(DATASETS)}")
+    if name == "FASHION_MNIST":
+        images, labels = load_fashion_mnist(split, root)
+        return images[:count], labels[:count].tolist()
+    if split not in SCENES_SEEDS:
+        raise ValueError(f"split {split!r}: allowed are {', '.join(SCENES_SEEDS)}")
+    return scene_dataset(count or SCENES_COUNTS[split], SCENES_SEEDS[split], held_out=split == "test")
