@@ -27,7 +27,15 @@ from qncd.config import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-QUANT_MODES = ("linear", "qncd")
+QUANT_MODES = {
+    "linear": "min-max ranges, rounding to nearest and nothing else; activations with --quant_act",
+    "qdiff": "Q-Diffusion: ranges of least error, shortcut split, weights reconstructed",
+    "ptqd": "qdiff, and PTQD's correction of each prediction by offline statistics",
+    "d2dpm": "qdiff, and D2-DPM's correction of each prediction by offline statistics",
+    "qncd": "ranges of least error, split, smoothing, bias and runtime noise correction; weights reconstructed with --recon",
+}
+RECONSTRUCTED_MODES = ("qdiff", "ptqd", "d2dpm")
+OFFLINE_MODES = ("ptqd", "d2dpm")
 RECONSTRUCTION_FLAGS = {"iterations": "cali_iters", "lr": "recon_lr", "inputs": "recon_inputs", "memory_gb": "recon_memory"}
 VERBOSITY = ("debug", "info", "warning", "critical")
 
@@ -136,10 +144,8 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     """The original's post-training quantization flags."""
     group = parser.add_argument_group("quantization")
     group.add_argument("--ptq", action="store_true", help="quantize the network (without it: full precision)")
-    group.add_argument(
-        "--quant_mode", choices=QUANT_MODES, default="qncd",
-        help="qncd: the paper's whole method, activations included; linear: min-max ranges, no split, smoothing or correction",
-    )  # fmt: skip
+    modes = "; ".join(f"{name}: {text}" for name, text in QUANT_MODES.items())
+    group.add_argument("--quant_mode", choices=QUANT_MODES, default="qncd", help=f"{modes} (default qncd)")
     group.add_argument("--weight_bit", type=int, default=8, help="2 to 8 (default 8)")
     group.add_argument("--quant_act", action="store_true", help="quantize activations in --quant_mode linear too")
     group.add_argument("--act_bit", type=int, default=8, help="2 to 8 (default 8)")
@@ -170,8 +176,9 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = ReconstructionConfig()
     group = parser.add_argument_group("reconstruction of the weights (BRECQ)")
     group.add_argument(
-        "--recon", action="store_true", help="learn the rounding of the weights block by block; takes minutes to hours"
-    )
+        "--recon", action=argparse.BooleanOptionalAction,
+        help="learn the rounding of the weights block by block: minutes to hours (on in qdiff, ptqd and d2dpm)",
+    )  # fmt: skip
     group.add_argument("--cali_iters", type=int, help=f"iterations a block (default {defaults.iterations}; the papers: 20000)")
     group.add_argument("--recon_lr", type=float, help=f"Adam's learning rate (default {defaults.lr:g}; the papers: 0.001)")
     group.add_argument("--recon_inputs", type=int, help=f"calibration inputs used (default {defaults.inputs})")
@@ -251,8 +258,8 @@ def quant_config(args: argparse.Namespace) -> QuantConfig | None:
         raise ValueError(f"--sm_abit {args.sm_abit}: allowed are 2 to 16")
     if args.weight_only and args.quant_act:
         raise ValueError("--weight_only and --quant_act exclude one another")
-    qncd = args.quant_mode == "qncd"
-    quantize_acts = not args.weight_only and (qncd or args.quant_act)
+    linear, qncd = args.quant_mode == "linear", args.quant_mode == "qncd"
+    quantize_acts = not args.weight_only and (not linear or args.quant_act)
     if args.a_min_max and (args.running_stat or args.act_range not in (None, "max")):
         raise ValueError("--a_min_max contradicts --running_stat and --act_range mse")
     act_range = args.act_range or "max"
@@ -264,12 +271,12 @@ def quant_config(args: argparse.Namespace) -> QuantConfig | None:
         weight_bits=args.weight_bit,
         act_bits=args.act_bit if quantize_acts else None,
         softmax_bits=args.sm_abit,
-        weight_range="mse" if qncd else "max",
+        weight_range="max" if linear else "mse",
         act_range=act_range,
         softmax_range="running" if args.rs_sm_only else None,
         quantize_embedding=not args.emb_float,
         act_symmetric=args.a_sym,
-        split=qncd if args.split is None else args.split,
+        split=not linear if args.split is None else args.split,
         bias_correction=qncd if args.bias_correction is None else args.bias_correction,
     )
 
@@ -309,14 +316,24 @@ def correction_config(args: argparse.Namespace) -> CorrectionConfig | None:
 
 def reconstruction_config(args: argparse.Namespace) -> ReconstructionConfig | None:
     """Reconstruction, or None where it is off. Raises ValueError for contradicting flags and values out of range."""
-    given = {field: value for field, name in RECONSTRUCTION_FLAGS.items() if (value := getattr(args, name)) is not None}
-    if not args.recon:
-        if given:
-            raise ValueError(f"--{RECONSTRUCTION_FLAGS[next(iter(given))]} needs --recon")
-        return None
-    if not args.ptq:
+    given = {field: getattr(args, name) for field, name in RECONSTRUCTION_FLAGS.items() if getattr(args, name) is not None}
+    wanted = args.quant_mode in RECONSTRUCTED_MODES and not args.resume_w if args.recon is None else args.recon
+    if wanted and args.ptq:
+        return ReconstructionConfig(**given)
+    if args.recon:
         raise ValueError("--recon needs --ptq")
-    return ReconstructionConfig(**given)
+    if given:
+        raise ValueError(f"--{RECONSTRUCTION_FLAGS[next(iter(given))]} needs --recon")
+    return None
+
+
+def offline_kind(args: argparse.Namespace) -> str | None:
+    """The offline correction that --quant_mode stands for. Raises ValueError where --sample_reverse asks for another one."""
+    if not args.ptq or args.quant_mode not in OFFLINE_MODES:
+        return None
+    if correction_config(args) is not None:
+        raise ValueError(f"--sample_reverse: --quant_mode {args.quant_mode} has a correction of its own")
+    return str(args.quant_mode)
 
 
 def check_counts(args: argparse.Namespace, names: Sequence[str]) -> None:

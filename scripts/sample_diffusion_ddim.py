@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from qncd import jobs
+    from qncd import jobs, preparation
     from qncd.io.runs import open_run
     from qncd.models.loading import load_config, load_ddim, state_dict_hash
     from qncd.ptq.pipeline import Diffusion
@@ -44,8 +44,8 @@ def main(args: argparse.Namespace) -> None:
 
     jobs.set_up_logging(args.verbose)
     cli.check_counts(args, ("max_images", "batch_size", "lane", "cali_n", "cali_st", "cali_batch_size"))
-    sampler, wanted = cli.sampler_config(args), jobs.Quantization.of(args)
-    jobs.check_quantization_arguments(args)
+    sampler, wanted = cli.sampler_config(args), preparation.Quantization.of(args)
+    preparation.check_quantization_arguments(args)
     if args.cond:
         raise ValueError("--cond: the models of this script are unconditional; allowed without it")
     model_config = load_config(args.config)

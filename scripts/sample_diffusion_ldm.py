@@ -73,15 +73,15 @@ def chosen_classes(text: str | None, n_classes: int) -> list[int]:
 
 
 def main(args: argparse.Namespace) -> None:
-    from qncd import jobs, latent_jobs
+    from qncd import jobs, latent_jobs, preparation
     from qncd.io.runs import open_run
     from qncd.models.conditioning import ClassConditioner, TextConditioner
     from qncd.sampling.guidance import Conditions
 
     jobs.set_up_logging(args.verbose)
     cli.check_counts(args, ("n_samples", "batch_size", "lane", "custom_steps", "cali_n", "cali_st", "cali_batch_size"))
-    wanted = jobs.Quantization.of(args)
-    jobs.check_quantization_arguments(args)
+    wanted = preparation.Quantization.of(args)
+    preparation.check_quantization_arguments(args)
     device = cli.choose_device(args.device)
     model = latent_jobs.load_model(args, DEFAULT_CONFIG, device)
     if isinstance(model.conditioner, TextConditioner):

@@ -123,7 +123,7 @@ def latent_shape(args: argparse.Namespace, model: LatentModel) -> tuple[int, int
 
 
 def main(args: argparse.Namespace) -> None:
-    from qncd import jobs, latent_jobs
+    from qncd import jobs, latent_jobs, preparation
     from qncd.io.runs import open_run
     from qncd.models.safety import image_finishers
     from qncd.sampling.guidance import Conditions
@@ -135,8 +135,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--begin_data {args.begin_data}: allowed are whole numbers, 0 or more")
     if args.skip_grid and args.skip_save:
         raise ValueError("--skip_grid and --skip_save together leave nothing to look at")
-    wanted = jobs.Quantization.of(args)
-    jobs.check_quantization_arguments(args)
+    wanted = preparation.Quantization.of(args)
+    preparation.check_quantization_arguments(args)
     kind = "plms" if args.plms else "dpm_solver" if args.dpm else "generalized"
     sampler = SamplerConfig(kind, "uniform", args.ddim_steps, args.ddim_eta, "ldm")
     prompts = read_prompts(args)

@@ -27,6 +27,7 @@ LAYERS = (
     ("sampling",),
     ("ptq", "training"),
     ("cli",),
+    ("preparation",),
     ("jobs",),
     ("latent_jobs",),
     ("benchmark",),

@@ -2,7 +2,8 @@
 
 Layout, for a layer `L` of the UNet: `L.weight_codes` (int8, shape of the weight) or `L.weight_packed` (uint8, two
 4-bit codes a byte) with `L.weight_scale` (O, K); `L.bias`; `L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every
-activation quantizer Q; all other parameters under their own names. `noise_table.*` is the full-precision control.
+activation quantizer Q; all other parameters under their own names. `noise_table.*` is the full-precision control,
+`offline.*` the statistics of an offline correction.
 The header's metadata carries the configuration and the SHA-256 of the base model's weights.
 """
 
@@ -24,9 +25,11 @@ from qncd.config import QuantConfig
 from qncd.quant.convert import UNet, act_quantizers, quant_layers, quantize_, set_stage
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import Stage
+from qncd.sampling.offline_noise import OfflineStatistics
 from qncd.sampling.runtime_noise import NoiseTable
 
 FORMAT = "qncd-1"
+CORRECTIONS = ("noise_table.", "offline.")  # prefixes of what is no part of the network
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class QuantizedInfo:
         smoothed: whether layers are smoothed.
         base_hash: SHA-256 of the full-precision weights (`qncd.models.loading.state_dict_hash`).
         settings: what else the calibration depended on (time steps, seeds, ...), as plain JSON values.
+        offline: statistics of an offline correction, where the file has them.
     """
 
     config: QuantConfig
     smoothed: bool
     base_hash: str
     settings: dict[str, Any]
+    offline: OfflineStatistics | None = None
 
 
 def pack4(codes: Tensor) -> Tensor:
@@ -73,7 +78,13 @@ def _weight_tensors(name: str, layer: QuantLayer) -> dict[str, Tensor]:
 
 
 def save_quantized(
-    unet: UNet, path: Path, config: QuantConfig, base_hash: str, table: NoiseTable | None, settings: dict[str, Any]
+    unet: UNet,
+    path: Path,
+    config: QuantConfig,
+    base_hash: str,
+    table: NoiseTable | None,
+    settings: dict[str, Any],
+    offline: OfflineStatistics | None = None,
 ) -> None:
     """Write the calibrated model, atomically: a full disk or a kill leaves an older file as it was.
 
@@ -103,6 +114,9 @@ def save_quantized(
     if table is not None:
         fields, metadata["noise_table"] = table.to_tensors()
         tensors |= {f"noise_table.{name}": value for name, value in fields.items()}
+    if offline is not None:
+        fields, metadata["offline"] = offline.to_tensors()
+        tensors |= {f"offline.{name}": value for name, value in fields.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -126,8 +140,8 @@ def peek_quantized(path: Path) -> tuple[QuantizedInfo, NoiseTable | None]:
     try:
         with safe_open(path, "pt") as file:
             metadata, names = dict(file.metadata() or {}), list(file.keys())
-            prefixed = [name for name in names if name.startswith("noise_table.")]
-            fields = {name.partition(".")[2]: file.get_tensor(name) for name in prefixed}
+            prefixed = [name for name in names if name.startswith(CORRECTIONS)]
+            fields = {name: file.get_tensor(name) for name in prefixed}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole quantized checkpoint (cut off or of another kind): {error}") from None
     if metadata.get("format") != FORMAT:
@@ -135,13 +149,19 @@ def peek_quantized(path: Path) -> tuple[QuantizedInfo, NoiseTable | None]:
     try:
         config = QuantConfig(**json.loads(metadata["config"]))
         smoothed = any(name.endswith(".smoothing") for name in names)
-        info = QuantizedInfo(config, smoothed, metadata["base_hash"], json.loads(metadata["settings"]))
-        table = None
+        offline = table = None
+        if "offline" in metadata:
+            offline = OfflineStatistics.from_tensors(_below("offline.", fields), metadata["offline"])
+        info = QuantizedInfo(config, smoothed, metadata["base_hash"], json.loads(metadata["settings"]), offline)
         if "noise_table" in metadata:
-            table = NoiseTable.from_tensors(fields, metadata["noise_table"])
+            table = NoiseTable.from_tensors(_below("noise_table.", fields), metadata["noise_table"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged header: {error}") from None
     return info, table
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()
@@ -180,7 +200,7 @@ def _load_(unet: UNet, path: Path, config: QuantConfig | None, base_hash: str | 
     info, table = peek_quantized(path)
     if base_hash is not None and base_hash != info.base_hash:
         raise ValueError(f"{path}: made from a base model with weights {info.base_hash[:12]}, this one has {base_hash[:12]}")
-    tensors = {key: value for key, value in load_file(path).items() if not key.startswith("noise_table.")}
+    tensors = {key: value for key, value in load_file(path).items() if not key.startswith(CORRECTIONS)}
     quantize_(unet, config or info.config)
     try:
         for name, layer in quant_layers(unet).items():

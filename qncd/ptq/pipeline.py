@@ -27,6 +27,7 @@ from qncd.ptq.smoothing import smooth_, smoothing_factors
 from qncd.quant.convert import UNet, quantize_
 from qncd.sampling.correctors import Corrector, Denoiser
 from qncd.sampling.guidance import Conditions, guide
+from qncd.sampling.offline_noise import OfflineRecorder, OfflineStatistics
 from qncd.sampling.runtime_noise import NoiseRecorder, NoiseTable
 from qncd.sampling.samplers import Callback, sample
 from qncd.sampling.schedule import Step, alphas_cumprod, make_steps
@@ -166,9 +167,10 @@ def _run(
     diffusion: Diffusion,
     config: CalibrationConfig,
     recorder: NoiseRecorder | None,
-    collector: CalibrationCollector | None,
+    callback: Callback | None,
     progress: Progress | None,
     conditions: Conditions | None,
+    begin: Callable[[Conditions | None], None] | None = None,
 ) -> None:
     if conditions is not None and len(conditions) != config.samples:
         raise ValueError(f"{len(conditions)} conditions for {config.samples} calibration trajectories")
@@ -178,9 +180,33 @@ def _run(
         count = min(size, config.samples - start)
         first = CALIBRATION_SEED_BASE + (config.seed << 20) + start
         part = conditions[start : start + count] if conditions else None
-        diffusion.sample(range(first, first + count), recorder, collector, conditions=part)
+        if begin:
+            begin(part)
+        diffusion.sample(range(first, first + count), recorder, callback, conditions=part)
         if progress:
             progress(start + count, config.samples)
+
+
+def record_offline(
+    reference: Diffusion,
+    quantized: Diffusion,
+    config: CalibrationConfig,
+    progress: Progress | None = None,
+    conditions: Conditions | None = None,
+) -> OfflineStatistics:
+    """What quantization did to the noise prediction, at every step of the full-precision model's trajectories.
+
+    Args:
+        reference: the full-precision model.
+        quantized: the same with the quantized network.
+    """
+    recorder = OfflineRecorder()
+
+    def attach(part: Conditions | None) -> None:
+        recorder.quantized = quantized.denoiser(part)
+
+    _run(reference, config, None, recorder, progress, conditions, attach)
+    return recorder.statistics()
 
 
 def quantize_with_(

@@ -1,0 +1,214 @@
+"""From the quantization flags of a script to a quantized network and its corrector."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qncd import cli
+from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, ReconstructionConfig, SmoothingConfig
+from qncd.ptq.calibration import CalibrationSet, calibrate_, load_calibration, save_calibration
+from qncd.ptq.checkpoint import QuantizedInfo, load_quantized_, load_weights_, peek_quantized, save_quantized
+from qncd.ptq.pipeline import Diffusion, quantize_with_, record_noise_table, record_offline, sample_calibration
+from qncd.sampling.correctors import Corrector
+from qncd.sampling.guidance import Conditions
+from qncd.sampling.offline_noise import OfflineCorrector, OfflineStatistics
+from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
+
+log = logging.getLogger("qncd")
+WEIGHT_SETTINGS = ("weight_bits", "edge_bits", "weight_range", "split", "quantize_embedding", "smoothed")
+
+
+def is_quiet() -> bool:
+    """Whether progress bars stay away: --verbose warning or critical."""
+    return log.getEffectiveLevel() > logging.INFO
+
+
+def check_quantization_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that need --ptq without it, or a checkpoint to resume from that is not there."""
+    needing = ("cali_ckpt", "cali_data_path", "resume", "resume_w", "compare_fp", "quant_act", "weight_only", "running_stat")
+    for name in (*needing, "rs_sm_only", "a_sym", "emb_float"):
+        if getattr(args, name) and not args.ptq:
+            raise ValueError(f"--{name} needs --ptq")
+    if args.resume_w and args.recon:
+        raise ValueError("--resume_w takes weights as they are: it excludes --recon")
+    if args.resume and args.resume_w:
+        raise ValueError("--resume and --resume_w exclude one another: all of the checkpoint, or its weights alone")
+    for name in ("resume", "resume_w"):
+        if getattr(args, name) and (args.cali_ckpt is None or not args.cali_ckpt.is_file()):
+            raise FileNotFoundError(f"--{name} needs a quantized checkpoint: --cali_ckpt {args.cali_ckpt} is none")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Everything that the quantization flags ask for; the parts are None where they are off."""
+
+    mode: str
+    quant: QuantConfig | None
+    smoothing: SmoothingConfig | None
+    reconstruction: ReconstructionConfig | None
+    correction: CorrectionConfig | None
+    offline: str | None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Quantization:
+        """Raises ValueError as the parts do."""
+        return cls(
+            args.quant_mode, cli.quant_config(args), cli.smoothing_config(args), cli.reconstruction_config(args),
+            cli.correction_config(args), cli.offline_kind(args),
+        )  # fmt: skip
+
+    @property
+    def label(self) -> str:
+        """FP32, W4A8 qncd and so on."""
+        return f"{self.quant.label} {self.mode}" if self.quant else "FP32"
+
+    @property
+    def controlled(self) -> CorrectionConfig | None:
+        """The correction, if it needs the full-precision model's noise table."""
+        return self.correction if self.correction and (self.correction.control or self.correction.shrink) else None
+
+    def settings(self, args: argparse.Namespace, batch_size: int) -> dict[str, Any]:
+        """What of it decides what an image looks like, for run.json."""
+
+        def plain(part: Any) -> dict[str, Any] | None:
+            return part and dataclasses.asdict(part)
+
+        calibration = {
+            "samples": args.cali_n, "steps": args.cali_st, "seed": args.cali_seed,
+            "batch_size": args.cali_batch_size if args.running_stat or args.rs_sm_only else None,
+            "data": str(args.cali_data_path) if args.cali_data_path else None,
+            "checkpoint": str(args.cali_ckpt) if args.cali_ckpt else None,
+            "weights_only_from_checkpoint": args.resume_w,
+        }  # fmt: skip
+        return {
+            "quantization": self.quant and {"mode": self.mode, **dataclasses.asdict(self.quant)},
+            "smoothing": plain(self.smoothing),
+            "reconstruction": plain(self.reconstruction),
+            "correction": plain(self.correction),
+            "offline_correction": self.offline,
+            "calibration": calibration if self.quant else None,
+            "batch": batch_size if self.correction and self.correction.statistics == "batch" else None,
+        }
+
+
+def prepare_quantized(
+    args: argparse.Namespace,
+    wanted: Quantization,
+    diffusion: Diffusion,
+    base_hash: str,
+    folder: Path,
+    conditions: Conditions | None = None,
+) -> tuple[Corrector | None, float]:
+    """Turn the network of `diffusion` into the quantized one: from --cali_ckpt where it exists, else by calibrating.
+
+    Args:
+        folder: of the run; with --resume_w the new checkpoint is written into it.
+        conditions: one for each of the --cali_n calibration trajectories.
+
+    Returns:
+        the corrector, where one is asked for, and the seconds that calibrating took.
+    """
+    quant, controlled = wanted.quant, wanted.controlled
+    assert quant is not None
+    calibration = CalibrationConfig(args.cali_n, args.cali_st, args.cali_batch_size, args.cali_seed)
+    settings = {
+        "reconstruction": wanted.reconstruction and dataclasses.asdict(wanted.reconstruction),
+        "sampler": dataclasses.asdict(diffusion.config),
+        "guidance": conditions.scale if conditions else None,
+        "correction": {"interval": controlled.interval, "target": controlled.target} if controlled else None,
+    }
+
+    def record() -> NoiseTable:
+        assert controlled is not None
+        with cli.progress_bar("full-precision noise table", "image", is_quiet()) as bar:
+            return record_noise_table(diffusion, calibration, controlled, bar, conditions)
+
+    def corrector(table: NoiseTable | None, offline: OfflineStatistics | None) -> Corrector | None:
+        if wanted.offline and offline:
+            return OfflineCorrector(wanted.offline, offline)
+        return RuntimeNoiseCorrector(wanted.correction, table if controlled else None) if wanted.correction else None
+
+    def watch(reference: Diffusion) -> OfflineStatistics:
+        with cli.progress_bar("offline statistics", "image", is_quiet()) as bar:
+            return record_offline(reference, diffusion, calibration, bar, conditions)
+
+    there = args.cali_ckpt is not None and args.cali_ckpt.is_file()
+    if there and not args.resume_w:
+        info, table = peek_quantized(args.cali_ckpt)
+        _check_same(args.cali_ckpt, info, quant, wanted.smoothing is not None)
+        if wanted.reconstruction and info.settings.get("reconstruction") != settings["reconstruction"]:
+            raise ValueError(f"{args.cali_ckpt}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
+        if info.settings.get("sampler") != settings["sampler"] and info.smoothed:
+            log.warning("%s was smoothed for the time steps of %s", args.cali_ckpt, info.settings.get("sampler"))
+        made_for = {key: info.settings.get(key) for key in ("sampler", "guidance", "correction")}
+        if controlled and (table is None or any(made_for[key] != settings[key] for key in made_for)):
+            table = record()
+        offline, reference = info.offline, _copy_for(wanted, diffusion)
+        load_quantized_(diffusion.unet, args.cali_ckpt, base_hash)
+        log.info("loaded %s: %s", args.cali_ckpt, info.config.label)
+        if reference and (offline is None or any(made_for[key] != settings[key] for key in ("sampler", "guidance"))):
+            offline = watch(reference)
+        return corrector(table, offline), 0.0
+    if there:
+        info, _ = peek_quantized(args.cali_ckpt)
+        _check_same(args.cali_ckpt, info, quant, wanted.smoothing is not None, WEIGHT_SETTINGS)
+    start, table = time.perf_counter(), None
+    if args.cali_data_path and args.cali_data_path.exists():
+        data = load_calibration(args.cali_data_path, args.cali_n, args.cali_st)
+        data.check_model(diffusion.unet, base_hash)
+        table = record() if controlled else None
+    else:
+        with cli.progress_bar("calibration set", "image", is_quiet()) as bar:
+            data, table = sample_calibration(diffusion, calibration, controlled, base_hash, bar, conditions)
+        if args.cali_data_path:
+            save_calibration(data, args.cali_data_path)
+    reference = _copy_for(wanted, diffusion)
+    _quantize_(args, wanted, diffusion, data, base_hash, folder)
+    offline = watch(reference) if reference else None
+    target = folder / "quantized.safetensors" if args.resume_w else args.cali_ckpt
+    if target:
+        save_quantized(diffusion.unet, target, quant, base_hash, table, settings, offline)
+        log.info("quantized checkpoint: %s, %.1f MB", target, target.stat().st_size / 1e6)
+    return corrector(table, offline), time.perf_counter() - start
+
+
+def _copy_for(wanted: Quantization, diffusion: Diffusion) -> Diffusion | None:
+    """The full-precision model beside the one that will be quantized, where a correction compares the two."""
+    return dataclasses.replace(diffusion, unet=copy.deepcopy(diffusion.unet)) if wanted.offline else None
+
+
+def _quantize_(
+    args: argparse.Namespace, wanted: Quantization, diffusion: Diffusion, data: CalibrationSet, base_hash: str, folder: Path
+) -> None:
+    quant = wanted.quant
+    assert quant is not None
+    with (
+        cli.progress_bar("reconstruction", "block", is_quiet() or wanted.reconstruction is None) as blocks,
+        cli.progress_bar(f"calibrating {quant.label}", "input", is_quiet()) as bar,
+    ):
+        if args.resume_w:
+            load_weights_(diffusion.unet, args.cali_ckpt, quant, base_hash)
+            log.info("weights of %s; activations are calibrated anew", args.cali_ckpt)
+            calibrate_(diffusion.unet, data, args.cali_batch_size, bar)
+        else:
+            quantize_with_(
+                diffusion, quant, data, wanted.smoothing, args.cali_batch_size, bar, wanted.reconstruction, blocks,
+                folder / "reconstruction" if wanted.reconstruction else None,
+            )  # fmt: skip
+
+
+def _check_same(path: Path, info: QuantizedInfo, wanted: QuantConfig, smooth: bool, names: Sequence[str] | None = None) -> None:
+    old, new = dataclasses.asdict(info.config) | {"smoothed": info.smoothed}, dataclasses.asdict(wanted) | {"smoothed": smooth}
+    differing = [f"{key} {old[key]} there, {new[key]} asked for" for key in names or old if old[key] != new[key]]
+    if differing:
+        raise ValueError(
+            f"{path}: was quantized otherwise ({'; '.join(differing)}): name another --cali_ckpt or the same settings"
+        )
