@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qncd import cli
-from qncd.benchmark.plan import FULL, MODES, WIDTHS, Cell, Plan, corrects, parse_width
-from qncd.config import CalibrationConfig, CorrectionConfig, SamplerConfig
+from qncd.benchmark.plan import DEFAULT_MODES, FULL, MODES, WIDTHS, Cell, Plan, corrects, parse_width
+from qncd.config import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
 
 log = logging.getLogger("qncd")
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     group = parser.add_argument_group("what is compared")
     group.add_argument("--widths", nargs="+", default=list(WIDTHS), metavar="WxAy", help=f"default {' '.join(WIDTHS)}")
-    group.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help=f"default {' '.join(MODES)}")
+    group.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(DEFAULT_MODES), help=f"default {' '.join(DEFAULT_MODES)}"
+    )
     group.add_argument("--seeds", type=int, default=3, help="repetitions, each with its own calibration images (default 3)")
     group = parser.add_argument_group("sampling")
     group.add_argument(
@@ -53,6 +55,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("calibration and correction")
     group.add_argument("--cali_n", type=int, default=64, help="inputs at each calibration time step (default 64)")
     group.add_argument("--cali_st", type=int, default=10, help="calibration time steps (default 10)")
+    group.add_argument(
+        "--cali_iters", type=int, help=f"of modes that reconstruct, a block (default {ReconstructionConfig().iterations})"
+    )
     group.add_argument("--interval", type=int, default=CorrectionConfig().interval, help="steps between two noise estimates")
     group = parser.add_argument_group("running")
     group.add_argument("--out", type=Path, default=Path("runs/quality"), help="output folder (default runs/quality)")
@@ -98,6 +103,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, str]:
         raise ValueError(f"--seed {args.seed}: allowed are whole numbers, 0 or more")
     calibration = CalibrationConfig(args.cali_n, args.cali_st)
     correction, controlled = CorrectionConfig(interval=args.interval), any(map(corrects, args.modes))
+    reconstruction = ReconstructionConfig() if args.cali_iters is None else ReconstructionConfig(args.cali_iters)
 
     from qncd.benchmark.subjects import is_latent
     from qncd.models.loading import load_config
@@ -111,7 +117,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, str]:
     sampler = SamplerConfig(args.sample_type, args.skip_type, args.timesteps, args.eta, convention)
     plan = Plan(
         args.out, model_config, args.ckpt, {}, args.scale, cli.choose_device(args.device), sampler, calibration, correction,
-        controlled, args.images, args.seed, args.batch_size,
+        reconstruction, controlled, args.images, args.seed, args.batch_size,
     )  # fmt: skip
     subject = plan.subject()
     steps = subject.diffusion.steps

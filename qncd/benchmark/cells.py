@@ -23,7 +23,9 @@ from qncd.io.runs import Run
 from qncd.metrics.statistics import mse_to_psnr, paired_mse
 from qncd.ptq.calibration import CalibrationSet, load_calibration, save_calibration
 from qncd.ptq.evaluation import NoiseErrorRecorder, sample_images
-from qncd.ptq.pipeline import quantize_with_, sample_calibration
+from qncd.ptq.pipeline import quantize_with_, record_offline, sample_calibration
+from qncd.sampling.correctors import Corrector
+from qncd.sampling.offline_noise import OfflineCorrector
 from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
 
 log = logging.getLogger("qncd")
@@ -162,8 +164,15 @@ def run_cell(plan: Plan, cell: Cell) -> None:
         diffusion, correction = subject.diffusion, cell.correction(plan)
         reference = dataclasses.replace(diffusion, unet=copy.deepcopy(diffusion.unet))
         data, table = load_calibration_set(plan, cell.seed)
-        figures["calibration_seconds"] = quantize_with_(diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size)
-        corrector = RuntimeNoiseCorrector(correction, table) if correction else None
+        figures["calibration_seconds"] = quantize_with_(
+            diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size, reconstruction=cell.reconstruction(plan)
+        )
+        corrector: Corrector | None = RuntimeNoiseCorrector(correction, table) if correction else None
+        if cell.offline:
+            config = dataclasses.replace(plan.calibration, seed=cell.seed)
+            given = subject.calibration_conditions
+            conditions = given(config.samples, cell.seed) if given else None
+            corrector = OfflineCorrector(cell.offline, record_offline(reference, diffusion, config, conditions=conditions))
         errors = NoiseErrorRecorder(reference, ERROR_IMAGES)
         try:
             seeds = range(plan.image_seed, plan.image_seed + plan.images)

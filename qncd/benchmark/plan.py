@@ -10,19 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
+from qncd.config import (
+    CalibrationConfig,
+    CorrectionConfig,
+    QuantConfig,
+    ReconstructionConfig,
+    SamplerConfig,
+    SmoothingConfig,
+)
 
 if TYPE_CHECKING:
     from qncd.benchmark.subjects import Subject
 
 MODES = {  # name: what the table calls it
     "linear": "linear",
+    "qdiff": "qdiff",
+    "ptqd": "ptqd",
+    "d2dpm": "d2dpm",
     "neither": "qncd, neither",
     "smoothing": "qncd, smoothing only",
     "correction": "qncd, correction only",
     "qncd": "qncd",
     "paper": "qncd, no bias correction",
+    "recon": "qncd, weights reconstructed",
 }
+DEFAULT_MODES = ("linear", "smoothing", "correction", "qncd")
 WIDTHS = ("W8A8", "W4A8", "W8A6", "W4A6")
 FULL = "FP"
 PART = 512  # full-precision images in one file of the cache
@@ -42,6 +54,7 @@ class Plan:
         scale: of guidance, None for what the model's yaml recommends.
         calibration: with the seed of the first repetition; others count up from it.
         correction: of the modes that correct.
+        reconstruction: of the modes that reconstruct.
         controlled: record the full-precision noise table, because some mode corrects.
         image_seed: image i has the seed image_seed + i.
         commit: of the code, for the cells' files.
@@ -56,6 +69,7 @@ class Plan:
     sampler: SamplerConfig
     calibration: CalibrationConfig
     correction: CorrectionConfig
+    reconstruction: ReconstructionConfig
     controlled: bool
     images: int
     image_seed: int
@@ -114,21 +128,30 @@ class Cell:
         """Min-max ranges alone (linear), or mse weight ranges, split and bias correction (all others)."""
         if self.mode == FULL:
             return None
-        ours, (weight_bits, act_bits) = self.mode != "linear", parse_width(self.width)
-        weight_range = "mse" if ours else "max"
-        biases = ours and self.mode != "paper"
-        return QuantConfig(weight_bits, act_bits, weight_range=weight_range, act_range="max", split=ours, bias_correction=biases)
+        linear, (weight_bits, act_bits) = self.mode == "linear", parse_width(self.width)
+        weight_range = "max" if linear else "mse"
+        biases = self.mode in ("neither", "smoothing", "correction", "qncd", "recon")
+        return QuantConfig(
+            weight_bits, act_bits, weight_range=weight_range, act_range="max", split=not linear, bias_correction=biases
+        )
 
     @property
     def smoothing(self) -> SmoothingConfig | None:
-        return SmoothingConfig() if self.mode in ("smoothing", "qncd", "paper") else None
+        return SmoothingConfig() if self.mode in ("smoothing", "qncd", "paper", "recon") else None
+
+    @property
+    def offline(self) -> str | None:
+        return self.mode if self.mode in ("ptqd", "d2dpm") else None
+
+    def reconstruction(self, plan: Plan) -> ReconstructionConfig | None:
+        return plan.reconstruction if self.mode in ("qdiff", "ptqd", "d2dpm", "recon") else None
 
     def correction(self, plan: Plan) -> CorrectionConfig | None:
         return plan.correction if corrects(self.mode) else None
 
     def settings(self, plan: Plan) -> dict[str, Any]:
         """Everything that decides the cell's figures, as it comes back from JSON."""
-        quant, smoothing, correction = self.quant, self.smoothing, self.correction(plan)
+        quant, smoothing, correction, recon = self.quant, self.smoothing, self.correction(plan), self.reconstruction(plan)
         calibration = dataclasses.replace(plan.calibration, seed=self.seed)
         settings = plan.base_settings() | {
             "images": plan.images,
@@ -136,6 +159,7 @@ class Cell:
             "quantization": quant and dataclasses.asdict(quant),
             "smoothing": smoothing and dataclasses.asdict(smoothing),
             "correction": correction and dataclasses.asdict(correction),
+            "reconstruction": recon and dataclasses.asdict(recon),
             "calibration": quant and dataclasses.asdict(calibration),
         }
         plain: dict[str, Any] = json.loads(json.dumps(settings))
@@ -151,7 +175,7 @@ class Cell:
 
 
 def corrects(mode: str) -> bool:
-    return mode in ("correction", "qncd", "paper")
+    return mode in ("correction", "qncd", "paper", "recon")
 
 
 def parse_width(text: str) -> tuple[int, int]:

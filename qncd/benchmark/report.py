@@ -96,8 +96,9 @@ def caption(
         + (f"; without the {identical} images that equal it." if identical else "."),
         "Noise-prediction error: ‖ε − ε_FP‖² / ‖ε_FP‖² at the quantized model's own x_t, ε after correction, mean over the "
         f"steps, first {min(ERROR_IMAGES, plan.images)} images.",
-        "linear: min-max ranges, no split. All qncd rows: mse weight ranges, min-max activation ranges, split, and (but for "
-        "the last) bias correction; neither, smoothing only and correction only leave out the rest.",
+        "linear: min-max ranges, no split. All others: mse weight ranges, min-max activation ranges, split. qncd: and bias "
+        "correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, d2dpm and qncd, weights "
+        f"reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; the other rows round to nearest.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",
     ]
     if len(commits) > 1:
