@@ -38,74 +38,22 @@ def main() -> None:
     from qncd.models.ddim import build_ddim_unet
     from qncd.models.loading import load_unet_folder
     from qncd.sampling.schedule import alphas_cumprod, betas_of
+    from qncd.training import NoisePrediction, TrainingSettings, fit
 
     config = yaml.safe_load(args.config.read_text())
-    steps = args.max_steps or config["training"]["n_iters"]
+    section = {**config["training"], **config["optim"], "ema_rate": config["model"]["ema_rate"]}
+    settings = TrainingSettings.from_section(section, args.max_steps)
     pl.seed_everything(args.seed)
 
-    class DDPM(pl.LightningModule):
-        """Noise prediction with the simple loss of DDPM (Ho et al. 2020, eq. 14); EMA of the weights."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.unet = build_ddim_unet(config)
-            if args.init:
-                self.unet.load_state_dict(load_unet_folder(args.init).state_dict())
-            self.ema = build_ddim_unet(config).requires_grad_(False)
-            self.ema.load_state_dict(self.unet.state_dict())
-            self.register_buffer("abar", torch.from_numpy(alphas_cumprod(betas_of(config))).float())
-
-        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-            x0 = batch[0].float().permute(0, 3, 1, 2) / 127.5 - 1  # (N, 1, 32, 32) in [-1, 1]
-            half = torch.randint(0, len(self.abar), ((len(x0) + 1) // 2,), device=x0.device)
-            t = torch.cat([half, len(self.abar) - 1 - half])[: len(x0)]  # antithetic, as in the DDIM code
-            noise = torch.randn_like(x0)
-            abar = self.abar[t].view(-1, 1, 1, 1)
-            predicted = self.unet(abar.sqrt() * x0 + (1 - abar).sqrt() * noise, t).sample
-            loss = (predicted.float() - noise).square().mean()
-            self.log("loss", loss, prog_bar=True)
-            return loss
-
-        def on_train_batch_end(self, *_: object) -> None:
-            decay = min(config["model"]["ema_rate"], (1 + self.global_step) / (10 + self.global_step))
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.unet.parameters()), 1 - decay)
-
-        def configure_optimizers(self) -> dict:
-            optim = config["optim"]
-            optimizer = torch.optim.Adam(self.unet.parameters(), lr=optim["lr"], betas=(optim["beta1"], 0.999))
-            # Warm-up over 300 steps, constant, then linear to 0 over the last 30 % of the run.
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: min(1.0, (step + 1) / 300, max(0.0, (steps - step) / (0.3 * steps)))
-            )
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
+    unet = build_ddim_unet(config)
+    if args.init:
+        unet.load_state_dict(load_unet_folder(args.init).state_dict())
     images, _ = load_fashion_mnist("train", args.data)
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(torch.from_numpy(images)), config["training"]["batch_size"], shuffle=True, drop_last=True
-    )
-    snapshot = pl.callbacks.ModelCheckpoint(
-        args.out,
-        save_last=True,
-        save_top_k=0,
-        every_n_train_steps=config["training"]["snapshot_freq"],
-        enable_version_counter=False,
-    )
-    trainer = pl.Trainer(
-        max_steps=steps,
-        precision=args.precision,
-        gradient_clip_val=config["optim"]["grad_clip"],
-        callbacks=[snapshot],
-        default_root_dir=args.out,
-        logger=pl.loggers.CSVLogger(args.out, name="log"),
-        log_every_n_steps=25,
-    )
-    model = DDPM()
-    if args.compile:
-        model.unet.compile()
-    last = args.out / "last.ckpt"
-    trainer.fit(model, loader, ckpt_path=str(last) if last.is_file() else None)
-    model.ema.half().save_pretrained(args.out / "unet")
-    print(f"EMA weights after {trainer.global_step} steps: {args.out / 'unet'}")
+    objective = NoisePrediction(unet, alphas_cumprod(betas_of(config)))
+    compiled = ("unet",) if args.compile else ()
+    trained = fit(objective, (torch.from_numpy(images),), settings, args.out, args.precision, compiled)
+    trained.get_submodule("unet").half().save_pretrained(args.out / "unet")
+    print(f"EMA weights after {settings.steps} steps: {args.out / 'unet'}")
 
 
 if __name__ == "__main__":

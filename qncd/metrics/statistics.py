@@ -1,13 +1,15 @@
-"""Scores from features alone: Frechet distance, inception score, precision and recall, PSNR. No network is called here."""
+"""Scores from features alone: mean and covariance, Frechet distance, inception score, PSNR. No network is called here."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+
+REGULAR = 1e-6  # of the diagonal of a Cholesky factor, least over largest: below it, sigma counts as singular
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +20,7 @@ class FeatureStatistics:
         mu: (D,) float64.
         sigma: (D, D) float64, the unbiased covariance (divided by N - 1), as `numpy.cov` gives it.
         count: number of images N; None where a file does not say it.
+        factor: (D, N) with factor factor^T = sigma, kept where N is not larger than D: it makes distances exact and quick.
 
     Raises:
         ValueError: the shapes do not belong together, or a value is NaN or infinite.
@@ -26,6 +29,7 @@ class FeatureStatistics:
     mu: np.ndarray
     sigma: np.ndarray
     count: int | None = None
+    factor: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.mu.ndim != 1 or self.mu.size == 0 or self.sigma.shape != (self.mu.size, self.mu.size):
@@ -88,18 +92,41 @@ class StatisticsAccumulator:
 
 
 def features_to_statistics(features: torch.Tensor) -> FeatureStatistics:
-    """Statistics of features (N, D) that are in memory; see `StatisticsAccumulator`."""
+    """Statistics of features (N, D) that are in memory, with their factor where N <= D; see `StatisticsAccumulator`."""
     accumulator = StatisticsAccumulator()
     accumulator.update(features)
-    return accumulator.finish()
+    statistics = accumulator.finish()
+    if len(features) > statistics.dimension:
+        return statistics
+    centred = features.detach().cpu().double().numpy() - statistics.mu
+    return replace(statistics, factor=np.ascontiguousarray(centred.T) / math.sqrt(len(features) - 1))
+
+
+def covariance_factor(a: FeatureStatistics) -> np.ndarray:
+    """A (D, rank or N) with A A^T = sigma: the one at hand, Cholesky's where sigma is regular, else from eigenvectors."""
+    if a.factor is not None:
+        return a.factor
+    sigma = (a.sigma + a.sigma.T) / 2
+    if a.count is None or a.count > a.dimension:
+        try:
+            lower = np.linalg.cholesky(sigma)
+        except np.linalg.LinAlgError:
+            pass
+        else:
+            diagonal = np.diagonal(lower)
+            if diagonal.min() > REGULAR * diagonal.max():
+                return lower
+    values, vectors = np.linalg.eigh(sigma)
+    keep = values > max(values[-1], 0.0) * a.dimension * np.finfo(np.float64).eps
+    return vectors[:, keep] * np.sqrt(values[keep])
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Frechet distance of two Gaussians, |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
 
-    S_a S_b has the eigenvalues of A^T S_b A for any A with A A^T = S_a, and that matrix is symmetric: two symmetric
-    eigenproblems take the place of the square root of a general matrix, which on singular covariances (fewer images
-    than dimensions) loses digits, turns complex or fails. Source: Heusel et al. 2017, eq. 6.
+    S_a S_b has the eigenvalues of A^T S_b A for any A with A A^T = S_a, and that matrix is symmetric: a Cholesky factor
+    and one symmetric eigenproblem take the place of the square root of a general matrix, which on singular covariances
+    (fewer images than dimensions) loses digits, turns complex or fails. Source: Heusel et al. 2017, eq. 6.
 
     Raises:
         ValueError: the statistics have different dimensions.
@@ -110,16 +137,21 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     # singular: rounding noise of an eigenvalue 0 would add its square root, 1e-8 of the largest one.
     if b.count is not None and (a.count is None or b.count < a.count):
         a, b = b, a
-    values, vectors = np.linalg.eigh((a.sigma + a.sigma.T) / 2)
-    keep = values > max(values[-1], 0.0) * a.dimension * np.finfo(np.float64).eps
-    factor = vectors[:, keep] * np.sqrt(values[keep])  # (D, rank)
+    if a.factor is not None and b.factor is not None:
+        trace_root = float(np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum())
+        return assemble_frechet(a, b, trace_root)
+    factor = covariance_factor(a)  # (D, rank)
     trace_root = 0.0
     if factor.shape[1]:
         product = factor.T @ ((b.sigma + b.sigma.T) / 2) @ factor  # (rank, rank)
         trace_root = float(np.sqrt(np.linalg.eigvalsh(product).clip(min=0)).sum())
+    return assemble_frechet(a, b, trace_root)
+
+
+def assemble_frechet(a: FeatureStatistics, b: FeatureStatistics, trace_root: float) -> float:
+    """The distance from tr (S_a S_b)^(1/2); equal sets give 0 up to rounding, of either sign, which is clipped."""
     difference = a.mu - b.mu
-    distance = float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * trace_root)
-    return max(distance, 0.0)  # equal sets give 0 up to rounding, of either sign
+    return max(float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * trace_root), 0.0)
 
 
 @dataclass(frozen=True)
@@ -131,19 +163,50 @@ class InceptionScore:
     splits: int
 
 
-def _split_scores(logits: torch.Tensor, bounds: Sequence[tuple[int, int]]) -> InceptionScore:
-    if logits.ndim != 2:
-        raise ValueError(f"logits of shape {tuple(logits.shape)}: expected (N, classes)")
-    logits = logits.detach().to("cpu", torch.float64)
-    p = logits.softmax(1)
-    if torch.isnan(p).any():
-        raise ValueError("the logits hold NaN or infinite values")
-    scores = []
-    for start, stop in bounds:
-        part = p[start:stop]
-        # entr and xlogy take 0 log 0 as 0: a class of probability 0 adds nothing.
-        divergence = -torch.special.entr(part).sum(1) - torch.special.xlogy(part, part.mean(0, keepdim=True)).sum(1)
-        scores.append(math.exp(divergence.mean().item()))
+def split_score(blocks: Iterable[torch.Tensor]) -> float:
+    """exp(E KL(p(y|x) || p(y))) of one part, from blocks of its logits (n, classes); memory does not grow with them.
+
+    Raises:
+        ValueError: the logits are not (n, classes), or hold NaN.
+    """
+    count, negative_entropy, total = 0, 0.0, torch.zeros(0, dtype=torch.float64)
+    for logits in blocks:
+        if logits.ndim != 2:
+            raise ValueError(f"logits of shape {tuple(logits.shape)}: expected (N, classes)")
+        p = logits.detach().to("cpu", torch.float64).softmax(1)
+        if torch.isnan(p).any():
+            raise ValueError("the logits hold NaN or infinite values")
+        total = p.sum(0) if count == 0 else total + p.sum(0)
+        negative_entropy -= torch.special.entr(p).sum().item()  # entr takes 0 log 0 as 0
+        count += len(p)
+    marginal = total / count
+    return math.exp(negative_entropy / count + torch.special.entr(marginal).sum().item())
+
+
+def equal_parts(count: int, splits: int) -> list[tuple[int, int]]:
+    """Bounds of contiguous parts: part i holds i N // splits to (i + 1) N // splits.
+
+    Raises:
+        ValueError: fewer images than splits.
+    """
+    if splits < 1 or count < splits:
+        raise ValueError(f"{count} images in {splits} splits: every split needs at least one image")
+    return [(i * count // splits, (i + 1) * count // splits) for i in range(splits)]
+
+
+def parts_of_size(count: int, split_size: int) -> list[tuple[int, int]]:
+    """Bounds of contiguous parts of `split_size`, the last one may be shorter.
+
+    Raises:
+        ValueError: no images, or a split size below 1.
+    """
+    if split_size < 1 or count == 0:
+        raise ValueError(f"{count} images in splits of {split_size}: both have to be at least 1")
+    return [(i, min(i + split_size, count)) for i in range(0, count, split_size)]
+
+
+def summarize_splits(scores: Sequence[float]) -> InceptionScore:
+    """The scores of the parts as mean and standard deviation (ddof 0)."""
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)), len(scores))
 
 
@@ -152,15 +215,12 @@ def inception_score(logits: torch.Tensor, splits: int = 10) -> InceptionScore:
 
     Args:
         logits: (N, classes); for probabilities p pass log(p), whose softmax is p.
-        splits: number of contiguous parts, 10 by convention; part i holds the images i N // splits to (i + 1) N // splits.
+        splits: number of contiguous parts, 10 by convention.
 
     Raises:
         ValueError: fewer images than splits, or NaN.
     """
-    count = len(logits)
-    if splits < 1 or count < splits:
-        raise ValueError(f"{count} images in {splits} splits: every split needs at least one image")
-    return _split_scores(logits, [(i * count // splits, (i + 1) * count // splits) for i in range(splits)])
+    return summarize_splits([split_score([logits[start:stop]]) for start, stop in equal_parts(len(logits), splits)])
 
 
 def inception_score_adm(logits: torch.Tensor, split_size: int = 5000) -> InceptionScore:
@@ -173,48 +233,7 @@ def inception_score_adm(logits: torch.Tensor, split_size: int = 5000) -> Incepti
     Raises:
         ValueError: no images, a split size below 1, or NaN.
     """
-    if split_size < 1 or len(logits) == 0:
-        raise ValueError(f"{len(logits)} images in splits of {split_size}: both have to be at least 1")
-    return _split_scores(logits, [(i, min(i + split_size, len(logits))) for i in range(0, len(logits), split_size)])
-
-
-def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(N, M) squared Euclidean distances of a (N, D) and b (M, D), in their dtype."""
-    squares = a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T
-    return squares.clamp_(min=0)
-
-
-def neighbour_radii(features: torch.Tensor, k: int = 3, block: int = 1000) -> torch.Tensor:
-    """Squared distance of every sample to its k-th neighbour, itself not counted, (N,) float64.
-
-    Raises:
-        ValueError: there are not more than k samples.
-    """
-    if len(features) <= k:
-        raise ValueError(f"{len(features)} images: the neighbour number {k} needs at least {k + 1}")
-    features = features.double()
-    return torch.cat([_squared_distances(rows, features).kthvalue(k + 1, dim=1).values for rows in features.split(block)])
-
-
-def precision_recall(real: torch.Tensor, synthetic: torch.Tensor, k: int = 3, block: int = 1000) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2).
-
-    Args:
-        real, synthetic: features (N, D) and (M, D).
-        k: the ball around a sample reaches its k-th neighbour; ADM uses 3.
-        block: rows of the distance matrix in memory at once.
-
-    Returns:
-        precision, the share of synthetic samples in a ball of a real one, and recall, the reverse.
-    """
-
-    def covered(samples: torch.Tensor, centres: torch.Tensor) -> float:
-        centres = centres.double()
-        radii = neighbour_radii(centres, k, block)
-        inside = [(_squared_distances(rows, centres) <= radii).any(1) for rows in samples.double().split(block)]
-        return float(torch.cat(inside).double().mean())
-
-    return covered(synthetic, real), covered(real, synthetic)
+    return summarize_splits([split_score([logits[start:stop]]) for start, stop in parts_of_size(len(logits), split_size)])
 
 
 def paired_mse(a: np.ndarray, b: np.ndarray) -> np.ndarray:

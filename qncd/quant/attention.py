@@ -7,7 +7,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from qncd.quant.affine import IntegerRange
-from qncd.quant.quantizers import ActQuantizer, Stage
+from qncd.quant.quantizers import ActQuantizer
 
 SCORE_ELEMENTS = 1 << 18  # attention scores computed at a time: 1 MiB, a core's second-level cache; one head's where it has more
 

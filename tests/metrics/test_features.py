@@ -1,8 +1,6 @@
 """The networks: Inception against stored outputs of random weights, the classifier in the box against its stated accuracy."""
 
-import math
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -10,60 +8,21 @@ import torch
 from safetensors.torch import save_file
 
 from qncd.io.fashion_mnist import DEBIAN_PATH, load_fashion_mnist
+from qncd.metrics.conventions import CONVENTIONS, DEFAULT_CONVENTION, METRICS, Convention
 from qncd.metrics.fashion_mnist_classifier import CLASSIFIER_PATH, load_classifier
-from qncd.metrics.features import (
-    EXTRACTORS,
-    INCEPTION_FILE,
-    INCEPTION_URL,
-    FashionMnistFeatures,
-    InceptionFeatures,
-    find_inception_weights,
-)
-from qncd.metrics.sources import FASHION_MNIST_STATISTICS, SavedStatistics
+from qncd.metrics.features import EXTRACTORS, FashionMnistFeatures, InceptionFeatures
+from qncd.metrics.saved_statistics import SavedStatistics
+from qncd.metrics.sources import FASHION_MNIST_STATISTICS
+from qncd.metrics.weights import INCEPTION
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 
-def random_inception_state(seed: int = 5000) -> dict[str, torch.Tensor]:
-    """Random weights by the recipe behind metrics_inception.npz: one generator for each key, keys in sorted order."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Unloaded(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *_: object) -> None:
-            pass
-
-    original, torch.load = torch.load, lambda *_, **__: None
-    try:
-        shapes = Unloaded("unloaded", ["2048"], feature_extractor_weights_path="unused").state_dict()
-    finally:
-        torch.load = original
-    state = {}
-    for i, key in enumerate(sorted(shapes)):
-        value = shapes[key]
-        generator = torch.Generator().manual_seed(seed + i)
-        if key.endswith("num_batches_tracked"):
-            state[key] = torch.zeros_like(value)
-        elif key.endswith("running_var"):
-            state[key] = torch.rand(value.shape, generator=generator) * 0.5 + 0.75
-        else:
-            noise = torch.randn(value.shape, generator=generator)
-            if value.ndim == 4:
-                state[key] = noise * math.sqrt(2 / value[0].numel())
-            elif value.ndim == 2:
-                state[key] = noise / math.sqrt(value.shape[1])
-            else:
-                state[key] = 1 + 0.1 * noise if key.endswith("bn.weight") else 0.1 * noise
-    return state
-
-
-def test_inception_equals_the_reference(tmp_path):
-    pytest.importorskip("torch_fidelity")
-    path = tmp_path / "weights.pth"
-    torch.save(random_inception_state(), path)
+def test_inception_equals_the_reference(inception_weights):
     count = 4
     with np.load(GOLDEN / "metrics_inception.npz") as file:
         expected = {name: file[name][:count] for name in file.files}
-    extractor = InceptionFeatures(path)
+    extractor = InceptionFeatures(inception_weights)
     outputs = extractor(torch.from_numpy(expected["images_uint8"].transpose(0, 2, 3, 1).copy()))
     np.testing.assert_allclose(outputs["features"], expected["pool_2048"], atol=1e-4)
     np.testing.assert_allclose(outputs["logits"], expected["logits_unbiased"], atol=1e-4)
@@ -77,37 +36,28 @@ def test_inception_refuses_a_file_of_something_else(tmp_path):
     for content in (b"", b"no weights", b"PK\x03\x04broken"):
         path = tmp_path / "weights.pth"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"not the weights of Inception v3 \\({INCEPTION_FILE}\\)"):
+        with pytest.raises(ValueError, match=f"not the weights of Inception v3 \\({INCEPTION.names[0]}\\)"):
             InceptionFeatures(path)
-    torch.save({"conv.weight": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match="not the weights of Inception v3"):
-        InceptionFeatures(path)
+    for other in ({"conv.weight": torch.zeros(3)}, {"a": {"b": torch.zeros(3)}}, [torch.zeros(3)]):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match="not the weights of Inception v3"):
+            InceptionFeatures(path)
 
 
-def test_inception_weights_are_looked_for_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-
-    def refuse(*_: object, **__: object) -> None:
-        raise URLError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(FileNotFoundError, match=r"other\.pth: no such file"):
-        find_inception_weights(tmp_path / "other.pth")
-    cached = tmp_path / "checkpoints" / INCEPTION_FILE
-    with pytest.raises(FileNotFoundError) as caught:
-        find_inception_weights()
-    message = str(caught.value)
-    assert "no network" in message and INCEPTION_URL in message and str(cached) in message and "\n" not in message
-    cached.touch()
-    assert find_inception_weights() == cached
+def test_identity_tells_convention_and_weights(inception_weights, tmp_path):
+    identities = {name: InceptionFeatures(inception_weights, convention=preset).identity for name, preset in CONVENTIONS.items()}
+    assert identities["adm"] == identities["torch-fidelity"]
+    assert len(set(identities.values())) == 3
+    state = torch.load(inception_weights, weights_only=True)
+    state["fc.bias"] = state["fc.bias"] + 1
+    torch.save(state, tmp_path / "other.pth")
+    assert InceptionFeatures(tmp_path / "other.pth").identity != identities["adm"]
 
 
-def test_download_is_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    calls = []
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **options: calls.append((args, options)))
-    path = find_inception_weights()
-    assert calls == [((INCEPTION_URL, str(path)), {"hash_prefix": "6726825d", "progress": False})]
+def test_conventions_are_checked():
+    assert DEFAULT_CONVENTION in CONVENTIONS and all(set(preset.metrics) <= set(METRICS) for preset in CONVENTIONS.values())
+    with pytest.raises(ValueError, match="convention mine: unknown nearest"):
+        Convention("mine", "nearest", "128", ("fid",), None, None, "nobody")
 
 
 def test_classifier_in_the_box_has_its_stated_accuracy():

@@ -148,6 +148,46 @@ def test_probabilities_get_no_zero_point() -> None:
     assert processor.softmax.scale <= 1 / 255
 
 
+@pytest.mark.parametrize("stage", list(Stage))
+@pytest.mark.parametrize("act_range", ["max", "mse", "running"])
+@pytest.mark.parametrize(("elements", "shapes"), [
+    (1 << 18, [(3, 2, 9, 5)]), (200, [(2, 2, 9, 5), (1, 2, 9, 5)]), (50, 6 * [(1, 1, 9, 5)]), (1, 6 * [(1, 1, 9, 5)]),
+])  # fmt: skip
+def test_parts_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, act_range: str, stage: Stage, elements: int, shapes: list[tuple[int, ...]]
+) -> None:
+    """Images and heads computed one by one, in every stage: the same output, ranges and running averages."""
+    results = []
+    for size in (1 << 18, elements):
+        monkeypatch.setattr("qncd.quant.attention.SCORE_ELEMENTS", size)
+        attention, inputs = block(True)
+        codes = IntegerRange(8, False)
+        processor = QuantAttnProcessor(codes, codes, act_range)
+        attention.set_processor(processor)
+        mask = torch.randn(6, 1, 5, generator=torch.Generator().manual_seed(1))
+        set_stage(processor, Stage.OBSERVE)
+        for factor in (1, 3):  # two batches: a running average of parts would move more often
+            attention(inputs[0] * factor, inputs[1], attention_mask=mask)
+        for name in OPERANDS:
+            getattr(processor, name).finish_observing()
+        set_stage(processor, stage)
+        seen: list[tuple[int, ...]] = []
+        processor.softmax.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(tuple(args[0].shape)))
+        results.append((attention(*inputs, attention_mask=mask), processor.softmax.scale, processor.q.scale))
+    assert seen == shapes
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_attention_can_be_back_propagated_through() -> None:
+    attention, inputs = block(True)
+    observe(attention, processor_of(attention), *inputs)
+    x = inputs[0].clone().requires_grad_()  # type: ignore[union-attr]
+    assert torch.equal(attention(x, inputs[1]), attention(*inputs))
+    attention(x, inputs[1]).sum().backward()
+    assert x.grad is not None
+
+
 def test_added_projections_are_refused() -> None:
     attention, _ = block(added_kv_proj_dim=4)
     with pytest.raises(ValueError, match=r"^mid\.attn: attention with added or fused projections is not supported; unfuse it"):

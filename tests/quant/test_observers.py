@@ -85,6 +85,17 @@ def test_minmax_is_the_range_of_everything() -> None:
     assert observer.qparams(codes) == affine_qparams(*torch.aminmax(torch.cat(data)), codes)
 
 
+@pytest.mark.parametrize("act_range", ["max", "mse", "running"])
+def test_parts_of_a_batch_count_as_one_batch(act_range: str) -> None:
+    whole, parted, codes = make_observer(act_range), make_observer(act_range), IntegerRange(8, False)
+    for x in batches("gauss"):
+        whole.observe(x)
+        parts = x.split(7, 1)
+        for i, part in enumerate(parts):
+            parted.observe(part, more=i < len(parts) - 1)
+    assert parted.qparams(codes) == whole.qparams(codes)
+
+
 @pytest.mark.parametrize("name", ["gauss", "silu"])
 @pytest.mark.parametrize("kind", ["asym", "sym"])
 def test_running_ranges_are_the_originals(golden: Any, name: str, kind: str) -> None:
