@@ -38,7 +38,7 @@ class QuantConfig:
         act_bits: 2 to 8, or None. One scale a tensor (two where a skip concatenation is split), codes in [0, 2^b-1]
             with a zero point, or [-2^(b-1), 2^(b-1)-1] without one where `act_symmetric`.
         softmax_bits: 2 to 16: attention probabilities, never a zero point. Used where `act_bits` is not None.
-        edge_bits: weights and activations of the first and the last layer.
+        edge_bits: weights and activations of the first and the last layer; None: as everywhere.
         weight_range: "mse" (the clip ratio that minimises the L2.4 error) or "max".
         act_range: "max", "mse" (as for weights, over the histogram of the whole calibration set), or "running"
             (exponential moving average of batch extremes, momentum 0.95). Clipping shrinks the noise prediction a
@@ -54,7 +54,7 @@ class QuantConfig:
     weight_bits: int | None = 8
     act_bits: int | None = 8
     softmax_bits: int = 8
-    edge_bits: int = 8
+    edge_bits: int | None = 8
     weight_range: str = "mse"
     act_range: str = "max"
     act_symmetric: bool = False
@@ -69,7 +69,8 @@ class QuantConfig:
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 2, 8)
         check_int("softmax_bits", self.softmax_bits, 2, 16)
-        check_int("edge_bits", self.edge_bits, 2, 8)
+        if self.edge_bits is not None:
+            check_int("edge_bits", self.edge_bits, 2, 8)
         check_choice("weight_range", self.weight_range, WEIGHT_RANGES)
         check_choice("act_range", self.act_range, ACT_RANGES)
         if self.softmax_range is not None:

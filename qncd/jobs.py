@@ -18,6 +18,7 @@ from qncd import cli
 from qncd.io.images import contact_sheet, image_name, save_npz, save_png, to_uint8
 from qncd.io.runs import Run
 from qncd.metrics.statistics import mse_to_psnr, paired_mse
+from qncd.models.key_tables import KeyTable
 from qncd.preparation import Quantization, is_quiet, prepare_quantized
 from qncd.ptq.pipeline import Diffusion
 from qncd.sampling.correctors import Corrector
@@ -78,13 +79,16 @@ class SamplingJob:
         base_hash: str,
         calibration_conditions: Conditions | None = None,
         grid: bool = True,
+        key_table: KeyTable | None = None,
     ) -> None:
         """The whole run: the full-precision images where they are compared with, the quantized ones, sheets and figures."""
         if args.compare_fp:
             self.sample_images(diffusion, "fp", None, "FP32")
         corrector = None
         if wanted.quant:
-            corrector, seconds = prepare_quantized(args, wanted, diffusion, base_hash, self.run.folder, calibration_conditions)
+            corrector, seconds = prepare_quantized(
+                args, wanted, diffusion, base_hash, self.run.folder, calibration_conditions, key_table
+            )
             self.figures["calibration_seconds"] = seconds
         self.sample_images(diffusion, "images", corrector, wanted.label)
         if args.sequence:

@@ -15,7 +15,9 @@ from torch import Tensor
 from qncd.config import SamplerConfig
 from qncd.io.images import to_uint8
 from qncd.models.conditioning import ClassConditioner, TextConditioner
+from qncd.models.key_tables import KeyTable
 from qncd.models.latent import LatentModel, load_latent_model
+from qncd.models.ldm import ldm_unet_key_map
 from qncd.models.loading import load_config, state_dict_hash
 from qncd.models.safety import Finisher
 from qncd.ptq.pipeline import Diffusion
@@ -59,6 +61,12 @@ def load_model(args: argparse.Namespace, default_config: Path, device: str) -> L
     model = load_latent_model(config, ckpt, args.use_pretrained)
     log.info("model: %s, latents %s", model.source, "x".join(map(str, model.latent_shape)))
     return model.to(device)
+
+
+def original_names(args: argparse.Namespace, default_config: Path) -> KeyTable | None:
+    """The original code's names of the UNet's layers, where a yaml in its layout is known."""
+    config, _ = find_model(args.config, args.ckpt, default_config)
+    return ldm_unet_key_map(config) if config is not None else None
 
 
 def model_hashes(model: LatentModel) -> dict[str, Any]:

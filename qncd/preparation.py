@@ -14,9 +14,12 @@ from typing import Any
 
 from qncd import cli
 from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, ReconstructionConfig, SmoothingConfig
+from qncd.models.key_tables import KeyTable
+from qncd.models.unpickle import load_checkpoint
 from qncd.ptq.calibration import CalibrationSet, calibrate_, load_calibration, save_calibration
 from qncd.ptq.checkpoint import QuantizedInfo, load_quantized_, load_weights_, peek_quantized, save_quantized
 from qncd.ptq.pipeline import Diffusion, quantize_with_, record_noise_table, record_offline, sample_calibration
+from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_
 from qncd.sampling.correctors import Corrector
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.offline_noise import OfflineCorrector, OfflineStatistics
@@ -106,12 +109,16 @@ def prepare_quantized(
     base_hash: str,
     folder: Path,
     conditions: Conditions | None = None,
+    key_table: KeyTable | None = None,
 ) -> tuple[Corrector | None, float]:
     """Turn the network of `diffusion` into the quantized one: from --cali_ckpt where it exists, else by calibrating.
+
+    A --cali_ckpt of Q-Diffusion (.pth) brings weights and activation ranges; the correction is this package's.
 
     Args:
         folder: of the run; with --resume_w the new checkpoint is written into it.
         conditions: one for each of the --cali_n calibration trajectories.
+        key_table: names of the original model's layers, for a checkpoint of Q-Diffusion; None where they are unknown.
 
     Returns:
         the corrector, where one is asked for, and the seconds that calibrating took.
@@ -141,6 +148,10 @@ def prepare_quantized(
             return record_offline(reference, diffusion, calibration, bar, conditions)
 
     there = args.cali_ckpt is not None and args.cali_ckpt.is_file()
+    if there and args.cali_ckpt.suffix != ".safetensors":
+        table, reference = record() if controlled else None, _copy_for(wanted, diffusion)
+        _load_qdiffusion_(args, diffusion, quant, key_table)
+        return corrector(table, watch(reference) if reference else None), 0.0
     if there and not args.resume_w:
         info, table = peek_quantized(args.cali_ckpt)
         _check_same(args.cali_ckpt, info, quant, wanted.smoothing is not None)
@@ -178,6 +189,22 @@ def prepare_quantized(
         save_quantized(diffusion.unet, target, quant, base_hash, table, settings, offline)
         log.info("quantized checkpoint: %s, %.1f MB", target, target.stat().st_size / 1e6)
     return corrector(table, offline), time.perf_counter() - start
+
+
+def _load_qdiffusion_(args: argparse.Namespace, diffusion: Diffusion, quant: QuantConfig, table: KeyTable | None) -> None:
+    path = args.cali_ckpt
+    content = load_checkpoint(path)
+    if not is_qdiffusion(content):
+        raise ValueError(f"{path}: neither a .safetensors file of this package nor a quantized checkpoint of Q-Diffusion")
+    if table is None:
+        raise ValueError(f"{path}: names layers as the original code does: give the original yaml with --config")
+    if args.resume_w:
+        raise ValueError(f"--resume_w: allowed with this package's checkpoints; {path.name} is one of Q-Diffusion")
+    try:
+        load_qdiffusion_(diffusion.unet, content, table, quant)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    log.info("loaded %s: %s as Q-Diffusion wrote it", path, quant.label)
 
 
 def _copy_for(wanted: Quantization, diffusion: Diffusion) -> Diffusion | None:

@@ -38,6 +38,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from qncd import jobs, preparation
     from qncd.io.runs import open_run
+    from qncd.models.ddim import ddim_key_table
     from qncd.models.loading import load_config, load_ddim, state_dict_hash
     from qncd.ptq.pipeline import Diffusion
     from qncd.sampling.schedule import betas_of
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
     needed = 4 * args.max_images * channels * size * size
     run = open_run(args.logdir, settings, jobs.environment(args, device, batch_size), needed)
     job = jobs.SamplingJob(run, jobs.ImagePlan(args.max_images, lambda i: args.seed + i), batch_size)
-    job.sample_and_finish(args, wanted, diffusion, base_hash)
+    job.sample_and_finish(args, wanted, diffusion, base_hash, key_table=ddim_key_table(model_config))
 
 
 if __name__ == "__main__":

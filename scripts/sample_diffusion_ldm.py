@@ -123,7 +123,8 @@ def main(args: argparse.Namespace) -> None:
         rows = [f"{plan.path(Path(), i)},{classes[i % len(classes)]}" for i in range(args.n_samples)]
         (run.folder / "labels.csv").write_text("\n".join(["file,class", *rows]) + "\n", encoding="utf-8")
     job = jobs.SamplingJob(run, plan, args.batch_size)
-    job.sample_and_finish(args, wanted, diffusion, settings["model"], calibration_conditions)
+    table = latent_jobs.original_names(args, DEFAULT_CONFIG)
+    job.sample_and_finish(args, wanted, diffusion, settings["model"], calibration_conditions, key_table=table)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,8 @@ def main(args: argparse.Namespace) -> None:
     # Prompts spread over the whole file; where there are fewer, they are taken several times with other noise.
     spread = [prompts[i * len(prompts) // args.cali_n] for i in range(args.cali_n)] if wanted.quant else []
     job = jobs.SamplingJob(run, plan, args.n_samples)
-    job.sample_and_finish(args, wanted, diffusion, settings["model"], encode(spread) if spread else None, not args.skip_grid)
+    calibration, table = encode(spread) if spread else None, latent_jobs.original_names(args, DEFAULT_CONFIG)
+    job.sample_and_finish(args, wanted, diffusion, settings["model"], calibration, not args.skip_grid, table)
     if args.skip_save:
         shutil.rmtree(run.folder / "images")
 

@@ -155,7 +155,7 @@ def convert_ddim_state_dict(checkpoint: Any, config: Mapping[str, Any]) -> dict[
     Raises:
         ValueError: a key is missing, left over, of another shape than the config says, or holds no tensor.
     """
-    state, table = dict(ddim_weights(checkpoint, config)), _table(config)
+    state, table = dict(ddim_weights(checkpoint, config)), ddim_key_table(config)
     check_original(state, table, shapes_of(lambda: build_ddim_unet(config)), _KIND)
     return dict(from_original(state, table))
 
@@ -166,9 +166,9 @@ def to_ddim_state_dict(state: Mapping[str, torch.Tensor], config: Mapping[str, A
     Raises:
         ValueError: a key of `build_ddim_unet(config)` is missing or left over.
     """
-    return to_original(state, _table(config), _KIND)
+    return to_original(state, ddim_key_table(config), _KIND)
 
 
-def _table(config: Mapping[str, Any]) -> KeyTable:
+def ddim_key_table(config: Mapping[str, Any]) -> KeyTable:
     names = ddim_key_map(config)
     return {old: Pointwise(new) if new.endswith(_LINEAR_ATTENTION) else Renamed(new) for old, new in names.items()}

@@ -1,7 +1,7 @@
 """The quantized checkpoint: one safetensors file with integer weights, scales, and all that made them.
 
 Layout, for a layer `L` of the UNet: `L.weight_codes` (int8, shape of the weight) or `L.weight_packed` (uint8, two
-4-bit codes a byte) with `L.weight_scale` (O, K); `L.bias`; `L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every
+4-bit codes a byte) with `L.weight_scale` (O, K) and, where they are asymmetric, `L.weight_zero_point`; `L.bias`; `L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every
 activation quantizer Q; all other parameters under their own names. `noise_table.*` is the full-precision control,
 `offline.*` the statistics of an offline correction.
 The header's metadata carries the configuration and the SHA-256 of the base model's weights.
@@ -74,7 +74,8 @@ def _weight_tensors(name: str, layer: QuantLayer) -> dict[str, Tensor]:
     codes = layer.weight_codes()
     packed = layer.config.weight_codes.bits <= 4
     key, value = ("weight_packed", pack4(codes)) if packed else ("weight_codes", codes)
-    return {f"{name}.{key}": value, f"{name}.weight_scale": layer.weight_scale}
+    tensors = {f"{name}.{key}": value, f"{name}.weight_scale": layer.weight_scale}
+    return tensors if layer.weight_zero_point is None else tensors | {f"{name}.weight_zero_point": layer.weight_zero_point}
 
 
 def save_quantized(
@@ -237,4 +238,4 @@ def _load_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> Non
         codes = unpack4(tensors.pop(f"{name}.weight_packed"), layer.weight.shape)
     else:
         codes = tensors.pop(f"{name}.weight_codes")
-    layer.set_weight_codes(codes, tensors.pop(f"{name}.weight_scale"))
+    layer.set_weight_codes(codes, tensors.pop(f"{name}.weight_scale"), tensors.pop(f"{name}.weight_zero_point", None))

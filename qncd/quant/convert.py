@@ -65,7 +65,7 @@ def quantize_(unet: UNet, config: QuantConfig) -> UNet:
 
 
 def _layer_config(name: str, channels: int, config: QuantConfig, splits: dict[str, int]) -> LayerConfig:
-    edge = name in EDGE_LAYERS
+    edge = name in EDGE_LAYERS and config.edge_bits is not None
     weight_bits = config.edge_bits if edge and config.weight_bits is not None else config.weight_bits
     act_bits = config.edge_bits if edge and config.act_bits is not None else config.act_bits
     boundary = splits.get(name)

@@ -31,7 +31,8 @@ class QuantLayer(nn.Module):
     """What quantized convolutions and linear layers share.
 
     The weight stays a float tensor, on the integer grid once `quantize_weight_` has run, so a forward pass pays
-    nothing for it. Layout of the scales: (O, K), one for each output channel and segment of input channels.
+    nothing for it. Layout of the scales: (O, K), one for each output channel and segment of input channels. Our own
+    weights are symmetric; those of Q-Diffusion's checkpoints have zero points, counted from the smallest code.
     """
 
     weight: Any
@@ -39,6 +40,7 @@ class QuantLayer(nn.Module):
     act: ActQuantizer
     config: LayerConfig
     weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
     smoothing: Tensor | None
 
     def _prepare(self, source: nn.Conv2d | nn.Linear, config: LayerConfig) -> None:
@@ -46,6 +48,7 @@ class QuantLayer(nn.Module):
         self.config = config
         self.act = ActQuantizer(config.act_codes, config.act_range, config.segments).to(source.weight.device)
         self.register_buffer("weight_scale", None)
+        self.register_buffer("weight_zero_point", None)
         self.register_buffer("smoothing", None)
         self.train(source.training)
 
@@ -106,7 +109,7 @@ class QuantLayer(nn.Module):
     def rounded_weight(self) -> Tensor:
         """The weight on its grid, a new tensor; the weight itself where it stays in floating point."""
         codes = self.config.weight_codes
-        if codes is None:
+        if codes is None or self.weight_zero_point is not None:
             return self.weight
         scale = self.expanded_scale()
         return torch.div(self.weight, scale).round_().clamp_(codes.qmin, codes.qmax).mul_(scale)
@@ -139,26 +142,36 @@ class QuantLayer(nn.Module):
     @torch.no_grad()
     def weight_codes(self) -> Tensor:
         """The weight's integer codes, int8, shape of the weight. Raises ValueError before `quantize_weight_`."""
-        if self.weight_scale is None:
+        if self.weight_scale is None or self.config.weight_codes is None:
             raise ValueError("the weights are not quantized yet")
-        return torch.round(self.weight / self.expanded_scale()).to(torch.int8)
+        return (torch.round(self.weight / self.expanded_scale()) + self._shift()).to(torch.int8)
 
     @torch.no_grad()
-    def set_weight_codes(self, codes: Tensor, scale: Tensor) -> None:
-        """Take over integer codes (shape of the weight) and scales (O, K), as `weight_codes` and `weight_scale` gave them."""
+    def set_weight_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Take over what `weight_codes`, `weight_scale` and `weight_zero_point` gave: codes in the shape of the weight, (O, K)."""
         if codes.shape != self.weight.shape or scale.shape != (len(self.weight), len(self._segments())):
             raise ValueError(
                 f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} for a weight {tuple(self.weight.shape)}"
             )
         self.weight_scale = scale.to(self.weight.device)
-        self.weight = nn.Parameter(codes.to(self.weight) * self.expanded_scale(), requires_grad=False)
+        self.weight_zero_point = None if zero_point is None else zero_point.to(self.weight.device)
+        self.weight = nn.Parameter((codes.to(self.weight) - self._shift()) * self.expanded_scale(), requires_grad=False)
 
     def expanded_scale(self) -> Tensor:
         """The scales as they broadcast against the weight: (O, I, 1, ...)."""
         assert self.weight_scale is not None
-        sizes = torch.tensor([s.stop - s.start for s in self._segments()], device=self.weight_scale.device)
-        scale = self.weight_scale.repeat_interleave(sizes, 1)  # (O, I)
-        return scale.view(*scale.shape, *[1] * (self.weight.ndim - 2))
+        return self._expanded(self.weight_scale)
+
+    def _shift(self) -> Tensor | float:
+        """What a code is above the whole number of steps that it stands for."""
+        if self.weight_zero_point is None or self.config.weight_codes is None:
+            return 0.0
+        return self._expanded(self.weight_zero_point) + self.config.weight_codes.qmin
+
+    def _expanded(self, values: Tensor) -> Tensor:
+        sizes = torch.tensor([s.stop - s.start for s in self._segments()], device=values.device)
+        expanded = values.repeat_interleave(sizes, 1)  # (O, I)
+        return expanded.view(*expanded.shape, *[1] * (self.weight.ndim - 2))
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):

@@ -1,0 +1,162 @@
+"""Q-Diffusion's quantized checkpoints, against outputs of Q-Diffusion itself."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qncd.config import QuantConfig
+from qncd.models.compvis import load_ldm_unet
+from qncd.models.ddim import ddim_key_table
+from qncd.models.ldm import ldm_unet_key_map
+from qncd.models.loading import load_config, load_ddim
+from qncd.models.unpickle import load_checkpoint
+from qncd.ptq.calibration import call_unet
+from qncd.ptq.checkpoint import load_quantized_, save_quantized
+from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_
+from qncd.quant.convert import act_quantizers, quant_layers, set_stage
+from qncd.quant.quantizers import Stage
+
+from ..conftest import FAR
+
+LAYERS = {
+    "ddim": {"conv_in": "conv_in", "up.1.block.0.nin_shortcut": "up_blocks.0.resnets.0.conv_shortcut",
+             "mid.block_1.temb_proj": "mid_block.resnets.0.time_emb_proj"},
+    "sd": {"input_blocks.0.0": "conv_in", "output_blocks.1.0.skip_connection": "up_blocks.0.resnets.1.conv_shortcut",
+           "middle_block.1.transformer_blocks.0.attn2.to_k": "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"},
+}  # fmt: skip
+OPERANDS = {"ddim": ("mid.attn_1", "mid_block.attentions.0"), "sd": (
+    "middle_block.1.transformer_blocks.0.attn2", "mid_block.attentions.0.transformer_blocks.0.attn2")}  # fmt: skip
+
+
+def load(kind: str, data: Mapping[str, Tensor]) -> tuple[Any, Any, Any, QuantConfig]:
+    """The full-precision model, the file's content, the key table and the configuration."""
+    path = FAR / f"qdiff_{kind}_w4a8.pth"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not here")
+    base = FAR / ("ddim_unet_small" if kind == "ddim" else "sd_txt2img")
+    config = load_config(base.with_suffix(".yml" if kind == "ddim" else ".yaml"))
+    if kind == "ddim":
+        unet, table = load_ddim(config, base.with_suffix(".ckpt")), ddim_key_table(config)
+    else:
+        unet, table = load_ldm_unet(config, base.with_suffix(".ckpt")), ldm_unet_key_map(config)
+    numbers = {key: int(data[key]) for key in ("w_bits", "a_bits", "sm_abit", "a_sym")}
+    quant = QuantConfig(numbers["w_bits"], numbers["a_bits"], numbers["sm_abit"], act_symmetric=bool(numbers["a_sym"]))
+    return unet, load_checkpoint(path), table, quant
+
+
+@pytest.mark.parametrize("kind", ["ddim", "sd"])
+def test_outputs_are_q_diffusions(golden: Any, kind: str) -> None:
+    data = golden(f"qdiff_{kind}_w4a8_io")
+    unet, content, table, config = load(kind, data)
+    assert is_qdiffusion(content)
+    x, t, context = data["x"], data["t"], data.get("context")
+    torch.testing.assert_close(call_unet(unet, x, t, context), data["eps_fp"], rtol=0, atol=1e-5)
+    load_qdiffusion_(unet, content, table, config)
+    layers = quant_layers(unet)
+    for original, ours in LAYERS[kind].items():
+        found = layers[ours].weight
+        torch.testing.assert_close(found, data[f"wdeq.{original}"].view_as(found), rtol=0, atol=1e-7)
+        out = layers[ours](data[f"in.{original}"])
+        expected = data[f"out.{original}"]
+        assert float(((out - expected).abs() > 1e-5).float().mean()) < 0.005  # one step off at ties
+    original, ours = OPERANDS[kind]
+    softmax = unet.get_submodule(ours).processor.softmax
+    probabilities = data[f"in.{original}.act_quantizer_w"]
+    torch.testing.assert_close(softmax(probabilities), data[f"out.{original}.act_quantizer_w"], rtol=0, atol=1e-6)
+
+    set_stage(unet, Stage.FLOAT)
+    torch.testing.assert_close(call_unet(unet, x, t, context), data["eps_w4"], rtol=0, atol=1e-5)
+    set_stage(unet, Stage.QUANTIZE)
+    difference = call_unet(unet, x, t, context) - data["eps_w4a8"]
+    assert float(difference.square().mean().sqrt()) < (0.075 if kind == "ddim" else 0.063)
+    # In float64 no activation is at a tie for another reason than in the original.
+    unet.double()
+    out = call_unet(unet, x.double(), t, None if context is None else context.double())
+    torch.testing.assert_close(out, data["eps_w4a8_f64"], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "sd"])
+def test_it_becomes_a_checkpoint_of_ours(golden: Any, kind: str, tmp_path: Path) -> None:
+    data = golden(f"qdiff_{kind}_w4a8_io")
+    unet, content, table, config = load(kind, data)
+    load_qdiffusion_(unet, content, table, config)
+    save_quantized(unet, tmp_path / "q.safetensors", unet_config(unet, config), "h", None, {})
+    again = load(kind, data)[0]
+    load_quantized_(again, tmp_path / "q.safetensors")
+    inputs = data["x"], data["t"], data.get("context")
+    assert torch.equal(call_unet(again, *inputs), call_unet(unet, *inputs))
+
+
+def unet_config(unet: Any, config: QuantConfig) -> QuantConfig:
+    return QuantConfig(
+        config.weight_bits, config.act_bits, config.softmax_bits, edge_bits=None, weight_range="max", act_range="max",
+        act_symmetric=config.act_symmetric, split=any(len(q.scale) > 1 for q in act_quantizers(unet).values()),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: c.pop("model.mid.block_1.conv1.weight_quantizer.delta"),
+            "parts of mid.block_1.conv1.weight_quantizer are missing",
+        ),
+        (lambda c: c.pop("model.mid.attn_1.act_quantizer_k.delta"), "parts of mid.attn_1.act_quantizer_k are missing"),
+        (lambda c: c.update({"model.conv_in.weight": c["model.conv_in.weight"] + 1}), "not the weights of this model"),
+        (lambda c: c.update({"model.extra.weight": torch.zeros(1)}), "keys that this model lacks: extra.weight"),
+        (
+            lambda c: [c.pop(k) for k in list(c) if k.startswith("model.conv_in.act_quantizer")],
+            "activation quantizers are missing",
+        ),
+        (
+            lambda c: [c.pop(k) for k in list(c) if "conv_out.weight_quantizer" in k],
+            "layers without a weight quantizer: conv_out",
+        ),
+    ],
+)
+def test_files_that_do_not_do(golden: Any, change: Any, message: str) -> None:
+    unet, content, table, config = load("ddim", golden("qdiff_ddim_w4a8_io"))
+    content = dict(content)
+    change(content)
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        load_qdiffusion_(unet, content, table, config)
+
+
+@pytest.mark.parametrize("mode", ["qdiff", "qncd"])
+def test_the_script_takes_it_as_cali_ckpt(tmp_path: Path, mode: str) -> None:
+    checkpoint = FAR / "qdiff_ddim_w4a8.pth"
+    if not checkpoint.is_file():
+        pytest.skip("qdiff_ddim_w4a8.pth is not here")
+    script = Path(__file__).resolve().parents[2] / "scripts" / "sample_diffusion_ddim.py"
+    words = ["--config", FAR / "ddim_unet_small.yml", "--ckpt", FAR / "ddim_unet_small.ckpt", "--timesteps", 4, "--max_images", 2]
+    words += [
+        "--lane",
+        2,
+        "--cali_n",
+        4,
+        "--cali_st",
+        2,
+        "--ptq",
+        "--quant_mode",
+        mode,
+        "--weight_bit",
+        4,
+        "--quant_act",
+        "--a_sym",
+    ]
+    words += ["--no-recon", "--cali_ckpt", checkpoint, "--resume", "--compare_fp", "--reverse_interval", 2, "-l", tmp_path / "o"]
+    if mode == "qdiff":
+        words = [word for word in words if word not in ("--reverse_interval", 2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [str(script), *map(str, words)])
+        runpy.run_path(str(script), run_name="__main__")
+    assert len(list((tmp_path / "o" / "images").iterdir())) == 2
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["figures"]["psnr_to_fp_db"] > 8
