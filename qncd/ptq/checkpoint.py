@@ -1,9 +1,9 @@
 """The quantized checkpoint: one safetensors file with integer weights, scales, and all that made them.
 
 Layout, for a layer `L` of the UNet: `L.weight_codes` (int8, shape of the weight) or `L.weight_packed` (uint8, two
-4-bit codes a byte) with `L.weight_scale` (O, K) and, where they are asymmetric, `L.weight_zero_point`; `L.bias`; `L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every
-activation quantizer Q; all other parameters under their own names. `noise_table.*` is the full-precision control,
-`offline.*` the statistics of an offline correction.
+4-bit codes a byte) with `L.weight_scale` (O, K) and, where codes are asymmetric, `L.weight_zero_point`; `L.bias`;
+`L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every activation quantizer Q; all other parameters under their own
+names. `noise_table.*` is the full-precision control, `offline.*` the statistics of an offline correction.
 The header's metadata carries the configuration and the SHA-256 of the base model's weights.
 """
 

@@ -148,7 +148,7 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def set_weight_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Take over what `weight_codes`, `weight_scale` and `weight_zero_point` gave: codes in the shape of the weight, (O, K)."""
+        """Take over `weight_codes` (shape of the weight), `weight_scale` and `weight_zero_point` (O, K) of such a layer."""
         if codes.shape != self.weight.shape or scale.shape != (len(self.weight), len(self._segments())):
             raise ValueError(
                 f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} for a weight {tuple(self.weight.shape)}"
