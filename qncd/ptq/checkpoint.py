@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qncd.config import QuantConfig
-from qncd.quant.convert import UNet, act_quantizers, quant_layers, quantize_, set_stage
+from qncd.quant.convert import UNet, act_quantizers, quant_layers, quantize_, restored_on_error, set_stage
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import Stage
 from qncd.sampling.offline_noise import OfflineStatistics
@@ -175,7 +175,7 @@ def load_quantized_(unet: UNet, path: Path, base_hash: str | None = None) -> tup
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is cut off, of another kind, or was made from another base model.
+        ValueError: the file is cut off, of another kind, or was made from another base model. The network is then as before.
     """
     info, table = _load_(unet, path, None, base_hash)
     return info, table
@@ -202,6 +202,12 @@ def _load_(unet: UNet, path: Path, config: QuantConfig | None, base_hash: str | 
     if base_hash is not None and base_hash != info.base_hash:
         raise ValueError(f"{path}: made from a base model with weights {info.base_hash[:12]}, this one has {base_hash[:12]}")
     tensors = {key: value for key, value in load_file(path).items() if not key.startswith(CORRECTIONS)}
+    with restored_on_error(unet):
+        _take_over(unet, tensors, info, config, path)
+    return info, table
+
+
+def _take_over(unet: UNet, tensors: dict[str, Tensor], info: QuantizedInfo, config: QuantConfig | None, path: Path) -> None:
     quantize_(unet, config or info.config)
     try:
         for name, layer in quant_layers(unet).items():
@@ -225,7 +231,6 @@ def _load_(unet: UNet, path: Path, config: QuantConfig | None, base_hash: str | 
         raise ValueError(f"{path}: {len(tensors)} tensors that this model has no place for, {min(tensors)} among them")
     if config is None:
         set_stage(unet, Stage.QUANTIZE)
-    return info, table
 
 
 def _load_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> None:

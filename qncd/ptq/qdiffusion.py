@@ -26,7 +26,7 @@ from qncd.config import QuantConfig
 from qncd.models.key_tables import Layout, refuse
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
-from qncd.quant.convert import UNet, act_quantizers, quant_layers, quantize_, set_stage, skip_boundaries
+from qncd.quant.convert import UNet, act_quantizers, quant_layers, quantize_, restored_on_error, set_stage, skip_boundaries
 from qncd.quant.quantizers import ActQuantizer, Stage
 
 _QUANTIZER = re.compile(r"(.+)\.(weight_quantizer|act_quantizer)(_0)?\.(delta|zero_point|alpha)")
@@ -59,7 +59,7 @@ def load_qdiffusion_(unet: UNet, content: Mapping[str, Tensor], table: Mapping[s
             activations in floating point. Ranges, split and the rest come from the file.
 
     Raises:
-        ValueError: keys that fit no layer, parts that are missing, or another base model.
+        ValueError: keys that fit no layer, parts that are missing, or another base model. The network is then as before.
     """
     state = {key.removeprefix("model."): value for key, value in content.items()}
     weights, inputs, operands = _sort(state)
@@ -71,19 +71,20 @@ def load_qdiffusion_(unet: UNet, content: Mapping[str, Tensor], table: Mapping[s
         weight_bits=config.weight_bits, act_bits=config.act_bits, softmax_bits=config.softmax_bits, edge_bits=None,
         weight_range="max", act_range="max", act_symmetric=config.act_symmetric, split=split, bias_correction=False,
     )  # fmt: skip
-    quantize_(unet, shape)
-    refuse("layers without a weight quantizer", _uncovered(unet, weights, table))
-    for name, parts in weights.items():
-        _set_weight(unet, name, parts, state[f"{name}.weight"], table, boundaries)
-    if config.act_bits is not None:
-        for name, parts in inputs.items():
-            for ours in _layer_names(name, table):
-                _set_act(unet.get_submodule(ours).act, parts)  # type: ignore[arg-type]
-        for name, scaled, kind, part in operands:
-            _set_operand(unet, name, scaled, kind, part, config, table)
-        pending = [name for name, quantizer in act_quantizers(unet).items() if quantizer.stage is not Stage.QUANTIZE]
-        refuse("activation quantizers are missing in the file", pending)
-    set_stage(unet, Stage.QUANTIZE)
+    with restored_on_error(unet):
+        quantize_(unet, shape)
+        refuse("layers without a weight quantizer", _uncovered(unet, weights, table))
+        for name, parts in weights.items():
+            _set_weight(unet, name, parts, state[f"{name}.weight"], table, boundaries)
+        if config.act_bits is not None:
+            for name, parts in inputs.items():
+                for ours in _layer_names(name, table):
+                    _set_act(unet.get_submodule(ours).act, parts)  # type: ignore[arg-type]
+            for name, scaled, kind, part in operands:
+                _set_operand(unet, name, scaled, kind, part, config, table)
+            pending = [name for name, quantizer in act_quantizers(unet).items() if quantizer.stage is not Stage.QUANTIZE]
+            refuse("activation quantizers are missing in the file", pending)
+        set_stage(unet, Stage.QUANTIZE)
 
 
 def _sort(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -62,6 +63,28 @@ def quantize_(unet: UNet, config: QuantConfig) -> UNet:
             processor = QuantAttnProcessor(codes, softmax_codes, config.act_range, config.softmax_range)
             attention.set_processor(processor.to(unet.device))  # type: ignore[arg-type]
     return unet
+
+
+@contextmanager
+def restored_on_error(unet: UNet) -> Iterator[None]:
+    """Within it, an error leaves the network as it was on entry, in floating point: layers, processors and small parameters."""
+    layers = {name: m for name, m in unet.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
+    processors = [(m, m.processor) for m in unet.modules() if isinstance(m, Attention)]
+    weights = {f"{name}.weight" for name in layers}
+    parameters = {name: p.detach().clone() for name, p in unet.named_parameters() if name not in weights}
+    try:
+        yield
+    except BaseException:
+        for name, layer in layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(unet.get_submodule(parent), child, layer)
+        for attention, processor in processors:
+            attention.set_processor(processor)
+        with torch.no_grad():
+            for name, parameter in unet.named_parameters():
+                if name in parameters:
+                    parameter.copy_(parameters[name])
+        raise
 
 
 def _layer_config(name: str, channels: int, config: QuantConfig, splits: dict[str, int]) -> LayerConfig:

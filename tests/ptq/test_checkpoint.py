@@ -240,3 +240,17 @@ def test_a_failed_write_leaves_the_old_file(
         save_quantized(unet, path, QuantConfig(8, 8), HASH, None, {})
     assert path.read_bytes() == saved.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_that_does_not_fit_leaves_the_network_as_it_was(make_unet: Any, tmp_path: Path) -> None:
+    path, x = tmp_path / "q.safetensors", torch.randn(2, 3, 8, 8)
+    wide = make_unet(block_out_channels=(16, 48))
+    quantize_(wide, QuantConfig(4, 8))
+    calibrate_(wide, CalibrationSet(x, torch.tensor([3, 500])), bias_correction=True)
+    save_quantized(wide, path, QuantConfig(4, 8), "h", None, {})
+    unet = make_unet()
+    before, names = unet(x, 10).sample, [name for name, _ in unet.named_parameters()]
+    with pytest.raises(ValueError, match="does not fit this model"):
+        load_quantized_(unet, path)
+    assert not quant_layers(unet) and [name for name, _ in unet.named_parameters()] == names
+    assert torch.equal(unet(x, 10).sample, before)
