@@ -117,6 +117,11 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def default_calibration_batch(size: int) -> int:
+    """Calibration inputs at a time by the side of what the network sees."""
+    return 32 if size <= 64 else 2
+
+
 def default_lane(size: int) -> int:
     """Images in each network call by the side of what the network sees: 16 up to 64 pixels, else 4."""
     return 16 if size <= 64 else 4
@@ -212,7 +217,7 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration")
     group.add_argument("--cali_n", type=int, default=64, help="inputs at each calibration time step (default 64)")
     group.add_argument("--cali_st", type=int, default=10, help="calibration time steps (default 10)")
-    group.add_argument("--cali_batch_size", type=int, default=32, help="inputs at a time (default 32)")
+    group.add_argument("--cali_batch_size", type=int, help="inputs at a time (default 32; 2 for large inputs)")
     group.add_argument("--cali_seed", type=int, default=0, help="of the calibration images' own seeds (default 0)")
     group.add_argument(
         "--cond", action="store_true", help="conditional calibration: refused for an unconditional model, always on for another"

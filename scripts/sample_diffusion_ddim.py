@@ -54,6 +54,7 @@ def main(args: argparse.Namespace) -> None:
     device = cli.choose_device(args.device)
     unet = load_ddim(model_config, args.ckpt, args.use_pretrained).to(device)
     size, channels = int(model_config["data"]["image_size"]), int(model_config["model"]["in_channels"])
+    args.cali_batch_size = args.cali_batch_size or cli.default_calibration_batch(size)
     diffusion = Diffusion(unet, betas, sampler, (channels, size, size), args.lane or cli.default_lane(size))
     log.debug("%d steps: %s", len(diffusion.steps), [s.t for s in diffusion.steps])
     base_hash = state_dict_hash(unet)

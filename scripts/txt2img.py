@@ -146,6 +146,8 @@ def main(args: argparse.Namespace) -> None:
     scale = latent_jobs.check_guidance(model, args.scale, GUIDANCE)
     encode = latent_jobs.PromptEncoder(model, scale)
     shape = latent_shape(args, model)
+    # Latents have more channels and attention than images: a quarter of the side for the same memory.
+    args.cali_batch_size = args.cali_batch_size or cli.default_calibration_batch(4 * max(shape[1:]))
     diffusion = latent_jobs.build_diffusion(model, sampler, shape, args.lane, scale != 1, args.precision)
     rounds = len(prompts) if args.from_file else args.n_samples
     count = args.n_iter * rounds

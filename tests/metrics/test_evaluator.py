@@ -15,26 +15,18 @@ from PIL import Image
 
 import evaluator
 from qncd.metrics.features import EXTRACTORS, FashionMnistFeatures
-from qncd.metrics.sources import FASHION_MNIST_STATISTICS
+from qncd.metrics.sources import DATASET_NAMES, FASHION_MNIST_STATISTICS
 from qncd.metrics.statistics import features_to_statistics, frechet_distance, inception_score
+from qncd.metrics.text import ANTONYMS
 
 ROOT = Path(__file__).parents[2]
 COUNT = 12
 
 
-def write_images(folder: Path, count: int = COUNT, seed: int = 0, shape: tuple[int, ...] = (32, 32)) -> np.ndarray:
-    """Grey or RGB noise named as the sampler does; returns it as uint8 (count, ...)."""
-    images = np.random.default_rng(seed).integers(0, 256, (count, *shape), np.uint8)
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:06d}_seed{1234 + i}.png")
-    return images
-
-
 @pytest.fixture
-def folders(tmp_path):
-    write_images(tmp_path / "real", seed=1)
-    write_images(tmp_path / "synth", seed=2)
+def folders(tmp_path, make_images):
+    make_images(tmp_path / "real", seed=1)
+    make_images(tmp_path / "synth", seed=2)
     return tmp_path / "real", tmp_path / "synth"
 
 
@@ -62,7 +54,8 @@ def test_subprocess_prints_every_number_with_its_convention(folders, tmp_path):
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["FID", "sFID", "IS", "IS", "precision", "recall", "PSNR", "MSE", "note:"]
+    labels = ["FID", "sFID", "IS", "IS", "precision", "recall", "PSNR", "SSIM", "MSE", "note:"]
+    assert [line.split()[0] for line in lines] == labels
     for line in lines[:2]:
         assert "12 real against 12 synthetic images" in line and "test accuracy" in line and "no resize" in line
     assert "10 contiguous splits" in lines[2]
@@ -76,7 +69,8 @@ def test_subprocess_error_is_one_line_and_debug_shows_the_traceback(tmp_path):
     command = [sys.executable, ROOT / "evaluator.py", "nowhere", "nowhere", "--features", "fashion_mnist"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "evaluator.py: error: nowhere: no such file or folder\n"
+    assert done.stderr.startswith("evaluator.py: error: nowhere: no such file or folder, and no data set of that name (known: ")
+    assert done.stderr.count("\n") == 1
     done = subprocess.run([*command, "--debug"], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" in done.stderr and "FileNotFoundError: nowhere" in done.stderr
 
@@ -85,12 +79,12 @@ def test_help_is_fast_and_names_all_extractors():
     start = time.monotonic()
     done = subprocess.run([sys.executable, ROOT / "evaluator.py", "--help"], capture_output=True, text=True)
     assert time.monotonic() - start < 1
-    assert done.returncode == 0 and set(evaluator.FEATURES) == set(EXTRACTORS)
+    assert done.returncode == 0 and set(evaluator.FEATURES) == set(EXTRACTORS) and set(evaluator.IQA) == set(ANTONYMS)
     assert all(name in done.stdout for name in EXTRACTORS)
 
 
-def test_numbers_equal_the_functions(capsys, tmp_path):
-    real, synth = (write_images(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2)))
+def test_numbers_equal_the_functions(capsys, tmp_path, make_images):
+    real, synth = (make_images(tmp_path / name, COUNT, seed) for name, seed in (("a", 1), ("b", 2)))
     scores = call(capsys, tmp_path / "a", tmp_path / "b", "--batch_size", 5, "--is_splits", 3)
     outputs = [FashionMnistFeatures()(torch.from_numpy(images[..., None])) for images in (real, synth)]
     for key, layer in (("fid", "features"), ("sfid", "spatial")):
@@ -107,8 +101,8 @@ def test_equal_folders(capsys, folders):
     assert scores["fid"] == pytest.approx(0, abs=1e-6) and scores["mse"] == 0 and scores["psnr"] == "inf"
 
 
-def test_nested_folders_and_other_formats(capsys, tmp_path):
-    images = write_images(tmp_path / "flat")
+def test_nested_folders_and_other_formats(capsys, tmp_path, make_images):
+    images = make_images(tmp_path / "flat")
     for i, image in enumerate(images):
         folder = tmp_path / "nested" / str(i % 3) / "deep"
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,8 +137,8 @@ def test_arrays_statistics_and_the_name_in_the_box(capsys, folders, tmp_path):
     assert scores["count_real"] is None and scores["sfid"] is None
 
 
-def test_grey_and_rgb_count_as_the_same_where_channels_are_equal(capsys, tmp_path):
-    images = write_images(tmp_path / "grey")
+def test_grey_and_rgb_count_as_the_same_where_channels_are_equal(capsys, tmp_path, make_images):
+    images = make_images(tmp_path / "grey")
     for mode in ("RGB", "RGBA", "LA", "P"):
         folder = tmp_path / mode
         folder.mkdir()
@@ -154,13 +148,13 @@ def test_grey_and_rgb_count_as_the_same_where_channels_are_equal(capsys, tmp_pat
         assert scores["mse"] == 0 and scores["fid"] == pytest.approx(0, abs=1e-6), mode
 
 
-def test_colour_is_refused_for_grey_features(capsys, folders, tmp_path):
-    write_images(tmp_path / "colour", shape=(32, 32, 3))
+def test_colour_is_refused_for_grey_features(capsys, folders, tmp_path, make_images):
+    make_images(tmp_path / "colour", shape=(32, 32, 3))
     assert "000000_seed1234.png: a colour image, these features take grey ones" in fail(capsys, tmp_path / "colour", folders[1])
 
 
-def test_transparency_and_16_bit_are_refused(capsys, folders, tmp_path):
-    write_images(tmp_path / "alpha", shape=(32, 32, 4))
+def test_transparency_and_16_bit_are_refused(capsys, folders, tmp_path, make_images):
+    make_images(tmp_path / "alpha", shape=(32, 32, 4))
     assert "000000_seed1234.png: transparent pixels" in fail(capsys, tmp_path / "alpha", folders[1])
     (tmp_path / "deep").mkdir()
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(tmp_path / "deep" / "a.png")
@@ -176,14 +170,14 @@ def test_corrupt_images_are_named(capsys, folders):
         assert f"{path}: cannot be read as an image" in fail(capsys, *folders)
 
 
-def test_missing_empty_and_mixed(capsys, folders, tmp_path):
+def test_missing_empty_and_mixed(capsys, folders, tmp_path, make_images):
     assert "nowhere: no such file or folder" in fail(capsys, tmp_path / "nowhere", folders[1])
     (tmp_path / "empty").mkdir()
     assert "empty: no images (.png, .jpg, .jpeg, .webp)" in fail(capsys, folders[0], tmp_path / "empty")
     Image.new("L", (32, 48)).save(folders[1] / "odd.png")
     message = fail(capsys, *folders)
     assert "000000_seed1234.png is 32x32, odd.png is 32x48" in message
-    write_images(tmp_path / "large", shape=(64, 48))
+    make_images(tmp_path / "large", shape=(64, 48))
     assert "large: images of 48x64: the Fashion-MNIST features take 32x32" in fail(capsys, tmp_path / "large", folders[0])
 
 
@@ -254,3 +248,82 @@ def test_options_are_checked_first(capsys, folders, tmp_path):
     with pytest.raises(SystemExit):
         evaluator.main([*map(str, folders), "--is_splits", "0"])
     assert "--is_splits 0: has to be at least 1" in capsys.readouterr().err
+
+
+def test_flags_that_contradict_are_refused(capsys, folders, tmp_path):
+    message = fail(capsys, *folders, "--convention", "clean-fid")
+    assert "--convention clean-fid is about Inception, not about --features fashion_mnist" in message
+    assert "--cache and --no_cache exclude one another" in fail(capsys, *folders, "--no_cache", "--cache", tmp_path)
+
+
+def test_metrics_are_chosen(capsys, folders):
+    scores = call(capsys, *folders, "--metrics", "kid", "precision_recall")
+    assert scores["fid"] is None and scores["inception_score_mean"] is None
+    assert -1 < scores["kid"] < 1 and 0 <= scores["precision"] <= 1 and scores["kid_std"] < 1e-9
+    assert any("KID from subsets of 12 images" in note for note in scores["notes"])
+    scores = call(capsys, *folders, "--metrics", "psnr")  # no network at all
+    assert scores["network"] == "none" and scores["fid"] is None and scores["psnr"] > 0
+
+
+def test_data_sets_by_name(capsys, tmp_path):
+    from qncd.io.fashion_mnist import DEBIAN_PATH
+    from qncd.metrics.sources import open_source
+
+    assert {"fashion_mnist", "fashion_mnist_test", "scenes", "scenes_test"} <= set(DATASET_NAMES)
+    scenes = open_source("scenes_test")
+    assert (scenes.count, scenes.height, scenes.width) == (1000, 64, 64) and scenes.digest() == open_source("scenes_test").digest()
+    if DEBIAN_PATH.is_dir():
+        scores = call(capsys, "fashion_mnist", "fashion_mnist_test", "--metrics", "fid", "--batch_size", 500)
+        assert scores["fid"] < 0.05 and scores["count_synthetic"] == 10000
+
+
+def test_intervals_and_the_difference_of_two_sets(capsys, folders, tmp_path, make_images):
+    real = np.stack([np.array(Image.open(path)) for path in sorted(folders[0].iterdir())]).astype(int)
+    for name, amount in (("near", 4), ("far", 40)):
+        make_images(tmp_path / name, COUNT, 5)
+        noise = np.random.default_rng(0).normal(size=real.shape) * amount
+        for image, path in zip((real + noise).clip(0, 255).astype(np.uint8), sorted((tmp_path / name).iterdir()), strict=True):
+            Image.fromarray(image).save(path)
+    options = ["--bootstrap", 200, "--metrics", "fid", "is", "kid", "precision_recall"]
+    scores = call(capsys, folders[0], tmp_path / "far", "--compare", tmp_path / "near", *options)
+    expected = {"fid", "inception_score_mean", "inception_score_adm", "kid", "precision", "recall", "psnr", "ssim", "mse"}
+    assert set(scores["intervals"]) == set(scores["difference"]["figures"]) == expected
+    for key, (low, high) in scores["intervals"].items():
+        assert low <= scores[key] + 1e-9 and scores[key] - 1e-9 <= high, key
+    difference = scores["difference"]["figures"]["psnr"]
+    assert difference["value"] == pytest.approx(scores["psnr"] - scores["baseline"]["psnr"])
+    assert difference["interval"][0] < difference["value"] < difference["interval"][1] < 0
+    assert "paired: same file names" in scores["difference"]["how"]
+    # Pairs of the same noise differ by less than independent draws do.
+    own = np.subtract(*scores["intervals"]["psnr"][::-1]) + np.subtract(*scores["baseline"]["intervals"]["psnr"][::-1])
+    assert difference["interval"][1] - difference["interval"][0] < own
+    evaluator.main([*map(str, (folders[0], tmp_path / "far")), "--features", "fashion_mnist", "--compare", str(tmp_path / "near"),
+                    "--bootstrap", "50"])  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("PSNR") and "differs from 0" in line and "SYNTH less baseline, paired" in line for line in lines)
+
+
+def test_other_names_are_not_paired(capsys, folders, tmp_path):
+    (folders[1] / "000000_seed1234.png").rename(folders[1] / "000000_seed9999.png")
+    scores = call(capsys, "fashion_mnist", folders[0], "--compare", folders[1], "--bootstrap", 50, "--metrics", "fid")
+    assert "not paired" in scores["difference"]["how"] and scores["difference"]["figures"]["fid"]["interval"] is not None
+
+
+def test_statistics_of_another_convention_are_refused(capsys, folders, tmp_path):
+    path = tmp_path / "statistics.npz"
+    np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048), network="inception", preprocessing="pil_bicubic, (x - 128) / 128")
+    message = fail(capsys, path, folders[1], features="inception")
+    assert "statistics after another resize (pil_bicubic, (x - 128) / 128) than that of the convention adm" in message
+
+
+def test_offline_one_line_names_file_url_and_place(capsys, folders, tmp_path, monkeypatch):
+    from urllib.error import URLError
+
+    def refuse(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    message = fail(capsys, *folders, features="inception")
+    for part in ("weights-inception-2015-12-05-6726825d.pth", "https://github.com/toshas/torch-fidelity", str(tmp_path), "--weights"):
+        assert part in message

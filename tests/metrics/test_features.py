@@ -45,13 +45,14 @@ def test_inception_refuses_a_file_of_something_else(tmp_path):
 
 
 def test_identity_tells_convention_and_weights(inception_weights, tmp_path):
-    identities = {name: InceptionFeatures(inception_weights, convention=preset).identity for name, preset in CONVENTIONS.items()}
-    assert identities["adm"] == identities["torch-fidelity"]
-    assert len(set(identities.values())) == 3
+    preprocessings = {name: preset.preprocessing for name, preset in CONVENTIONS.items()}
+    assert preprocessings["adm"] == preprocessings["torch-fidelity"] and len(set(preprocessings.values())) == 3
+    mine = InceptionFeatures(inception_weights, convention=CONVENTIONS["clean-fid"]).identity
+    assert preprocessings["clean-fid"] in mine
     state = torch.load(inception_weights, weights_only=True)
     state["fc.bias"] = state["fc.bias"] + 1
     torch.save(state, tmp_path / "other.pth")
-    assert InceptionFeatures(tmp_path / "other.pth").identity != identities["adm"]
+    assert InceptionFeatures(tmp_path / "other.pth", convention=CONVENTIONS["clean-fid"]).identity != mine
 
 
 def test_conventions_are_checked():

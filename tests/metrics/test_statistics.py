@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from qncd.metrics.manifold import neighbour_radii, precision_recall
 from qncd.metrics.statistics import (
     FeatureStatistics,
     StatisticsAccumulator,
+    covariance_factor,
     features_to_statistics,
     frechet_distance,
     inception_score,
     inception_score_adm,
     mse_to_psnr,
-    neighbour_radii,
     paired_mse,
     paired_psnr,
-    precision_recall,
+    split_score,
 )
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -79,6 +80,37 @@ def test_frechet_distance_is_zero_on_equal_singular_sets(features):
     assert frechet_distance(few, point) == pytest.approx(difference @ difference + np.trace(few.sigma), rel=1e-12)
 
 
+@pytest.mark.parametrize("rank", [40, 64])
+def test_frechet_distance_equals_the_square_root_of_a_matrix(rank):
+    """To 1e-6 relative, by whatever way the covariances are factored."""
+    scipy_linalg = pytest.importorskip("scipy.linalg")
+    rng = np.random.default_rng(rank)
+    mix = rng.normal(size=(2, rank, 64))
+    rows = [torch.from_numpy(rng.normal(size=(400, rank)) @ mix[i]) for i in (0, 1)]
+    a, b = (features_to_statistics(part) for part in rows)
+    root = scipy_linalg.sqrtm(a.sigma @ b.sigma + (1e-12 * np.eye(64) if rank < 64 else 0))
+    difference = a.mu - b.mu
+    expected = difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * np.trace(root).real
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_factors_give_the_covariance_back(features):
+    few = features_to_statistics(features["feat_ref"][:20])
+    many = features_to_statistics(features["feat_ref"])
+    flat = features_to_statistics(torch.cat([features["feat_ref"], torch.zeros(500, 3)], 1))  # regular but for 3 dimensions
+    assert few.factor is not None and many.factor is None
+    unknown = FeatureStatistics(few.mu, few.sigma)
+    for statistics, rank in ((few, 20), (many, 64), (flat, 64), (unknown, 19)):
+        factor = covariance_factor(statistics)
+        assert factor.shape[1] == rank
+        np.testing.assert_allclose(factor @ factor.T, statistics.sigma, atol=1e-10)
+    # With and without the factors at hand.
+    other = features_to_statistics(features["feat_gen"][:30])
+    plain = FeatureStatistics(other.mu, other.sigma, other.count)
+    for first, second in ((few, other), (few, plain), (unknown, plain)):
+        assert frechet_distance(first, second) == pytest.approx(frechet_distance(few, other), rel=1e-6)
+
+
 def test_frechet_distance_refuses_other_dimensions():
     a, b = (FeatureStatistics(np.zeros(d), np.eye(d)) for d in (3, 4))
     with pytest.raises(ValueError, match="statistics of 3 and of 4 dimensions cannot be compared"):
@@ -126,6 +158,11 @@ def test_inception_score_equals_the_references(features, expected):
     score = inception_score(logits, 7)
     assert score.mean == pytest.approx(isc["inception_score_mean"], rel=1e-12)
     assert score.std == pytest.approx(isc["inception_score_std"], rel=1e-9)
+
+
+def test_inception_score_in_blocks_is_the_same(features):
+    logits = features["is_logits"]
+    assert split_score(logits.split(77)) == pytest.approx(split_score([logits]), rel=1e-12)
 
 
 def test_inception_score_in_closed_form():
