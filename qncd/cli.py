@@ -31,10 +31,11 @@ QUANT_MODES = {
     "linear": "min-max ranges, rounding to nearest and nothing else; activations with --quant_act",
     "qdiff": "Q-Diffusion: ranges of least error, shortcut split, weights reconstructed",
     "ptqd": "qdiff, and PTQD's correction of each prediction by offline statistics",
+    "tfmq": "qdiff, with TFMQ-DM's reconstruction of the time embedding and a range for each time step at its layers",
     "d2dpm": "qdiff, and D2-DPM's correction of each prediction by offline statistics",
     "qncd": "ranges of least error, split, smoothing, bias and runtime noise correction; weights reconstructed with --recon",
 }
-RECONSTRUCTED_MODES = ("qdiff", "ptqd", "d2dpm")
+RECONSTRUCTED_MODES = ("qdiff", "ptqd", "tfmq", "d2dpm")
 OFFLINE_MODES = ("ptqd", "d2dpm")
 RECONSTRUCTION_FLAGS = {"iterations": "cali_iters", "lr": "recon_lr", "inputs": "recon_inputs", "memory_gb": "recon_memory"}
 VERBOSITY = ("debug", "info", "warning", "critical")
@@ -182,7 +183,7 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reconstruction of the weights (BRECQ)")
     group.add_argument(
         "--recon", action=argparse.BooleanOptionalAction,
-        help="learn the rounding of the weights block by block: minutes to hours (on in qdiff, ptqd and d2dpm)",
+        help="learn the rounding of the weights block by block: minutes to hours (on in qdiff, ptqd, tfmq and d2dpm)",
     )  # fmt: skip
     group.add_argument("--cali_iters", type=int, help=f"iterations a block (default {defaults.iterations}; the papers: 20000)")
     group.add_argument("--recon_lr", type=float, help=f"Adam's learning rate (default {defaults.lr:g}; the papers: 0.001)")
@@ -280,6 +281,7 @@ def quant_config(args: argparse.Namespace) -> QuantConfig | None:
         act_range=act_range,
         softmax_range="running" if args.rs_sm_only else None,
         quantize_embedding=not args.emb_float,
+        stepwise_embedding=args.quant_mode == "tfmq",
         act_symmetric=args.a_sym,
         split=not linear if args.split is None else args.split,
         bias_correction=qncd if args.bias_correction is None else args.bias_correction,

@@ -46,6 +46,8 @@ class QuantConfig:
         split: quantize the two halves of a skip concatenation apart (Q-Diffusion's shortcut split).
         softmax_range: the same for the softmax output alone; None: as `act_range`.
         quantize_attention: quantize q, k, v and the softmax output as well.
+        stepwise_embedding: the inputs of those layers have a range for each time step that the sampler visits (TFMQ-DM,
+            arXiv 2311.16503).
         quantize_embedding: quantize the time embedding's layers and the blocks' projections of it as well.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
@@ -62,6 +64,7 @@ class QuantConfig:
     softmax_range: str | None = None
     quantize_attention: bool = True
     quantize_embedding: bool = True
+    stepwise_embedding: bool = False
     bias_correction: bool = True
 
     def __post_init__(self) -> None:

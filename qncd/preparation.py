@@ -20,6 +20,7 @@ from qncd.ptq.calibration import CalibrationSet, calibrate_, load_calibration, s
 from qncd.ptq.checkpoint import QuantizedInfo, load_quantized_, load_weights_, peek_quantized, save_quantized
 from qncd.ptq.pipeline import Diffusion, quantize_with_, record_noise_table, record_offline, sample_calibration
 from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_
+from qncd.ptq.temporal import set_stepwise_ranges_
 from qncd.sampling.correctors import Corrector
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.offline_noise import OfflineCorrector, OfflineStatistics
@@ -224,6 +225,8 @@ def _quantize_(
         if args.resume_w:
             load_weights_(diffusion.unet, args.cali_ckpt, quant, base_hash)
             log.info("weights of %s; activations are calibrated anew", args.cali_ckpt)
+            if quant.stepwise_embedding:
+                set_stepwise_ranges_(diffusion.unet, [step.t for step in diffusion.steps])
             calibrate_(diffusion.unet, data, args.cali_batch_size, bar)
         else:
             quantize_with_(

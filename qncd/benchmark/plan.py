@@ -26,6 +26,7 @@ MODES = {  # name: what the table calls it
     "linear": "linear",
     "qdiff": "qdiff",
     "ptqd": "ptqd",
+    "tfmq": "tfmq",
     "d2dpm": "d2dpm",
     "neither": "qncd, neither",
     "smoothing": "qncd, smoothing only",
@@ -132,7 +133,13 @@ class Cell:
         weight_range = "max" if linear else "mse"
         biases = self.mode in ("neither", "smoothing", "correction", "qncd", "recon")
         return QuantConfig(
-            weight_bits, act_bits, weight_range=weight_range, act_range="max", split=not linear, bias_correction=biases
+            weight_bits,
+            act_bits,
+            weight_range=weight_range,
+            act_range="max",
+            split=not linear,
+            bias_correction=biases,
+            stepwise_embedding=self.mode == "tfmq",
         )
 
     @property
@@ -144,7 +151,7 @@ class Cell:
         return self.mode if self.mode in ("ptqd", "d2dpm") else None
 
     def reconstruction(self, plan: Plan) -> ReconstructionConfig | None:
-        return plan.reconstruction if self.mode in ("qdiff", "ptqd", "d2dpm", "recon") else None
+        return plan.reconstruction if self.mode in ("qdiff", "ptqd", "tfmq", "d2dpm", "recon") else None
 
     def correction(self, plan: Plan) -> CorrectionConfig | None:
         return plan.correction if corrects(self.mode) else None

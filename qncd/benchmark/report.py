@@ -97,7 +97,7 @@ def caption(
         "Noise-prediction error: ‖ε − ε_FP‖² / ‖ε_FP‖² at the quantized model's own x_t, ε after correction, mean over the "
         f"steps, first {min(ERROR_IMAGES, plan.images)} images.",
         "linear: min-max ranges, no split. All others: mse weight ranges, min-max activation ranges, split. qncd: and bias "
-        "correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, d2dpm and qncd, weights "
+        "correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, tfmq, d2dpm and qncd, weights "
         f"reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; the other rows round to nearest.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",
     ]

@@ -2,8 +2,9 @@
 
 Layout, for a layer `L` of the UNet: `L.weight_codes` (int8, shape of the weight) or `L.weight_packed` (uint8, two
 4-bit codes a byte) with `L.weight_scale` (O, K) and, where codes are asymmetric, `L.weight_zero_point`; `L.bias`;
-`L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every activation quantizer Q; all other parameters under their own
-names. `noise_table.*` is the full-precision control, `offline.*` the statistics of an offline correction.
+`L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every activation quantizer Q, (S,) with `Q.times` where there is a
+range for each of S time steps; all other parameters under their own names. `noise_table.*` is the full-precision control,
+`offline.*` the statistics of an offline correction.
 The header's metadata carries the configuration and the SHA-256 of the base model's weights.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from qncd.config import QuantConfig
 from qncd.quant.convert import UNet, act_quantizers, quant_layers, quantize_, restored_on_error, set_stage
 from qncd.quant.layers import QuantLayer
-from qncd.quant.quantizers import Stage
+from qncd.quant.quantizers import Stage, StepwiseActQuantizer, select_steps_on_call
 from qncd.sampling.offline_noise import OfflineStatistics
 from qncd.sampling.runtime_noise import NoiseTable
 
@@ -104,6 +105,8 @@ def save_quantized(
             tensors[f"{name}.smoothing"] = layer.smoothing.flatten()
     for name, quantizer in quantizers.items():
         tensors |= {f"{name}.scale": quantizer.scale, f"{name}.zero_point": quantizer.zero_point}
+        if isinstance(quantizer, StepwiseActQuantizer):
+            tensors[f"{name}.times"] = quantizer.times
     taken = {f"{name}.weight" for name in layers}
     tensors |= {name: p.detach() for name, p in unet.named_parameters() if name not in taken}
     metadata = {
@@ -213,6 +216,7 @@ def _take_over(unet: UNet, tensors: dict[str, Tensor], info: QuantizedInfo, conf
         for name, layer in quant_layers(unet).items():
             _load_layer(name, layer, tensors)
         if config is None:
+            _make_stepwise_(unet, tensors)
             for name, quantizer in act_quantizers(unet).items():
                 quantizer.set_qparams(tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"))
         else:
@@ -231,6 +235,16 @@ def _take_over(unet: UNet, tensors: dict[str, Tensor], info: QuantizedInfo, conf
         raise ValueError(f"{path}: {len(tensors)} tensors that this model has no place for, {min(tensors)} among them")
     if config is None:
         set_stage(unet, Stage.QUANTIZE)
+
+
+def _make_stepwise_(unet: UNet, tensors: dict[str, Tensor]) -> None:
+    """Give a range for each step to the quantizers that have one in the file."""
+    stepwise = [key for key in tensors if key.endswith(".act.times")]
+    for key in stepwise:
+        layer: Any = unet.get_submodule(key.removesuffix(".act.times"))
+        layer.act = StepwiseActQuantizer(layer.act.codes, tensors.pop(key)).to(unet.device)
+    if stepwise:
+        select_steps_on_call(unet)
 
 
 def _load_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> None:

@@ -24,7 +24,9 @@ from qncd.config import (
 from qncd.ptq.calibration import CalibrationCollector, CalibrationSet, Progress, calibrate_, call_unet
 from qncd.ptq.reconstruction import reconstruct_
 from qncd.ptq.smoothing import smooth_, smoothing_factors
+from qncd.ptq.temporal import reconstruct_temporal_, set_stepwise_ranges_, temporal_layers
 from qncd.quant.convert import UNet, quantize_
+from qncd.quant.layers import QuantLayer
 from qncd.sampling.correctors import Corrector, Denoiser
 from qncd.sampling.guidance import Conditions, guide
 from qncd.sampling.offline_noise import OfflineRecorder, OfflineStatistics
@@ -233,7 +235,14 @@ def quantize_with_(
     factors = smoothing_factors(diffusion.unet, [s.t for s in diffusion.steps], smoothing) if smoothing else {}
     quantize_(diffusion.unet, config)
     smooth_(diffusion.unet, factors)
+    times = [s.t for s in diffusion.steps]
+    if config.stepwise_embedding and config.act_bits is not None:
+        set_stepwise_ranges_(diffusion.unet, times)
     if reconstruction is not None and config.weight_bits is not None:
-        reconstruct_(diffusion.unet, copy.deepcopy(diffusion.unet), data, reconstruction, block_progress, folder)
+        reference, rounded = copy.deepcopy(diffusion.unet), list[QuantLayer]()
+        if config.stepwise_embedding:
+            reconstruct_temporal_(diffusion.unet, reference, times, reconstruction)
+            rounded = list(temporal_layers(diffusion.unet).values())
+        reconstruct_(diffusion.unet, reference, data, reconstruction, block_progress, folder, rounded)
     calibrate_(diffusion.unet, data, batch_size, progress, config.bias_correction)
     return time.perf_counter() - start

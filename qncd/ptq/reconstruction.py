@@ -12,7 +12,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +83,13 @@ def _layers(module: nn.Module) -> dict[str, QuantLayer]:
     return {name: part for name, part in module.named_modules() if isinstance(part, QuantLayer)}
 
 
+def _open_layers(module: nn.Module, rounded: Collection[QuantLayer]) -> dict[str, QuantLayer]:
+    """Those of `_layers` whose rounding is still to be learned."""
+    return {
+        key: layer for key, layer in _layers(module).items() if layer.config.weight_codes is not None and layer not in rounded
+    }
+
+
 @contextmanager
 def _hooked(handles: Sequence[Any]) -> Any:
     try:
@@ -116,6 +123,7 @@ def reconstruct_(
     config: ReconstructionConfig,
     progress: Progress | None = None,
     folder: Path | None = None,
+    rounded: Collection[QuantLayer] = (),
 ) -> list[BlockResult]:
     """Learn the rounding of all weights and round them, in place.
 
@@ -125,12 +133,13 @@ def reconstruct_(
         data: calibration inputs.
         progress: called with (blocks done, blocks in all).
         folder: for finished blocks: a run that was cut off goes on after the last one in it.
+        rounded: layers whose weights are rounded already and stay as they are.
 
     Raises:
         ValueError: names the block at which something went wrong; the folder holds another reconstruction.
     """
     part = data if config.inputs is None or config.inputs >= len(data) else data.subset(_spread(len(data), config.inputs))
-    units = reconstruction_units(unet)
+    units = {name: unit for name, unit in reconstruction_units(unet).items() if _open_layers(unit, rounded)}
     order = execution_order(unet, part, units)
     results: list[BlockResult] = []
     done = _open_folder(folder, config, order) if folder else {}
@@ -141,7 +150,7 @@ def reconstruct_(
                 for key, layer in _layers(units[name]).items():
                     layer.set_weight_codes(tensors[f"{key}|codes"], tensors[f"{key}|scale"])
             else:
-                results.append(_reconstruct_unit_(unet, reference, name, part, config))
+                results.append(_reconstruct_unit_(unet, reference, name, part, config, rounded))
                 if folder:
                     _save_unit(folder, name, units[name])
         except (ValueError, RuntimeError, FloatingPointError) as error:
@@ -157,12 +166,19 @@ def _spread(total: int, count: int) -> Tensor:
     return torch.arange(count) * total // count
 
 
-def _reconstruct_unit_(unet: UNet, reference: UNet, name: str, data: CalibrationSet, config: ReconstructionConfig) -> BlockResult:
+def _reconstruct_unit_(
+    unet: UNet,
+    reference: UNet,
+    name: str,
+    data: CalibrationSet,
+    config: ReconstructionConfig,
+    rounded: Collection[QuantLayer],
+) -> BlockResult:
     start = time.perf_counter()
     unit = unet.get_submodule(name)
     with tempfile.TemporaryDirectory() as files:
         calls, targets = _collect(unet, reference, name, data, config, Path(files))
-        layers = {key: layer for key, layer in _layers(unit).items() if layer.config.weight_codes is not None}
+        layers = _open_layers(unit, rounded)
         roundings = {key: LearnedRounding(layer) for key, layer in layers.items()}
         rows = torch.arange(data.inputs)
         held_out, used = rows[::HELD_OUT], rows[rows % HELD_OUT != 0] if len(rows) > HELD_OUT else rows

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qncd.quant.affine import IntegerRange
+from qncd.quant.affine import IntegerRange, affine_qparams, fake_quantize
 from qncd.quant.observers import Observer, make_observer
 
 
@@ -118,3 +118,63 @@ class ActQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.codes.bits if self.codes else None}, segments={self.segments}, stage={self.stage.value}"
+
+
+class StepwiseActQuantizer(ActQuantizer):
+    """Fake quantization of an activation that depends on the time step alone, with a range for each of S steps.
+
+    Which step each row belongs to is told by `select`, which a hook on the UNet calls (`select_steps_on_call`).
+
+    Buffers:
+        times (S,) int64, scale (S,) and zero_point (S,) float32.
+    """
+
+    times: Tensor
+
+    def __init__(self, codes: IntegerRange, times: Tensor) -> None:
+        super().__init__(codes, "max")
+        self.register_buffer("times", times.clone())
+        self.register_buffer("scale", torch.ones(len(times)))
+        self.register_buffer("zero_point", torch.zeros(len(times)))
+        self.rows: Tensor | None = None
+
+    @classmethod
+    def from_values(cls, codes: IntegerRange, times: Tensor, values: Tensor) -> StepwiseActQuantizer:
+        """With the ranges of `values` (S, C), one row a step."""
+        quantizer = cls(codes, times).to(values.device)
+        quantizer.set_qparams(*affine_qparams(values.amin(1), values.amax(1), codes))
+        return quantizer
+
+    def select(self, timesteps: Tensor) -> None:
+        """The time steps (N,) or () of the inputs that come next; the nearest of the known steps is taken."""
+        self.rows = (timesteps.reshape(-1, 1) - self.times.to(timesteps)).abs().argmin(1)
+
+    def set_stage(self, stage: Stage) -> None:
+        """Enter a stage; there is nothing to observe: in OBSERVE it stays in floating point."""
+        self.stage = Stage.FLOAT if stage is Stage.OBSERVE else stage
+
+    def finish_observing(self) -> None:
+        """Nothing: the ranges are known."""
+
+    def _refresh_bounds(self) -> None:
+        pass  # bounds differ by row
+
+    def _fake_quantize(self, x: Tensor, smoothing: Tensor | None, owned: bool) -> Tensor:
+        if self.rows is None:
+            raise ValueError("a range for each step needs the time steps: call select_steps_on_call on the UNet")
+        rows = self.rows.to(x.device).expand(len(x)) if len(self.rows) == 1 else self.rows.to(x.device)
+        scale, zero = (v[rows].view(-1, *[1] * (x.ndim - 1)) for v in (self.scale, self.zero_point))
+        assert self.codes is not None
+        return fake_quantize(x if smoothing is None else x / smoothing, scale, zero, self.codes)
+
+
+def select_steps_on_call(unet: nn.Module) -> None:
+    """Tell every StepwiseActQuantizer of a UNet the time steps of each call, from now on."""
+
+    def tell(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        timesteps = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
+        for part in module.modules():
+            if isinstance(part, StepwiseActQuantizer):
+                part.select(timesteps)
+
+    unet.register_forward_pre_hook(tell, with_kwargs=True)

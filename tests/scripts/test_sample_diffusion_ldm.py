@@ -157,7 +157,7 @@ def test_reconstruction_changes_the_weights_and_goes_on(
         assert message in log.splitlines()[-1]
 
 
-@pytest.mark.parametrize("mode", ["qdiff", "ptqd", "d2dpm"])
+@pytest.mark.parametrize("mode", ["qdiff", "ptqd", "tfmq", "d2dpm"])
 def test_peers(run_script: Any, latent_folder: Callable[[str], Path], tmp_path: Path, mode: str) -> None:
     common = ("-r", latent_folder("class"), "-n", 2, "-c", 4, "-e", 0, "--lane", 4, *QUANTIZED[:-2], "--quant_mode", mode)
     fast = ("--cali_iters", 2, "--recon_inputs", 8, "--cali_ckpt", tmp_path / "q.safetensors")
@@ -165,10 +165,10 @@ def test_peers(run_script: Any, latent_folder: Callable[[str], Path], tmp_path: 
     record = json.loads((tmp_path / "a" / "run.json").read_text())["settings"]
     assert record["quantization"]["weight_range"] == "mse" and record["quantization"]["act_bits"] == 8
     assert record["reconstruction"]["iterations"] == 2 and record["correction"] is None and record["smoothing"] is None
-    assert record["offline_correction"] == (None if mode == "qdiff" else mode)
+    assert record["offline_correction"] == (mode if mode in ("ptqd", "d2dpm") else None)
     run_script("sample_diffusion_ldm.py", *common, *fast, "-l", tmp_path / "b")
     a, b = (pixels(tmp_path / name / "images") for name in "ab")
     assert all(np.array_equal(a[name], b[name]) for name in a), "the statistics are in the checkpoint"
-    if mode != "qdiff":
+    if mode in ("ptqd", "d2dpm"):
         log = run_script("sample_diffusion_ldm.py", *common, "--sample_reverse", "-l", tmp_path / "c", status=2)
         assert f"--sample_reverse: --quant_mode {mode} has a correction of its own" in log

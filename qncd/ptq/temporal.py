@@ -1,0 +1,115 @@
+"""Temporal feature maintenance (TFMQ-DM, arXiv 2311.16503): the time embedding and every projection of it, as one block.
+
+What these layers compute depends on the time step alone, so there are only as many outputs as the sampler has steps: their
+weights' rounding is learned against exactly those outputs, and their inputs get a range for each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qncd.config import ReconstructionConfig
+from qncd.ptq.smoothing import time_embeddings
+from qncd.quant.convert import UNet
+from qncd.quant.layers import QuantLayer
+from qncd.quant.quantizers import StepwiseActQuantizer, select_steps_on_call
+from qncd.quant.rounding import LearnedRounding, RoundingSchedule, rounding_regularizer
+
+
+class TemporalPath(nn.Module):
+    """The part of a UNet that depends on the time step alone: sinusoid in, all projections out."""
+
+    def __init__(self, unet: UNet) -> None:
+        super().__init__()
+        if getattr(unet, "class_embedding", None) is not None or unet.config.get("addition_embed_type") is not None:
+            raise ValueError("temporal reconstruction needs an embedding of time alone; this model adds other conditions to it")
+        self.embedding = unet.time_embedding
+        blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
+        self.projections = nn.ModuleList([block.time_emb_proj for block in blocks])
+        self.nonlinearity = blocks[0].nonlinearity
+
+    def forward(self, sinusoid: Tensor) -> list[Tensor]:
+        """(S, C) -> the S outputs of each projection, (S, C_i)."""
+        activated = self.nonlinearity(self.embedding(sinusoid))
+        return [projection(activated) for projection in self.projections]
+
+
+def temporal_layers(unet: UNet) -> dict[str, QuantLayer]:
+    """The quantized layers of the temporal path by their names in the UNet."""
+    inside = set(TemporalPath(unet).modules())
+    return {name: m for name, m in unet.named_modules() if isinstance(m, QuantLayer) and m in inside}
+
+
+def _sinusoid(unet: UNet, timesteps: Sequence[int]) -> Tensor:
+    return unet.time_proj(torch.tensor(list(timesteps), device=unet.device)).to(unet.dtype)
+
+
+def reconstruct_temporal_(
+    unet: UNet, reference: UNet, timesteps: Sequence[int], config: ReconstructionConfig
+) -> tuple[float, float]:
+    """Learn the rounding of the temporal path's weights against its outputs at the sampler's time steps, in place.
+
+    Args:
+        unet: prepared by `quantize_`, its weights in floating point.
+        reference: the same network in floating point.
+        timesteps: those that the sampler visits.
+
+    Returns:
+        the squared error of all projections relative to their mean square, rounded to nearest and as learned; the better
+        one is kept.
+    """
+    path, sinusoid = TemporalPath(unet), _sinusoid(unet, timesteps)
+    with torch.no_grad():
+        targets = TemporalPath(reference)(sinusoid)
+    layers = {name: m for name, m in path.named_modules() if isinstance(m, QuantLayer) and m.config.weight_codes is not None}
+    roundings = {name: LearnedRounding(layer) for name, layer in layers.items()}
+    schedule = RoundingSchedule(config.iterations)
+    optimizer = torch.optim.Adam([r.alpha for r in roundings.values()], lr=config.lr)
+    scale = sum(float(target.square().sum()) for target in targets)
+    for iteration in range(1, config.iterations + 1):
+        h = {name: rounding.h() for name, rounding in roundings.items()}
+        outputs = functional_call(path, {f"{name}.weight": r.soft(h[name]) for name, r in roundings.items()}, (sinusoid,))
+        loss = torch.stack([(o - t).square().sum(1).mean() for o, t in zip(outputs, targets, strict=True)]).sum()
+        if schedule.active(iteration):
+            beta = schedule.beta(iteration)
+            loss = loss + schedule.weight * torch.stack([rounding_regularizer(v, beta) for v in h.values()]).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def error(weights: dict[str, Tensor]) -> float:
+        outputs = functional_call(path, {f"{name}.weight": weight for name, weight in weights.items()}, (sinusoid,))
+        return sum(float((o - t).square().sum()) for o, t in zip(outputs, targets, strict=True)) / max(scale, 1e-30)
+
+    nearest = {name: layer.rounded_weight() for name, layer in layers.items()}
+    learned = {name: rounding.hard() for name, rounding in roundings.items()}
+    before, after = error(nearest), error(learned)
+    for name, layer in layers.items():
+        layer.weight = nn.Parameter((learned if after < before else nearest)[name], requires_grad=False)
+    return before, after
+
+
+@torch.no_grad()
+def set_stepwise_ranges_(unet: UNet, timesteps: Sequence[int]) -> None:
+    """Give the temporal layers' inputs a range for each time step (finite set calibration), in place.
+
+    The ranges are the inputs' extremes: each step has a single input.
+    """
+    times = sorted(set(timesteps))
+    sinusoid = _sinusoid(unet, times)
+    embedding = unet.time_embedding
+    hidden = embedding.act(embedding.linear_1(sinusoid))
+    emb = time_embeddings(unet, times)
+    path = TemporalPath(unet)
+    inputs: list[tuple[nn.Module, Tensor]] = [(embedding.linear_1, sinusoid), (embedding.linear_2, hidden)]
+    inputs += [(projection, path.nonlinearity(emb)) for projection in path.projections]
+    for layer, values in inputs:
+        if isinstance(layer, QuantLayer) and layer.act.codes is not None:
+            layer.act = StepwiseActQuantizer.from_values(layer.act.codes, torch.tensor(times), values)
+    select_steps_on_call(unet)
