@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--prompts", type=Path, help="prompts of SYNTH (default: prompts.jsonl beside it); asks for clip_score")
     group.add_argument("--clip_model", help="open_clip's name, local-dir:FOLDER or hf-hub:NAME (default: ViT-B-32)")
     group.add_argument("--clip_weights", help="open_clip's tag or a file (default: openai)")
-    group.add_argument("--iqa", nargs="+", choices=IQA, default=["quality"], metavar="NAME", help=f"any of {', '.join(IQA)}")
+    group.add_argument("--iqa", nargs="+", choices=IQA, metavar="NAME", help=f"asks for clip_iqa; any of {', '.join(IQA)}")
     group.add_argument("--lpips_weights", type=Path, help="torchvision's AlexNet or VGG16; asks for lpips")
 
     group = parser.add_argument_group("uncertainty")
@@ -93,12 +93,15 @@ def choose_metrics(args: argparse.Namespace) -> tuple[str, ...]:
     for wanted, name in (
         (args.precision_recall, "precision_recall"),
         (args.prompts, "clip_score"),
+        (args.iqa, "clip_iqa"),
         (args.lpips_weights, "lpips"),
     ):
         if wanted and name not in metrics:
             metrics.append(name)
     if args.real == "-" and (set(metrics) - set(CLIP_METRICS) or not metrics or args.save_statistics):
         raise ValueError(f"REAL is -: only --metrics {' '.join(CLIP_METRICS)} can be had without real images")
+    if (args.clip_model or args.clip_weights) and not set(metrics) & set(CLIP_METRICS):
+        raise ValueError(f"--clip_model and --clip_weights are for --metrics {' '.join(CLIP_METRICS)}")
     return tuple(metrics)
 
 
@@ -150,7 +153,9 @@ def run(args: argparse.Namespace) -> None:
             from qncd.metrics.paired import Lpips
 
             lpips = Lpips(args.lpips_weights, processes.device)
-        settings = Settings(metrics, args.batch_size, args.is_splits, args.bootstrap, args.prompts, tuple(args.iqa))
+        settings = Settings(
+            metrics, args.batch_size, args.is_splits, args.bootstrap, args.prompts, tuple(args.iqa or ("quality",))
+        )
         cache = FeatureCache(None if args.no_cache else args.cache or default_cache())
         progress = _show_progress if sys.stderr.isatty() else None
         evaluator = Evaluator(real, extractor, settings, cache, processes, clip, lpips, progress)

@@ -46,6 +46,10 @@ TEST_REQUIRES = [
     "mypy>=1.13,<3",
     "types-PyYAML>=6.0.12,<7",
     "packaging>=23.2",
+    "pytorch-fid>=0.3,<1",
+    "clean-fid>=0.1.35,<1",
+    "torchmetrics>=1.4,<2",
+    "lpips>=0.1.4,<1",
 ]
 
 setup(

@@ -207,7 +207,9 @@ def render_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return to_uint8(canvas)
 
 
-def scene_dataset(count: int, seed: int, held_out: bool = False, alone: float = 0.1) -> tuple[np.ndarray, list[str]]:
+def scene_dataset(
+    count: int, seed: int, held_out: bool = False, alone: float = 0.1, inverse: float = 0.5
+) -> tuple[np.ndarray, list[str]]:
     """Random scenes of one split with their captions.
 
     Args:
@@ -215,11 +217,17 @@ def scene_dataset(count: int, seed: int, held_out: bool = False, alone: float = 
         seed: of the choice of the scenes and of the pictures; the same seed gives the same data.
         held_out: scenes that training never sees instead of those that it sees.
         alone: share of objects alone, 0 to 1; of no effect on the held-out split, which has none.
+        inverse: share of the pairs that are told with "below" or "right of", 0 to 0.5; changes captions, no picture.
 
     Returns:
         images uint8 (count, 64, 64, 3) and `count` captions.
+
+    Raises:
+        ValueError: inverse is not allowed.
     """
-    rng = np.random.default_rng(seed)
+    if not 0 <= inverse <= 0.5:
+        raise ValueError(f"inverse {inverse}: allowed are 0 to 0.5")
+    rng, wording = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     scenes = [scene for scene in all_scenes() if is_held_out(scene) == held_out]
     singles = [scene for scene in scenes if scene.second is None]
     pairs = [scene for scene in scenes if scene.second is not None]
@@ -229,5 +237,5 @@ def scene_dataset(count: int, seed: int, held_out: bool = False, alone: float = 
         pool = singles if singles and rng.random() < alone else pairs
         scene = pool[rng.integers(len(pool))]
         image[:] = render_scene(scene, rng)
-        captions.append(caption_of(scene))
+        captions.append(caption_of(scene if wording.random() < 2 * inverse else canonical(scene)))
     return images, captions

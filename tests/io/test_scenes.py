@@ -104,6 +104,19 @@ def test_scene_dataset_is_of_one_split_and_reproducible() -> None:
     assert hashlib.sha256(images.tobytes()).hexdigest() != hashlib.sha256(scenes.scene_dataset(40, 6)[0].tobytes()).hexdigest()
 
 
+def test_share_of_inverse_wordings() -> None:
+    """The share changes captions and no picture, and every caption still describes its picture."""
+    images, captions = scenes.scene_dataset(300, seed=6)
+    same, reworded = scenes.scene_dataset(300, seed=6, inverse=0.1)
+    assert (images == same).all()
+    told, retold = [parse_caption(c) for c in captions], [parse_caption(c) for c in reworded]
+    assert [canonical(scene) for scene in told] == [canonical(scene) for scene in retold]
+    shares = [np.mean([scene.relation in ("below", "right of") for scene in some if scene.second]) for some in (told, retold)]
+    assert shares == [pytest.approx(0.5, abs=0.08), pytest.approx(0.1, abs=0.05)]
+    with pytest.raises(ValueError, match=r"inverse 0\.6: allowed are 0 to 0.5"):
+        scenes.scene_dataset(1, seed=6, inverse=0.6)
+
+
 def test_unknown_data_set_or_split() -> None:
     with pytest.raises(ValueError, match="dataset 'MNIST': allowed are FASHION_MNIST, SCENES"):
         load_conditioned("MNIST", "train")

@@ -271,7 +271,9 @@ def test_data_sets_by_name(capsys, tmp_path):
 
     assert {"fashion_mnist", "fashion_mnist_test", "scenes", "scenes_test"} <= set(DATASET_NAMES)
     scenes = open_source("scenes_test")
-    assert (scenes.count, scenes.height, scenes.width) == (1000, 64, 64) and scenes.digest() == open_source("scenes_test").digest()
+    assert (scenes.count, scenes.height, scenes.width) == (1000, 64, 64) and scenes.digest() == open_source(
+        "scenes_test"
+    ).digest()
     if DEBIAN_PATH.is_dir():
         scores = call(capsys, "fashion_mnist", "fashion_mnist_test", "--metrics", "fid", "--batch_size", 500)
         assert scores["fid"] < 0.05 and scores["count_synthetic"] == 10000
@@ -325,5 +327,10 @@ def test_offline_one_line_names_file_url_and_place(capsys, folders, tmp_path, mo
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     message = fail(capsys, *folders, features="inception")
-    for part in ("weights-inception-2015-12-05-6726825d.pth", "https://github.com/toshas/torch-fidelity", str(tmp_path), "--weights"):
+    for part in (
+        "weights-inception-2015-12-05-6726825d.pth",
+        "https://github.com/toshas/torch-fidelity",
+        str(tmp_path),
+        "--weights",
+    ):
         assert part in message

@@ -1,0 +1,59 @@
+"""Two processes under Lightning Fabric give what one gives, and one line when an image is bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qncd.metrics.distributed import FabricProcesses, OneProcess, start_processes
+
+ROOT = Path(__file__).parents[2]
+
+
+def evaluate(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "evaluator.py"), *map(str, arguments)]
+    options = ["--features", "fashion_mnist", "--device", "cpu", "--no_cache", "--json", "-"]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    return subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=600)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path, make_images):
+    make_images(tmp_path / "real", 13, 1)
+    make_images(tmp_path / "synth", 11, 2)
+    one, two = (evaluate(tmp_path / "real", tmp_path / "synth", "--batch_size", 3, "--devices", n) for n in (1, 2))
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert json.loads(one.stdout) == json.loads(two.stdout)
+
+
+@pytest.mark.slow
+def test_a_bad_image_ends_all_processes_with_one_line(tmp_path, make_images):
+    make_images(tmp_path / "real", 8, 1)
+    make_images(tmp_path / "synth", 8, 2)
+    path = tmp_path / "synth" / "000005_seed1239.png"
+    path.write_bytes(path.read_bytes()[:-40])  # its header is whole
+    done = evaluate(tmp_path / "real", tmp_path / "synth", "--batch_size", 2, "--devices", 2)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("000005_seed1239.png: cannot be read as an image") == 1 and "Traceback" not in done.stderr
+
+
+def test_one_process_needs_no_fabric():
+    processes = start_processes("cpu")
+    assert isinstance(processes, OneProcess) and (processes.rank, processes.world, processes.is_first) == (0, 1, True)
+    batch = {"features": torch.zeros(2, 3)}
+    assert processes.share(5) == 5 and processes.gather(batch) == [batch] and processes.gather(None) == []
+    with pytest.raises(ValueError, match="broken"):
+        processes.gather(None, "broken")
+
+
+def test_more_devices_than_there_are_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match="--devices 2: there are 0"):
+        FabricProcesses("cuda", 2)
