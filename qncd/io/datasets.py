@@ -13,8 +13,8 @@ from qncd.io.scenes import scene_dataset
 DATASETS = ("FASHION_MNIST", "SCENES")
 SCENES_SEEDS = {"train": 1, "test": 2}
 SCENES_COUNTS = {"train": 30000, "test": 1000}
-# Were "A above B" and "B below A" as frequent, neither the relation nor the order of the words alone would say where
-# anything is, and training stays where it ignores both. With one of them rare it first learns the order, then the exceptions.
+# Where "A above B" and "B below A" are equally frequent, neither the order of the objects nor the relation alone says where
+# anything is, and 5,000 steps of training learned neither. With one wording rare the order alone says something.
 SCENES_INVERSE = {"train": 0.2, "test": 0.5}
 
 
