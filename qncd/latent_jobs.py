@@ -69,6 +69,13 @@ def original_names(args: argparse.Namespace, default_config: Path) -> KeyTable |
     return ldm_unet_key_map(config) if config is not None else None
 
 
+def recommended_scale(args: argparse.Namespace, default_config: Path, fallback: float) -> float:
+    """The guidance that the model's yaml recommends as sampling.scale, else `fallback`."""
+    config, _ = find_model(args.config, args.ckpt, default_config)
+    scale = ((config or {}).get("sampling") or {}).get("scale")
+    return fallback if scale is None else float(scale)
+
+
 def model_hashes(model: LatentModel) -> dict[str, Any]:
     """SHA-256 of each part's weights."""
     conditioner = model.conditioner

@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{model.source} is unconditional: allowed without --cond and --classes")
     # Latents have more channels and attention than images: a quarter of the side for the same memory.
     args.cali_batch_size = args.cali_batch_size or cli.default_calibration_batch(4 * model.latent_shape[1])
-    scale = latent_jobs.check_guidance(model, args.scale, GUIDANCE)
+    scale = latent_jobs.check_guidance(model, args.scale, latent_jobs.recommended_scale(args, DEFAULT_CONFIG, GUIDANCE))
     sampler = sampler_config(args, len(model.betas))
     diffusion = latent_jobs.build_diffusion(model, sampler, model.latent_shape, args.lane, scale != 1, "full")
     classes: list[int] = []

@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     kinds.add_argument("--dpm", "--dpm_solver", action="store_true", help="DPM-Solver++ instead of DDIM")
     group.add_argument("--ddim_steps", type=int, default=50, help="time steps of whichever sampler (default 50)")
     group.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM (default 0)")
-    group.add_argument("--scale", type=float, help=f"classifier-free guidance (default {GUIDANCE})")
+    group.add_argument("--scale", type=float, help=f"classifier-free guidance (default: the yaml's, else {GUIDANCE})")
     group.add_argument("--seed", type=int, default=42, help="image i has the seed SEED + i (default 42)")
     group.add_argument("--fixed_code", action="store_true", help="every --n_samples images start from the same noises")
     group.add_argument("--H", type=int, help="height in pixels (default: the model's)")
@@ -143,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
     device = cli.choose_device(args.device)
     finishers = image_finishers(args.safety_checker, args.watermark, device)
     model = latent_jobs.load_model(args, DEFAULT_CONFIG, device)
-    scale = latent_jobs.check_guidance(model, args.scale, GUIDANCE)
+    scale = latent_jobs.check_guidance(model, args.scale, latent_jobs.recommended_scale(args, DEFAULT_CONFIG, GUIDANCE))
     encode = latent_jobs.PromptEncoder(model, scale)
     shape = latent_shape(args, model)
     # Latents have more channels and attention than images: a quarter of the side for the same memory.
