@@ -109,7 +109,8 @@ def _default_weights(config: Mapping[str, Any], use_pretrained: bool) -> Path:
     candidates = (assets / str(name), assets / f"{name}.safetensors", assets / f"{name}.ckpt")
     found = next((path for path in candidates if path.is_file() or (path / "unet" / "config.json").is_file()), None)
     if found is None:
-        boxed = sorted(path.parents[1].name for path in assets.glob("*/unet/config.json"))
+        files = [path.stem for path in assets.glob("*.safetensors") if not path.stem.endswith("_classifier")]
+        boxed = sorted([path.parents[1].name for path in assets.glob("*/unet/config.json")] + files)
         raise ValueError(f"model.weights {name!r} is no model in the box: allowed are {', '.join(boxed) or '(none)'}")
     return found
 
