@@ -282,7 +282,7 @@ def test_models_in_the_box(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(loading, "ASSETS", tmp_path)
     for name in ("m", "folder"):
         assert same(load_latent_model({"model": {**config["model"], "weights": name}}), model)
-    with pytest.raises(ValueError, match=r"^model\.weights 'other' is no model in the box: allowed are folder$"):
+    with pytest.raises(ValueError, match=r"^model\.weights 'other' is no model in the box: allowed are folder, m$"):
         load_latent_model({"model": {**config["model"], "weights": "other"}})
 
 
