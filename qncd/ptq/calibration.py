@@ -18,6 +18,7 @@ from qncd.quant.quantizers import Stage
 from qncd.sampling.samplers import StepState
 
 Progress = Callable[[int, int], None]
+RUNNING_BATCH = 16  # inputs by which "running" ranges move once, as in Q-Diffusion's code
 BIAS_INPUTS = 128  # inputs that bias correction looks at
 
 
@@ -67,10 +68,11 @@ class CalibrationSet:
         """Inputs that the network gets in one pass over the set: twice its length with guidance."""
         return len(self) * (2 if self.cond is not None and self.uncond is not None else 1)
 
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def batches(self, size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """(x, t, cond) batches; with `uncond`, conditional and unconditional halves are stacked."""
         for start in range(0, len(self), size):
             rows = torch.arange(start, min(start + size, len(self)))
+            rows = rows if order is None else order[rows]
             x, t, cond = self.x[rows], self.t[rows], _repeated(self.cond, rows)
             uncond = _repeated(self.uncond, rows)
             if cond is not None and uncond is not None:
@@ -233,15 +235,26 @@ def calibrate_(
         _named(name, layer.search_weight_range_)
     quantizers = act_quantizers(unet)
     if quantizers:
-        order: dict[str, None] = {}  # in which they run: the first to see NaN is the one to name
-        handles = [q.register_forward_hook(lambda *_, name=name: order.setdefault(name)) for name, q in quantizers.items()]
+        # A moving average forgets: over a set in the order of its time steps it would hold the last ones' extremes alone.
+        running = any(quantizer.act_range == "running" for quantizer in quantizers.values())
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)) if running else None
+        first: dict[str, None] = {}  # in which they run: the first to see NaN is the one to name
+        handles = [q.register_forward_hook(lambda *_, name=name: first.setdefault(name)) for name, q in quantizers.items()]
         with observing(unet):
-            for done in _passes(unet, data, batch_size):
+            # A moving average over single inputs' extremes would clip them all: it moves once for RUNNING_BATCH inputs.
+            group = max(1, RUNNING_BATCH // batch_size) if running else 1
+            passes = _passes(unet, data, batch_size, order)
+            for count in range(-(-len(data) // batch_size)):
+                for quantizer in quantizers.values():
+                    quantizer.more_follows = (count + 1) % group != 0
+                done = next(passes)
                 if progress:
                     progress(done, data.inputs)
+            for quantizer in quantizers.values():
+                quantizer.more_follows = False
         for handle in handles:
             handle.remove()
-        for name in [*order, *(name for name in quantizers if name not in order)]:
+        for name in [*first, *(name for name in quantizers if name not in first)]:
             _named(name, quantizers[name].finish_observing)
     if bias_correction:
         correct_biases_(unet, data, batch_size)
@@ -286,10 +299,10 @@ def correct_biases_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> N
         layer.shift_bias_(-sums[name] / part.inputs)
 
 
-def _passes(unet: UNet, data: CalibrationSet, batch_size: int) -> Iterator[int]:
+def _passes(unet: UNet, data: CalibrationSet, batch_size: int, order: Tensor | None = None) -> Iterator[int]:
     """Run the network over the whole set; yields the number of inputs done after each batch."""
     done = 0
-    for x, t, cond in data.batches(batch_size):
+    for x, t, cond in data.batches(batch_size, order):
         call_unet(unet, x.to(unet.device), t.to(unet.device), None if cond is None else cond.to(unet.device))
         done += len(x)
         yield done

@@ -42,6 +42,7 @@ class ActQuantizer(nn.Module):
         self.segments = tuple(segments) if segments else None
         self.stage = Stage.FLOAT
         self.observers: list[Observer] = []
+        self.more_follows = False  # while observing: the inputs are a part of a batch
         count = len(self.segments) if self.segments else 1
         self.register_buffer("scale", torch.ones(count))
         self.register_buffer("zero_point", torch.zeros(count))
@@ -97,7 +98,7 @@ class ActQuantizer(nn.Module):
             x = x / smoothing
         if self.stage is Stage.OBSERVE:
             for observer, part in zip(self.observers, self._split(x), strict=True):
-                observer.observe(part, more)
+                observer.observe(part, more or self.more_follows)
         return x
 
     def _split(self, x: Tensor) -> Sequence[Tensor]:

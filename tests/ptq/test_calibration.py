@@ -291,3 +291,15 @@ def test_a_set_is_sampled_along_the_models_own_trajectories(make_unet: Any) -> N
     torch.testing.assert_close(again.x, data.x, rtol=0, atol=0)
     other, _ = sample_calibration(diffusion, CalibrationConfig(samples=6, steps=2, seed=1), None)
     assert not torch.allclose(other.x, data.x, atol=0.1)
+
+
+def test_running_ranges_move_once_for_16_inputs_in_mixed_order(make_unet: Any) -> None:
+    """Neither the batch size nor the order of the time steps decides them: an average of single inputs' extremes clips."""
+    data = make_set(32)  # from small to large inputs, as along a trajectory
+    expected = ranges(calibrated(make_unet(), data, "running", 16))
+    for batch_size in (1, 4):
+        found = ranges(calibrated(make_unet(), data, "running", batch_size))
+        for name, (scale, _) in expected.items():
+            torch.testing.assert_close(found[name][0], scale, rtol=1e-4, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+    widest = ranges(calibrated(make_unet(), data, "max", 16))["conv_in.act"][0]
+    assert 0.8 * widest < expected["conv_in.act"][0] <= widest
