@@ -27,7 +27,7 @@ def test_sizes() -> None:
     ("name", "figure", "sampler", "images", "least"),
     [
         ("fashion_mnist_ldm.yaml", "class_accuracy", SamplerConfig(timesteps=10, convention="ldm"), 32, 75),
-        ("scenes.yaml", "caption_accuracy", SamplerConfig("plms", timesteps=10, convention="ldm"), 32, 60),
+        ("scenes.yaml", "caption_accuracy", SamplerConfig(timesteps=20, convention="ldm"), 32, 90),
     ],
 )
 def test_conditions_are_obeyed(name: str, figure: str, sampler: SamplerConfig, images: int, least: float) -> None:
