@@ -244,9 +244,10 @@ def calibrate_(
             # A moving average over single inputs' extremes would clip them all: it moves once for RUNNING_BATCH inputs.
             group = max(1, RUNNING_BATCH // batch_size) if running else 1
             passes = _passes(unet, data, batch_size, order)
-            for count in range(-(-len(data) // batch_size)):
+            total = -(-len(data) // batch_size)
+            for count in range(1, total + 1):
                 for quantizer in quantizers.values():
-                    quantizer.more_follows = (count + 1) % group != 0
+                    quantizer.more_follows = count % group != 0 and count < total
                 done = next(passes)
                 if progress:
                     progress(done, data.inputs)

@@ -301,5 +301,9 @@ def test_running_ranges_move_once_for_16_inputs_in_mixed_order(make_unet: Any) -
         found = ranges(calibrated(make_unet(), data, "running", batch_size))
         for name, (scale, _) in expected.items():
             torch.testing.assert_close(found[name][0], scale, rtol=1e-4, atol=0, msg=lambda m, name=name: f"{name}: {m}")
+    few = CalibrationSet(data.x[:3], data.t[:3])  # fewer than 16 move them once
+    for name, (scale, _) in ranges(calibrated(make_unet(), few, "max", 1)).items():
+        torch.testing.assert_close(ranges(calibrated(make_unet(), few, "running", 1))[name][0], scale, rtol=1e-4, atol=0)
+        break
     widest = ranges(calibrated(make_unet(), data, "max", 16))["conv_in.act"][0]
     assert 0.8 * widest < expected["conv_in.act"][0] <= widest
