@@ -235,6 +235,14 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_ptq_arguments(parser: argparse.ArgumentParser) -> None:
+    """Quantization, reconstruction, noise correction and calibration: the same in every sampling script."""
+    add_quantization_arguments(parser)
+    add_reconstruction_arguments(parser)
+    add_correction_arguments(parser)
+    add_calibration_arguments(parser)
+
+
 def choose_device(name: str | None) -> str:
     """The device of --device, by default cuda where there is one. Raises ValueError for one that is not there."""
     import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from qncd.models.latent import LatentModel, load_latent_model
 from qncd.models.ldm import ldm_unet_key_map
 from qncd.models.loading import load_config, state_dict_hash
 from qncd.models.safety import Finisher
-from qncd.ptq.pipeline import Diffusion
+from qncd.ptq.pipeline import Diffusion, fill_up
 from qncd.sampling.guidance import Conditions
 
 log = logging.getLogger("qncd")
@@ -55,23 +55,21 @@ def find_model(config: Path | None, ckpt: str | None, default_config: Path) -> t
     return load_config(candidates[0]), str(path)
 
 
-def load_model(args: argparse.Namespace, default_config: Path, device: str) -> LatentModel:
-    """The latent model that --config, the checkpoint flag and --use_pretrained name, on `device`."""
+def load_model(args: argparse.Namespace, default_config: Path, device: str) -> tuple[LatentModel, dict[str, Any] | None]:
+    """The latent model that --config, the checkpoint flag and --use_pretrained name, on `device`, and its yaml if it has one."""
     config, ckpt = find_model(args.config, args.ckpt, default_config)
     model = load_latent_model(config, ckpt, args.use_pretrained)
     log.info("model: %s, latents %s", model.source, "x".join(map(str, model.latent_shape)))
-    return model.to(device)
+    return model.to(device), config
 
 
-def original_names(args: argparse.Namespace, default_config: Path) -> KeyTable | None:
+def original_names(config: Mapping[str, Any] | None) -> KeyTable | None:
     """The original code's names of the UNet's layers, where a yaml in its layout is known."""
-    config, _ = find_model(args.config, args.ckpt, default_config)
     return ldm_unet_key_map(config) if config is not None else None
 
 
-def recommended_scale(args: argparse.Namespace, default_config: Path, fallback: float) -> float:
+def recommended_scale(config: Mapping[str, Any] | None, fallback: float) -> float:
     """The guidance that the model's yaml recommends as sampling.scale, else `fallback`."""
-    config, _ = find_model(args.config, args.ckpt, default_config)
     scale = ((config or {}).get("sampling") or {}).get("scale")
     return fallback if scale is None else float(scale)
 
@@ -110,8 +108,7 @@ def make_decoder(model: LatentModel, lane: int, finishers: Sequence[Finisher] = 
         parts = []
         for start in range(0, len(latents), lane):
             part = latents[start : start + lane]
-            filled = torch.cat([part, part[-1:].expand(lane - len(part), *part.shape[1:])])
-            parts.append(to_uint8(model.first_stage.decode(filled))[: len(part)])
+            parts.append(to_uint8(model.first_stage.decode(fill_up(part, lane - len(part))))[: len(part)])
         images = np.concatenate(parts)
         for finish in finishers:
             images = finish(images)

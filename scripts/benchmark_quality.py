@@ -20,12 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qncd import cli
-from qncd.benchmark.plan import DEFAULT_MODES, FULL, MODES, WIDTHS, Cell, Plan, corrects, parse_width
+from qncd.benchmark.plan import DEFAULT_MODES, FULL, MODES, UNBIASED_IMAGES, WIDTHS, Cell, Plan, corrects, parse_width
 from qncd.config import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
 
 log = logging.getLogger("qncd")
 ROOT = Path(__file__).resolve().parents[1]
-UNBIASED_IMAGES = 2048
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

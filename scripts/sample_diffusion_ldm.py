@@ -39,10 +39,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--scale", type=float, help=f"classifier-free guidance (default {GUIDANCE:g}; 1 for none)")
     group.add_argument("--classes", help="comma-separated class numbers, repeated over the images (default: all in turn)")
     cli.add_lane_argument(group)
-    cli.add_quantization_arguments(parser)
-    cli.add_reconstruction_arguments(parser)
-    cli.add_correction_arguments(parser)
-    cli.add_calibration_arguments(parser)
+    cli.add_ptq_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument("-l", "--logdir", type=Path, required=True, help="output folder")
     cli.add_output_arguments(group)
@@ -83,14 +80,14 @@ def main(args: argparse.Namespace) -> None:
     wanted = preparation.Quantization.of(args)
     preparation.check_quantization_arguments(args)
     device = cli.choose_device(args.device)
-    model = latent_jobs.load_model(args, DEFAULT_CONFIG, device)
+    model, config = latent_jobs.load_model(args, DEFAULT_CONFIG, device)
     if isinstance(model.conditioner, TextConditioner):
         raise ValueError(f"{model.source} takes prompts: scripts/txt2img.py samples it")
     if model.conditioner is None and (args.cond or args.classes):
         raise ValueError(f"{model.source} is unconditional: allowed without --cond and --classes")
     # Latents have more channels and attention than images: a quarter of the side for the same memory.
     args.cali_batch_size = args.cali_batch_size or cli.default_calibration_batch(4 * model.latent_shape[1])
-    scale = latent_jobs.check_guidance(model, args.scale, latent_jobs.recommended_scale(args, DEFAULT_CONFIG, GUIDANCE))
+    scale = latent_jobs.check_guidance(model, args.scale, latent_jobs.recommended_scale(config, GUIDANCE))
     sampler = sampler_config(args, len(model.betas))
     diffusion = latent_jobs.build_diffusion(model, sampler, model.latent_shape, args.lane, scale != 1, "full")
     classes: list[int] = []
@@ -125,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
         rows = [f"{plan.path(Path(), i)},{classes[i % len(classes)]}" for i in range(args.n_samples)]
         (run.folder / "labels.csv").write_text("\n".join(["file,class", *rows]) + "\n", encoding="utf-8")
     job = jobs.SamplingJob(run, plan, args.batch_size)
-    table = latent_jobs.original_names(args, DEFAULT_CONFIG)
+    table = latent_jobs.original_names(config)
     job.sample_and_finish(args, wanted, diffusion, settings["model"], calibration_conditions, key_table=table)
 
 

@@ -61,10 +61,7 @@ def parse_args() -> argparse.Namespace:
         help="autocast: mixed precision (faster on a GPU; the original's default)",
     )  # fmt: skip
     cli.add_lane_argument(group)
-    cli.add_quantization_arguments(parser)
-    cli.add_reconstruction_arguments(parser)
-    cli.add_correction_arguments(parser)
-    cli.add_calibration_arguments(parser)
+    cli.add_ptq_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--outdir", type=Path, default=Path("outputs/txt2img-samples"), help="output folder (default %(default)s)")
     group.add_argument("--skip_grid", action="store_true", help="no contact sheet")
@@ -142,8 +139,8 @@ def main(args: argparse.Namespace) -> None:
     prompts = read_prompts(args)
     device = cli.choose_device(args.device)
     finishers = image_finishers(args.safety_checker, args.watermark, device)
-    model = latent_jobs.load_model(args, DEFAULT_CONFIG, device)
-    scale = latent_jobs.check_guidance(model, args.scale, latent_jobs.recommended_scale(args, DEFAULT_CONFIG, GUIDANCE))
+    model, config = latent_jobs.load_model(args, DEFAULT_CONFIG, device)
+    scale = latent_jobs.check_guidance(model, args.scale, latent_jobs.recommended_scale(config, GUIDANCE))
     encode = latent_jobs.PromptEncoder(model, scale)
     shape = latent_shape(args, model)
     # Latents have more channels and attention than images: a quarter of the side for the same memory.
@@ -188,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
     # Prompts spread over the whole file; where there are fewer, they are taken several times with other noise.
     spread = [prompts[i * len(prompts) // args.cali_n] for i in range(args.cali_n)] if wanted.quant else []
     job = jobs.SamplingJob(run, plan, args.n_samples)
-    calibration, table = encode(spread) if spread else None, latent_jobs.original_names(args, DEFAULT_CONFIG)
+    calibration, table = encode(spread) if spread else None, latent_jobs.original_names(config)
     job.sample_and_finish(args, wanted, diffusion, settings["model"], calibration, not args.skip_grid, table)
     if args.skip_save:
         shutil.rmtree(run.folder / "images")

@@ -40,6 +40,7 @@ WIDTHS = ("W8A8", "W4A8", "W8A6", "W4A6")
 FULL = "FP"
 PART = 512  # full-precision images in one file of the cache
 ERROR_IMAGES = 64
+UNBIASED_IMAGES = 2048  # FID is biased upwards at fewer
 FORMAT = 2  # of a cell's file; raised when the same settings come to mean something else
 
 

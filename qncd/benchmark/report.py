@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from qncd.benchmark.cells import write_text
-from qncd.benchmark.plan import ERROR_IMAGES, FULL, MODES, Cell, Plan
+from qncd.benchmark.plan import ERROR_IMAGES, FULL, MODES, UNBIASED_IMAGES, Cell, Plan
 from qncd.benchmark.subjects import TITLES
 from qncd.io.runs import Run
 
 log = logging.getLogger("qncd")
-UNBIASED_IMAGES = 2048
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:

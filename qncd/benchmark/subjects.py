@@ -13,7 +13,7 @@ from torch import Tensor
 from qncd.config import SamplerConfig
 from qncd.io.images import to_uint8
 from qncd.io.scenes import all_scenes, caption_of, is_held_out, scene_dataset
-from qncd.latent_jobs import PromptEncoder, class_conditions, make_decoder, model_hashes
+from qncd.latent_jobs import PromptEncoder, class_conditions, make_decoder, model_hashes, recommended_scale
 from qncd.metrics.features import FashionMnistFeatures
 from qncd.metrics.scene_classifier import SceneClassifier, caption_accuracy, load_scene_classifier
 from qncd.metrics.sources import FASHION_MNIST_STATISTICS, SavedStatistics
@@ -43,7 +43,6 @@ class Subject:
         calibration_conditions: (count, seed) -> conditions of as many calibration trajectories.
         score: images 0 to N - 1 -> figures by name: fid, sfid, and those of TITLES that the model has.
         settings: what decides the images beside sampler and seeds.
-        extra: the names of TITLES that `score` gives.
         convention: what FID means here, in words.
     """
 
@@ -53,19 +52,12 @@ class Subject:
     calibration_conditions: Callable[[int, int], Conditions] | None
     score: Callable[[np.ndarray], dict[str, float]]
     settings: dict[str, Any]
-    extra: tuple[str, ...]
     convention: str
 
 
 def is_latent(config: Mapping[str, Any]) -> bool:
     """Whether a yaml describes a latent model (CompVis' layout) or a DDIM model."""
     return "diffusion" not in config
-
-
-def default_scale(config: Mapping[str, Any]) -> float | None:
-    """The guidance that a model's yaml recommends as sampling.scale."""
-    scale = (config.get("sampling") or {}).get("scale")
-    return None if scale is None else float(scale)
 
 
 def load_subject(
@@ -84,7 +76,7 @@ def load_subject(
     model = load_latent_model(config, ckpt).to(device)
     diffusion = Diffusion(model.unet, model.betas, sampler, model.latent_shape, LANE)
     decode = make_decoder(model, LANE)
-    chosen = scale if scale is not None else default_scale(config) or 3.0
+    chosen = scale if scale is not None else recommended_scale(config, 3.0)
     settings = {
         **model_hashes(model),
         "lane": LANE,
@@ -102,7 +94,6 @@ def load_subject(
             lambda count, seed: class_conditions(model, [(seed + i) % classes for i in range(count)], chosen),
             lambda images: _fashion_figures(images, device, [i % classes for i in range(len(images))]),
             settings,
-            ("class_accuracy",),
             f"against the training set, {FashionMnistFeatures().convention}",
         )
     if model.conditioner is None:
@@ -121,7 +112,6 @@ def load_subject(
         calibration,
         lambda images: _scene_figures(images, device, [captions[i % len(captions)] for i in range(len(images))]),
         settings | {"captions": CAPTIONS_SEED},
-        ("caption_accuracy",),
         f"64 mean features of the scene classifier, against {SCENES} rendered scenes with held-out captions",
     )
 
@@ -143,7 +133,7 @@ def _pixel_subject(config: Mapping[str, Any], ckpt: str | None, sampler: Sampler
     settings = {"model": state_dict_hash(unet), "lane": LANE, "diffusion": config["diffusion"]}
     diffusion = Diffusion(unet, betas_of(config), sampler, (channels, size, size), LANE)
     score = lambda images: _fashion_figures(images, device)  # noqa: E731
-    return Subject(diffusion, to_uint8, None, None, score, settings, (), f"against the training set, {features.convention}")
+    return Subject(diffusion, to_uint8, None, None, score, settings, f"against the training set, {features.convention}")
 
 
 def _fashion_figures(images: np.ndarray, device: str, labels: Sequence[int] | None = None) -> dict[str, float]:

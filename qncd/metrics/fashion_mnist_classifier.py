@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qncd.metrics.weights_file import load_weights
+
 CLASSIFIER_PATH = Path(__file__).parents[1] / "assets" / "fashion_mnist_classifier.safetensors"
 IMAGE_SIZE = 32
 FEATURES = 128
@@ -57,19 +59,4 @@ def load_classifier(path: Path | None = None) -> tuple[FashionMnistClassifier, d
         FileNotFoundError: there is no such file.
         ValueError: the file is not safetensors, or not of this network.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = path or CLASSIFIER_PATH
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file (weights of the Fashion-MNIST classifier)")
-    network = FashionMnistClassifier()
-    try:
-        with safe_open(path, framework="pt") as stream:
-            metadata = stream.metadata() or {}
-            names = stream.keys()
-            state = {name: stream.get_tensor(name) for name in names}
-        network.load_state_dict(state)
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not the weights of the Fashion-MNIST classifier: {reason}") from None
-    return network.eval().requires_grad_(False), metadata
+    return load_weights(FashionMnistClassifier(), path or CLASSIFIER_PATH, "Fashion-MNIST classifier")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qncd.io.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, SceneObject, canonical, parse_caption
+from qncd.metrics.weights_file import load_weights
 
 CLASSIFIER_PATH = Path(__file__).parents[1] / "assets" / "scene_classifier.safetensors"
 LAYOUTS = ("alone", "above", "left of", "other")  # other: no object, or more than two
@@ -70,22 +71,7 @@ def load_scene_classifier(path: Path | None = None) -> tuple[SceneClassifier, di
         FileNotFoundError: there is no such file.
         ValueError: the file is not safetensors, or not of this network.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = path or CLASSIFIER_PATH
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file (weights of the scene classifier)")
-    network = SceneClassifier()
-    try:
-        with safe_open(path, framework="pt") as stream:
-            metadata = stream.metadata() or {}
-            names = stream.keys()
-            state = {name: stream.get_tensor(name) for name in names}
-        network.load_state_dict(state)
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not the weights of the scene classifier: {reason}") from None
-    return network.eval().requires_grad_(False), metadata
+    return load_weights(SceneClassifier(), path or CLASSIFIER_PATH, "scene classifier")
 
 
 @dataclass(frozen=True)

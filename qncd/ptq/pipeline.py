@@ -93,7 +93,7 @@ class Diffusion:
 
         def in_lanes(x: Tensor, t: int) -> Tensor:
             filler = -len(x) % self.lane
-            padded, context = _fill(x, filler), None if cond is None else _fill(cond[: len(x)], filler)
+            padded, context = fill_up(x, filler), None if cond is None else fill_up(cond[: len(x)], filler)
             times = torch.full((self.lane,), t, device=x.device)
             lanes = [slice(start, start + self.lane) for start in range(0, len(padded), self.lane)]
             parts = [predict(padded[lane], times, None if context is None else context[lane]) for lane in lanes]
@@ -124,7 +124,8 @@ class Diffusion:
         )
 
 
-def _fill(x: Tensor, count: int) -> Tensor:
+def fill_up(x: Tensor, count: int) -> Tensor:
+    """`x` (N, ...) with its last row repeated `count` times more."""
     return torch.cat([x, x[-1:].expand(count, *x.shape[1:])]) if count else x
 
 

@@ -27,6 +27,7 @@ from qncd.models.key_tables import Layout, refuse
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import UNet, act_quantizers, quant_layers, quantize_, restored_on_error, set_stage, skip_boundaries
+from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import ActQuantizer, Stage
 
 _QUANTIZER = re.compile(r"(.+)\.(weight_quantizer|act_quantizer)(_0)?\.(delta|zero_point|alpha)")
@@ -73,9 +74,11 @@ def load_qdiffusion_(unet: UNet, content: Mapping[str, Tensor], table: Mapping[s
     )  # fmt: skip
     with restored_on_error(unet):
         quantize_(unet, shape)
-        refuse("layers without a weight quantizer", _uncovered(unet, weights, table))
+        layers = quant_layers(unet)
+        covered = {ours for name in weights for ours in _layer_names(name, table)}
+        refuse("layers without a weight quantizer", layers.keys() - covered)
         for name, parts in weights.items():
-            _set_weight(unet, name, parts, state[f"{name}.weight"], table, boundaries)
+            _set_weight(layers, name, parts, state[f"{name}.weight"], table, boundaries)
         if config.act_bits is not None:
             for name, parts in inputs.items():
                 for ours in _layer_names(name, table):
@@ -130,15 +133,16 @@ def _layer_names(name: str, table: Mapping[str, Layout]) -> list[str]:
     return [key.removesuffix(".weight") for key in table[f"{name}.weight"].names]
 
 
-def _uncovered(unet: UNet, weights: Mapping[str, Any], table: Mapping[str, Layout]) -> set[str]:
-    return set(quant_layers(unet)) - {ours for name in weights for ours in _layer_names(name, table)}
-
-
 def _set_weight(
-    unet: UNet, name: str, parts: list[_Part], weight: Tensor, table: Mapping[str, Layout], boundaries: Mapping[str, int]
+    layers: Mapping[str, QuantLayer],
+    name: str,
+    parts: list[_Part],
+    weight: Tensor,
+    table: Mapping[str, Layout],
+    boundaries: Mapping[str, int],
 ) -> None:
     layout, ours = table[f"{name}.weight"], _layer_names(name, table)
-    codes = quant_layers(unet)[ours[0]].config.weight_codes
+    codes = layers[ours[0]].config.weight_codes
     assert codes is not None
     if len(parts) > 1:
         edge = boundaries.get(ours[0])
@@ -156,9 +160,8 @@ def _set_weight(
     whole = [torch.cat([column[i] for column in columns], 1).contiguous() for i in range(3)]
     starts = [0] if len(parts) == 1 else [0, pieces[0].shape[1]]
     for target, code, scale, zero in zip(ours, *(layout.split(value) for value in whole), strict=True):
-        layer = quant_layers(unet)[target]
         picked = [value.flatten(2)[..., 0] if value.ndim > 2 else value for value in (scale, zero)]  # (O, I)
-        layer.set_weight_codes((code + codes.qmin).to(torch.int8), picked[0][:, starts], picked[1][:, starts])
+        layers[target].set_weight_codes((code + codes.qmin).to(torch.int8), picked[0][:, starts], picked[1][:, starts])
 
 
 def _set_act(quantizer: ActQuantizer, parts: list[_Part], factor: float = 1.0) -> None:

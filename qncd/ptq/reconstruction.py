@@ -12,7 +12,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,15 +28,14 @@ from torch.func import functional_call
 
 from qncd.config import ReconstructionConfig
 from qncd.ptq.activation_store import ActivationStore, CallStore
-from qncd.ptq.calibration import CalibrationSet, call_unet
+from qncd.ptq.calibration import CalibrationSet, Progress, call_unet
 from qncd.quant.convert import UNet, quant_layers
 from qncd.quant.layers import QuantLayer
-from qncd.quant.rounding import LearnedRounding, RoundingSchedule, reconstruction_loss, rounding_regularizer
+from qncd.quant.rounding import LearnedRounding, learn_roundings_, reconstruction_loss
 
 log = logging.getLogger("qncd")
 BLOCKS = (ResnetBlock2D, Attention, BasicTransformerBlock)  # reconstructed as a whole; other layers one by one
 HELD_OUT = 8  # one input in so many is kept out of the optimization, to judge it by
-Progress = Callable[[int, int], None]
 
 
 class _Reached(Exception):
@@ -233,25 +232,16 @@ def _optimize(
     rows: Tensor,
     config: ReconstructionConfig,
 ) -> None:
-    schedule = RoundingSchedule(config.iterations)
-    optimizer = torch.optim.Adam([r.alpha for r in roundings.values()], lr=config.lr)
     generator = torch.Generator().manual_seed(config.seed)
     device = next(iter(roundings.values())).alpha.device
-    for iteration in range(1, config.iterations + 1):
+
+    def error(weights: dict[str, Tensor]) -> Tensor:
         chosen = rows[torch.randperm(len(rows), generator=generator)[: config.batch_size]]
         args, kwargs = calls.batch(chosen, device)
-        h = {key: rounding.h() for key, rounding in roundings.items()}
-        weights = {_weight(key): rounding.soft(h[key]) for key, rounding in roundings.items()}
-        output = functional_call(unit, weights, tuple(args), kwargs)
-        loss = reconstruction_loss(output, targets[chosen].to(device))
-        if schedule.active(iteration):
-            beta = schedule.beta(iteration)
-            loss = loss + schedule.weight * torch.stack([rounding_regularizer(v, beta) for v in h.values()]).sum()
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(f"the loss is {float(loss)} at iteration {iteration}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        output = functional_call(unit, {_weight(key): weight for key, weight in weights.items()}, tuple(args), kwargs)
+        return reconstruction_loss(output, targets[chosen].to(device))
+
+    learn_roundings_(roundings, config.iterations, config.lr, error)
 
 
 @torch.no_grad()

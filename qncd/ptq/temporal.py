@@ -18,7 +18,7 @@ from qncd.ptq.smoothing import time_embeddings
 from qncd.quant.convert import UNet
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import StepwiseActQuantizer, select_steps_on_call
-from qncd.quant.rounding import LearnedRounding, RoundingSchedule, rounding_regularizer
+from qncd.quant.rounding import LearnedRounding, learn_roundings_, reconstruction_loss
 
 
 class TemporalPath(nn.Module):
@@ -68,25 +68,19 @@ def reconstruct_temporal_(
         targets = TemporalPath(reference)(sinusoid)
     layers = {name: m for name, m in path.named_modules() if isinstance(m, QuantLayer) and m.config.weight_codes is not None}
     roundings = {name: LearnedRounding(layer) for name, layer in layers.items()}
-    schedule = RoundingSchedule(config.iterations)
-    optimizer = torch.optim.Adam([r.alpha for r in roundings.values()], lr=config.lr)
-    scale = sum(float(target.square().sum()) for target in targets)
-    for iteration in range(1, config.iterations + 1):
-        h = {name: rounding.h() for name, rounding in roundings.items()}
-        outputs = functional_call(path, {f"{name}.weight": r.soft(h[name]) for name, r in roundings.items()}, (sinusoid,))
-        loss = torch.stack([(o - t).square().sum(1).mean() for o, t in zip(outputs, targets, strict=True)]).sum()
-        if schedule.active(iteration):
-            beta = schedule.beta(iteration)
-            loss = loss + schedule.weight * torch.stack([rounding_regularizer(v, beta) for v in h.values()]).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    total = sum(float(target.square().sum()) for target in targets)
+
+    def outputs(weights: dict[str, Tensor]) -> list[Tensor]:
+        return functional_call(path, {f"{name}.weight": weight for name, weight in weights.items()}, (sinusoid,))
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.stack([reconstruction_loss(o, t) for o, t in zip(outputs(weights), targets, strict=True)]).sum()
 
     @torch.no_grad()
     def error(weights: dict[str, Tensor]) -> float:
-        outputs = functional_call(path, {f"{name}.weight": weight for name, weight in weights.items()}, (sinusoid,))
-        return sum(float((o - t).square().sum()) for o, t in zip(outputs, targets, strict=True)) / max(scale, 1e-30)
+        return sum(float((o - t).square().sum()) for o, t in zip(outputs(weights), targets, strict=True)) / max(total, 1e-30)
 
+    learn_roundings_(roundings, config.iterations, config.lr, loss)
     nearest = {name: layer.rounded_weight() for name, layer in layers.items()}
     learned = {name: rounding.hard() for name, rounding in roundings.items()}
     before, after = error(nearest), error(learned)

@@ -6,6 +6,7 @@ regularizer's exponent.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -104,3 +105,30 @@ class LearnedRounding:
     def hard(self) -> Tensor:
         """The weight on the grid: rounded up where alpha >= 0."""
         return (self.floor + (self.alpha >= 0)).clamp(self.codes.qmin, self.codes.qmax) * self.scale
+
+
+def learn_roundings_(
+    roundings: Mapping[str, LearnedRounding], iterations: int, lr: float, error: Callable[[dict[str, Tensor]], Tensor]
+) -> None:
+    """Move the rounding variables of several layers so that an error of their soft weights gets small, and every h 0 or 1.
+
+    Args:
+        lr: of Adam.
+        error: soft weights by the layers' names -> what is minimized beside the regularizer, 0-dim; called once an iteration.
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite; names the iteration.
+    """
+    schedule = RoundingSchedule(iterations)
+    optimizer = torch.optim.Adam([rounding.alpha for rounding in roundings.values()], lr=lr)
+    for iteration in range(1, iterations + 1):
+        h = {name: rounding.h() for name, rounding in roundings.items()}
+        loss = error({name: rounding.soft(h[name]) for name, rounding in roundings.items()})
+        if schedule.active(iteration):
+            beta = schedule.beta(iteration)
+            loss = loss + schedule.weight * torch.stack([rounding_regularizer(value, beta) for value in h.values()]).sum()
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(f"the loss is {float(loss)} at iteration {iteration}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()

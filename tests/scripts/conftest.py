@@ -22,22 +22,23 @@ ROOT = Path(__file__).resolve().parents[2]
 RunScript = Callable[..., str]
 
 
+def run_in_process(name: str, *arguments: object, status: int = 0) -> str:
+    """Run a script in this process (importing torch anew takes seconds); returns what it wrote to stderr."""
+    script, stderr, code = ROOT / "scripts" / name, io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    assert code == status, stderr.getvalue()
+    return stderr.getvalue()
+
+
 @pytest.fixture(scope="session")
 def run_script() -> RunScript:
-    """run_script(name, *arguments, status=0): what the script wrote to stderr (importing torch anew takes seconds)."""
-
-    def run(name: str, *arguments: object, status: int = 0) -> str:
-        script, stderr, code = ROOT / "scripts" / name, io.StringIO(), 0
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
-            patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-            try:
-                runpy.run_path(str(script), run_name="__main__")
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-        assert code == status, stderr.getvalue()
-        return stderr.getvalue()
-
-    return run
+    """run_script(name, *arguments, status=0): `run_in_process`."""
+    return run_in_process
 
 
 def latent_config(kind: str) -> dict[str, Any]:

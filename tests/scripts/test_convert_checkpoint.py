@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,8 @@ from qncd.models.ddim import build_ddim_unet, to_ddim_state_dict
 from qncd.models.latent import load_latent_model
 from qncd.models.ldm import build_ldm_unet
 from qncd.models.loading import load_ddim, state_dict_hash
+
+from .conftest import run_in_process
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_checkpoint.py"
 DDIM: dict[str, Any] = {
@@ -49,16 +47,7 @@ LDM: dict[str, Any] = {
 
 
 def run(*arguments: Any, status: int = 0) -> str:
-    """Run the script in this process; returns what it wrote to stderr."""
-    stderr, code = io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
-        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    assert code == status, stderr.getvalue()
-    return stderr.getvalue()
+    return run_in_process("convert_checkpoint.py", *arguments, status=status)
 
 
 @pytest.fixture

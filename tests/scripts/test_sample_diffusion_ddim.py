@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +12,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+
+from .conftest import run_in_process
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "sample_diffusion_ddim.py"
@@ -39,17 +38,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, out: Path, *arguments: str, status: int = 0) -> str:
-    """Run the script in this process (importing torch anew takes seconds); returns what it wrote to stderr."""
+    """Run the script on the small model; returns what it wrote to stderr."""
     command = ["--config", str(model / "tiny.yml"), "--ckpt", str(model / "unet"), "-l", str(out), "--timesteps", "5"]
-    stderr, code = io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
-        patch.setattr(sys, "argv", [str(SCRIPT), *command, "--cali_n", "4", "--cali_st", "2", *arguments])
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    assert code == status, stderr.getvalue()
-    return stderr.getvalue()
+    common = [*command, "--cali_n", "4", "--cali_st", "2"]
+    return run_in_process("sample_diffusion_ddim.py", *common, *arguments, status=status)
 
 
 def test_as_a_process(model: Path, tmp_path: Path) -> None:
