@@ -43,7 +43,7 @@ class QuantAttnProcessor(nn.Module):
             hidden_states = attn.spatial_norm(hidden_states, temb)
         if hidden_states.ndim == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (N, H*W, C)
-        batch = len(hidden_states)
+        batch = hidden_states.shape[0]
         if attn.group_norm is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -62,7 +62,7 @@ class QuantAttnProcessor(nn.Module):
         if attention_mask is not None:
             mask = attn.prepare_attention_mask(attention_mask, context.shape[1], batch)
             mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
-        out = self._attend(self.q(query) * attn.scale, self.k(key), self.v(value), mask, attn.upcast_softmax)
+        out = self.attend(self.q(query), self.k(key), self.v(value), mask, attn.scale, attn.upcast_softmax)
         out = out.transpose(1, 2).flatten(2)  # (N, L, C)
         out = attn.to_out[1](attn.to_out[0](out))
         if len(shape) == 4:
@@ -71,8 +71,9 @@ class QuantAttnProcessor(nn.Module):
             out = out + residual
         return torch.div(out, attn.rescale_output_factor) if attn.rescale_output_factor != 1 else out
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, upcast: bool) -> Tensor:
-        """softmax(q k^T + mask) v, (N, heads, L, D), in parts: at 64x64 all scores of one image with 8 heads take 512 MiB."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, upcast: bool) -> Tensor:
+        """softmax(scale q k^T + mask) v, (N, heads, L, D), in parts: at 64x64 all scores of one image with 8 heads take 512 MiB."""
+        query = query * scale
         parts = _score_parts(query, key)
         outs = []
         for part in parts:

@@ -1,0 +1,264 @@
+"""Markers become standard operators: QuantizeLinear and DequantizeLinear around convolutions and matrix products.
+
+Codes are stored as runtimes have kernels for them: activations as uint8, k and v as int8 (the second operand of a matrix
+product), weights as int8, and as INT4 cast to int8 where they have 4 bits or fewer. A code that is stored is our code minus
+its smallest one, and the zero point moves along. Widths below 8 bits are clipped to their codes in front of the quantizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir import convenience
+from torch import Tensor
+
+from qncd.export.tracing import ATTENTION, DOMAIN, LAYER
+from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.convert import UNet
+from qncd.quant.layers import QuantConv2d, QuantLayer
+from qncd.quant.quantizers import ActQuantizer, StepwiseActQuantizer
+
+
+
+def _array(value: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(value.detach().cpu().numpy())
+
+
+class Lowering:
+    """Replaces the markers of one graph."""
+
+    def __init__(self, graph: ir.Graph, unet: UNet) -> None:
+        self.graph, self.unet = graph, unet
+        self.nodes: list[ir.Node] = []  # of the marker that is being replaced
+        self.quantized: dict[tuple[Any, ...], ir.Value] = {}  # inputs that several layers quantize alike
+        self.constants: dict[tuple[Any, ...], ir.Value] = {}
+        self.count = 0
+        self.shape: ir.Shape | None = None  # of the marker's output
+
+    def run(self) -> None:
+        """Replace every marker, in order."""
+        for node in list(self.graph):
+            if node.domain != DOMAIN:
+                continue
+            name, old = node.attributes["module"].as_string(), node.outputs[0]
+            self.shape = old.shape
+            module: Any = self.unet.get_submodule(name)
+            if node.op_type == LAYER:
+                output = self._layer(name, module, node.inputs)
+            else:
+                assert node.op_type == ATTENTION
+                output = self._attention(name, module, node.inputs, node.attributes["scale"].as_float())
+            self.graph.insert_before(node, self.nodes)
+            self.nodes = []
+            if old.is_graph_output():
+                name, old.name = old.name, f"{old.name}_marker"
+                output.name = name
+            convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
+            self.graph.remove(node, safe=True)
+
+    # What nodes and constants are made of.
+
+    def _op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        node = ir.node(op_type, list(inputs), attributes)
+        self.count += 1
+        node.name = f"quantized_{op_type}_{self.count}"
+        node.outputs[0].name = f"quantized_value_{self.count}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def _floats(self, output: ir.Value) -> ir.Value:
+        """The value, said to be floats of the marker's shape."""
+        output.shape, output.dtype = self.shape, ir.DataType.FLOAT
+        return output
+
+    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def _constant(self, array: np.ndarray) -> ir.Value:
+        """A small constant, one for all its uses."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self.constants:
+            self.constants[key] = self._initializer(f"quantized_constant_{len(self.constants)}", array)
+        return self.constants[key]
+
+    def _scalar(self, value: float, dtype: Any = np.float32) -> ir.Value:
+        return self._constant(np.array(value, dtype))
+
+    # Activations.
+
+    def _act(
+        self, x: ir.Value, quantizer: ActQuantizer, segment: int = 0, smoothing: Tensor | None = None, step: ir.Value | None = None,
+        signed: bool = False, gain: float = 1.0,
+    ) -> ir.Value:  # fmt: skip
+        """x / smoothing on its integer grid, times `gain`.
+
+        Args:
+            signed: store the codes as int8: the same codes and zero point, both 128 lower.
+        """
+        codes = quantizer.codes
+        if codes is None:
+            return self._smoothed(x, smoothing)
+        if isinstance(quantizer, StepwiseActQuantizer):
+            assert step is not None
+            return self._stepwise(self._smoothed(x, smoothing), quantizer, step)
+        scale, zero = quantizer.scale[segment].cpu(), int(quantizer.zero_point[segment])
+        stored_zero, largest = zero - codes.qmin, codes.qmax - codes.qmin
+        factors = b"" if smoothing is None else _array(smoothing).tobytes()
+        key = (id(x), factors, float(scale), zero, codes, signed, gain)
+        if key in self.quantized:
+            return self.quantized[key]
+        value = self._smoothed(x, smoothing)
+        if not 0 <= stored_zero <= largest:  # of another package's checkpoint: the range does not hold 0
+            value = self._float_grid(value, self._scalar(float(scale)), self._scalar(float(zero)), codes.qmin, codes.qmax)
+            value = value if gain == 1.0 else self._op("Mul", value, self._scalar(gain))
+        else:
+            wide = codes.bits > 8
+            if codes.bits not in (8, 16):
+                low, high = (scale * (bound - zero) for bound in (codes.qmin, codes.qmax))
+                value = self._op("Clip", value, self._scalar(float(low)), self._scalar(float(high)))
+            dtype: Any = np.uint16 if wide else np.int8 if signed else np.uint8
+            zero_point = self._scalar(stored_zero - 128 if dtype is np.int8 else stored_zero, dtype)
+            grid = self._op("QuantizeLinear", value, self._scalar(float(scale)), zero_point)
+            value = self._op("DequantizeLinear", grid, self._scalar(float(scale * gain)), zero_point)
+        self.quantized[key] = value
+        return value
+
+    def _smoothed(self, x: ir.Value, smoothing: Tensor | None) -> ir.Value:
+        return x if smoothing is None else self._op("Mul", x, self._constant(_array(smoothing.float().reciprocal())))
+
+    def _float_grid(self, x: ir.Value, scale: ir.Value, zero: ir.Value, qmin: int, qmax: int) -> ir.Value:
+        """The grid in floating-point operators, for what QuantizeLinear cannot say."""
+        code = self._op("Add", self._op("Round", self._op("Div", x, scale)), zero)
+        code = self._op("Clip", code, self._scalar(qmin), self._scalar(qmax))
+        return self._op("Mul", self._op("Sub", code, zero), scale)
+
+    def _stepwise(self, x: ir.Value, quantizer: StepwiseActQuantizer, step: ir.Value) -> ir.Value:
+        """The range of the nearest known time step, row by row. These few small layers stay in floating point."""
+        codes = quantizer.codes
+        assert codes is not None
+        column = self._constant(np.array([1], np.int64))
+        times = self._constant(_array(quantizer.times.float())[None])  # (1, S)
+        key = ("rows", id(step), id(times))
+        if key not in self.quantized:
+            distance = self._op("Sub", self._op("Unsqueeze", self._op("Cast", step, to=1), column), times)  # (N, S)
+            self.quantized[key] = self._op("ArgMin", self._op("Abs", distance), axis=1, keepdims=0)
+        rows = self.quantized[key]
+        scale, zero = (
+            self._op("Unsqueeze", self._op("Gather", self._constant(_array(v)), rows), column)  # (N, 1)
+            for v in (quantizer.scale, quantizer.zero_point)
+        )
+        return self._float_grid(x, scale, zero, codes.qmin, codes.qmax)
+
+    # Weights.
+
+    def _weight(self, name: str, layer: QuantLayer, part: slice, segment: int) -> ir.Value:
+        """Input channels `part` of the weight, as a linear layer's (I, O) or a convolution's (O, I, h, w)."""
+        linear = not isinstance(layer, QuantConv2d)
+        label = f"{name}.weight" if layer.config.segments is None else f"{name}.weight.{segment}"
+        if layer.weight_scale is None or layer.config.weight_codes is None:
+            weight = layer.weight[:, part].float()
+            return self._initializer(label, _array(weight.T if linear else weight))
+        codes = layer.weight_codes()[:, part]
+        array = _array(codes.T if linear else codes)
+        if layer.config.weight_codes.bits <= 4:
+            packed = self._initializer(label, array.astype(ml_dtypes.int4))
+            value = self._op("Cast", packed, to=int(ir.DataType.INT8))
+        else:
+            value = self._initializer(label, array)
+        scale = self._initializer(f"{label}.scale", _array(layer.weight_scale[:, segment].float()))
+        zero = []  # none where it is 0: OpenVINO keeps convolutions in floating point otherwise
+        if layer.weight_zero_point is not None:
+            zero = [self._constant(self._weight_zero(name, layer, segment))]
+        return self._op("DequantizeLinear", value, scale, *zero, axis=1 if linear else 0)
+
+    @staticmethod
+    def _weight_zero(name: str, layer: QuantLayer, segment: int) -> np.ndarray:
+        assert layer.weight_zero_point is not None and layer.config.weight_codes is not None
+        zero = layer.weight_zero_point[:, segment] + layer.config.weight_codes.qmin
+        if not bool(((zero == zero.round()) & (zero.abs() <= 127)).all()):
+            raise ValueError(f"{name}: a weight's zero point is not a whole number from -127 to 127: it has no int8 form")
+        return _array(zero.to(torch.int8))
+
+    # Layers.
+
+    def _layer(self, name: str, layer: QuantLayer, inputs: Sequence[ir.Value | None]) -> ir.Value:
+        x, step = inputs[0], inputs[1] if len(inputs) > 1 else None
+        assert x is not None
+        sizes = layer.config.segments or (layer.weight.shape[1],)
+        edges = np.cumsum([0, *sizes]).tolist()
+        parts = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        total: ir.Value | None = None
+        for i, (part, piece) in enumerate(zip(parts, self._pieces(x, sizes, edges), strict=True)):
+            smoothing = None if layer.smoothing is None else layer.smoothing[:, part]
+            if smoothing is not None and not isinstance(layer, QuantConv2d):
+                smoothing = smoothing.flatten()
+            grid = self._act(piece, layer.act, i, smoothing, step)
+            weight = self._weight(name, layer, part, i)
+            output = self._product(name, layer, grid, weight, bias=i == 0)
+            total = output if total is None else self._floats(self._op("Add", total, output))
+        assert total is not None
+        return total
+
+    def _pieces(self, x: ir.Value, sizes: Sequence[int], edges: Sequence[int]) -> list[ir.Value]:
+        """The channel groups of x: the operands of the concatenation that made it, else slices."""
+        if len(sizes) == 1:
+            return [x]
+        producer = x.producer()
+        if producer is not None and producer.op_type == "Concat" and producer.attributes["axis"].as_int() == 1:
+            operands = [value for value in producer.inputs if value is not None]
+            if [value.shape[1] if value.shape is not None else None for value in operands] == list(sizes):
+                return operands
+        axis = self._constant(np.array([1], np.int64))
+        ends = [self._constant(np.array([edge], np.int64)) for edge in edges]
+        return [self._op("Slice", x, ends[i], ends[i + 1], axis) for i in range(len(sizes))]
+
+    def _product(self, name: str, layer: QuantLayer, x: ir.Value, weight: ir.Value, bias: bool) -> ir.Value:
+        offset = None
+        if bias and layer.bias is not None:
+            offset = self._initializer(f"{name}.bias", _array(layer.bias.float()))
+        if not isinstance(layer, QuantConv2d):
+            product = self._floats(self._op("MatMul", x, weight))
+            return product if offset is None else self._floats(self._op("Add", product, offset))
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise ValueError(f"{name}: padding {layer.padding_mode!r} {layer.padding!r} is not exported; allowed are numbers of zeros")
+        convolved = self._op(
+            "Conv", x, weight, *([offset] if offset is not None else []),
+            kernel_shape=list(layer.kernel_size), strides=list(layer.stride), pads=[*layer.padding, *layer.padding],
+            dilations=list(layer.dilation), group=layer.groups,
+        )  # fmt: skip
+        return self._floats(convolved)
+
+    def _attention(
+        self, name: str, processor: QuantAttnProcessor, inputs: Sequence[ir.Value | None], scale: float
+    ) -> ir.Value:
+        query, key, value = inputs
+        assert query is not None and key is not None and value is not None
+        # The scale of the scores rides on the step of q.
+        query = self._act(query, processor.q, gain=scale)
+        if processor.q.codes is None:
+            query = self._op("Mul", query, self._scalar(scale))
+        key = self._act(self._op("Transpose", key, perm=[0, 1, 3, 2]), processor.k, signed=True)
+        scores = self._op("Softmax", self._op("MatMul", query, key), axis=-1)
+        weights = self._act(scores, processor.softmax)
+        return self._floats(self._op("MatMul", weights, self._act(value, processor.v, signed=True)))
+
+
+def lower_(model: ir.Model, unet: UNet) -> None:
+    """Replace every marker of `model`, in place, by what the module of that name in `unet` computes.
+
+    Raises:
+        ValueError: naming a layer that has no form in standard operators.
+    """
+    Lowering(model.graph, unet).run()
+    model.opset_imports.pop(DOMAIN, None)
+    used = {value.name for node in model.graph for value in node.inputs if value is not None}
+    for name in [name for name in model.graph.initializers if name not in used]:
+        del model.graph.initializers[name]

@@ -1,0 +1,166 @@
+"""A UNet as an ONNX graph in which every quantized layer and attention product is one marker node.
+
+The markers are operators of the domain "qncd" (`MARKERS`) with the module's name; `qncd.export.lowering` replaces them
+by standard operators. Quantizers and weights never pass through the tracer: it sees shapes alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qncd.export.packages import require
+from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.convert import UNet, quant_layers
+from qncd.quant.layers import QuantConv2d, QuantLayer
+from qncd.quant.quantizers import StepwiseActQuantizer
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DOMAIN = "qncd"
+LAYER, ATTENTION = "Layer", "Attention"  # the markers' operators
+OPSET = 21  # the first with INT4 weights and 16-bit activations
+SMALLEST_TORCH = (2, 8)  # the first with torch.onnx.ops.symbolic
+
+
+class _Network(nn.Module):
+    """The UNet with plain tensors as inputs and output; `timestep` stays visible to the layers with a range for each step."""
+
+    def __init__(self, unet: UNet, condition: str | None) -> None:
+        super().__init__()
+        self.unet, self.condition = unet, condition
+        self.step: list[Tensor] = []  # in a list, so that no module holds a traced tensor as its own
+
+    def forward(self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
+        """(N, C, H, W), (N,), (N, ...) -> (N, C, H, W)."""
+        self.step[:] = [timestep]
+        given = {} if self.condition is None else {self.condition: condition}
+        # forward, not the call: hooks tell steps to quantizers that are not traced.
+        output: Tensor = self.unet.forward(sample, timestep, **given).sample
+        self.step.clear()
+        return output
+
+
+def condition_input(unet: UNet) -> str | None:
+    """The name of the UNet's argument for conditions: a context, class labels, or None for an unconditional network."""
+    if "cross_attention_dim" in unet.config:
+        return "encoder_hidden_states"
+    return "class_labels" if getattr(unet, "class_embedding", None) is not None else None
+
+
+def example_inputs(unet: UNet, batch: int, context_length: int) -> dict[str, Tensor]:
+    """Zeros in the shape of one call, by the name of the input: sample, timestep and the condition if there is one.
+
+    Raises:
+        ValueError: the network takes an embedding that no script of this package gives it.
+    """
+    config = unet.config
+    if getattr(config, "addition_embed_type", None) or getattr(unet, "encoder_hid_proj", None) is not None:
+        raise ValueError("networks with added embeddings (SDXL, image prompts) are not exported")
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    inputs = {
+        "sample": torch.zeros(batch, config.in_channels, height, width, device=unet.device),
+        "timestep": torch.zeros(batch, dtype=torch.int64, device=unet.device),
+    }
+    name = condition_input(unet)
+    if name == "encoder_hidden_states":
+        inputs[name] = torch.zeros(batch, context_length, config.cross_attention_dim, device=unet.device)
+    elif name is not None:
+        inputs[name] = torch.zeros(batch, dtype=torch.int64, device=unet.device)
+    return inputs
+
+
+def _marker(kind: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], shape: Any) -> Tensor:
+    return torch.onnx.ops.symbolic(f"{DOMAIN}::{kind}", inputs, attributes, dtype=inputs[0].dtype, shape=shape, version=1)
+
+
+@contextlib.contextmanager
+def _marked(unet: UNet, step: list[Tensor]) -> Iterator[None]:
+    """Within it, quantized layers and attention products are markers; the time step goes to those that need it."""
+    patched: list[tuple[nn.Module, str]] = []
+
+    def patch(module: nn.Module, attribute: str, function: Any) -> None:
+        object.__setattr__(module, attribute, function)
+        patched.append((module, attribute))
+
+    def layer_forward(name: str, layer: QuantLayer) -> Any:
+        def forward(x: Tensor) -> Tensor:
+            if isinstance(layer, QuantConv2d):
+                # The shape alone: a convolution of meta tensors.
+                weight = torch.empty(layer.weight.shape, device="meta")
+                meta = torch.empty(x.shape, device="meta")
+                shape: Any = F.conv2d(meta, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups).shape
+            else:
+                shape = (*x.shape[:-1], layer.weight.shape[0])
+            inputs = (x, step[0]) if isinstance(layer.act, StepwiseActQuantizer) else (x,)
+            return _marker(LAYER, inputs, {"module": name}, shape)
+
+        return forward
+
+    def attend(name: str) -> Any:
+        def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, upcast: bool) -> Tensor:
+            if mask is not None:
+                raise ValueError(f"{name}: attention with a mask is not exported")
+            return _marker(ATTENTION, (query, key, value), {"module": name, "scale": float(scale)}, query.shape)
+
+        return forward
+
+    try:
+        for name, layer in quant_layers(unet).items():
+            patch(layer, "forward", layer_forward(name, layer))
+        for name, module in unet.named_modules():
+            if isinstance(module, QuantAttnProcessor):
+                module_name = name
+                patch(module, "attend", attend(module_name))
+                patch(module.q, "forward", lambda x: x)
+                patch(module.k, "forward", lambda x: x)
+                patch(module.v, "forward", lambda x: x)
+        yield
+    finally:
+        for module, attribute in patched:
+            object.__delattr__(module, attribute)
+
+
+def trace(unet: UNet, context_length: int = 77) -> ir.Model:
+    """The network as an ONNX graph with markers; the batch is dynamic, height, width and context length are not.
+
+    Args:
+        unet: in floating point or quantized.
+        context_length: tokens of a context, for a network with cross-attention.
+
+    Raises:
+        ValueError: a package is missing, or the network cannot be traced.
+    """
+    require("onnxscript")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SMALLEST_TORCH:
+        raise ValueError(f"exporting needs torch {'.'.join(map(str, SMALLEST_TORCH))} or newer, this is {torch.__version__}")
+    network = _Network(unet, condition_input(unet)).eval()
+    inputs = example_inputs(unet, 2, context_length)
+    batch = torch.export.Dim("batch", min=1, max=1 << 16)
+    shapes = [{0: batch} for _ in inputs]
+    noise = logging.getLogger("torch.onnx")
+    level = noise.level
+    with _marked(unet, network.step), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        noise.setLevel(logging.ERROR)
+        try:
+            program = torch.onnx.export(
+                network, tuple(inputs.values()), dynamo=True, opset_version=OPSET, dynamic_shapes=tuple(shapes),
+                input_names=list(inputs), output_names=["noise"], verbose=False,
+            )  # fmt: skip
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+            raise ValueError(f"the network cannot be traced: {str(error).splitlines()[0]}") from error
+        finally:
+            noise.setLevel(level)
+    assert program is not None
+    return program.model
