@@ -23,6 +23,7 @@ from qncd.config import (
     SamplerConfig,
     SmoothingConfig,
 )
+from qncd.export.packages import BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -235,12 +236,28 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """--backend and --onnx."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--backend", choices=BACKENDS, default="torch",
+        help="what runs the network: torch in floating point on the integers' grid (default), the others in integers",
+    )  # fmt: skip
+    group.add_argument(
+        "--onnx",
+        type=Path,
+        metavar="DIR",
+        help="take the network from here, as scripts/export.py wrote it (default: export it)",
+    )
+
+
 def add_ptq_arguments(parser: argparse.ArgumentParser) -> None:
-    """Quantization, reconstruction, noise correction and calibration: the same in every sampling script."""
+    """Quantization, reconstruction, noise correction, calibration and engine: the same in every sampling script."""
     add_quantization_arguments(parser)
     add_reconstruction_arguments(parser)
     add_correction_arguments(parser)
     add_calibration_arguments(parser)
+    add_engine_arguments(parser)
 
 
 def choose_device(name: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +33,8 @@ SEQUENCE_IMAGES, SEQUENCE_STEPS = 8, 16
 def set_up_logging(level: str) -> None:
     """Messages of the package as plain lines on stderr."""
     logging.basicConfig(level=level.upper(), format="%(message)s", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "onnx_ir", "torch.onnx"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def environment(args: argparse.Namespace, device: str, batch_size: int) -> dict[str, Any]:
@@ -64,6 +66,28 @@ class ImagePlan:
         return folder / image_name(index, self.seed_of(index))
 
 
+def on_engine(args: argparse.Namespace, wanted: Quantization, diffusion: Diffusion, base_hash: str, folder: Path) -> Diffusion:
+    """The same with the network on --backend: from --onnx, else exported to `folder` unless it lies there already.
+
+    Raises:
+        ValueError: --onnx holds another network, or one for samples of another shape.
+        FileNotFoundError: --onnx holds none.
+    """
+    from qncd.export.engines import open_engine
+    from qncd.export.onnx_model import FILE, check_fits, export_unet, is_current
+
+    if args.onnx is None:
+        if not is_current(folder, diffusion.unet, diffusion.shape):
+            path = export_unet(diffusion.unet, folder, wanted.quant, base_hash, shape=diffusion.shape)
+            log.info("exported %s: %.1f MB", path, path.stat().st_size / 1e6)
+    else:
+        folder = args.onnx
+        check_fits(folder, diffusion.unet, diffusion.shape)
+    log.info("%s runs %s", args.backend, folder / FILE)
+    unet: Any = open_engine(diffusion.unet, folder, args.backend)
+    return dataclasses.replace(diffusion, unet=unet)
+
+
 class SamplingJob:
     """The images of one run on their way to its folder."""
 
@@ -90,6 +114,10 @@ class SamplingJob:
                 args, wanted, diffusion, base_hash, self.run.folder, calibration_conditions, key_table
             )
             self.figures["calibration_seconds"] = seconds
+        if args.backend != "torch":
+            start = time.perf_counter()
+            diffusion = on_engine(args, wanted, diffusion, base_hash, self.run.folder / "onnx")
+            self.figures["engine_seconds"] = time.perf_counter() - start
         self.sample_images(diffusion, "images", corrector, wanted.label)
         if args.sequence:
             self.write_sequence(diffusion, corrector)

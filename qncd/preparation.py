@@ -14,6 +14,7 @@ from typing import Any
 
 from qncd import cli
 from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, ReconstructionConfig, SmoothingConfig
+from qncd.export.packages import check_backend
 from qncd.models.key_tables import KeyTable
 from qncd.models.unpickle import load_checkpoint
 from qncd.ptq.calibration import CalibrationSet, calibrate_, load_calibration, save_calibration
@@ -36,7 +37,7 @@ def is_quiet() -> bool:
 
 
 def check_quantization_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that need --ptq without it, or a checkpoint to resume from that is not there."""
+    """Raise ValueError for flags that need --ptq without it, a checkpoint that is not there, or a backend that is not."""
     needing = ("cali_ckpt", "cali_data_path", "resume", "resume_w", "compare_fp", "quant_act", "weight_only", "running_stat")
     for name in (*needing, "rs_sm_only", "a_sym", "emb_float"):
         if getattr(args, name) and not args.ptq:
@@ -48,6 +49,11 @@ def check_quantization_arguments(args: argparse.Namespace) -> None:
     for name in ("resume", "resume_w"):
         if getattr(args, name) and (args.cali_ckpt is None or not args.cali_ckpt.is_file()):
             raise FileNotFoundError(f"--{name} needs a quantized checkpoint: --cali_ckpt {args.cali_ckpt} is none")
+    check_backend(args.backend)
+    if args.onnx and args.backend == "torch":
+        raise ValueError("--onnx needs --backend: torch does not run it")
+    if args.backend != "torch" and getattr(args, "precision", "full") != "full":
+        raise ValueError(f"--precision {args.precision}: allowed with --backend {args.backend} is full")
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ class Quantization:
             "offline_correction": self.offline,
             "calibration": calibration if self.quant else None,
             "batch": batch_size if self.correction and self.correction.statistics == "batch" else None,
+            **({} if args.backend == "torch" else {"backend": args.backend}),
         }
 
 

@@ -26,6 +26,7 @@ LAYERS = (
     ("quant",),
     ("sampling",),
     ("ptq", "training"),
+    ("export",),
     ("cli",),
     ("preparation",),
     ("jobs",),
@@ -62,6 +63,10 @@ HEAVY = (
     "lightning_fabric",
     "torch_fidelity",
     "matplotlib",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "openvino",
 )
 
 

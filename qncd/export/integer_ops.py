@@ -51,12 +51,11 @@ class IntegerKernels:
         return rewritten
 
     def _replace(self, node: ir.Node, old: ir.Value, output: ir.Value) -> None:
-        output.shape, output.dtype = old.shape, old.dtype
+        output.shape, output.type = old.shape, old.type
         self.graph.insert_before(node, self.nodes)
         self.nodes = []
         if old.is_graph_output():
-            name, old.name = old.name, f"{old.name}_float"
-            output.name = name
+            output.name, old.name = old.name, f"{old.name}_float"
         convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
 
@@ -156,7 +155,7 @@ class IntegerKernels:
         ones, zeros = self._constant(np.ones(groups, np.float32)), self._constant(np.zeros(groups, np.float32))
         flat = self._op("Reshape", x, self._constant(np.array([0, groups, -1])))
         normalized = self._op("InstanceNormalization", flat, ones, zeros, epsilon=epsilon)
-        sizes = [int(side) for side in list(x.shape)[1:]]
+        sizes = [side for side in list(x.shape)[1:] if isinstance(side, int)]
         back = self._op("Reshape", normalized, self._constant(np.array([0, *sizes])))
         column = [-1, *[1] * (len(sizes) - 1)]
         shaped = [self._constant(_const(value).reshape(column)) for value in (scale, bias)]

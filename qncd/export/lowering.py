@@ -7,6 +7,7 @@ its smallest one, and the zero point moves along. Widths below 8 bits are clippe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,6 @@ from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import UNet
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.quantizers import ActQuantizer, StepwiseActQuantizer
-
 
 
 def _array(value: Tensor) -> np.ndarray:
@@ -56,8 +56,7 @@ class Lowering:
             self.graph.insert_before(node, self.nodes)
             self.nodes = []
             if old.is_graph_output():
-                name, old.name = old.name, f"{old.name}_marker"
-                output.name = name
+                output.name, old.name = old.name, f"{old.name}_marker"
             convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
             self.graph.remove(node, safe=True)
 
@@ -95,9 +94,15 @@ class Lowering:
     # Activations.
 
     def _act(
-        self, x: ir.Value, quantizer: ActQuantizer, segment: int = 0, smoothing: Tensor | None = None, step: ir.Value | None = None,
-        signed: bool = False, gain: float = 1.0,
-    ) -> ir.Value:  # fmt: skip
+        self,
+        x: ir.Value,
+        quantizer: ActQuantizer,
+        segment: int = 0,
+        smoothing: Tensor | None = None,
+        step: ir.Value | None = None,
+        signed: bool = False,
+        gain: float = 1.0,
+    ) -> ir.Value:
         """x / smoothing on its integer grid, times `gain`.
 
         Args:
@@ -194,7 +199,7 @@ class Lowering:
         assert x is not None
         sizes = layer.config.segments or (layer.weight.shape[1],)
         edges = np.cumsum([0, *sizes]).tolist()
-        parts = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
         total: ir.Value | None = None
         for i, (part, piece) in enumerate(zip(parts, self._pieces(x, sizes, edges), strict=True)):
             smoothing = None if layer.smoothing is None else layer.smoothing[:, part]
@@ -228,7 +233,9 @@ class Lowering:
             product = self._floats(self._op("MatMul", x, weight))
             return product if offset is None else self._floats(self._op("Add", product, offset))
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            raise ValueError(f"{name}: padding {layer.padding_mode!r} {layer.padding!r} is not exported; allowed are numbers of zeros")
+            raise ValueError(
+                f"{name}: padding {layer.padding_mode!r} {layer.padding!r} is not exported; allowed are numbers of zeros"
+            )
         convolved = self._op(
             "Conv", x, weight, *([offset] if offset is not None else []),
             kernel_shape=list(layer.kernel_size), strides=list(layer.stride), pads=[*layer.padding, *layer.padding],
@@ -236,9 +243,7 @@ class Lowering:
         )  # fmt: skip
         return self._floats(convolved)
 
-    def _attention(
-        self, name: str, processor: QuantAttnProcessor, inputs: Sequence[ir.Value | None], scale: float
-    ) -> ir.Value:
+    def _attention(self, name: str, processor: QuantAttnProcessor, inputs: Sequence[ir.Value | None], scale: float) -> ir.Value:
         query, key, value = inputs
         assert query is not None and key is not None and value is not None
         # The scale of the scores rides on the step of q.

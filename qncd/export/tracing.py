@@ -1,6 +1,6 @@
 """A UNet as an ONNX graph in which every quantized layer and attention product is one marker node.
 
-The markers are operators of the domain "qncd" (`MARKERS`) with the module's name; `qncd.export.lowering` replaces them
+The markers are operators of the domain "qncd" with the module's name; `qncd.export.lowering` replaces them
 by standard operators. Quantizers and weights never pass through the tracer: it sees shapes alone.
 """
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 DOMAIN = "qncd"
 LAYER, ATTENTION = "Layer", "Attention"  # the markers' operators
 OPSET = 21  # the first with INT4 weights and 16-bit activations
+EXAMPLE_TOKENS = 7  # of a context; any number goes
 SMALLEST_TORCH = (2, 8)  # the first with torch.onnx.ops.symbolic
 
 
@@ -45,7 +46,8 @@ class _Network(nn.Module):
         self.step[:] = [timestep]
         given = {} if self.condition is None else {self.condition: condition}
         # forward, not the call: hooks tell steps to quantizers that are not traced.
-        output: Tensor = self.unet.forward(sample, timestep, **given).sample
+        network: Any = self.unet
+        output: Tensor = network.forward(sample, timestep, **given).sample
         self.step.clear()
         return output
 
@@ -57,24 +59,28 @@ def condition_input(unet: UNet) -> str | None:
     return "class_labels" if getattr(unet, "class_embedding", None) is not None else None
 
 
-def example_inputs(unet: UNet, batch: int, context_length: int) -> dict[str, Tensor]:
+def example_inputs(unet: UNet, batch: int, shape: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
     """Zeros in the shape of one call, by the name of the input: sample, timestep and the condition if there is one.
+
+    Args:
+        shape: (C, H, W) of one sample; by default the network's own.
 
     Raises:
         ValueError: the network takes an embedding that no script of this package gives it.
     """
-    config = unet.config
+    config: Any = unet.config
     if getattr(config, "addition_embed_type", None) or getattr(unet, "encoder_hid_proj", None) is not None:
         raise ValueError("networks with added embeddings (SDXL, image prompts) are not exported")
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    if shape is None:
+        size = config.sample_size
+        shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
     inputs = {
-        "sample": torch.zeros(batch, config.in_channels, height, width, device=unet.device),
+        "sample": torch.zeros(batch, *shape, device=unet.device),
         "timestep": torch.zeros(batch, dtype=torch.int64, device=unet.device),
     }
     name = condition_input(unet)
     if name == "encoder_hidden_states":
-        inputs[name] = torch.zeros(batch, context_length, config.cross_attention_dim, device=unet.device)
+        inputs[name] = torch.zeros(batch, EXAMPLE_TOKENS, config.cross_attention_dim, device=unet.device)
     elif name is not None:
         inputs[name] = torch.zeros(batch, dtype=torch.int64, device=unet.device)
     return inputs
@@ -120,8 +126,7 @@ def _marked(unet: UNet, step: list[Tensor]) -> Iterator[None]:
             patch(layer, "forward", layer_forward(name, layer))
         for name, module in unet.named_modules():
             if isinstance(module, QuantAttnProcessor):
-                module_name = name
-                patch(module, "attend", attend(module_name))
+                patch(module, "attend", attend(name))
                 patch(module.q, "forward", lambda x: x)
                 patch(module.k, "forward", lambda x: x)
                 patch(module.v, "forward", lambda x: x)
@@ -131,12 +136,12 @@ def _marked(unet: UNet, step: list[Tensor]) -> Iterator[None]:
             object.__delattr__(module, attribute)
 
 
-def trace(unet: UNet, context_length: int = 77) -> ir.Model:
-    """The network as an ONNX graph with markers; the batch is dynamic, height, width and context length are not.
+def trace(unet: UNet, shape: tuple[int, int, int] | None = None) -> ir.Model:
+    """The network as an ONNX graph with markers; batch and tokens are dynamic, channels, height and width are not.
 
     Args:
         unet: in floating point or quantized.
-        context_length: tokens of a context, for a network with cross-attention.
+        shape: (C, H, W) of one sample; by default the network's own.
 
     Raises:
         ValueError: a package is missing, or the network cannot be traced.
@@ -145,9 +150,11 @@ def trace(unet: UNet, context_length: int = 77) -> ir.Model:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SMALLEST_TORCH:
         raise ValueError(f"exporting needs torch {'.'.join(map(str, SMALLEST_TORCH))} or newer, this is {torch.__version__}")
     network = _Network(unet, condition_input(unet)).eval()
-    inputs = example_inputs(unet, 2, context_length)
+    inputs = example_inputs(unet, 2, shape)
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
-    shapes = [{0: batch} for _ in inputs]
+    shapes: list[dict[int, Any]] = [{0: batch} for _ in inputs]
+    if "encoder_hidden_states" in inputs:
+        shapes[-1][1] = torch.export.Dim("tokens", min=1, max=1 << 12)
     noise = logging.getLogger("torch.onnx")
     level = noise.level
     with _marked(unet, network.step), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -72,7 +72,7 @@ class QuantAttnProcessor(nn.Module):
         return torch.div(out, attn.rescale_output_factor) if attn.rescale_output_factor != 1 else out
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, upcast: bool) -> Tensor:
-        """softmax(scale q k^T + mask) v, (N, heads, L, D), in parts: at 64x64 all scores of one image with 8 heads take 512 MiB."""
+        """softmax(scale q k^T + mask) v, (N, heads, L, D), in parts: at 64x64 one image's scores with 8 heads take 512 MiB."""
         query = query * scale
         parts = _score_parts(query, key)
         outs = []
