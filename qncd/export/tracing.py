@@ -136,6 +136,13 @@ def _marked(unet: UNet, step: list[Tensor]) -> Iterator[None]:
             object.__delattr__(module, attribute)
 
 
+def _first_line(error: BaseException) -> str:
+    """What went wrong at first: the exporter wraps it in general advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def trace(unet: UNet, shape: tuple[int, int, int] | None = None) -> ir.Model:
     """The network as an ONNX graph with markers; batch and tokens are dynamic, channels, height and width are not.
 
@@ -166,7 +173,7 @@ def trace(unet: UNet, shape: tuple[int, int, int] | None = None) -> ir.Model:
                 input_names=list(inputs), output_names=["noise"], verbose=False,
             )  # fmt: skip
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-            raise ValueError(f"the network cannot be traced: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"the network cannot be traced: {_first_line(error)}") from error
         finally:
             noise.setLevel(level)
     assert program is not None
