@@ -40,7 +40,14 @@ INSTALL_REQUIRES = [
     "matplotlib>=3.8,<4",
     "pyyaml>=6.0.1,<7",
 ]
+EXPORT_REQUIRES = [  # scripts/export.py and --backend; exporting also needs torch 2.8 or newer
+    "onnx>=1.18,<2",
+    "onnxscript>=0.5,<1",
+    "onnxruntime>=1.22,<2",
+    "openvino>=2025.2",
+]
 TEST_REQUIRES = [
+    *EXPORT_REQUIRES,
     "pytest>=8,<10",
     "ruff>=0.9,<1",
     "mypy>=1.13,<3",
@@ -65,5 +72,5 @@ setup(
     packages=find_packages(where=str(ROOT), include=["qncd", "qncd.*"]),
     package_data={"qncd": ["py.typed", "assets/**/*", "models/registry.json"]},
     install_requires=INSTALL_REQUIRES,
-    extras_require={"test": TEST_REQUIRES},
+    extras_require={"test": TEST_REQUIRES, "export": EXPORT_REQUIRES},
 )
