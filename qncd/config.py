@@ -49,6 +49,9 @@ class QuantConfig:
         stepwise_embedding: the inputs of those layers have a range for each time step that the sampler visits (TFMQ-DM,
             arXiv 2311.16503).
         quantize_embedding: quantize the time embedding's layers and the blocks' projections of it as well.
+        stepwise_activations: every activation has a range for each time step that the sampler visits.
+        gptq: round each layer's weights in sequence, every error made up for by the weights not yet rounded (GPTQ, arXiv
+            2210.17323), towards what the layer gives on inputs that are not rounded. Takes bias correction's place.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
@@ -65,6 +68,8 @@ class QuantConfig:
     quantize_attention: bool = True
     quantize_embedding: bool = True
     stepwise_embedding: bool = False
+    stepwise_activations: bool = False
+    gptq: bool = False
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
