@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qncd.benchmark.cells import write_text
+from qncd.benchmark.peers import PEERS
 from qncd.benchmark.plan import ERROR_IMAGES, FULL, MODES, UNBIASED_IMAGES, Cell, Plan
 from qncd.benchmark.subjects import TITLES
 from qncd.io.runs import Run
@@ -95,13 +96,31 @@ def caption(
         + (f"; without the {identical} images that equal it." if identical else "."),
         "Noise-prediction error: ‖ε − ε_FP‖² / ‖ε_FP‖² at the quantized model's own x_t, ε after correction, mean over the "
         f"steps, first {min(ERROR_IMAGES, plan.images)} images.",
-        "linear: min-max ranges, no split. All others: mse weight ranges, min-max activation ranges, split. qncd: and bias "
-        "correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, tfmq, d2dpm and qncd, weights "
-        f"reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; the other rows round to nearest.",
+        "linear: min-max ranges, no split. This package's other modes: mse weight ranges, min-max activation ranges, split. "
+        "qncd: and bias correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, tfmq, "
+        f"d2dpm and qncd, weights reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; this package's "
+        "other rows round to nearest.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",
     ]
     if len(commits) > 1:
         notes.append("The cells come from more than one state of the code.")
+    return notes
+
+
+def peer_notes(records: dict[Cell, dict[str, Any]]) -> list[str]:
+    """What the other toolkits did: their versions and settings, and how much of the network they quantized."""
+    notes = []
+    for mode, peer in PEERS.items():
+        found = {cell: record for cell, record in records.items() if cell.mode == mode}
+        if not found:
+            continue
+        versions = sorted({record["peer"]["version"] for record in found.values()})
+        counts = {cell: record["figures"]["integer"] for cell, record in found.items()}
+        shares = {f"{cell.width} {n['weights']} and {n['inputs']} of {n['layers']}": None for cell, n in counts.items()}
+        notes.append(
+            f"{peer.title}: {peer.package} {', '.join(versions)}, {peer.settings}. Convolutions and linear layers with integer "
+            f"weights and with integer inputs: {'; '.join(shares)}."
+        )
     return notes
 
 
@@ -113,6 +132,7 @@ def write_report(command: str, run: Run, plan: Plan, cells: Sequence[Cell], conv
     rows = summarize(records, cells)
     commits = sorted({record["git_commit"] for record in records.values() if record["git_commit"]})
     notes = caption(command, plan, 1 + max(cell.seed for cell in cells), convention, rows, commits)
+    notes[-1:-1] = peer_notes(records)
     if missing := [cell.name for cell in cells if cell not in records]:
         notes.append(f"Not finished: {len(missing)} of {len(cells)} cells.")
     session = run.record
