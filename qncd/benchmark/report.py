@@ -1,12 +1,10 @@
-"""The results of a quality benchmark: table, machine-readable file, plot."""
+"""The results of a quality benchmark: table and machine-readable file; the pictures are in plots.py."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from qncd.benchmark.cells import write_text
 from qncd.benchmark.peers import PEERS
 from qncd.benchmark.plan import ERROR_IMAGES, FULL, MODES, UNBIASED_IMAGES, Cell, Plan
+from qncd.benchmark.plots import draw_bars, draw_errors
 from qncd.benchmark.subjects import TITLES
 from qncd.io.runs import Run
 
@@ -125,7 +124,7 @@ def peer_notes(records: dict[Cell, dict[str, Any]]) -> list[str]:
 
 
 def write_report(command: str, run: Run, plan: Plan, cells: Sequence[Cell], convention: str) -> None:
-    """quality.json, quality.md and quality.png of the cells that are there, and the table on stdout."""
+    """quality.json, quality.md and the pictures of the cells that are there, and the table on stdout."""
     records = {cell: record for cell in cells if (record := cell.finished(plan)) is not None}
     if not records:
         raise ValueError(f"{plan.out}: no finished cell with these settings")
@@ -144,33 +143,6 @@ def write_report(command: str, run: Run, plan: Plan, cells: Sequence[Cell], conv
     lines = ["# Quality after quantization", "", *table_lines(rows), "", *(f"- {note}" for note in notes)]
     write_text(plan.out / "quality.md", "\n".join(lines) + "\n")
     draw_errors(rows, plan.out / "quality.png")
+    draw_bars(rows, plan.out / "quality_bars.png")
     print("\n".join(lines[2:]))
-    log.info("written: %s", ", ".join(str(plan.out / f"quality.{suffix}") for suffix in ("md", "json", "png")))
-
-
-def draw_errors(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Noise-prediction error by step: a panel for each width, a line for each mode, the spread over seeds as a band."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    widths = list(dict.fromkeys(row["width"] for row in rows if "noise_error_per_step" in row))
-    if not widths:
-        return
-    figure = Figure(figsize=(4.2 * len(widths), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(widths), squeeze=False, sharey=True)[0]
-    for panel, width in zip(panels, widths, strict=True):
-        for row in rows:
-            if row["width"] != width or "noise_error_per_step" not in row:
-                continue
-            values, color = row["noise_error_per_step"], f"C{list(MODES).index(row['mode'])}"
-            steps = range(1, len(values["mean"]) + 1)
-            panel.plot(steps, values["mean"], label=MODES[row["mode"]], color=color, linewidth=1.5)
-            panel.fill_between(steps, values["min"], values["max"], color=color, alpha=0.2, linewidth=0)
-        panel.set(title=width, xlabel="step (1: the noisiest)", yscale="log")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("relative squared error of the noise prediction")
-    panels[0].legend(fontsize="small")
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    log.info("written: %s", ", ".join(str(plan.out / f"quality{end}") for end in (".md", ".json", ".png", "_bars.png")))
