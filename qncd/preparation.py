@@ -124,72 +124,121 @@ def prepare_quantized(
     Returns:
         the corrector, where one is asked for, and the seconds that calibrating took.
     """
-    quant, controlled = wanted.quant, wanted.controlled
-    assert quant is not None
     calibration = CalibrationConfig(args.cali_n, args.cali_st, args.cali_batch_size, args.cali_seed)
-    settings = {
-        "reconstruction": wanted.reconstruction and dataclasses.asdict(wanted.reconstruction),
-        "sampler": dataclasses.asdict(diffusion.config),
-        "guidance": conditions.scale if conditions else None,
-        "correction": {"interval": controlled.interval, "target": controlled.target} if controlled else None,
-    }
-
-    def record() -> NoiseTable:
-        assert controlled is not None
-        with cli.progress_bar("full-precision noise table", "image", is_quiet()) as bar:
-            return record_noise_table(diffusion, calibration, controlled, bar, conditions)
-
-    def corrector(table: NoiseTable | None, offline: OfflineStatistics | None) -> Corrector | None:
-        if wanted.offline and offline:
-            return OfflineCorrector(wanted.offline, offline)
-        return RuntimeNoiseCorrector(wanted.correction, table if controlled else None) if wanted.correction else None
-
-    def watch(reference: Diffusion) -> OfflineStatistics:
-        with cli.progress_bar("offline statistics", "image", is_quiet()) as bar:
-            return record_offline(reference, diffusion, calibration, bar, conditions)
-
+    preparation = _Preparation(args, wanted, diffusion, base_hash, calibration, conditions)
     there = args.cali_ckpt is not None and args.cali_ckpt.is_file()
     if there and args.cali_ckpt.suffix != ".safetensors":
-        table, reference = record() if controlled else None, _copy_for(wanted, diffusion)
-        _load_qdiffusion_(args, diffusion, quant, key_table)
-        return corrector(table, watch(reference) if reference else None), 0.0
+        return _from_qdiffusion(preparation, key_table), 0.0
     if there and not args.resume_w:
-        info, table = peek_quantized(args.cali_ckpt)
-        _check_same(args.cali_ckpt, info, quant, wanted.smoothing is not None)
-        if wanted.reconstruction and info.settings.get("reconstruction") != settings["reconstruction"]:
-            raise ValueError(f"{args.cali_ckpt}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
-        if info.settings.get("sampler") != settings["sampler"] and info.smoothed:
-            log.warning("%s was smoothed for the time steps of %s", args.cali_ckpt, info.settings.get("sampler"))
-        made_for = {key: info.settings.get(key) for key in ("sampler", "guidance", "correction")}
-        if controlled and (table is None or any(made_for[key] != settings[key] for key in made_for)):
-            table = record()
-        offline, reference = info.offline, _copy_for(wanted, diffusion)
-        load_quantized_(diffusion.unet, args.cali_ckpt, base_hash)
-        log.info("loaded %s: %s", args.cali_ckpt, info.config.label)
-        if reference and (offline is None or any(made_for[key] != settings[key] for key in ("sampler", "guidance"))):
-            offline = watch(reference)
-        return corrector(table, offline), 0.0
-    if there:
+        return _from_checkpoint(preparation), 0.0
+    return _by_calibrating(preparation, folder)
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """What the three ways to a quantized network share: the arguments of `prepare_quantized`, and what follows from them."""
+
+    args: argparse.Namespace
+    wanted: Quantization
+    diffusion: Diffusion
+    base_hash: str
+    calibration: CalibrationConfig
+    conditions: Conditions | None
+
+    @property
+    def quant(self) -> QuantConfig:
+        assert self.wanted.quant is not None
+        return self.wanted.quant
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint depends on beside its QuantConfig."""
+        reconstruction, controlled = self.wanted.reconstruction, self.wanted.controlled
+        return {
+            "reconstruction": reconstruction and dataclasses.asdict(reconstruction),
+            "sampler": dataclasses.asdict(self.diffusion.config),
+            "guidance": self.conditions.scale if self.conditions else None,
+            "correction": {"interval": controlled.interval, "target": controlled.target} if controlled else None,
+        }
+
+    def noise_table(self) -> NoiseTable | None:
+        """The control table by a full-precision run, where the correction needs one; the network is not quantized yet."""
+        if self.wanted.controlled is None:
+            return None
+        with cli.progress_bar("full-precision noise table", "image", is_quiet()) as bar:
+            return record_noise_table(self.diffusion, self.calibration, self.wanted.controlled, bar, self.conditions)
+
+    def reference(self) -> Diffusion | None:
+        """The full-precision model beside the one that will be quantized, where a correction compares the two."""
+        return dataclasses.replace(self.diffusion, unet=copy.deepcopy(self.diffusion.unet)) if self.wanted.offline else None
+
+    def offline_statistics(self, reference: Diffusion | None) -> OfflineStatistics | None:
+        """What quantization did to the noise prediction, None without a reference; the network is quantized by now."""
+        if reference is None:
+            return None
+        with cli.progress_bar("offline statistics", "image", is_quiet()) as bar:
+            return record_offline(reference, self.diffusion, self.calibration, bar, self.conditions)
+
+    def corrector(self, table: NoiseTable | None, offline: OfflineStatistics | None) -> Corrector | None:
+        wanted = self.wanted
+        if wanted.offline and offline:
+            return OfflineCorrector(wanted.offline, offline)
+        return RuntimeNoiseCorrector(wanted.correction, table if wanted.controlled else None) if wanted.correction else None
+
+
+def _from_qdiffusion(preparation: _Preparation, key_table: KeyTable | None) -> Corrector | None:
+    """A --cali_ckpt of Q-Diffusion."""
+    table, reference = preparation.noise_table(), preparation.reference()
+    _load_qdiffusion_(preparation.args, preparation.diffusion, preparation.quant, key_table)
+    return preparation.corrector(table, preparation.offline_statistics(reference))
+
+
+def _from_checkpoint(preparation: _Preparation) -> Corrector | None:
+    """A --cali_ckpt of this package, with what it holds for the correction where that was made with the same settings."""
+    path, wanted, settings = preparation.args.cali_ckpt, preparation.wanted, preparation.settings
+    info, table = peek_quantized(path)
+    _check_same(path, info, preparation.quant, wanted.smoothing is not None)
+    if wanted.reconstruction and info.settings.get("reconstruction") != settings["reconstruction"]:
+        raise ValueError(f"{path}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
+    if info.settings.get("sampler") != settings["sampler"] and info.smoothed:
+        log.warning("%s was smoothed for the time steps of %s", path, info.settings.get("sampler"))
+    made_for = {key: info.settings.get(key) for key in ("sampler", "guidance", "correction")}
+    if wanted.controlled and (table is None or any(made_for[key] != settings[key] for key in made_for)):
+        table = preparation.noise_table()
+    offline, reference = info.offline, preparation.reference()
+    load_quantized_(preparation.diffusion.unet, path, preparation.base_hash)
+    log.info("loaded %s: %s", path, info.config.label)
+    if offline is None or any(made_for[key] != settings[key] for key in ("sampler", "guidance")):
+        offline = preparation.offline_statistics(reference)
+    return preparation.corrector(table, offline)
+
+
+def _by_calibrating(preparation: _Preparation, folder: Path) -> tuple[Corrector | None, float]:
+    """Calibrate, with --resume_w around the weights of --cali_ckpt, and write the checkpoint. Also the seconds taken."""
+    args, wanted, diffusion, base_hash = preparation.args, preparation.wanted, preparation.diffusion, preparation.base_hash
+    if args.resume_w:
         info, _ = peek_quantized(args.cali_ckpt)
-        _check_same(args.cali_ckpt, info, quant, wanted.smoothing is not None, WEIGHT_SETTINGS)
-    start, table = time.perf_counter(), None
+        _check_same(args.cali_ckpt, info, preparation.quant, wanted.smoothing is not None, WEIGHT_SETTINGS)
+    start = time.perf_counter()
     if args.cali_data_path and args.cali_data_path.exists():
         data = load_calibration(args.cali_data_path, args.cali_n, args.cali_st)
         data.check_model(diffusion.unet, base_hash)
-        table = record() if controlled else None
+        table = preparation.noise_table()
     else:
         with cli.progress_bar("calibration set", "image", is_quiet()) as bar:
-            data, table = sample_calibration(diffusion, calibration, controlled, base_hash, bar, conditions)
+            data, table = sample_calibration(
+                diffusion, preparation.calibration, wanted.controlled, base_hash, bar, preparation.conditions
+            )
         if args.cali_data_path:
             save_calibration(data, args.cali_data_path)
-    reference = _copy_for(wanted, diffusion)
+    reference = preparation.reference()
     _quantize_(args, wanted, diffusion, data, base_hash, folder)
-    offline = watch(reference) if reference else None
+    offline = preparation.offline_statistics(reference)
     target = folder / "quantized.safetensors" if args.resume_w else args.cali_ckpt
     if target:
-        save_quantized(diffusion.unet, target, quant, base_hash, table, settings, offline)
+        save_quantized(diffusion.unet, target, preparation.quant, base_hash, table, preparation.settings, offline)
         log.info("quantized checkpoint: %s, %.1f MB", target, target.stat().st_size / 1e6)
-    return corrector(table, offline), time.perf_counter() - start
+    return preparation.corrector(table, offline), time.perf_counter() - start
 
 
 def _load_qdiffusion_(args: argparse.Namespace, diffusion: Diffusion, quant: QuantConfig, table: KeyTable | None) -> None:
@@ -206,11 +255,6 @@ def _load_qdiffusion_(args: argparse.Namespace, diffusion: Diffusion, quant: Qua
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     log.info("loaded %s: %s as Q-Diffusion wrote it", path, quant.label)
-
-
-def _copy_for(wanted: Quantization, diffusion: Diffusion) -> Diffusion | None:
-    """The full-precision model beside the one that will be quantized, where a correction compares the two."""
-    return dataclasses.replace(diffusion, unet=copy.deepcopy(diffusion.unet)) if wanted.offline else None
 
 
 def _quantize_(

@@ -26,6 +26,7 @@ LAYERS = (
     ("quant",),
     ("sampling",),
     ("ptq", "training"),
+    ("classifier_training",),
     ("cli",),
     ("preparation",),
     ("jobs",),

@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qncd.benchmark.peers import PEERS, Peer
 from qncd.config import (
     CalibrationConfig,
     CorrectionConfig,
@@ -22,7 +24,7 @@ from qncd.config import (
 if TYPE_CHECKING:
     from qncd.benchmark.subjects import Subject
 
-MODES = {  # name: what the table calls it
+OWN_MODES = {  # name: what the table calls it
     "linear": "linear",
     "qdiff": "qdiff",
     "ptqd": "ptqd",
@@ -35,6 +37,7 @@ MODES = {  # name: what the table calls it
     "paper": "qncd, no bias correction",
     "recon": "qncd, weights reconstructed",
 }
+MODES = OWN_MODES | {mode: peer.title for mode, peer in PEERS.items()}
 DEFAULT_MODES = ("linear", "smoothing", "correction", "qncd")
 WIDTHS = ("W8A8", "W4A8", "W8A6", "W4A6")
 FULL = "FP"
@@ -126,9 +129,14 @@ class Cell:
         return plan.out / "cells" / f"{self.name}.json"
 
     @property
+    def peer(self) -> Peer | None:
+        """The toolkit that quantizes, None for this package."""
+        return PEERS.get(self.mode)
+
+    @property
     def quant(self) -> QuantConfig | None:
-        """Min-max ranges alone (linear), or mse weight ranges, split and bias correction (all others)."""
-        if self.mode == FULL:
+        """Min-max ranges alone (linear), or mse weight ranges, split and bias correction (all others); None for peers."""
+        if self.mode == FULL or self.peer:
             return None
         linear, (weight_bits, act_bits) = self.mode == "linear", parse_width(self.width)
         weight_range = "max" if linear else "mse"
@@ -170,6 +178,10 @@ class Cell:
             "reconstruction": recon and dataclasses.asdict(recon),
             "calibration": quant and dataclasses.asdict(calibration),
         }
+        if self.peer:
+            given = {"peer": self.mode, "width": self.width, "settings": self.peer.settings}
+            used = dataclasses.asdict(calibration) if self.peer.calibrated else None
+            settings |= {"quantization": given, "calibration": used}
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
 
@@ -180,6 +192,36 @@ class Cell:
             return record if record["settings"] == self.settings(plan) and record["figures"] else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
+
+
+def make_cells(widths: Sequence[str] | None, modes: Sequence[str], seeds: int) -> list[Cell]:
+    """Full precision, and every mode at every width that it can do, by seeds.
+
+    Args:
+        widths: asked for; None for WIDTHS.
+        modes: in the order of MODES from then on.
+        seeds: repetitions; one of a mode that no calibration set changes.
+
+    Raises:
+        ValueError: a width is none, or a peer can do none of those asked for.
+    """
+    named = [f"W{w}A{a}" for w, a in dict.fromkeys(parse_width(text) for text in widths or WIDTHS)]
+    chosen = [mode for mode in MODES if mode in modes]
+    for mode in chosen:
+        if mode in PEERS and not any(can_do(mode, width) for width in named):
+            raise ValueError(f"--widths {' '.join(named)}: --modes {mode} can do {PEERS[mode].widths}")
+    return [Cell(FULL)] + [
+        Cell(width, mode, seed)
+        for seed in range(seeds)
+        for width in named
+        for mode in chosen
+        if can_do(mode, width) and (not seed or mode not in PEERS or PEERS[mode].calibrated)
+    ]
+
+
+def can_do(mode: str, width: str) -> bool:
+    """Whether a mode has a width such as W4A8: peers do not have all."""
+    return mode not in PEERS or PEERS[mode].allows(*parse_width(width))
 
 
 def corrects(mode: str) -> bool:
