@@ -14,6 +14,7 @@ from typing import Any
 
 from qncd import cli
 from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, ReconstructionConfig, SmoothingConfig
+from qncd.distributed import OneProcess, Processes
 from qncd.models.key_tables import KeyTable
 from qncd.models.unpickle import load_checkpoint
 from qncd.ptq.calibration import CalibrationSet, calibrate_, load_calibration, save_calibration
@@ -111,6 +112,7 @@ def prepare_quantized(
     folder: Path,
     conditions: Conditions | None = None,
     key_table: KeyTable | None = None,
+    processes: Processes | None = None,
 ) -> tuple[Corrector | None, float]:
     """Turn the network of `diffusion` into the quantized one: from --cali_ckpt where it exists, else by calibrating.
 
@@ -120,11 +122,12 @@ def prepare_quantized(
         folder: of the run; with --resume_w the new checkpoint is written into it.
         conditions: one for each of the --cali_n calibration trajectories.
         key_table: names of the original model's layers, for a checkpoint of Q-Diffusion; None where they are unknown.
+        processes: who shares the reconstruction, all with the same arguments; the first one writes the files.
 
     Returns:
         the corrector, where one is asked for, and the seconds that calibrating took.
     """
-    quant, controlled = wanted.quant, wanted.controlled
+    quant, controlled, processes = wanted.quant, wanted.controlled, processes or OneProcess()
     assert quant is not None
     calibration = CalibrationConfig(args.cali_n, args.cali_st, args.cali_batch_size, args.cali_seed)
     settings = {
@@ -148,7 +151,8 @@ def prepare_quantized(
         with cli.progress_bar("offline statistics", "image", is_quiet()) as bar:
             return record_offline(reference, diffusion, calibration, bar, conditions)
 
-    there = args.cali_ckpt is not None and args.cali_ckpt.is_file()
+    # One process may be done with a file before another one looks.
+    there = processes.share(args.cali_ckpt is not None and args.cali_ckpt.is_file())
     if there and args.cali_ckpt.suffix != ".safetensors":
         table, reference = record() if controlled else None, _copy_for(wanted, diffusion)
         _load_qdiffusion_(args, diffusion, quant, key_table)
@@ -156,7 +160,7 @@ def prepare_quantized(
     if there and not args.resume_w:
         info, table = peek_quantized(args.cali_ckpt)
         _check_same(args.cali_ckpt, info, quant, wanted.smoothing is not None)
-        if wanted.reconstruction and info.settings.get("reconstruction") != settings["reconstruction"]:
+        if wanted.reconstruction and _reconstruction_of(info) != settings["reconstruction"]:
             raise ValueError(f"{args.cali_ckpt}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
         if info.settings.get("sampler") != settings["sampler"] and info.smoothed:
             log.warning("%s was smoothed for the time steps of %s", args.cali_ckpt, info.settings.get("sampler"))
@@ -173,20 +177,20 @@ def prepare_quantized(
         info, _ = peek_quantized(args.cali_ckpt)
         _check_same(args.cali_ckpt, info, quant, wanted.smoothing is not None, WEIGHT_SETTINGS)
     start, table = time.perf_counter(), None
-    if args.cali_data_path and args.cali_data_path.exists():
+    if processes.share(args.cali_data_path is not None and args.cali_data_path.exists()):
         data = load_calibration(args.cali_data_path, args.cali_n, args.cali_st)
         data.check_model(diffusion.unet, base_hash)
         table = record() if controlled else None
     else:
         with cli.progress_bar("calibration set", "image", is_quiet()) as bar:
             data, table = sample_calibration(diffusion, calibration, controlled, base_hash, bar, conditions)
-        if args.cali_data_path:
+        if args.cali_data_path and processes.is_first:
             save_calibration(data, args.cali_data_path)
     reference = _copy_for(wanted, diffusion)
-    _quantize_(args, wanted, diffusion, data, base_hash, folder)
+    _quantize_(args, wanted, diffusion, data, base_hash, folder, processes)
     offline = watch(reference) if reference else None
     target = folder / "quantized.safetensors" if args.resume_w else args.cali_ckpt
-    if target:
+    if target and processes.is_first:
         save_quantized(diffusion.unet, target, quant, base_hash, table, settings, offline)
         log.info("quantized checkpoint: %s, %.1f MB", target, target.stat().st_size / 1e6)
     return corrector(table, offline), time.perf_counter() - start
@@ -214,13 +218,21 @@ def _copy_for(wanted: Quantization, diffusion: Diffusion) -> Diffusion | None:
 
 
 def _quantize_(
-    args: argparse.Namespace, wanted: Quantization, diffusion: Diffusion, data: CalibrationSet, base_hash: str, folder: Path
+    args: argparse.Namespace,
+    wanted: Quantization,
+    diffusion: Diffusion,
+    data: CalibrationSet,
+    base_hash: str,
+    folder: Path,
+    processes: Processes,
 ) -> None:
     quant = wanted.quant
     assert quant is not None
+    learns_steps = wanted.reconstruction is not None and wanted.reconstruction.act_iterations > 0
     with (
         cli.progress_bar("reconstruction", "block", is_quiet() or wanted.reconstruction is None) as blocks,
         cli.progress_bar(f"calibrating {quant.label}", "input", is_quiet()) as bar,
+        cli.progress_bar("activation steps", "block", is_quiet() or not learns_steps) as steps,
     ):
         if args.resume_w:
             load_weights_(diffusion.unet, args.cali_ckpt, quant, base_hash)
@@ -231,8 +243,14 @@ def _quantize_(
         else:
             quantize_with_(
                 diffusion, quant, data, wanted.smoothing, args.cali_batch_size, bar, wanted.reconstruction, blocks,
-                folder / "reconstruction" if wanted.reconstruction else None,
+                folder / "reconstruction" if wanted.reconstruction else None, steps, processes,
             )  # fmt: skip
+
+
+def _reconstruction_of(info: QuantizedInfo) -> dict[str, Any] | None:
+    """How a checkpoint was reconstructed; settings that are younger than the file have the value that was the only one then."""
+    found = info.settings.get("reconstruction")
+    return found and {"cache": "fp16", "act_iterations": 0, "act_lr": ReconstructionConfig.act_lr, **found}
 
 
 def _check_same(path: Path, info: QuantizedInfo, wanted: QuantConfig, smooth: bool, names: Sequence[str] | None = None) -> None:

@@ -105,17 +105,36 @@ class ActQuantizer(nn.Module):
         return x.split(self.segments, 1) if self.segments else (x,)
 
     def _fake_quantize(self, x: Tensor, smoothing: Tensor | None, owned: bool) -> Tensor:
+        if self.scale.requires_grad:
+            return self._straight_through(x, smoothing)
         # clamp(round(x/s) + z, qmin, qmax) - z = clamp(round(x/s), qmin - z, qmax - z): one pass over memory fewer.
         if self.segments is None:
             scale = self.scale[0]
             divisor = scale if smoothing is None else smoothing * scale
             divided = x.div_(divisor) if owned and not x.requires_grad else torch.div(x, divisor)
             return divided.round_().clamp_(*self._bounds[0]).mul_(scale)
-        scale = self.scale.repeat_interleave(torch.tensor(self.segments, device=x.device)).view(1, -1, *[1] * (x.ndim - 2))
+        scale = self._expanded_scale(x)
         out = torch.div(x, scale if smoothing is None else smoothing * scale).round_()
         for part, bounds in zip(self._split(out), self._bounds, strict=True):
             part.clamp_(*bounds)
         return out.mul_(scale)
+
+    def _straight_through(self, x: Tensor, smoothing: Tensor | None) -> Tensor:
+        """The same values with gradients, as if rounding did nothing: to x where it is not clipped, and to the scales.
+
+        The scale's is that of LSQ (arXiv 1902.08153, eq. 3): round(x/s) - x/s within the range, the bound outside.
+        """
+        scale = self._expanded_scale(x)
+        divided = x / (scale if smoothing is None else smoothing * scale)
+        rounded = divided.detach().round() + (divided - divided.detach())
+        parts = [part.clamp(*bounds) for part, bounds in zip(self._split(rounded), self._bounds, strict=True)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)) * scale
+
+    def _expanded_scale(self, x: Tensor) -> Tensor:
+        """The scales as they broadcast against x."""
+        if self.segments is None:
+            return self.scale[0]
+        return self.scale.repeat_interleave(torch.tensor(self.segments, device=x.device)).view(1, -1, *[1] * (x.ndim - 2))
 
     def extra_repr(self) -> str:
         return f"bits={self.codes.bits if self.codes else None}, segments={self.segments}, stage={self.stage.value}"

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qncd.config import QuantConfig, ReconstructionConfig
 from qncd.ptq.activation_store import ActivationStore
+from qncd.ptq.blocks import execution_order, reconstruction_units
 from qncd.ptq.calibration import CalibrationSet
-from qncd.ptq.reconstruction import execution_order, reconstruct_, reconstruction_units
+from qncd.ptq.reconstruction import reconstruct_
 from qncd.quant.convert import quant_layers, quantize_
 
 FAST = ReconstructionConfig(iterations=60, batch_size=16, inputs=None)
@@ -60,9 +61,9 @@ def test_it_brings_the_output_nearer(make_unet: Any, make_cross_unet: Any, kind:
     nearest = copy.deepcopy(unet)
     for layer in quant_layers(nearest).values():
         layer.quantize_weight_()
-    seen: list[tuple[int, int]] = []
-    results = reconstruct_(unet, reference, data, FAST, lambda done, total: seen.append((done, total)))
-    assert seen[-1][0] == seen[-1][1] == len(results)
+    seen: list[tuple[int, int, float]] = []
+    results = reconstruct_(unet, reference, data, FAST, lambda done, total, left: seen.append((done, total, left)))
+    assert seen[-1] == (len(results), len(results), 0.0)
     assert (
         all(result.after <= result.before for result in results if result.kept)
         and sum(r.kept for r in results) > len(results) / 2
@@ -82,7 +83,7 @@ def test_it_goes_on_after_the_last_finished_block(make_unet: Any, tmp_path: Path
     reconstruct_(whole, reference, data, config)
     cut, reference = prepared(make_unet())
 
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, left: float) -> None:
         if done == 4:
             raise KeyboardInterrupt
 
@@ -110,9 +111,7 @@ def test_a_small_budget_goes_to_files_and_changes_nothing(make_unet: Any) -> Non
 def test_a_block_that_fails_is_named(make_unet: Any) -> None:
     unet, reference = prepared(make_unet())
     reference.mid_block.resnets[0].norm1.weight[0] = torch.inf
-    with pytest.raises(
-        ValueError, match=r"^reconstruction of mid_block\.resnets\.0: an activation is NaN, infinite or too large"
-    ):
+    with pytest.raises(ValueError, match=r"^reconstruction of mid_block\.resnets\.0: an activation is NaN or infinite"):
         reconstruct_(unet, reference, calibration(count=8), dataclasses.replace(FAST, iterations=1))
 
 
@@ -126,5 +125,17 @@ def test_the_store_keeps_rows(tmp_path: Path, on_disk: bool) -> None:
     assert not list(tmp_path.iterdir()), "the file has no name"
     with pytest.raises(ValueError, match=r"^6 rows for a store of 5$"):
         store.append(values[:1])
-    with pytest.raises(ValueError, match=r"^an activation is NaN, infinite or too large for torch.float16$"):
-        ActivationStore(1).append(torch.tensor([[1e6]]))
+    with pytest.raises(ValueError, match=r"^an activation is NaN or infinite$"):
+        ActivationStore(1).append(torch.tensor([[torch.inf]]))
+
+
+def test_what_half_precision_cannot_hold_the_other_caches_do() -> None:
+    large = torch.tensor([[1e6, 1.0]])
+    with pytest.raises(
+        ValueError, match=r"^an activation of 1e\+06 is too large for a cache in fp16 \(up to 65504\): allowed is bf16$"
+    ):
+        ActivationStore(1).append(large)
+    for dtype in (torch.bfloat16, torch.float32):
+        store = ActivationStore(1, dtype)
+        store.append(large)
+        torch.testing.assert_close(store[torch.tensor([0])], large, rtol=0.01, atol=0)
