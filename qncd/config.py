@@ -113,7 +113,7 @@ class ReconstructionConfig:
     cache: str = "fp16"
     seed: int = 0
     act_iterations: int = 0
-    act_lr: float = 1e-3
+    act_lr: float = 1e-2
 
     def __post_init__(self) -> None:
         check_int("iterations", self.iterations, 1)

@@ -122,13 +122,15 @@ class ActQuantizer(nn.Module):
     def _straight_through(self, x: Tensor, smoothing: Tensor | None) -> Tensor:
         """The same values with gradients, as if rounding did nothing: to x where it is not clipped, and to the scales.
 
-        The scale's is that of LSQ (arXiv 1902.08153, eq. 3): round(x/s) - x/s within the range, the bound outside.
+        The scale's is that of LSQ (arXiv 1902.08153, eq. 3): round(x/s) - x/s within the range, the bound outside; what
+        rounds into the range counts as within.
         """
         scale = self._expanded_scale(x)
         divided = x / (scale if smoothing is None else smoothing * scale)
-        rounded = divided.detach().round() + (divided - divided.detach())
-        parts = [part.clamp(*bounds) for part, bounds in zip(self._split(rounded), self._bounds, strict=True)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)) * scale
+        rounded = divided.detach().round()
+        codes = [part.clamp(*bounds) for part, bounds in zip(self._split(rounded), self._bounds, strict=True)]
+        clipped = codes[0] if len(codes) == 1 else torch.cat(codes, 1)
+        return (clipped + (divided - divided.detach()) * (clipped == rounded)) * scale  # the difference is 0 but for gradients
 
     def _expanded_scale(self, x: Tensor) -> Tensor:
         """The scales as they broadcast against x."""
