@@ -43,7 +43,7 @@ RECONSTRUCTION_FLAGS = {
     "iterations": "cali_iters", "lr": "recon_lr", "inputs": "recon_inputs", "memory_gb": "recon_memory", "cache": "recon_cache",
     "act_iterations": "cali_iters_a", "act_lr": "cali_lr",
 }  # fmt: skip
-ACT_ITERATIONS = 1000  # of --recon_act, where --cali_iters_a does not say
+ACT_ITERATIONS = 500  # of --recon_act, where --cali_iters_a does not say
 VERBOSITY = ("debug", "info", "warning", "critical")
 
 

@@ -102,7 +102,8 @@ class ReconstructionConfig:
         seed: of the order in which inputs are drawn.
         act_iterations: optimizer steps of each block's activation scales, after all weights and ranges (LSQ, arXiv
             1902.08153, as the second phase of BRECQ and Q-Diffusion); 0 leaves the scales as calibrated.
-        act_lr: of Adam on the logarithms of the scales; falls to 0 over the steps as a cosine.
+        act_lr: of Adam on the logarithms of the scales; falls to 0 over the steps as a cosine. 0.01 is the best of 0.001 to
+            0.03 on blocks of the latent model in the box.
     """
 
     iterations: int = 2000

@@ -2,7 +2,8 @@
 """Measure what reconstructing weights costs and brings, against the published loop, side by side in one run.
 
     python scripts/benchmark_reconstruction.py --json reconstruction.json
-    python scripts/benchmark_reconstruction.py --quality --model ldm --json quality.json
+    python scripts/benchmark_reconstruction.py --quality --iterations 100 300 1000 3000 --json quality.json \\
+        --settings published default published@20000 0.007:32@4000
 
 Without --quality: the time of one iteration, summed over all blocks of the models in the box, of this package and of a plain
 transcription of BRECQ's loop as Q-Diffusion publishes it; medians of alternating runs. With it: the held-out error of blocks
@@ -45,10 +46,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help=f"alternating runs of {TIMED_ITERATIONS} iterations (default 5)")
     parser.add_argument("--quality", action="store_true", help="error against iterations instead of the time of an iteration")
     parser.add_argument("--block", action="append", help="with --quality: a block by its name (default: two of each model)")
-    parser.add_argument("--iterations", type=int, nargs="+", default=[100, 300, 1000, 3000, 20000], help="with --quality")
+    parser.add_argument("--iterations", type=int, nargs="+", default=[100, 300, 1000, 3000], help="with --quality")
     parser.add_argument(
         "--settings", nargs="+", default=["published", "default"], metavar="NAME",
-        help="with --quality: published, default, or LR:BATCH of this package's loop, e.g. 0.01:16",
+        help="with --quality: published, default, or LR:BATCH of this package's loop; NAME@N: at N iterations alone, "
+        "e.g. 0.007:32@4000",
     )  # fmt: skip
     parser.add_argument("--inputs", type=int, default=512, help="with --quality: calibration inputs (default 512)")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
@@ -192,6 +194,19 @@ def settings_of(name: str, iterations: int) -> ReconstructionConfig:
         raise ValueError(f"--settings {name}: allowed are published, default and LR:BATCH, e.g. 0.01:16") from None
 
 
+def runs_of(settings: list[str], iterations: list[int]) -> list[tuple[int, str]]:
+    """(iterations, name) of every run. Raises ValueError for settings that are none."""
+    runs = [(number, name) for number in iterations for name in settings if "@" not in name]
+    for pinned in settings:
+        name, at, number = pinned.partition("@")
+        if name != "published":
+            settings_of(name, 1)
+        if at and not (number.isdecimal() and int(number) > 0):
+            raise ValueError(f"--settings {pinned}: allowed behind @ are whole numbers, 1 or more")
+        runs += [(int(number), name)] if at else []
+    return runs
+
+
 def quality(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """Held-out error of chosen blocks against iterations, for each of the settings."""
     from qncd.config import QuantConfig
@@ -221,24 +236,23 @@ def quality(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
             for layer in layers.values():
                 layer.search_weight_range_()
             nearest = error({key: layer.rounded_weight() for key, layer in layers.items()})
-            for iterations in args.iterations:
-                for kind in args.settings:
-                    start = time.perf_counter()
-                    if kind == "published":
-                        made: Any = {key: PublishedRounding(layer) for key, layer in layers.items()}
-                        published_loop(block, made, iterations)
-                    else:
-                        made = {key: LearnedRounding(layer) for key, layer in layers.items()}
-                        _optimize(block, made, settings_of(kind, iterations))
-                    seconds = time.perf_counter() - start
-                    reached = error({key: rounding.hard() for key, rounding in made.items()}) / nearest
-                    rows.append({
-                        "model": model, "block": name, "settings": kind, "iterations": iterations, "seconds": seconds,
-                        "nearest": nearest, "of_nearest": reached,
-                    })  # fmt: skip
-                    print(f"{model} {name} {kind} {iterations}: {reached:.4f} of nearest in {seconds:.1f} s", flush=True)
-                    if args.json:
-                        args.json.write_text(json.dumps({"quality": rows}, indent=1) + "\n", encoding="utf-8")
+            for iterations, kind in runs_of(args.settings, args.iterations):
+                start = time.perf_counter()
+                if kind == "published":
+                    made: Any = {key: PublishedRounding(layer) for key, layer in layers.items()}
+                    published_loop(block, made, iterations)
+                else:
+                    made = {key: LearnedRounding(layer) for key, layer in layers.items()}
+                    _optimize(block, made, settings_of(kind, iterations))
+                seconds = time.perf_counter() - start
+                reached = error({key: rounding.hard() for key, rounding in made.items()}) / nearest
+                rows.append({
+                    "model": model, "block": name, "settings": kind, "iterations": iterations, "seconds": seconds,
+                    "nearest": nearest, "of_nearest": reached,
+                })  # fmt: skip
+                print(f"{model} {name} {kind} {iterations}: {reached:.4f} of nearest in {seconds:.1f} s", flush=True)
+                if args.json:
+                    args.json.write_text(json.dumps({"quality": rows}, indent=1) + "\n", encoding="utf-8")
     return rows
 
 
@@ -248,9 +262,7 @@ def main(args: argparse.Namespace) -> None:
     cli.check_counts(args, ("rounds", "inputs", "threads"))
     if min(args.iterations) < 1:
         raise ValueError(f"--iterations {min(args.iterations)}: allowed are whole numbers, 1 or more")
-    for name in args.settings:
-        if name != "published":
-            settings_of(name, 1)
+    runs_of(args.settings, args.iterations)
     if args.threads:
         torch.set_num_threads(args.threads)
     models = args.model or list(MODELS)

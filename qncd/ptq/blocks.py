@@ -236,6 +236,8 @@ def _places(data: CalibrationSet, batch_size: int, processes: Processes) -> Tens
     """`BlockData.place`. Raises ValueError for more processes than batches."""
     sizes = [len(x) for x, _, _ in data.batches(batch_size)]
     if len(sizes) < processes.world:
-        raise ValueError(f"{processes.world} processes for {len(sizes)} batches of {batch_size} inputs: allowed are {len(sizes)}")
+        raise ValueError(
+            f"{processes.world} processes for {sum(sizes)} inputs in batches of {batch_size}: allowed are {len(sizes)}"
+        )
     mine = torch.cat([torch.full((n,), i % processes.world == processes.rank) for i, n in enumerate(sizes)])
     return torch.where(mine, mine.cumsum(0) - 1, -1)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qncd.config import QuantConfig, ReconstructionConfig
 from qncd.ptq.activation_store import ActivationStore
-from qncd.ptq.blocks import execution_order, reconstruction_units
+from qncd.ptq.blocks import execution_order, multiplications, reconstruction_units
 from qncd.ptq.calibration import CalibrationSet
-from qncd.ptq.reconstruction import reconstruct_
+from qncd.ptq.reconstruction import TimeLeft, reconstruct_
 from qncd.quant.convert import quant_layers, quantize_
 
 FAST = ReconstructionConfig(iterations=60, batch_size=16, inputs=None)
@@ -139,3 +139,42 @@ def test_what_half_precision_cannot_hold_the_other_caches_do() -> None:
         store = ActivationStore(1, dtype)
         store.append(large)
         torch.testing.assert_close(store[torch.tensor([0])], large, rtol=0.01, atol=0)
+
+
+def test_the_time_left_goes_by_cost_not_by_count() -> None:
+    left = TimeLeft(["a", "b", "c"], {"a": 1.0, "b": 8.0, "c": 1.0}, iterations=100, batch_size=4, inputs=10)
+    assert left.left == 0
+    left.add("a", 2.0)
+    costs = [1200 * share + 20 * before for share, before in ((1, 1), (8, 9), (1, 10))]  # optimizing, passes up to the block
+    assert left.left == pytest.approx(2.0 * (costs[1] + costs[2]) / costs[0])
+    left.skip("c")
+    assert left.left == pytest.approx(2.0 * costs[1] / costs[0])
+    left.add("b", 20.0)
+    assert left.left == 0
+
+
+@pytest.mark.parametrize("kind", ["unet", "cross"])
+def test_multiplications_are_those_of_the_layers_shapes(make_unet: Any, make_cross_unet: Any, kind: str) -> None:
+    unet, _ = prepared(make_unet() if kind == "unet" else make_cross_unet())
+    found = multiplications(unet, calibration(kind), reconstruction_units(unet))
+    resnet = unet.down_blocks[0].resnets[0]
+    convolutions = 2 * 9 * 16 * 16 * 64 + resnet.time_emb_proj.weight.numel()  # 8x8 positions; the embedding once
+    assert resnet.conv_shortcut is None and found["down_blocks.0.resnets.0"] == convolutions
+    if kind == "unet":
+        assert found["mid_block.attentions.0"] == 4 * 32 * 32 * 16 + 2 * 16 * 16 * 32  # q, k, v, out at 4x4; both products
+    else:
+        assert found["mid_block.attentions.0.transformer_blocks.0"] > 4 * 32 * 32 * 16
+
+
+def test_the_cache_may_be_in_another_dtype(make_unet: Any) -> None:
+    """Some activation does not fit fp16 there; bf16 and fp32 reconstruct, to nearly the same."""
+    unet, reference = prepared(make_unet())
+    for model in (unet, reference):
+        model.conv_in.weight.mul_(1e5)
+    data, config = calibration(count=16), dataclasses.replace(FAST, iterations=3)
+    with pytest.raises(ValueError, match=r"^reconstruction of .*: an activation of .* is too large for a cache in fp16"):
+        reconstruct_(copy.deepcopy(unet), reference, data, config)
+    for cache in ("bf16", "fp32"):
+        assert reconstruct_(copy.deepcopy(unet), reference, data, dataclasses.replace(config, cache=cache))
+    with pytest.raises(ValueError, match=r"^cache 'int8': allowed are fp16, bf16, fp32$"):
+        ReconstructionConfig(cache="int8")
