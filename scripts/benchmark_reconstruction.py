@@ -7,7 +7,8 @@
 
 Without --quality: the time of one iteration, summed over all blocks of the models in the box, of this package and of a plain
 transcription of BRECQ's loop as Q-Diffusion publishes it; medians of alternating runs. With it: the held-out error of blocks
-against iterations (W4), relative to rounding to nearest, and the seconds that they took.
+against iterations (W4), relative to rounding to nearest, and the seconds that they took. With --steps: the error of the noise
+prediction on trajectories of other seeds, relative to its mean square, before and after the activation scales are learned.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, action="append", help="of the models in the box (default: both)")
     parser.add_argument("--rounds", type=int, default=5, help=f"alternating runs of {TIMED_ITERATIONS} iterations (default 5)")
     parser.add_argument("--quality", action="store_true", help="error against iterations instead of the time of an iteration")
+    parser.add_argument("--steps", action="store_true", help="what learning activation scales brings (--recon_act)")
+    parser.add_argument("--widths", nargs="+", default=["W8A4", "W8A6", "W4A8"], help="with --steps (default %(default)s)")
     parser.add_argument("--block", action="append", help="with --quality: a block by its name (default: two of each model)")
     parser.add_argument("--iterations", type=int, nargs="+", default=[100, 300, 1000, 3000], help="with --quality")
     parser.add_argument(
@@ -115,7 +118,7 @@ def published_loop(
         optimizer.step()
 
 
-def load(model: str, inputs: int) -> tuple[Any, CalibrationSet]:
+def load(model: str, inputs: int, seed: int = 0) -> tuple[Any, CalibrationSet]:
     """The network of a model in the box, and `inputs` calibration inputs along its own trajectories of 20 steps."""
     from qncd.benchmark.subjects import is_latent, load_subject
     from qncd.config import CalibrationConfig, SamplerConfig
@@ -126,8 +129,8 @@ def load(model: str, inputs: int) -> tuple[Any, CalibrationSet]:
     sampler = SamplerConfig(timesteps=20, convention="ldm" if is_latent(config) else "ddim")
     subject = load_subject(config, None, sampler, None, "cpu")
     samples = max(1, inputs // (16 if subject.calibration_conditions else 8))  # guidance doubles the inputs
-    conditions = subject.calibration_conditions(samples, 0) if subject.calibration_conditions else None
-    data, _ = sample_calibration(subject.diffusion, CalibrationConfig(samples, 8), None, conditions=conditions)
+    conditions = subject.calibration_conditions(samples, seed) if subject.calibration_conditions else None
+    data, _ = sample_calibration(subject.diffusion, CalibrationConfig(samples, 8, seed=seed), None, conditions=conditions)
     return subject.diffusion.unet, data
 
 
@@ -219,9 +222,11 @@ def quality(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     quantize_(unet, QuantConfig(4, 8))
     reference, units = copy.deepcopy(unet), reconstruction_units(unet)
     order, rows = execution_order(unet, data, units), []
-    for name in args.block or BLOCKS[model]:
+    chosen = args.block or BLOCKS[model]
+    for name in chosen:
         if name not in order:
             raise ValueError(f"--block {name}: allowed are {', '.join(order)}")
+    for name in sorted(chosen, key=order.index):
         for before in order[: order.index(name)]:  # its inputs come from a network that is rounded up to it
             for layer in open_layers(units[before], ()).values():
                 layer.quantize_weight_()
@@ -256,8 +261,46 @@ def quality(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     return rows
 
 
+def steps(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
+    """Error of the noise prediction on unseen trajectories before and after the activation scales are learned."""
+    import torch
+
+    from qncd.benchmark.plan import parse_width
+    from qncd.config import QuantConfig, ReconstructionConfig
+    from qncd.ptq.activation_steps import learn_steps_
+    from qncd.ptq.calibration import calibrate_, call_unet
+    from qncd.quant.convert import quantize_
+
+    plain, data = load(model, args.inputs)
+    _, unseen = load(model, args.inputs // 2, 1)
+    rows = []
+    for width in args.widths:
+        unet, reference = copy.deepcopy(plain), copy.deepcopy(plain)
+        weight_bits, act_bits = parse_width(width)
+        for network in (unet, reference):
+            quantize_(network, QuantConfig(weight_bits, act_bits))
+
+        @torch.no_grad()
+        def error() -> float:
+            squared = expected = 0.0
+            for x, t, cond in unseen.batches(32):
+                exact, found = (call_unet(network, x, t, cond) for network in (reference, unet))  # noqa: B023
+                squared, expected = squared + float((found - exact).square().sum()), expected + float(exact.square().sum())
+            return squared / expected
+
+        calibrate_(unet, data, 32, bias_correction=True)
+        before, start = error(), time.perf_counter()
+        results = learn_steps_(unet, reference, data, ReconstructionConfig(act_iterations=cli.ACT_ITERATIONS))
+        row = {"model": model, "width": width, "before": before, "after": error(), "seconds": time.perf_counter() - start}
+        rows.append(row | {"blocks": len(results), "kept": sum(result.kept for result in results)})
+        print(f"{model} {width}: {before:.5f} as calibrated, {row['after']:.5f} with learned scales", flush=True)
+    return rows
+
+
 def main(args: argparse.Namespace) -> None:
     import torch
+
+    from qncd.benchmark.plan import parse_width
 
     cli.check_counts(args, ("rounds", "inputs", "threads"))
     if min(args.iterations) < 1:
@@ -269,7 +312,13 @@ def main(args: argparse.Namespace) -> None:
     if args.block and (len(models) != 1 or not args.quality):
         raise ValueError("--block needs --quality and one --model")
     figures: dict[str, Any] = {"threads": torch.get_num_threads()}
-    if args.quality:
+    for width in args.widths:
+        parse_width(width)
+    if args.steps and args.quality:
+        raise ValueError("--steps and --quality exclude one another")
+    if args.steps:
+        figures["steps"] = [row for model in models for row in steps(args, model)]
+    elif args.quality:
         figures["quality"] = [row for model in models for row in quality(args, model)]
     else:
         for model in models:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class BlockResult:
 
 
 class TimeLeft:
-    """How long the blocks that are left will take, by what the done ones took and what all of them cost.
+    """How long the blocks that are left will take: so much each, and so much for what it computes, by those that are done.
 
     Args:
         order: the blocks as they come.
@@ -74,11 +75,13 @@ class TimeLeft:
     def __init__(
         self, order: Sequence[str], multiplications: Mapping[str, float], iterations: int, batch_size: int, inputs: int
     ) -> None:
-        before, self.costs = 0.0, dict[str, float]()
+        before, costs = 0.0, dict[str, float]()
         for name in order:
             before += multiplications[name]  # of a forward pass that ends with this block; back-propagation costs two more
-            self.costs[name] = 3 * iterations * min(batch_size, inputs) * multiplications[name] + 2 * inputs * before
-        self.done, self.seconds = 0.0, 0.0
+            costs[name] = 3 * iterations * min(batch_size, inputs) * multiplications[name] + 2 * inputs * before
+        mean = sum(costs.values()) / max(1, len(costs)) or 1.0
+        self.costs = {name: cost / mean for name, cost in costs.items()}  # of the blocks to come; 1 for one of mean size
+        self.done: list[tuple[float, float]] = []  # cost and seconds
 
     def skip(self, name: str) -> None:
         """A block that was finished in an earlier run."""
@@ -86,13 +89,21 @@ class TimeLeft:
 
     def add(self, name: str, seconds: float) -> None:
         """A block that took so long."""
-        self.done += self.costs.pop(name)
-        self.seconds += seconds
+        self.done.append((self.costs.pop(name), seconds))
 
     @property
     def left(self) -> float:
         """Seconds; 0 before the first block is done."""
-        return self.seconds * sum(self.costs.values()) / self.done if self.done else 0.0
+        if not self.done:
+            return 0.0
+        costs, seconds = np.array(self.done).T
+        # The first blocks are small: their time is that of starting operations, and alone says nothing of large ones.
+        each, by_cost = np.linalg.lstsq(np.stack([np.ones_like(costs), costs], 1), seconds, rcond=None)[0]
+        if by_cost < 0:
+            each, by_cost = seconds.mean(), 0.0
+        elif each < 0:
+            each, by_cost = 0.0, seconds.sum() / costs.sum()
+        return float(each * len(self.costs) + by_cost * sum(self.costs.values()))
 
 
 def reconstruct_(

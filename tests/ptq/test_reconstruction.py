@@ -142,15 +142,31 @@ def test_what_half_precision_cannot_hold_the_other_caches_do() -> None:
 
 
 def test_the_time_left_goes_by_cost_not_by_count() -> None:
-    left = TimeLeft(["a", "b", "c"], {"a": 1.0, "b": 8.0, "c": 1.0}, iterations=100, batch_size=4, inputs=10)
+    shares = {"a": 1.0, "b": 2.0, "c": 8.0, "d": 1.0}
+    left = TimeLeft(list(shares), shares, iterations=100, batch_size=4, inputs=10)
+    before, costs = 0.0, {}
+    for name, share in shares.items():
+        before += share
+        costs[name] = 1200 * share + 20 * before  # optimizing; two passes up to the block
     assert left.left == 0
-    left.add("a", 2.0)
-    costs = [1200 * share + 20 * before for share, before in ((1, 1), (8, 9), (1, 10))]  # optimizing, passes up to the block
-    assert left.left == pytest.approx(2.0 * (costs[1] + costs[2]) / costs[0])
-    left.skip("c")
-    assert left.left == pytest.approx(2.0 * costs[1] / costs[0])
-    left.add("b", 20.0)
-    assert left.left == 0
+    left.add("a", 1 + costs["a"] / 1000)  # a second each, and one for 1000 multiplications
+    left.add("b", 1 + costs["b"] / 1000)
+    assert left.left == pytest.approx(2 + (costs["c"] + costs["d"]) / 1000)
+    left.skip("d")
+    assert left.left == pytest.approx(1 + costs["c"] / 1000)
+    left.add("c", 1 + costs["c"] / 1000)
+    assert left.left == pytest.approx(0, abs=1e-9)
+
+
+def test_the_time_left_is_never_negative() -> None:
+    left = TimeLeft("abc", {"a": 1.0, "b": 2.0, "c": 80.0}, 100, 4, 10)
+    left.add("a", 5.0)
+    left.add("b", 1.0)  # the larger block was quicker: a slope would go below 0
+    assert left.left == pytest.approx(3.0)
+    left = TimeLeft("abc", {"a": 1.0, "b": 2.0, "c": 80.0}, 100, 4, 10)
+    left.add("a", 1.0)
+    left.add("b", 9.0)  # more than in proportion
+    assert left.left > 200
 
 
 @pytest.mark.parametrize("kind", ["unet", "cross"])

@@ -32,8 +32,8 @@ def script() -> Iterator[ModuleType]:
     yield module
 
 
-def inputs(count: int) -> CalibrationSet:
-    generator = torch.Generator().manual_seed(1)
+def inputs(count: int, seed: int = 0) -> CalibrationSet:
+    generator = torch.Generator().manual_seed(seed)
     return CalibrationSet(torch.randn(count, 3, 8, 8, generator=generator), torch.randint(0, 1000, (count,), generator=generator))
 
 
@@ -54,10 +54,10 @@ def test_the_published_loop_and_ours_agree(script: ModuleType, make_unet: Any, t
     assert same > 0.995 and moved > 0.005, (float(same), float(moved))
 
 
-def test_both_reports(
+def test_three_reports(
     script: ModuleType, make_unet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(script, "load", lambda model, count: (make_unet(), inputs(count)))
+    monkeypatch.setattr(script, "load", lambda model, count, seed=0: (make_unet(), inputs(count, seed)))
     monkeypatch.setattr(
         "sys.argv", ["benchmark_reconstruction.py", "--model", "ddim", "--rounds", "1", "--json", str(tmp_path / "s")]
     )
@@ -74,6 +74,12 @@ def test_both_reports(
         (s, n) for n in (2, 60) for s in ("published", "0.05:8")
     ] + [("published", 5)]
     assert rows[3]["of_nearest"] < min(0.99, rows[1]["of_nearest"]) and all(row["seconds"] > 0 for row in rows)
+    monkeypatch.setattr(script.cli, "ACT_ITERATIONS", 20)
+    flags = ["--steps", "--model", "ddim", "--inputs", "32", "--widths", "W8A3", "--json", str(tmp_path / "a")]
+    monkeypatch.setattr("sys.argv", ["benchmark_reconstruction.py", *flags])
+    script.main(script.parse_args())
+    (row,) = json.loads((tmp_path / "a").read_text())["steps"]
+    assert 0 < row["after"] < row["before"] and 0 < row["kept"] <= row["blocks"]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +87,8 @@ def test_both_reports(
     [
         (["--settings", "fast"], r"^--settings fast: allowed are published, default and LR:BATCH, e.g. 0.01:16$"),
         (["--settings", "published@0"], r"^--settings published@0: allowed behind @ are whole numbers, 1 or more$"),
+        (["--steps", "--widths", "W9A9"], r"^--widths W9A9: allowed are names such as W4A8, 2 to 8 bits each$"),
+        (["--steps", "--quality"], r"^--steps and --quality exclude one another$"),
         (["--iterations", "0"], r"^--iterations 0: allowed are whole numbers, 1 or more$"),
         (["--block", "conv_in"], r"^--block needs --quality and one --model$"),
     ],
