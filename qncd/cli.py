@@ -215,7 +215,13 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     """--devices, --num_nodes."""
     group = parser.add_argument_group("several devices (Lightning Fabric; they share reconstruction and sampling)")
     group.add_argument("--devices", type=int, default=1, help="processes on this machine, one a device (default 1)")
-    group.add_argument("--num_nodes", type=int, default=1, help="machines, each with --devices of them (default 1)")
+    group.add_argument(
+        "--num_nodes",
+        type=int,
+        default=1,
+        help="machines with --devices each, a folder shared (default 1); "
+        "on each, run the same command with MASTER_ADDR, MASTER_PORT and NODE_RANK set",
+    )
 
 
 def add_correction_arguments(parser: argparse.ArgumentParser) -> None:

@@ -46,12 +46,12 @@ def test_the_published_loop_and_ours_agree(script: ModuleType, make_unet: Any, t
     ours = {key: LearnedRounding(layer) for key, layer in layers.items()}
     published = {key: script.PublishedRounding(layer) for key, layer in layers.items()}
     start = {key: rounding.hard() for key, rounding in ours.items()}
-    reconstruction._optimize(block, ours, ReconstructionConfig(40, 8, 1e-2))
-    script.published_loop(block, published, 40, 8, 1e-2)
+    reconstruction._optimize(block, ours, ReconstructionConfig(40, 8, 5e-2))
+    script.published_loop(block, published, 40, 8, 5e-2)
     pairs = [(ours[key].hard(), published[key].hard(), start[key]) for key in layers]
     same = torch.cat([torch.isclose(a, b).flatten() for a, b, _ in pairs]).float().mean()
     moved = torch.cat([(~torch.isclose(a, s)).flatten() for a, _, s in pairs]).float().mean()
-    assert same > 0.995 and moved > 0.005, (float(same), float(moved))
+    assert same > 0.995 and moved > 0.02, (float(same), float(moved))
 
 
 def test_three_reports(
