@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qncd.config import (
+    CACHES,
     SAMPLE_TYPES,
     SKIP_TYPES,
     STATISTICS,
@@ -23,6 +24,7 @@ from qncd.config import (
     SamplerConfig,
     SmoothingConfig,
 )
+from qncd.progress import progress_bar as progress_bar  # scripts know it as cli.progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +39,11 @@ QUANT_MODES = {
 }
 RECONSTRUCTED_MODES = ("qdiff", "ptqd", "tfmq", "d2dpm")
 OFFLINE_MODES = ("ptqd", "d2dpm")
-RECONSTRUCTION_FLAGS = {"iterations": "cali_iters", "lr": "recon_lr", "inputs": "recon_inputs", "memory_gb": "recon_memory"}
+RECONSTRUCTION_FLAGS = {
+    "iterations": "cali_iters", "lr": "recon_lr", "inputs": "recon_inputs", "memory_gb": "recon_memory", "cache": "recon_cache",
+    "act_iterations": "cali_iters_a", "act_lr": "cali_lr",
+}  # fmt: skip
+ACT_ITERATIONS = 500  # of --recon_act, where --cali_iters_a does not say
 VERBOSITY = ("debug", "info", "warning", "critical")
 
 
@@ -180,7 +186,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
 def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     """BRECQ: --recon and how."""
     defaults = ReconstructionConfig()
-    group = parser.add_argument_group("reconstruction of the weights (BRECQ)")
+    group = parser.add_argument_group("reconstruction (BRECQ)")
     group.add_argument(
         "--recon", action=argparse.BooleanOptionalAction,
         help="learn the rounding of the weights block by block: minutes to hours (on in qdiff, ptqd, tfmq and d2dpm)",
@@ -190,6 +196,31 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--recon_inputs", type=int, help=f"calibration inputs used (default {defaults.inputs})")
     group.add_argument(
         "--recon_memory", type=float, help=f"GB of activations in memory (default {defaults.memory_gb:g}), the rest in files"
+    )
+    group.add_argument(
+        "--recon_cache", choices=CACHES,
+        help=f"how activations are kept (default {defaults.cache}); bf16 where one is too large for fp16",
+    )  # fmt: skip
+    group.add_argument(
+        "--recon_act", action="store_true", help="after the weights, learn the activation scales too, block by block (LSQ)"
+    )
+    group.add_argument(
+        "--cali_iters_a", type=int,
+        help=f"iterations a block for the activation scales (default {ACT_ITERATIONS}; the papers: 5000)",
+    )  # fmt: skip
+    group.add_argument("--cali_lr", type=float, help=f"their relative learning rate (default {defaults.act_lr:g})")
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """--devices, --num_nodes."""
+    group = parser.add_argument_group("several devices (Lightning Fabric; they share reconstruction and sampling)")
+    group.add_argument("--devices", type=int, default=1, help="processes on this machine, one a device (default 1)")
+    group.add_argument(
+        "--num_nodes",
+        type=int,
+        default=1,
+        help="machines with --devices each, a folder shared (default 1); "
+        "on each, run the same command with MASTER_ADDR, MASTER_PORT and NODE_RANK set",
     )
 
 
@@ -241,6 +272,7 @@ def add_ptq_arguments(parser: argparse.ArgumentParser) -> None:
     add_reconstruction_arguments(parser)
     add_correction_arguments(parser)
     add_calibration_arguments(parser)
+    add_process_arguments(parser)
 
 
 def choose_device(name: str | None) -> str:
@@ -334,11 +366,20 @@ def reconstruction_config(args: argparse.Namespace) -> ReconstructionConfig | No
     given = {field: getattr(args, name) for field, name in RECONSTRUCTION_FLAGS.items() if getattr(args, name) is not None}
     wanted = args.quant_mode in RECONSTRUCTED_MODES and not args.resume_w if args.recon is None else args.recon
     if wanted and args.ptq:
+        act_flags = [RECONSTRUCTION_FLAGS[field] for field in ("act_iterations", "act_lr") if field in given]
+        if not args.recon_act:
+            if act_flags:
+                raise ValueError(f"--{act_flags[0]} needs --recon_act")
+            return ReconstructionConfig(**given)
+        if args.weight_only or (args.quant_mode == "linear" and not args.quant_act):
+            raise ValueError("--recon_act learns scales of quantized activations: they are in floating point here")
+        given.setdefault("act_iterations", ACT_ITERATIONS)
+        check_counts(args, ("cali_iters_a",))
         return ReconstructionConfig(**given)
     if args.recon:
         raise ValueError("--recon needs --ptq")
-    if given:
-        raise ValueError(f"--{RECONSTRUCTION_FLAGS[next(iter(given))]} needs --recon")
+    if given or args.recon_act:
+        raise ValueError(f"--{RECONSTRUCTION_FLAGS[next(iter(given))] if given else 'recon_act'} needs --recon")
     return None
 
 
@@ -357,24 +398,3 @@ def check_counts(args: argparse.Namespace, names: Sequence[str]) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: allowed are whole numbers, 1 or more")
-
-
-class progress_bar:
-    """`with progress_bar("sampling", "image") as update:`: update(done, total) draws rate and time left on stderr."""
-
-    def __init__(self, title: str, unit: str, quiet: bool = False) -> None:
-        self.title, self.unit, self.quiet = title, unit, quiet
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        from tqdm import tqdm
-
-        self.bar = tqdm(desc=self.title, unit=f" {self.unit}s", disable=self.quiet, total=0, mininterval=0.5)
-
-        def update(done: int, total: int) -> None:
-            self.bar.total = total
-            self.bar.update(done - self.bar.n)
-
-        return update
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()

@@ -14,6 +14,7 @@ from typing import Any
 
 from qncd import cli
 from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, ReconstructionConfig, SmoothingConfig
+from qncd.distributed import OneProcess, Processes
 from qncd.models.key_tables import KeyTable
 from qncd.models.unpickle import load_checkpoint
 from qncd.ptq.calibration import CalibrationSet, calibrate_, load_calibration, save_calibration
@@ -111,6 +112,7 @@ def prepare_quantized(
     folder: Path,
     conditions: Conditions | None = None,
     key_table: KeyTable | None = None,
+    processes: Processes | None = None,
 ) -> tuple[Corrector | None, float]:
     """Turn the network of `diffusion` into the quantized one: from --cali_ckpt where it exists, else by calibrating.
 
@@ -120,13 +122,15 @@ def prepare_quantized(
         folder: of the run; with --resume_w the new checkpoint is written into it.
         conditions: one for each of the --cali_n calibration trajectories.
         key_table: names of the original model's layers, for a checkpoint of Q-Diffusion; None where they are unknown.
+        processes: who shares the reconstruction, all with the same arguments; the first one writes the files.
 
     Returns:
         the corrector, where one is asked for, and the seconds that calibrating took.
     """
     calibration = CalibrationConfig(args.cali_n, args.cali_st, args.cali_batch_size, args.cali_seed)
-    preparation = _Preparation(args, wanted, diffusion, base_hash, calibration, conditions)
-    there = args.cali_ckpt is not None and args.cali_ckpt.is_file()
+    preparation = _Preparation(args, wanted, diffusion, base_hash, calibration, conditions, processes or OneProcess())
+    # One process may be done with a file before another one looks.
+    there = preparation.processes.share(args.cali_ckpt is not None and args.cali_ckpt.is_file())
     if there and args.cali_ckpt.suffix != ".safetensors":
         return _from_qdiffusion(preparation, key_table), 0.0
     if there and not args.resume_w:
@@ -144,6 +148,7 @@ class _Preparation:
     base_hash: str
     calibration: CalibrationConfig
     conditions: Conditions | None
+    processes: Processes
 
     @property
     def quant(self) -> QuantConfig:
@@ -198,7 +203,7 @@ def _from_checkpoint(preparation: _Preparation) -> Corrector | None:
     path, wanted, settings = preparation.args.cali_ckpt, preparation.wanted, preparation.settings
     info, table = peek_quantized(path)
     _check_same(path, info, preparation.quant, wanted.smoothing is not None)
-    if wanted.reconstruction and info.settings.get("reconstruction") != settings["reconstruction"]:
+    if wanted.reconstruction and _reconstruction_of(info) != settings["reconstruction"]:
         raise ValueError(f"{path}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
     if info.settings.get("sampler") != settings["sampler"] and info.smoothed:
         log.warning("%s was smoothed for the time steps of %s", path, info.settings.get("sampler"))
@@ -216,11 +221,12 @@ def _from_checkpoint(preparation: _Preparation) -> Corrector | None:
 def _by_calibrating(preparation: _Preparation, folder: Path) -> tuple[Corrector | None, float]:
     """Calibrate, with --resume_w around the weights of --cali_ckpt, and write the checkpoint. Also the seconds taken."""
     args, wanted, diffusion, base_hash = preparation.args, preparation.wanted, preparation.diffusion, preparation.base_hash
+    processes = preparation.processes
     if args.resume_w:
         info, _ = peek_quantized(args.cali_ckpt)
         _check_same(args.cali_ckpt, info, preparation.quant, wanted.smoothing is not None, WEIGHT_SETTINGS)
     start = time.perf_counter()
-    if args.cali_data_path and args.cali_data_path.exists():
+    if processes.share(args.cali_data_path is not None and args.cali_data_path.exists()):
         data = load_calibration(args.cali_data_path, args.cali_n, args.cali_st)
         data.check_model(diffusion.unet, base_hash)
         table = preparation.noise_table()
@@ -229,13 +235,13 @@ def _by_calibrating(preparation: _Preparation, folder: Path) -> tuple[Corrector 
             data, table = sample_calibration(
                 diffusion, preparation.calibration, wanted.controlled, base_hash, bar, preparation.conditions
             )
-        if args.cali_data_path:
+        if args.cali_data_path and processes.is_first:
             save_calibration(data, args.cali_data_path)
     reference = preparation.reference()
-    _quantize_(args, wanted, diffusion, data, base_hash, folder)
+    _quantize_(args, wanted, diffusion, data, base_hash, folder, processes)
     offline = preparation.offline_statistics(reference)
     target = folder / "quantized.safetensors" if args.resume_w else args.cali_ckpt
-    if target:
+    if target and processes.is_first:
         save_quantized(diffusion.unet, target, preparation.quant, base_hash, table, preparation.settings, offline)
         log.info("quantized checkpoint: %s, %.1f MB", target, target.stat().st_size / 1e6)
     return preparation.corrector(table, offline), time.perf_counter() - start
@@ -258,13 +264,21 @@ def _load_qdiffusion_(args: argparse.Namespace, diffusion: Diffusion, quant: Qua
 
 
 def _quantize_(
-    args: argparse.Namespace, wanted: Quantization, diffusion: Diffusion, data: CalibrationSet, base_hash: str, folder: Path
+    args: argparse.Namespace,
+    wanted: Quantization,
+    diffusion: Diffusion,
+    data: CalibrationSet,
+    base_hash: str,
+    folder: Path,
+    processes: Processes,
 ) -> None:
     quant = wanted.quant
     assert quant is not None
+    learns_steps = wanted.reconstruction is not None and wanted.reconstruction.act_iterations > 0
     with (
         cli.progress_bar("reconstruction", "block", is_quiet() or wanted.reconstruction is None) as blocks,
         cli.progress_bar(f"calibrating {quant.label}", "input", is_quiet()) as bar,
+        cli.progress_bar("activation steps", "block", is_quiet() or not learns_steps) as steps,
     ):
         if args.resume_w:
             load_weights_(diffusion.unet, args.cali_ckpt, quant, base_hash)
@@ -275,8 +289,14 @@ def _quantize_(
         else:
             quantize_with_(
                 diffusion, quant, data, wanted.smoothing, args.cali_batch_size, bar, wanted.reconstruction, blocks,
-                folder / "reconstruction" if wanted.reconstruction else None,
+                folder / "reconstruction" if wanted.reconstruction else None, steps, processes,
             )  # fmt: skip
+
+
+def _reconstruction_of(info: QuantizedInfo) -> dict[str, Any] | None:
+    """How a checkpoint was reconstructed; settings that are younger than the file have the value that was the only one then."""
+    found = info.settings.get("reconstruction")
+    return found and {"cache": "fp16", "act_iterations": 0, "act_lr": ReconstructionConfig.act_lr, **found}
 
 
 def _check_same(path: Path, info: QuantizedInfo, wanted: QuantConfig, smooth: bool, names: Sequence[str] | None = None) -> None:

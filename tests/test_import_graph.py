@@ -20,7 +20,7 @@ MAX_LINES = 400
 
 # From low to high: a module imports from its own layer or from lower ones.
 LAYERS = (
-    ("config", "rng"),
+    ("config", "distributed", "progress", "rng"),
     ("io",),
     ("models", "metrics"),
     ("quant",),
@@ -38,7 +38,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Layers that may import less than what lies below them.
 ONLY = {
     "models": {"config", "rng", "io"},
-    "metrics": {"config", "rng", "io"},
+    "metrics": {"config", "distributed", "rng", "io"},
     "quant": {"config", "rng"},
     "sampling": {"config", "rng"},
 }

@@ -21,8 +21,10 @@ from qncd.config import (
     SmoothingConfig,
     check_choice,
 )
+from qncd.distributed import Processes
+from qncd.ptq.activation_steps import learn_steps_
 from qncd.ptq.calibration import CalibrationCollector, CalibrationSet, Progress, calibrate_, call_unet
-from qncd.ptq.reconstruction import reconstruct_
+from qncd.ptq.reconstruction import BlockProgress, reconstruct_
 from qncd.ptq.smoothing import smooth_, smoothing_factors
 from qncd.ptq.temporal import reconstruct_temporal_, set_stepwise_ranges_, temporal_layers
 from qncd.quant.convert import UNet, quantize_
@@ -220,18 +222,25 @@ def quantize_with_(
     batch_size: int = 32,
     progress: Progress | None = None,
     reconstruction: ReconstructionConfig | None = None,
-    block_progress: Progress | None = None,
+    block_progress: BlockProgress | None = None,
     folder: Path | None = None,
+    step_progress: BlockProgress | None = None,
+    processes: Processes | None = None,
 ) -> float:
     """Prepare, smooth, reconstruct and calibrate the network in place. Returns the seconds that it took.
 
     Args:
         smoothing: None for none; else from the time steps that this sampler visits.
         reconstruction: of the weights' rounding, or None for rounding to nearest.
-        block_progress: called with (blocks done, blocks in all) while reconstructing.
+        block_progress: called with (blocks done, blocks in all, seconds left) while reconstructing.
         folder: for reconstructed blocks, so that a run that was cut off goes on.
+        step_progress: as `block_progress`, while activation scales are learned.
+        processes: who shares the reconstruction, all with the same arguments; alone by default.
     """
     start = time.perf_counter()
+    learns_steps = reconstruction is not None and reconstruction.act_iterations > 0
+    if learns_steps and config.act_bits is None:
+        raise ValueError("act_iterations above 0 with act_bits None: there are no activation scales to learn")
     data.check_model(diffusion.unet)
     factors = smoothing_factors(diffusion.unet, [s.t for s in diffusion.steps], smoothing) if smoothing else {}
     quantize_(diffusion.unet, config)
@@ -239,11 +248,14 @@ def quantize_with_(
     times = [s.t for s in diffusion.steps]
     if config.stepwise_embedding and config.act_bits is not None:
         set_stepwise_ranges_(diffusion.unet, times)
-    if reconstruction is not None and config.weight_bits is not None:
-        reference, rounded = copy.deepcopy(diffusion.unet), list[QuantLayer]()
+    reference = copy.deepcopy(diffusion.unet) if reconstruction is not None else None
+    if reconstruction is not None and reference is not None and config.weight_bits is not None:
+        rounded = list[QuantLayer]()
         if config.stepwise_embedding:
             reconstruct_temporal_(diffusion.unet, reference, times, reconstruction)
             rounded = list(temporal_layers(diffusion.unet).values())
-        reconstruct_(diffusion.unet, reference, data, reconstruction, block_progress, folder, rounded)
+        reconstruct_(diffusion.unet, reference, data, reconstruction, block_progress, folder, rounded, processes)
     calibrate_(diffusion.unet, data, batch_size, progress, config.bias_correction)
+    if reconstruction is not None and reference is not None and learns_steps:
+        learn_steps_(diffusion.unet, reference, data, reconstruction, step_progress, folder, processes)
     return time.perf_counter() - start

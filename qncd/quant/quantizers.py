@@ -117,6 +117,8 @@ class ActQuantizer(nn.Module):
         return x.split(self.segments, 1) if self.segments else (x,)
 
     def _fake_quantize(self, x: Tensor, smoothing: Tensor | None, owned: bool, images: slice | None) -> Tensor:
+        if self.scale.requires_grad:
+            return self._straight_through(x, smoothing)
         return self._to_grid(x, smoothing, owned, self.scale, self._bounds)
 
     def _to_grid(
@@ -129,11 +131,30 @@ class ActQuantizer(nn.Module):
             divisor = scale if smoothing is None else smoothing * scale
             divided = x.div_(divisor) if owned and not x.requires_grad else torch.div(x, divisor)
             return divided.round_().clamp_(*bounds[0]).mul_(scale)
-        scale = scales.repeat_interleave(torch.tensor(self.segments, device=x.device)).view(1, -1, *[1] * (x.ndim - 2))
+        scale = self._expanded(scales, x)
         out = torch.div(x, scale if smoothing is None else smoothing * scale).round_()
         for part, limits in zip(self._split(out), bounds, strict=True):
             part.clamp_(*limits)
         return out.mul_(scale)
+
+    def _straight_through(self, x: Tensor, smoothing: Tensor | None) -> Tensor:
+        """The same values with gradients, as if rounding did nothing: to x where it is not clipped, and to the scales.
+
+        The scale's is that of LSQ (arXiv 1902.08153, eq. 3): round(x/s) - x/s within the range, the bound outside; what
+        rounds into the range counts as within.
+        """
+        scale = self._expanded(self.scale, x)
+        divided = x / (scale if smoothing is None else smoothing * scale)
+        rounded = divided.detach().round()
+        codes = [part.clamp(*bounds) for part, bounds in zip(self._split(rounded), self._bounds, strict=True)]
+        clipped = codes[0] if len(codes) == 1 else torch.cat(codes, 1)
+        return (clipped + (divided - divided.detach()) * (clipped == rounded)) * scale  # the difference is 0 but for gradients
+
+    def _expanded(self, scales: Tensor, x: Tensor) -> Tensor:
+        """Scales (K,) as they broadcast against x."""
+        if self.segments is None:
+            return scales[0]
+        return scales.repeat_interleave(torch.tensor(self.segments, device=x.device)).view(1, -1, *[1] * (x.ndim - 2))
 
     def extra_repr(self) -> str:
         return f"bits={self.codes.bits if self.codes else None}, segments={self.segments}, stage={self.stage.value}"

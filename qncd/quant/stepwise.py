@@ -32,9 +32,7 @@ class StepwiseActQuantizer(ActQuantizer):
 
     times: Tensor
 
-    def __init__(
-        self, codes: IntegerRange, times: Tensor, act_range: str = "max", segments: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, codes: IntegerRange, times: Tensor, act_range: str = "max", segments: Sequence[int] | None = None) -> None:
         super().__init__(codes, act_range, segments)
         shape = (len(times), len(self.scale))
         self.register_buffer("times", times.clone())
@@ -148,9 +146,13 @@ def select_steps_on_call(unet: nn.Module) -> None:
 
 
 def _tell_steps(unet: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    timesteps = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
+    select_steps(unet, torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"]))
+
+
+def select_steps(module: nn.Module, timesteps: Tensor) -> None:
+    """Tell every StepwiseActQuantizer inside a module the time steps (N,) or () of its next inputs."""
     found: dict[tuple[int, ...], int | Tensor] = {}
-    for part in unet.modules():
+    for part in module.modules():
         if isinstance(part, StepwiseActQuantizer):
             if part.known not in found:
                 found[part.known] = nearest_steps(part.known, timesteps)
