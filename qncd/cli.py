@@ -19,30 +19,14 @@ from qncd.config import (
     STATISTICS,
     TARGETS,
     CorrectionConfig,
-    QuantConfig,
     ReconstructionConfig,
-    SamplerConfig,
-    SmoothingConfig,
 )
+from qncd.modes import QUANT_MODES
 from qncd.progress import progress_bar as progress_bar  # scripts know it as cli.progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-QUANT_MODES = {
-    "linear": "min-max ranges, rounding to nearest and nothing else; activations with --quant_act",
-    "qdiff": "Q-Diffusion: ranges of least error, shortcut split, weights reconstructed",
-    "ptqd": "qdiff, and PTQD's correction of each prediction by offline statistics",
-    "tfmq": "qdiff, with TFMQ-DM's reconstruction of the time embedding and a range for each time step at its layers",
-    "d2dpm": "qdiff, and D2-DPM's correction of each prediction by offline statistics",
-    "qncd": "ranges of least error, split, smoothing, bias and runtime noise correction; weights reconstructed with --recon",
-}
-RECONSTRUCTED_MODES = ("qdiff", "ptqd", "tfmq", "d2dpm")
-OFFLINE_MODES = ("ptqd", "d2dpm")
-RECONSTRUCTION_FLAGS = {
-    "iterations": "cali_iters", "lr": "recon_lr", "inputs": "recon_inputs", "memory_gb": "recon_memory", "cache": "recon_cache",
-    "act_iterations": "cali_iters_a", "act_lr": "cali_lr",
-}  # fmt: skip
 ACT_ITERATIONS = 500  # of --recon_act, where --cali_iters_a does not say
 VERBOSITY = ("debug", "info", "warning", "critical")
 
@@ -156,7 +140,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     """The original's post-training quantization flags."""
     group = parser.add_argument_group("quantization")
     group.add_argument("--ptq", action="store_true", help="quantize the network (without it: full precision)")
-    modes = "; ".join(f"{name}: {text}" for name, text in QUANT_MODES.items())
+    modes = "; ".join(f"{name}: {mode.summary}" for name, mode in QUANT_MODES.items())
     group.add_argument("--quant_mode", choices=QUANT_MODES, default="qncd", help=f"{modes} (default qncd)")
     group.add_argument("--weight_bit", type=int, default=8, help="2 to 8 (default 8)")
     group.add_argument("--quant_act", action="store_true", help="quantize activations in --quant_mode linear too")
@@ -178,8 +162,16 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bias_correction",
         action=argparse.BooleanOptionalAction,
-        help="take each layer's mean rounding error out of its bias (on in --quant_mode qncd, though not in the paper)",
+        help="take each layer's mean rounding error out of its bias (on in qncd and qncd+, though not in the paper)",
     )
+    group.add_argument(
+        "--gptq", action=argparse.BooleanOptionalAction,
+        help="round weights in sequence, errors made up for by those to come, against full-precision outputs (on in qncd+)",
+    )  # fmt: skip
+    group.add_argument(
+        "--stepwise_act", action=argparse.BooleanOptionalAction,
+        help="a range for each of the sampler's time steps at every activation (on in qncd+)",
+    )  # fmt: skip
     group.add_argument("--weight_only", action="store_true", help="leave activations in floating point whatever the mode")
 
 
@@ -286,110 +278,6 @@ def choose_device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return name
-
-
-def sampler_config(args: argparse.Namespace) -> SamplerConfig:
-    """The sampler that the flags ask for. Raises ValueError for values out of range."""
-    return SamplerConfig(args.sample_type, args.skip_type, args.timesteps, args.eta)
-
-
-def quant_config(args: argparse.Namespace) -> QuantConfig | None:
-    """The quantization that the flags ask for, None without --ptq. Raises ValueError for values out of range."""
-    if not args.ptq:
-        return None
-    for name in ("weight_bit", "act_bit"):
-        if not 2 <= getattr(args, name) <= 8:
-            raise ValueError(f"--{name} {getattr(args, name)}: allowed are 2 to 8")
-    if not 2 <= args.sm_abit <= 16:
-        raise ValueError(f"--sm_abit {args.sm_abit}: allowed are 2 to 16")
-    if args.weight_only and args.quant_act:
-        raise ValueError("--weight_only and --quant_act exclude one another")
-    linear, qncd = args.quant_mode == "linear", args.quant_mode == "qncd"
-    quantize_acts = not args.weight_only and (not linear or args.quant_act)
-    if args.a_min_max and (args.running_stat or args.act_range not in (None, "max")):
-        raise ValueError("--a_min_max contradicts --running_stat and --act_range mse")
-    act_range = args.act_range or "max"
-    if args.running_stat or args.rs_sm_only:
-        if args.running_stat and args.act_range:
-            raise ValueError("--running_stat and --act_range exclude one another")
-        act_range = act_range if args.rs_sm_only else "running"
-    return QuantConfig(
-        weight_bits=args.weight_bit,
-        act_bits=args.act_bit if quantize_acts else None,
-        softmax_bits=args.sm_abit,
-        weight_range="max" if linear else "mse",
-        act_range=act_range,
-        softmax_range="running" if args.rs_sm_only else None,
-        quantize_embedding=not args.emb_float,
-        stepwise_embedding=args.quant_mode == "tfmq",
-        act_symmetric=args.a_sym,
-        split=not linear if args.split is None else args.split,
-        bias_correction=qncd if args.bias_correction is None else args.bias_correction,
-    )
-
-
-def smoothing_config(args: argparse.Namespace) -> SmoothingConfig | None:
-    """Smoothing, or None where it is off."""
-    wanted = args.quant_mode == "qncd" if args.scale_split_static is None else args.scale_split_static
-    return SmoothingConfig() if args.ptq and wanted else None
-
-
-def correction_config(args: argparse.Namespace) -> CorrectionConfig | None:
-    """Noise correction, or None where it is off. Raises ValueError for contradicting flags."""
-    details = [n for n in ("reverse_interval", "reverse_target", "reverse_statistics") if getattr(args, n) is not None]
-    asked = args.sample_reverse is not None or bool(details)
-    if args.no_sample_reverse and asked:
-        raise ValueError("--no-sample_reverse contradicts --sample_reverse and the --reverse_* flags")
-    if asked and not args.ptq:
-        raise ValueError("--sample_reverse corrects a quantized network: it needs --ptq")
-    if args.no_sample_reverse or not args.ptq or not (asked or args.quant_mode == "qncd"):
-        return None
-    if args.sample_reverse and args.reverse_interval and args.sample_reverse != args.reverse_interval:
-        raise ValueError(
-            f"--sample_reverse {args.sample_reverse} and --reverse_interval {args.reverse_interval} name two intervals"
-        )
-    if (args.sample_reverse or 0) < 0 or (args.reverse_interval is not None and args.reverse_interval < 1):
-        value = args.reverse_interval if args.reverse_interval is not None else args.sample_reverse
-        raise ValueError(f"interval {value}: allowed are whole numbers, 1 or more")
-    defaults = CorrectionConfig()
-    return CorrectionConfig(
-        interval=args.sample_reverse or args.reverse_interval or defaults.interval,
-        target=args.reverse_target or defaults.target,
-        statistics=args.reverse_statistics or defaults.statistics,
-        control=args.reverse_control,
-        shrink=args.reverse_control and defaults.shrink,
-    )
-
-
-def reconstruction_config(args: argparse.Namespace) -> ReconstructionConfig | None:
-    """Reconstruction, or None where it is off. Raises ValueError for contradicting flags and values out of range."""
-    given = {field: getattr(args, name) for field, name in RECONSTRUCTION_FLAGS.items() if getattr(args, name) is not None}
-    wanted = args.quant_mode in RECONSTRUCTED_MODES and not args.resume_w if args.recon is None else args.recon
-    if wanted and args.ptq:
-        act_flags = [RECONSTRUCTION_FLAGS[field] for field in ("act_iterations", "act_lr") if field in given]
-        if not args.recon_act:
-            if act_flags:
-                raise ValueError(f"--{act_flags[0]} needs --recon_act")
-            return ReconstructionConfig(**given)
-        if args.weight_only or (args.quant_mode == "linear" and not args.quant_act):
-            raise ValueError("--recon_act learns scales of quantized activations: they are in floating point here")
-        given.setdefault("act_iterations", ACT_ITERATIONS)
-        check_counts(args, ("cali_iters_a",))
-        return ReconstructionConfig(**given)
-    if args.recon:
-        raise ValueError("--recon needs --ptq")
-    if given or args.recon_act:
-        raise ValueError(f"--{RECONSTRUCTION_FLAGS[next(iter(given))] if given else 'recon_act'} needs --recon")
-    return None
-
-
-def offline_kind(args: argparse.Namespace) -> str | None:
-    """The offline correction that --quant_mode stands for. Raises ValueError where --sample_reverse asks for another one."""
-    if not args.ptq or args.quant_mode not in OFFLINE_MODES:
-        return None
-    if correction_config(args) is not None:
-        raise ValueError(f"--sample_reverse: --quant_mode {args.quant_mode} has a correction of its own")
-    return str(args.quant_mode)
 
 
 def check_counts(args: argparse.Namespace, names: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ class QuantConfig:
         quantize_embedding: quantize the time embedding's layers and the blocks' projections of it as well.
         stepwise_activations: every activation has a range for each time step that the sampler visits.
         gptq: round each layer's weights in sequence, every error made up for by the weights not yet rounded (GPTQ, arXiv
-            2210.17323), towards what the layer gives on inputs that are not rounded. Takes bias correction's place.
+            2210.17323), towards what the layer gives on inputs that are not rounded (GPTAQ, arXiv 2504.02692).
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
@@ -86,6 +86,10 @@ class QuantConfig:
             check_choice("softmax_range", self.softmax_range, ACT_RANGES)
         if self.weight_bits is None and self.act_bits is None:
             raise ValueError("weight_bits and act_bits are both None: nothing would be quantized")
+        if self.gptq and self.weight_bits is None:
+            raise ValueError("gptq rounds weights: weight_bits None is not allowed with it")
+        if self.gptq and not self.bias_correction:
+            raise ValueError("gptq rounds about the inputs' means, whose errors go into the bias: it needs bias_correction")
 
     @property
     def label(self) -> str:

@@ -12,23 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qncd import cli
+from qncd import cli, options
 from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, ReconstructionConfig, SmoothingConfig
 from qncd.distributed import OneProcess, Processes
 from qncd.models.key_tables import KeyTable
 from qncd.models.unpickle import load_checkpoint
 from qncd.ptq.calibration import CalibrationSet, calibrate_, load_calibration, save_calibration
 from qncd.ptq.checkpoint import QuantizedInfo, load_quantized_, load_weights_, peek_quantized, save_quantized
-from qncd.ptq.pipeline import Diffusion, quantize_with_, record_noise_table, record_offline, sample_calibration
+from qncd.ptq.pipeline import (
+    Diffusion,
+    quantize_with_,
+    record_noise_table,
+    record_offline,
+    sample_calibration,
+    set_stepwise_,
+)
 from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_
-from qncd.ptq.temporal import set_stepwise_ranges_
 from qncd.sampling.correctors import Corrector
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.offline_noise import OfflineCorrector, OfflineStatistics
 from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
 
 log = logging.getLogger("qncd")
-WEIGHT_SETTINGS = ("weight_bits", "edge_bits", "weight_range", "split", "quantize_embedding", "smoothed")
+WEIGHT_SETTINGS = ("weight_bits", "edge_bits", "weight_range", "gptq", "split", "quantize_embedding", "smoothed")
 
 
 def is_quiet() -> bool:
@@ -44,6 +50,8 @@ def check_quantization_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} needs --ptq")
     if args.resume_w and args.recon:
         raise ValueError("--resume_w takes weights as they are: it excludes --recon")
+    if args.resume_w and args.gptq:
+        raise ValueError("--resume_w takes weights as they are: it excludes --gptq")
     if args.resume and args.resume_w:
         raise ValueError("--resume and --resume_w exclude one another: all of the checkpoint, or its weights alone")
     for name in ("resume", "resume_w"):
@@ -66,8 +74,8 @@ class Quantization:
     def of(cls, args: argparse.Namespace) -> Quantization:
         """Raises ValueError as the parts do."""
         return cls(
-            args.quant_mode, cli.quant_config(args), cli.smoothing_config(args), cli.reconstruction_config(args),
-            cli.correction_config(args), cli.offline_kind(args),
+            args.quant_mode, options.quant_config(args), options.smoothing_config(args), options.reconstruction_config(args),
+            options.correction_config(args), options.offline_kind(args),
         )  # fmt: skip
 
     @property
@@ -283,8 +291,7 @@ def _quantize_(
         if args.resume_w:
             load_weights_(diffusion.unet, args.cali_ckpt, quant, base_hash)
             log.info("weights of %s; activations are calibrated anew", args.cali_ckpt)
-            if quant.stepwise_embedding:
-                set_stepwise_ranges_(diffusion.unet, [step.t for step in diffusion.steps])
+            set_stepwise_(diffusion, quant)
             calibrate_(diffusion.unet, data, args.cali_batch_size, bar)
         else:
             quantize_with_(

@@ -268,7 +268,7 @@ def steps(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     from qncd.benchmark.plan import parse_width
     from qncd.config import QuantConfig, ReconstructionConfig
     from qncd.ptq.activation_steps import learn_steps_
-    from qncd.ptq.calibration import calibrate_, call_unet
+    from qncd.ptq.calibration import calibrate_, call_unet, correct_biases_
     from qncd.quant.convert import quantize_
 
     plain, data = load(model, args.inputs)
@@ -288,7 +288,7 @@ def steps(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
                 squared, expected = squared + float((found - exact).square().sum()), expected + float(exact.square().sum())
             return squared / expected
 
-        calibrate_(unet, data, 32, bias_correction=True)
+        calibrate_(unet, data, 32, correct=correct_biases_)
         before, start = error(), time.perf_counter()
         results = learn_steps_(unet, reference, data, ReconstructionConfig(act_iterations=cli.ACT_ITERATIONS))
         row = {"model": model, "width": width, "before": before, "after": error(), "seconds": time.perf_counter() - start}

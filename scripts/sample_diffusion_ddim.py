@@ -17,7 +17,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qncd import cli
+from qncd import cli, options
 
 if TYPE_CHECKING:
     from qncd.distributed import Processes
@@ -54,7 +54,7 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
     from qncd.sampling.schedule import betas_of
 
     cli.check_counts(args, ("max_images", "batch_size", "lane", "cali_n", "cali_st", "cali_batch_size"))
-    sampler, wanted = cli.sampler_config(args), preparation.Quantization.of(args)
+    sampler, wanted = options.sampler_config(args), preparation.Quantization.of(args)
     preparation.check_quantization_arguments(args)
     if args.cond:
         raise ValueError("--cond: the models of this script are unconditional; allowed without it")

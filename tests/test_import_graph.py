@@ -27,7 +27,8 @@ LAYERS = (
     ("sampling",),
     ("ptq", "training"),
     ("classifier_training",),
-    ("cli",),
+    ("modes",),
+    ("cli", "options"),
     ("preparation",),
     ("jobs",),
     ("latent_jobs",),
@@ -47,7 +48,7 @@ ONLY = {
 STRANGERS = ("qncd.sampling.samplers", "qncd.sampling.runtime_noise")
 
 # Everything that `--help` imports; yaml takes 20 ms, torch seconds.
-LIGHT_MODULES = ("qncd", "qncd.config", "qncd.cli")
+LIGHT_MODULES = ("qncd", "qncd.config", "qncd.modes", "qncd.cli")
 LIGHT_THIRD_PARTY = {"yaml"}
 HEAVY = (
     "torch",
