@@ -229,7 +229,7 @@ def _take_over(unet: UNet, tensors: dict[str, Tensor], info: QuantizedInfo, conf
             for name, quantizer in act_quantizers(unet).items():
                 quantizer.set_qparams(tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"))
         else:
-            tensors = {key: value for key, value in tensors.items() if not key.endswith((".scale", ".zero_point"))}
+            tensors = {key: value for key, value in tensors.items() if not key.endswith((".scale", ".zero_point", ".times"))}
         for name, layer in quant_layers(unet).items():
             if layer.bias is None and f"{name}.bias" in tensors:  # made by bias correction
                 layer.shift_bias_(torch.zeros(len(layer.weight)))
