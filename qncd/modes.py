@@ -14,6 +14,7 @@ class Mode:
 
     Attributes:
         weight_range, act_range, split, bias_correction, gptq, stepwise_embedding, stepwise_activations: of QuantConfig.
+        narrow_act_range: `act_range` at 4 bits and fewer, where clipping costs less than the steps that it makes finer.
         quantizes_acts: without being asked to by --quant_act.
         smoothing: of features by the time embedding (intra noise).
         runtime_correction: of each prediction by an estimate made while sampling (inter noise).
@@ -24,6 +25,7 @@ class Mode:
     summary: str
     weight_range: str = "mse"
     act_range: str = "max"
+    narrow_act_range: str = "max"
     split: bool = True
     quantizes_acts: bool = True
     bias_correction: bool = False
@@ -41,6 +43,8 @@ class Mode:
             "weight_range", "act_range", "split", "bias_correction", "gptq", "stepwise_embedding", "stepwise_activations",
         )  # fmt: skip
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if act_bits is not None and act_bits <= 4:
+            fields["act_range"] = self.narrow_act_range
         fields |= {name: value for name, value in changes.items() if value is not None}
         return QuantConfig(weight_bits, act_bits, **fields)
 
@@ -65,6 +69,6 @@ QUANT_MODES = {
     ),
     "qncd+": Mode(
         "not in the paper: weights by GPTQ against the full-precision outputs, a range for each time step at every activation",
-        bias_correction=True, gptq=True, stepwise_activations=True,
+        bias_correction=True, gptq=True, stepwise_activations=True, narrow_act_range="mse",
     ),
 }  # fmt: skip

@@ -38,7 +38,7 @@ def quant_config(args: argparse.Namespace) -> QuantConfig | None:
         raise ValueError("--stepwise_act is about quantized activations: they are in floating point here")
     if args.recon and (mode.gptq if args.gptq is None else args.gptq):
         raise ValueError(f"--recon with GPTQ (--gptq, or --quant_mode {args.quant_mode}): both round the weights, allowed is one")
-    act_range = args.act_range or mode.act_range
+    act_range = "max" if args.a_min_max else args.act_range  # None: what the mode takes
     if args.running_stat or args.rs_sm_only:
         if args.running_stat and args.act_range:
             raise ValueError("--running_stat and --act_range exclude one another")

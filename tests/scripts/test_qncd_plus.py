@@ -50,6 +50,14 @@ def test_each_part_changes_the_images(common: list[str], tmp_path: Path) -> None
     )
 
 
+def test_ranges_of_least_error_at_four_bits(common: list[str], tmp_path: Path) -> None:
+    found = {}
+    for name, flags in {"six": (), "four": ("--act_bit", "4"), "extremes": ("--act_bit", "4", "--a_min_max")}.items():
+        run(common, tmp_path / name, *PLUS, *flags)
+        found[name] = json.loads((tmp_path / name / "run.json").read_text())["settings"]["quantization"]["act_range"]
+    assert found == {"six": "max", "four": "mse", "extremes": "max"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
