@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         _check_output(args.save_statistics, "--save_statistics")
 
     from qncd.cli import choose_device
-    from qncd.metrics.distributed import start_processes
+    from qncd.distributed import start_processes
     from qncd.metrics.evaluate import Evaluator, Settings, check_sources
     from qncd.metrics.features import FashionMnistFeatures, InceptionFeatures
     from qncd.metrics.report import differences, differences_to_json

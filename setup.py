@@ -58,6 +58,12 @@ TEST_REQUIRES = [
     "torchmetrics>=1.4,<2",
     "lpips>=0.1.4,<1",
 ]
+PEERS_REQUIRES = [  # other toolkits, for scripts/benchmark_quality.py; nncf and optimum-quanto compile C++ on first use
+    "nvidia-modelopt>=0.47,<1",
+    "nncf>=3.4,<4",
+    "optimum-quanto>=0.2.7,<1",
+    "torchao>=0.18,<1",
+]
 
 setup(
     name="qncd",
@@ -72,5 +78,5 @@ setup(
     packages=find_packages(where=str(ROOT), include=["qncd", "qncd.*"]),
     package_data={"qncd": ["py.typed", "assets/**/*", "models/registry.json"]},
     install_requires=INSTALL_REQUIRES,
-    extras_require={"test": TEST_REQUIRES, "export": EXPORT_REQUIRES},
+    extras_require={"test": TEST_REQUIRES, "export": EXPORT_REQUIRES, "peers": PEERS_REQUIRES},
 )

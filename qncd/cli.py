@@ -13,32 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qncd.config import (
+    CACHES,
     SAMPLE_TYPES,
     SKIP_TYPES,
     STATISTICS,
     TARGETS,
     CorrectionConfig,
-    QuantConfig,
     ReconstructionConfig,
-    SamplerConfig,
-    SmoothingConfig,
 )
 from qncd.export.packages import BACKENDS
+from qncd.modes import QUANT_MODES
+from qncd.progress import progress_bar as progress_bar  # scripts know it as cli.progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-QUANT_MODES = {
-    "linear": "min-max ranges, rounding to nearest and nothing else; activations with --quant_act",
-    "qdiff": "Q-Diffusion: ranges of least error, shortcut split, weights reconstructed",
-    "ptqd": "qdiff, and PTQD's correction of each prediction by offline statistics",
-    "tfmq": "qdiff, with TFMQ-DM's reconstruction of the time embedding and a range for each time step at its layers",
-    "d2dpm": "qdiff, and D2-DPM's correction of each prediction by offline statistics",
-    "qncd": "ranges of least error, split, smoothing, bias and runtime noise correction; weights reconstructed with --recon",
-}
-RECONSTRUCTED_MODES = ("qdiff", "ptqd", "tfmq", "d2dpm")
-OFFLINE_MODES = ("ptqd", "d2dpm")
-RECONSTRUCTION_FLAGS = {"iterations": "cali_iters", "lr": "recon_lr", "inputs": "recon_inputs", "memory_gb": "recon_memory"}
+ACT_ITERATIONS = 500  # of --recon_act, where --cali_iters_a does not say
 VERBOSITY = ("debug", "info", "warning", "critical")
 
 
@@ -151,20 +141,22 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     """The original's post-training quantization flags."""
     group = parser.add_argument_group("quantization")
     group.add_argument("--ptq", action="store_true", help="quantize the network (without it: full precision)")
-    modes = "; ".join(f"{name}: {text}" for name, text in QUANT_MODES.items())
+    modes = "; ".join(f"{name}: {mode.summary}" for name, mode in QUANT_MODES.items())
     group.add_argument("--quant_mode", choices=QUANT_MODES, default="qncd", help=f"{modes} (default qncd)")
     group.add_argument("--weight_bit", type=int, default=8, help="2 to 8 (default 8)")
     group.add_argument("--quant_act", action="store_true", help="quantize activations in --quant_mode linear too")
     group.add_argument("--act_bit", type=int, default=8, help="2 to 8 (default 8)")
     group.add_argument("--sm_abit", type=int, default=8, help="bits of the softmax output, 2 to 16 (default 8)")
     group.add_argument("--a_sym", action="store_true", help="symmetric activation codes, no zero point")
-    group.add_argument(
-        "--a_min_max", action="store_true", help="activation ranges by their extremes: --act_range max, the default"
-    )
+    group.add_argument("--a_min_max", action="store_true", help="activation ranges by their extremes: --act_range max")
     group.add_argument("--running_stat", action="store_true", help="activation ranges by moving averages (momentum 0.95)")
     group.add_argument("--rs_sm_only", action="store_true", help="moving averages for the softmax output only")
     group.add_argument("--emb_float", action="store_true", help="leave the time embedding and its projections in floating point")
-    group.add_argument("--act_range", choices=("max", "mse"), help="activation ranges: extremes (default) or least L2.4 error")
+    group.add_argument(
+        "--act_range",
+        choices=("max", "mse"),
+        help="activation ranges: extremes (default) or least L2.4 error (default of qncd+ at 4 bits)",
+    )
     group.add_argument("--split", action=argparse.BooleanOptionalAction, help="quantize the halves of skip concatenations apart")
     group.add_argument(
         "--scale_split_static", action=argparse.BooleanOptionalAction,
@@ -173,15 +165,23 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bias_correction",
         action=argparse.BooleanOptionalAction,
-        help="take each layer's mean rounding error out of its bias (on in --quant_mode qncd, though not in the paper)",
+        help="take each layer's mean rounding error out of its bias (on in qncd and qncd+, though not in the paper)",
     )
+    group.add_argument(
+        "--gptq", action=argparse.BooleanOptionalAction,
+        help="round weights in sequence, errors made up for by those to come, against full-precision outputs (on in qncd+)",
+    )  # fmt: skip
+    group.add_argument(
+        "--stepwise_act", action=argparse.BooleanOptionalAction,
+        help="a range for each of the sampler's time steps at every activation (on in qncd+)",
+    )  # fmt: skip
     group.add_argument("--weight_only", action="store_true", help="leave activations in floating point whatever the mode")
 
 
 def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     """BRECQ: --recon and how."""
     defaults = ReconstructionConfig()
-    group = parser.add_argument_group("reconstruction of the weights (BRECQ)")
+    group = parser.add_argument_group("reconstruction (BRECQ)")
     group.add_argument(
         "--recon", action=argparse.BooleanOptionalAction,
         help="learn the rounding of the weights block by block: minutes to hours (on in qdiff, ptqd, tfmq and d2dpm)",
@@ -191,6 +191,31 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--recon_inputs", type=int, help=f"calibration inputs used (default {defaults.inputs})")
     group.add_argument(
         "--recon_memory", type=float, help=f"GB of activations in memory (default {defaults.memory_gb:g}), the rest in files"
+    )
+    group.add_argument(
+        "--recon_cache", choices=CACHES,
+        help=f"how activations are kept (default {defaults.cache}); bf16 where one is too large for fp16",
+    )  # fmt: skip
+    group.add_argument(
+        "--recon_act", action="store_true", help="after the weights, learn the activation scales too, block by block (LSQ)"
+    )
+    group.add_argument(
+        "--cali_iters_a", type=int,
+        help=f"iterations a block for the activation scales (default {ACT_ITERATIONS}; the papers: 5000)",
+    )  # fmt: skip
+    group.add_argument("--cali_lr", type=float, help=f"their relative learning rate (default {defaults.act_lr:g})")
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """--devices, --num_nodes."""
+    group = parser.add_argument_group("several devices (Lightning Fabric; they share reconstruction and sampling)")
+    group.add_argument("--devices", type=int, default=1, help="processes on this machine, one a device (default 1)")
+    group.add_argument(
+        "--num_nodes",
+        type=int,
+        default=1,
+        help="machines with --devices each, a folder shared (default 1); "
+        "on each, run the same command with MASTER_ADDR, MASTER_PORT and NODE_RANK set",
     )
 
 
@@ -257,6 +282,7 @@ def add_ptq_arguments(parser: argparse.ArgumentParser) -> None:
     add_reconstruction_arguments(parser)
     add_correction_arguments(parser)
     add_calibration_arguments(parser)
+    add_process_arguments(parser)
     add_engine_arguments(parser)
 
 
@@ -273,125 +299,9 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def sampler_config(args: argparse.Namespace) -> SamplerConfig:
-    """The sampler that the flags ask for. Raises ValueError for values out of range."""
-    return SamplerConfig(args.sample_type, args.skip_type, args.timesteps, args.eta)
-
-
-def quant_config(args: argparse.Namespace) -> QuantConfig | None:
-    """The quantization that the flags ask for, None without --ptq. Raises ValueError for values out of range."""
-    if not args.ptq:
-        return None
-    for name in ("weight_bit", "act_bit"):
-        if not 2 <= getattr(args, name) <= 8:
-            raise ValueError(f"--{name} {getattr(args, name)}: allowed are 2 to 8")
-    if not 2 <= args.sm_abit <= 16:
-        raise ValueError(f"--sm_abit {args.sm_abit}: allowed are 2 to 16")
-    if args.weight_only and args.quant_act:
-        raise ValueError("--weight_only and --quant_act exclude one another")
-    linear, qncd = args.quant_mode == "linear", args.quant_mode == "qncd"
-    quantize_acts = not args.weight_only and (not linear or args.quant_act)
-    if args.a_min_max and (args.running_stat or args.act_range not in (None, "max")):
-        raise ValueError("--a_min_max contradicts --running_stat and --act_range mse")
-    act_range = args.act_range or "max"
-    if args.running_stat or args.rs_sm_only:
-        if args.running_stat and args.act_range:
-            raise ValueError("--running_stat and --act_range exclude one another")
-        act_range = act_range if args.rs_sm_only else "running"
-    return QuantConfig(
-        weight_bits=args.weight_bit,
-        act_bits=args.act_bit if quantize_acts else None,
-        softmax_bits=args.sm_abit,
-        weight_range="max" if linear else "mse",
-        act_range=act_range,
-        softmax_range="running" if args.rs_sm_only else None,
-        quantize_embedding=not args.emb_float,
-        stepwise_embedding=args.quant_mode == "tfmq",
-        act_symmetric=args.a_sym,
-        split=not linear if args.split is None else args.split,
-        bias_correction=qncd if args.bias_correction is None else args.bias_correction,
-    )
-
-
-def smoothing_config(args: argparse.Namespace) -> SmoothingConfig | None:
-    """Smoothing, or None where it is off."""
-    wanted = args.quant_mode == "qncd" if args.scale_split_static is None else args.scale_split_static
-    return SmoothingConfig() if args.ptq and wanted else None
-
-
-def correction_config(args: argparse.Namespace) -> CorrectionConfig | None:
-    """Noise correction, or None where it is off. Raises ValueError for contradicting flags."""
-    details = [n for n in ("reverse_interval", "reverse_target", "reverse_statistics") if getattr(args, n) is not None]
-    asked = args.sample_reverse is not None or bool(details)
-    if args.no_sample_reverse and asked:
-        raise ValueError("--no-sample_reverse contradicts --sample_reverse and the --reverse_* flags")
-    if asked and not args.ptq:
-        raise ValueError("--sample_reverse corrects a quantized network: it needs --ptq")
-    if args.no_sample_reverse or not args.ptq or not (asked or args.quant_mode == "qncd"):
-        return None
-    if args.sample_reverse and args.reverse_interval and args.sample_reverse != args.reverse_interval:
-        raise ValueError(
-            f"--sample_reverse {args.sample_reverse} and --reverse_interval {args.reverse_interval} name two intervals"
-        )
-    if (args.sample_reverse or 0) < 0 or (args.reverse_interval is not None and args.reverse_interval < 1):
-        value = args.reverse_interval if args.reverse_interval is not None else args.sample_reverse
-        raise ValueError(f"interval {value}: allowed are whole numbers, 1 or more")
-    defaults = CorrectionConfig()
-    return CorrectionConfig(
-        interval=args.sample_reverse or args.reverse_interval or defaults.interval,
-        target=args.reverse_target or defaults.target,
-        statistics=args.reverse_statistics or defaults.statistics,
-        control=args.reverse_control,
-        shrink=args.reverse_control and defaults.shrink,
-    )
-
-
-def reconstruction_config(args: argparse.Namespace) -> ReconstructionConfig | None:
-    """Reconstruction, or None where it is off. Raises ValueError for contradicting flags and values out of range."""
-    given = {field: getattr(args, name) for field, name in RECONSTRUCTION_FLAGS.items() if getattr(args, name) is not None}
-    wanted = args.quant_mode in RECONSTRUCTED_MODES and not args.resume_w if args.recon is None else args.recon
-    if wanted and args.ptq:
-        return ReconstructionConfig(**given)
-    if args.recon:
-        raise ValueError("--recon needs --ptq")
-    if given:
-        raise ValueError(f"--{RECONSTRUCTION_FLAGS[next(iter(given))]} needs --recon")
-    return None
-
-
-def offline_kind(args: argparse.Namespace) -> str | None:
-    """The offline correction that --quant_mode stands for. Raises ValueError where --sample_reverse asks for another one."""
-    if not args.ptq or args.quant_mode not in OFFLINE_MODES:
-        return None
-    if correction_config(args) is not None:
-        raise ValueError(f"--sample_reverse: --quant_mode {args.quant_mode} has a correction of its own")
-    return str(args.quant_mode)
-
-
 def check_counts(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Raise ValueError where a flag that counts something is below 1."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: allowed are whole numbers, 1 or more")
-
-
-class progress_bar:
-    """`with progress_bar("sampling", "image") as update:`: update(done, total) draws rate and time left on stderr."""
-
-    def __init__(self, title: str, unit: str, quiet: bool = False) -> None:
-        self.title, self.unit, self.quiet = title, unit, quiet
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        from tqdm import tqdm
-
-        self.bar = tqdm(desc=self.title, unit=f" {self.unit}s", disable=self.quiet, total=0, mininterval=0.5)
-
-        def update(done: int, total: int) -> None:
-            self.bar.total = total
-            self.bar.update(done - self.bar.n)
-
-        return update
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()

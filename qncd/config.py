@@ -13,6 +13,7 @@ SAMPLE_TYPES = ("generalized", "ddpm_noisy", "dpm_solver", "plms")
 DETERMINISTIC = ("dpm_solver", "plms")
 SKIP_TYPES = ("uniform", "quad")
 CONVENTIONS = ("ddim", "ldm")
+CACHES = ("fp16", "bf16", "fp32")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -49,6 +50,9 @@ class QuantConfig:
         stepwise_embedding: the inputs of those layers have a range for each time step that the sampler visits (TFMQ-DM,
             arXiv 2311.16503).
         quantize_embedding: quantize the time embedding's layers and the blocks' projections of it as well.
+        stepwise_activations: every activation has a range for each time step that the sampler visits.
+        gptq: round each layer's weights in sequence, every error made up for by the weights not yet rounded (GPTQ, arXiv
+            2210.17323), towards what the layer gives on inputs that are not rounded (GPTAQ, arXiv 2504.02692).
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
@@ -65,6 +69,8 @@ class QuantConfig:
     quantize_attention: bool = True
     quantize_embedding: bool = True
     stepwise_embedding: bool = False
+    stepwise_activations: bool = False
+    gptq: bool = False
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
@@ -80,6 +86,10 @@ class QuantConfig:
             check_choice("softmax_range", self.softmax_range, ACT_RANGES)
         if self.weight_bits is None and self.act_bits is None:
             raise ValueError("weight_bits and act_bits are both None: nothing would be quantized")
+        if self.gptq and self.weight_bits is None:
+            raise ValueError("gptq rounds weights: weight_bits None is not allowed with it")
+        if self.gptq and not self.bias_correction:
+            raise ValueError("gptq rounds about the inputs' means, whose errors go into the bias: it needs bias_correction")
 
     @property
     def label(self) -> str:
@@ -96,8 +106,13 @@ class ReconstructionConfig:
         batch_size: inputs a step.
         lr: of Adam on the rounding variables.
         inputs: calibration inputs used, evenly spread over the set; None for all.
-        memory_gb: cached activations of a block above this go to a file.
+        memory_gb: cached activations of a block above this go to a file; of each process where there are several.
+        cache: how they are kept, "fp16", "bf16" (8 bits of precision, any size) or "fp32".
         seed: of the order in which inputs are drawn.
+        act_iterations: optimizer steps of each block's activation scales, after all weights and ranges (LSQ, arXiv
+            1902.08153, as the second phase of BRECQ and Q-Diffusion); 0 leaves the scales as calibrated.
+        act_lr: of Adam on the logarithms of the scales; falls to 0 over the steps as a cosine. 0.01 is the best of 0.001 to
+            0.03 on blocks of the latent model in the box.
     """
 
     iterations: int = 2000
@@ -105,16 +120,24 @@ class ReconstructionConfig:
     lr: float = 1e-2
     inputs: int | None = 512
     memory_gb: float = 4.0
+    cache: str = "fp16"
     seed: int = 0
+    act_iterations: int = 0
+    act_lr: float = 1e-2
 
     def __post_init__(self) -> None:
         check_int("iterations", self.iterations, 1)
+        check_int("act_iterations", self.act_iterations, 0)
+        check_choice("cache", self.cache, CACHES)
         check_int("batch_size", self.batch_size, 1)
         check_int("seed", self.seed, 0)
         if self.inputs is not None:
             check_int("inputs", self.inputs, 1)
-        if not self.lr > 0 or not self.memory_gb >= 0:
-            raise ValueError(f"lr {self.lr!r}, memory_gb {self.memory_gb!r}: allowed are numbers above 0")
+        for name in ("lr", "act_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)!r}: allowed are numbers above 0")
+        if not self.memory_gb >= 0:
+            raise ValueError(f"memory_gb {self.memory_gb!r}: allowed are numbers from 0 on")
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from qncd import cli
+from qncd.distributed import OneProcess, Processes, start_processes
 from qncd.io.images import contact_sheet, image_name, save_npz, save_png, to_uint8
 from qncd.io.runs import Run
 from qncd.metrics.statistics import mse_to_psnr, paired_mse
@@ -37,10 +39,22 @@ def set_up_logging(level: str) -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
-def environment(args: argparse.Namespace, device: str, batch_size: int) -> dict[str, Any]:
+def start_job(args: argparse.Namespace) -> Processes:
+    """The processes of --device, --devices and --num_nodes; all but the first are silent.
+
+    Raises:
+        ValueError: there are not that many devices.
+    """
+    cli.check_counts(args, ("devices", "num_nodes"))
+    processes = start_processes(cli.choose_device(args.device), args.devices, args.num_nodes)
+    set_up_logging(args.verbose if processes.is_first else "critical")
+    return processes
+
+
+def environment(args: argparse.Namespace, device: str | torch.device, batch_size: int) -> dict[str, Any]:
     """What changes no image, for run.json: the arguments as they were, the device, the batch size."""
     plain = {k: v if v is None or isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}
-    return {"arguments": plain, "device": device, "batch_size": batch_size}
+    return {"arguments": plain, "device": str(device), "batch_size": batch_size}
 
 
 @dataclass(frozen=True)
@@ -89,10 +103,13 @@ def on_engine(args: argparse.Namespace, wanted: Quantization, diffusion: Diffusi
 
 
 class SamplingJob:
-    """The images of one run on their way to its folder."""
+    """The images of one run on their way to its folder.
 
-    def __init__(self, run: Run, plan: ImagePlan, batch_size: int) -> None:
-        self.run, self.plan, self.batch_size = run, plan, batch_size
+    Several processes share the batches of images; the first one writes everything else.
+    """
+
+    def __init__(self, run: Run, plan: ImagePlan, batch_size: int, processes: Processes | None = None) -> None:
+        self.run, self.plan, self.batch_size, self.processes = run, plan, batch_size, processes or OneProcess()
         self.figures: dict[str, Any] = {}
 
     def sample_and_finish(
@@ -111,7 +128,7 @@ class SamplingJob:
         corrector = None
         if wanted.quant:
             corrector, seconds = prepare_quantized(
-                args, wanted, diffusion, base_hash, self.run.folder, calibration_conditions, key_table
+                args, wanted, diffusion, base_hash, self.run.folder, calibration_conditions, key_table, self.processes
             )
             self.figures["calibration_seconds"] = seconds
         if args.backend != "torch":
@@ -119,6 +136,8 @@ class SamplingJob:
             diffusion = on_engine(args, wanted, diffusion, base_hash, self.run.folder / "onnx")
             self.figures["engine_seconds"] = time.perf_counter() - start
         self.sample_images(diffusion, "images", corrector, wanted.label)
+        if not self.processes.is_first:
+            return
         if args.sequence:
             self.write_sequence(diffusion, corrector)
         self.finish(wanted.label, args.compare_fp, args.savez, grid)
@@ -127,18 +146,25 @@ class SamplingJob:
         """Sample what is missing of the plan's images into a subfolder, batch by batch."""
         plan, folder = self.plan, self.run.folder / subfolder
         folder.mkdir(exist_ok=True)
-        done = self.run.existing_indices(subfolder)
+        done = self.processes.first(lambda: self.run.existing_indices(subfolder))
         missing = [i for i in range(plan.count) if i not in done]
         if len(missing) < plan.count:
             log.info("%s: %d of %d images are there already", folder, plan.count - len(missing), plan.count)
         start = time.perf_counter()
+        error = None
         with cli.progress_bar(f"sampling {label}", "image", is_quiet()) as bar:
-            for first in range(0, len(missing), self.batch_size):
-                indices = missing[first : first + self.batch_size]
-                images = plan.decode(self._sample(diffusion, indices, corrector))
-                for index, image in zip(indices, images, strict=True):
-                    save_png(image, plan.path(folder, index))
-                bar(first + len(indices), len(missing))
+            try:
+                for first in range(self.processes.rank * self.batch_size, len(missing), self.processes.world * self.batch_size):
+                    indices = missing[first : first + self.batch_size]
+                    images = plan.decode(self._sample(diffusion, indices, corrector))
+                    for index, image in zip(indices, images, strict=True):
+                        save_png(image, plan.path(folder, index))
+                    bar(min(len(missing), first + self.processes.world * self.batch_size), len(missing))
+            except (ValueError, OSError) as problem:
+                if self.processes.world == 1:
+                    raise
+                error = str(problem)
+        self.processes.agree(error)
         seconds = time.perf_counter() - start
         if missing:
             self.figures[f"{subfolder}_seconds"] = seconds

@@ -12,23 +12,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qncd import cli
+from qncd import cli, options
 from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, ReconstructionConfig, SmoothingConfig
+from qncd.distributed import OneProcess, Processes
 from qncd.export.packages import check_backend
 from qncd.models.key_tables import KeyTable
 from qncd.models.unpickle import load_checkpoint
 from qncd.ptq.calibration import CalibrationSet, calibrate_, load_calibration, save_calibration
 from qncd.ptq.checkpoint import QuantizedInfo, load_quantized_, load_weights_, peek_quantized, save_quantized
-from qncd.ptq.pipeline import Diffusion, quantize_with_, record_noise_table, record_offline, sample_calibration
+from qncd.ptq.pipeline import (
+    Diffusion,
+    quantize_with_,
+    record_noise_table,
+    record_offline,
+    sample_calibration,
+    set_stepwise_,
+)
 from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_
-from qncd.ptq.temporal import set_stepwise_ranges_
 from qncd.sampling.correctors import Corrector
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.offline_noise import OfflineCorrector, OfflineStatistics
 from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
 
 log = logging.getLogger("qncd")
-WEIGHT_SETTINGS = ("weight_bits", "edge_bits", "weight_range", "split", "quantize_embedding", "smoothed")
+WEIGHT_SETTINGS = ("weight_bits", "edge_bits", "weight_range", "gptq", "split", "quantize_embedding", "smoothed")
 
 
 def is_quiet() -> bool:
@@ -44,6 +51,8 @@ def check_quantization_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} needs --ptq")
     if args.resume_w and args.recon:
         raise ValueError("--resume_w takes weights as they are: it excludes --recon")
+    if args.resume_w and args.gptq:
+        raise ValueError("--resume_w takes weights as they are: it excludes --gptq")
     if args.resume and args.resume_w:
         raise ValueError("--resume and --resume_w exclude one another: all of the checkpoint, or its weights alone")
     for name in ("resume", "resume_w"):
@@ -71,8 +80,8 @@ class Quantization:
     def of(cls, args: argparse.Namespace) -> Quantization:
         """Raises ValueError as the parts do."""
         return cls(
-            args.quant_mode, cli.quant_config(args), cli.smoothing_config(args), cli.reconstruction_config(args),
-            cli.correction_config(args), cli.offline_kind(args),
+            args.quant_mode, options.quant_config(args), options.smoothing_config(args), options.reconstruction_config(args),
+            options.correction_config(args), options.offline_kind(args),
         )  # fmt: skip
 
     @property
@@ -118,6 +127,7 @@ def prepare_quantized(
     folder: Path,
     conditions: Conditions | None = None,
     key_table: KeyTable | None = None,
+    processes: Processes | None = None,
 ) -> tuple[Corrector | None, float]:
     """Turn the network of `diffusion` into the quantized one: from --cali_ckpt where it exists, else by calibrating.
 
@@ -127,76 +137,129 @@ def prepare_quantized(
         folder: of the run; with --resume_w the new checkpoint is written into it.
         conditions: one for each of the --cali_n calibration trajectories.
         key_table: names of the original model's layers, for a checkpoint of Q-Diffusion; None where they are unknown.
+        processes: who shares the reconstruction, all with the same arguments; the first one writes the files.
 
     Returns:
         the corrector, where one is asked for, and the seconds that calibrating took.
     """
-    quant, controlled = wanted.quant, wanted.controlled
-    assert quant is not None
     calibration = CalibrationConfig(args.cali_n, args.cali_st, args.cali_batch_size, args.cali_seed)
-    settings = {
-        "reconstruction": wanted.reconstruction and dataclasses.asdict(wanted.reconstruction),
-        "sampler": dataclasses.asdict(diffusion.config),
-        "guidance": conditions.scale if conditions else None,
-        "correction": {"interval": controlled.interval, "target": controlled.target} if controlled else None,
-    }
+    preparation = _Preparation(args, wanted, diffusion, base_hash, calibration, conditions, processes or OneProcess())
+    # One process may be done with a file before another one looks.
+    there = preparation.processes.share(args.cali_ckpt is not None and args.cali_ckpt.is_file())
+    if there and args.cali_ckpt.suffix != ".safetensors":
+        return _from_qdiffusion(preparation, key_table), 0.0
+    if there and not args.resume_w:
+        return _from_checkpoint(preparation), 0.0
+    return _by_calibrating(preparation, folder)
 
-    def record() -> NoiseTable:
-        assert controlled is not None
+
+@dataclass(frozen=True)
+class _Preparation:
+    """What the three ways to a quantized network share: the arguments of `prepare_quantized`, and what follows from them."""
+
+    args: argparse.Namespace
+    wanted: Quantization
+    diffusion: Diffusion
+    base_hash: str
+    calibration: CalibrationConfig
+    conditions: Conditions | None
+    processes: Processes
+
+    @property
+    def quant(self) -> QuantConfig:
+        assert self.wanted.quant is not None
+        return self.wanted.quant
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint depends on beside its QuantConfig."""
+        reconstruction, controlled = self.wanted.reconstruction, self.wanted.controlled
+        return {
+            "reconstruction": reconstruction and dataclasses.asdict(reconstruction),
+            "sampler": dataclasses.asdict(self.diffusion.config),
+            "guidance": self.conditions.scale if self.conditions else None,
+            "correction": {"interval": controlled.interval, "target": controlled.target} if controlled else None,
+        }
+
+    def noise_table(self) -> NoiseTable | None:
+        """The control table by a full-precision run, where the correction needs one; the network is not quantized yet."""
+        if self.wanted.controlled is None:
+            return None
         with cli.progress_bar("full-precision noise table", "image", is_quiet()) as bar:
-            return record_noise_table(diffusion, calibration, controlled, bar, conditions)
+            return record_noise_table(self.diffusion, self.calibration, self.wanted.controlled, bar, self.conditions)
 
-    def corrector(table: NoiseTable | None, offline: OfflineStatistics | None) -> Corrector | None:
+    def reference(self) -> Diffusion | None:
+        """The full-precision model beside the one that will be quantized, where a correction compares the two."""
+        return dataclasses.replace(self.diffusion, unet=copy.deepcopy(self.diffusion.unet)) if self.wanted.offline else None
+
+    def offline_statistics(self, reference: Diffusion | None) -> OfflineStatistics | None:
+        """What quantization did to the noise prediction, None without a reference; the network is quantized by now."""
+        if reference is None:
+            return None
+        with cli.progress_bar("offline statistics", "image", is_quiet()) as bar:
+            return record_offline(reference, self.diffusion, self.calibration, bar, self.conditions)
+
+    def corrector(self, table: NoiseTable | None, offline: OfflineStatistics | None) -> Corrector | None:
+        wanted = self.wanted
         if wanted.offline and offline:
             return OfflineCorrector(wanted.offline, offline)
-        return RuntimeNoiseCorrector(wanted.correction, table if controlled else None) if wanted.correction else None
+        return RuntimeNoiseCorrector(wanted.correction, table if wanted.controlled else None) if wanted.correction else None
 
-    def watch(reference: Diffusion) -> OfflineStatistics:
-        with cli.progress_bar("offline statistics", "image", is_quiet()) as bar:
-            return record_offline(reference, diffusion, calibration, bar, conditions)
 
-    there = args.cali_ckpt is not None and args.cali_ckpt.is_file()
-    if there and args.cali_ckpt.suffix != ".safetensors":
-        table, reference = record() if controlled else None, _copy_for(wanted, diffusion)
-        _load_qdiffusion_(args, diffusion, quant, key_table)
-        return corrector(table, watch(reference) if reference else None), 0.0
-    if there and not args.resume_w:
-        info, table = peek_quantized(args.cali_ckpt)
-        _check_same(args.cali_ckpt, info, quant, wanted.smoothing is not None)
-        if wanted.reconstruction and info.settings.get("reconstruction") != settings["reconstruction"]:
-            raise ValueError(f"{args.cali_ckpt}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
-        if info.settings.get("sampler") != settings["sampler"] and info.smoothed:
-            log.warning("%s was smoothed for the time steps of %s", args.cali_ckpt, info.settings.get("sampler"))
-        made_for = {key: info.settings.get(key) for key in ("sampler", "guidance", "correction")}
-        if controlled and (table is None or any(made_for[key] != settings[key] for key in made_for)):
-            table = record()
-        offline, reference = info.offline, _copy_for(wanted, diffusion)
-        load_quantized_(diffusion.unet, args.cali_ckpt, base_hash)
-        log.info("loaded %s: %s", args.cali_ckpt, info.config.label)
-        if reference and (offline is None or any(made_for[key] != settings[key] for key in ("sampler", "guidance"))):
-            offline = watch(reference)
-        return corrector(table, offline), 0.0
-    if there:
+def _from_qdiffusion(preparation: _Preparation, key_table: KeyTable | None) -> Corrector | None:
+    """A --cali_ckpt of Q-Diffusion."""
+    table, reference = preparation.noise_table(), preparation.reference()
+    _load_qdiffusion_(preparation.args, preparation.diffusion, preparation.quant, key_table)
+    return preparation.corrector(table, preparation.offline_statistics(reference))
+
+
+def _from_checkpoint(preparation: _Preparation) -> Corrector | None:
+    """A --cali_ckpt of this package, with what it holds for the correction where that was made with the same settings."""
+    path, wanted, settings = preparation.args.cali_ckpt, preparation.wanted, preparation.settings
+    info, table = peek_quantized(path)
+    _check_same(path, info, preparation.quant, wanted.smoothing is not None)
+    if wanted.reconstruction and _reconstruction_of(info) != settings["reconstruction"]:
+        raise ValueError(f"{path}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
+    if info.settings.get("sampler") != settings["sampler"] and info.smoothed:
+        log.warning("%s was smoothed for the time steps of %s", path, info.settings.get("sampler"))
+    made_for = {key: info.settings.get(key) for key in ("sampler", "guidance", "correction")}
+    if wanted.controlled and (table is None or any(made_for[key] != settings[key] for key in made_for)):
+        table = preparation.noise_table()
+    offline, reference = info.offline, preparation.reference()
+    load_quantized_(preparation.diffusion.unet, path, preparation.base_hash)
+    log.info("loaded %s: %s", path, info.config.label)
+    if offline is None or any(made_for[key] != settings[key] for key in ("sampler", "guidance")):
+        offline = preparation.offline_statistics(reference)
+    return preparation.corrector(table, offline)
+
+
+def _by_calibrating(preparation: _Preparation, folder: Path) -> tuple[Corrector | None, float]:
+    """Calibrate, with --resume_w around the weights of --cali_ckpt, and write the checkpoint. Also the seconds taken."""
+    args, wanted, diffusion, base_hash = preparation.args, preparation.wanted, preparation.diffusion, preparation.base_hash
+    processes = preparation.processes
+    if args.resume_w:
         info, _ = peek_quantized(args.cali_ckpt)
-        _check_same(args.cali_ckpt, info, quant, wanted.smoothing is not None, WEIGHT_SETTINGS)
-    start, table = time.perf_counter(), None
-    if args.cali_data_path and args.cali_data_path.exists():
+        _check_same(args.cali_ckpt, info, preparation.quant, wanted.smoothing is not None, WEIGHT_SETTINGS)
+    start = time.perf_counter()
+    if processes.share(args.cali_data_path is not None and args.cali_data_path.exists()):
         data = load_calibration(args.cali_data_path, args.cali_n, args.cali_st)
         data.check_model(diffusion.unet, base_hash)
-        table = record() if controlled else None
+        table = preparation.noise_table()
     else:
         with cli.progress_bar("calibration set", "image", is_quiet()) as bar:
-            data, table = sample_calibration(diffusion, calibration, controlled, base_hash, bar, conditions)
-        if args.cali_data_path:
+            data, table = sample_calibration(
+                diffusion, preparation.calibration, wanted.controlled, base_hash, bar, preparation.conditions
+            )
+        if args.cali_data_path and processes.is_first:
             save_calibration(data, args.cali_data_path)
-    reference = _copy_for(wanted, diffusion)
-    _quantize_(args, wanted, diffusion, data, base_hash, folder)
-    offline = watch(reference) if reference else None
+    reference = preparation.reference()
+    _quantize_(args, wanted, diffusion, data, base_hash, folder, processes)
+    offline = preparation.offline_statistics(reference)
     target = folder / "quantized.safetensors" if args.resume_w else args.cali_ckpt
-    if target:
-        save_quantized(diffusion.unet, target, quant, base_hash, table, settings, offline)
+    if target and processes.is_first:
+        save_quantized(diffusion.unet, target, preparation.quant, base_hash, table, preparation.settings, offline)
         log.info("quantized checkpoint: %s, %.1f MB", target, target.stat().st_size / 1e6)
-    return corrector(table, offline), time.perf_counter() - start
+    return preparation.corrector(table, offline), time.perf_counter() - start
 
 
 def _load_qdiffusion_(args: argparse.Namespace, diffusion: Diffusion, quant: QuantConfig, table: KeyTable | None) -> None:
@@ -215,31 +278,39 @@ def _load_qdiffusion_(args: argparse.Namespace, diffusion: Diffusion, quant: Qua
     log.info("loaded %s: %s as Q-Diffusion wrote it", path, quant.label)
 
 
-def _copy_for(wanted: Quantization, diffusion: Diffusion) -> Diffusion | None:
-    """The full-precision model beside the one that will be quantized, where a correction compares the two."""
-    return dataclasses.replace(diffusion, unet=copy.deepcopy(diffusion.unet)) if wanted.offline else None
-
-
 def _quantize_(
-    args: argparse.Namespace, wanted: Quantization, diffusion: Diffusion, data: CalibrationSet, base_hash: str, folder: Path
+    args: argparse.Namespace,
+    wanted: Quantization,
+    diffusion: Diffusion,
+    data: CalibrationSet,
+    base_hash: str,
+    folder: Path,
+    processes: Processes,
 ) -> None:
     quant = wanted.quant
     assert quant is not None
+    learns_steps = wanted.reconstruction is not None and wanted.reconstruction.act_iterations > 0
     with (
         cli.progress_bar("reconstruction", "block", is_quiet() or wanted.reconstruction is None) as blocks,
         cli.progress_bar(f"calibrating {quant.label}", "input", is_quiet()) as bar,
+        cli.progress_bar("activation steps", "block", is_quiet() or not learns_steps) as steps,
     ):
         if args.resume_w:
             load_weights_(diffusion.unet, args.cali_ckpt, quant, base_hash)
             log.info("weights of %s; activations are calibrated anew", args.cali_ckpt)
-            if quant.stepwise_embedding:
-                set_stepwise_ranges_(diffusion.unet, [step.t for step in diffusion.steps])
+            set_stepwise_(diffusion, quant)
             calibrate_(diffusion.unet, data, args.cali_batch_size, bar)
         else:
             quantize_with_(
                 diffusion, quant, data, wanted.smoothing, args.cali_batch_size, bar, wanted.reconstruction, blocks,
-                folder / "reconstruction" if wanted.reconstruction else None,
+                folder / "reconstruction" if wanted.reconstruction else None, steps, processes,
             )  # fmt: skip
+
+
+def _reconstruction_of(info: QuantizedInfo) -> dict[str, Any] | None:
+    """How a checkpoint was reconstructed; settings that are younger than the file have the value that was the only one then."""
+    found = info.settings.get("reconstruction")
+    return found and {"cache": "fp16", "act_iterations": 0, "act_lr": ReconstructionConfig.act_lr, **found}
 
 
 def _check_same(path: Path, info: QuantizedInfo, wanted: QuantConfig, smooth: bool, names: Sequence[str] | None = None) -> None:

@@ -7,6 +7,8 @@
 
 Rows: full precision, and every mode at every width, each with several calibration seeds. Finished cells are kept in
 OUT/cells: the same command goes on with a run that was cut off. Results: OUT/quality.md, quality.json and quality.png.
+Other toolkits (modelopt-int8, modelopt-smoothquant, nncf, quanto, torchao) are modes too, with `pip install -e '.[peers]'`;
+widths that one cannot do are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qncd import cli
-from qncd.benchmark.plan import DEFAULT_MODES, FULL, MODES, UNBIASED_IMAGES, WIDTHS, Cell, Plan, corrects, parse_width
+from qncd.benchmark.peers import PEERS, check_peer
+from qncd.benchmark.plan import DEFAULT_MODES, MODES, UNBIASED_IMAGES, WIDTHS, Plan, can_do, corrects, make_cells
 from qncd.config import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
 
 log = logging.getLogger("qncd")
@@ -37,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--ckpt", help="weights (default: what the config names)")
     group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     group = parser.add_argument_group("what is compared")
-    group.add_argument("--widths", nargs="+", default=list(WIDTHS), metavar="WxAy", help=f"default {' '.join(WIDTHS)}")
+    group.add_argument("--widths", nargs="+", metavar="WxAy", help=f"default {' '.join(WIDTHS)}")
     group.add_argument(
         "--modes", nargs="+", choices=MODES, default=list(DEFAULT_MODES), help=f"default {' '.join(DEFAULT_MODES)}"
     )
@@ -72,10 +75,13 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(level="INFO", format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     cli.check_counts(args, ("images", "seeds", "batch_size", "cali_n", "cali_st", "interval", "jobs"))
-    widths = [f"W{w}A{a}" for w, a in dict.fromkeys(parse_width(text) for text in args.widths)]
+    cells = make_cells(args.widths, args.modes, args.seeds)
+    for mode in dict.fromkeys(cell.mode for cell in cells if cell.peer):
+        if args.widths and (missing := [width for width in args.widths if not can_do(mode, width)]):
+            log.info("note: %s can do %s; left out: %s", mode, PEERS[mode].widths, ", ".join(missing))
+        if not args.report:
+            check_peer(mode)
     plan, convention = make_plan(args)
-    modes = [mode for mode in MODES if mode in args.modes]
-    cells = [Cell(FULL)] + [Cell(w, mode, seed) for seed in range(args.seeds) for w in widths for mode in modes]
     from qncd.benchmark.cells import compute
     from qncd.benchmark.report import write_report
     from qncd.io.runs import RUN_FILE, Run, open_run

@@ -107,7 +107,7 @@ def calibration_run(kind: str, samples: int, threads: int | None, queue: Any) ->
     import torch
 
     from qncd.config import QuantConfig
-    from qncd.ptq.calibration import calibrate_, call_unet
+    from qncd.ptq.calibration import calibrate_, call_unet, correct_biases_
     from qncd.quant.convert import quantize_
 
     if threads:
@@ -125,7 +125,7 @@ def calibration_run(kind: str, samples: int, threads: int | None, queue: Any) ->
         seconds = time.perf_counter() - start
     else:
         quantize_(unet, QuantConfig(weight_bits=8, act_bits=8, weight_range="mse", act_range="mse"))
-        seconds = calibrate_(unet, data, CALIBRATION_BATCH, bias_correction=True)
+        seconds = calibrate_(unet, data, CALIBRATION_BATCH, correct=correct_biases_)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     weights = sum(p.numel() * p.element_size() for p in unet.parameters()) / 1024
     # The weights belong to both sides; what was there before them (the interpreter, libraries) to neither.

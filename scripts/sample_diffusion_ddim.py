@@ -15,8 +15,12 @@ import argparse
 import dataclasses
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qncd import cli
+from qncd import cli, options
+
+if TYPE_CHECKING:
+    from qncd.distributed import Processes
 
 log = logging.getLogger("qncd")
 
@@ -33,6 +37,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    from qncd import jobs
+
+    processes = jobs.start_job(args)
+    with processes.quiet_failure():
+        sample(args, processes)
+
+
+def sample(args: argparse.Namespace, processes: Processes) -> None:
+    """The run, in each of the processes."""
     from qncd import jobs, preparation
     from qncd.io.runs import open_run
     from qncd.models.ddim import ddim_key_table
@@ -40,15 +53,14 @@ def main(args: argparse.Namespace) -> None:
     from qncd.ptq.pipeline import Diffusion
     from qncd.sampling.schedule import betas_of
 
-    jobs.set_up_logging(args.verbose)
     cli.check_counts(args, ("max_images", "batch_size", "lane", "cali_n", "cali_st", "cali_batch_size"))
-    sampler, wanted = cli.sampler_config(args), preparation.Quantization.of(args)
+    sampler, wanted = options.sampler_config(args), preparation.Quantization.of(args)
     preparation.check_quantization_arguments(args)
     if args.cond:
         raise ValueError("--cond: the models of this script are unconditional; allowed without it")
     model_config = load_config(args.config)
     betas = betas_of(model_config)
-    device = cli.choose_device(args.device)
+    device = str(processes.device)
     unet = load_ddim(model_config, args.ckpt, args.use_pretrained).to(device)
     size, channels = int(model_config["data"]["image_size"]), int(model_config["model"]["in_channels"])
     args.cali_batch_size = args.cali_batch_size or cli.default_calibration_batch(size)
@@ -65,8 +77,8 @@ def main(args: argparse.Namespace) -> None:
     }
     # Twice the size of raw images: PNG files are smaller, an npz and a comparison may come on top.
     needed = 4 * args.max_images * channels * size * size
-    run = open_run(args.logdir, settings, jobs.environment(args, device, batch_size), needed)
-    job = jobs.SamplingJob(run, jobs.ImagePlan(args.max_images, lambda i: args.seed + i), batch_size)
+    run = processes.first(lambda: open_run(args.logdir, settings, jobs.environment(args, device, batch_size), needed))
+    job = jobs.SamplingJob(run, jobs.ImagePlan(args.max_images, lambda i: args.seed + i), batch_size, processes)
     job.sample_and_finish(args, wanted, diffusion, base_hash, key_table=ddim_key_table(model_config))
 
 

@@ -16,9 +16,13 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qncd import cli
 from qncd.config import SamplerConfig
+
+if TYPE_CHECKING:
+    from qncd.distributed import Processes
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "fashion_mnist_ldm.yaml"
 GUIDANCE = 3.0  # of the published ImageNet figures
@@ -70,16 +74,24 @@ def chosen_classes(text: str | None, n_classes: int) -> list[int]:
 
 
 def main(args: argparse.Namespace) -> None:
+    from qncd import jobs
+
+    processes = jobs.start_job(args)
+    with processes.quiet_failure():
+        sample(args, processes)
+
+
+def sample(args: argparse.Namespace, processes: Processes) -> None:
+    """The run, in each of the processes."""
     from qncd import jobs, latent_jobs, preparation
     from qncd.io.runs import open_run
     from qncd.models.conditioning import ClassConditioner, TextConditioner
     from qncd.sampling.guidance import Conditions
 
-    jobs.set_up_logging(args.verbose)
     cli.check_counts(args, ("n_samples", "batch_size", "lane", "custom_steps", "cali_n", "cali_st", "cali_batch_size"))
     wanted = preparation.Quantization.of(args)
     preparation.check_quantization_arguments(args)
-    device = cli.choose_device(args.device)
+    device = str(processes.device)
     model, config = latent_jobs.load_model(args, DEFAULT_CONFIG, device)
     if isinstance(model.conditioner, TextConditioner):
         raise ValueError(f"{model.source} takes prompts: scripts/txt2img.py samples it")
@@ -115,13 +127,13 @@ def main(args: argparse.Namespace) -> None:
     }
     side = model.latent_shape[1] * model.first_stage.factor
     needed = 12 * args.n_samples * side * side
-    run = open_run(args.logdir, settings, jobs.environment(args, device, args.batch_size), needed)
+    run = processes.first(lambda: open_run(args.logdir, settings, jobs.environment(args, device, args.batch_size), needed))
     decode = latent_jobs.make_decoder(model, diffusion.lane)
     plan = jobs.ImagePlan(args.n_samples, lambda i: args.seed + i, conditions, decode, columns)
-    if classes:
+    if classes and processes.is_first:
         rows = [f"{plan.path(Path(), i)},{classes[i % len(classes)]}" for i in range(args.n_samples)]
         (run.folder / "labels.csv").write_text("\n".join(["file,class", *rows]) + "\n", encoding="utf-8")
-    job = jobs.SamplingJob(run, plan, args.batch_size)
+    job = jobs.SamplingJob(run, plan, args.batch_size, processes)
     table = latent_jobs.original_names(config)
     job.sample_and_finish(args, wanted, diffusion, settings["model"], calibration_conditions, key_table=table)
 

@@ -10,8 +10,11 @@ test accuracy in the metadata) and fashion_mnist_statistics.npz (its features ov
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 ASSETS = Path(__file__).resolve().parents[1] / "qncd" / "assets"
 
@@ -29,43 +32,32 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def flip_and_shift(batch: torch.Tensor) -> torch.Tensor:
+    """Mirror half of the batch (N, 1, 32, 32) and move all of it by up to one pixel."""
+    import torch
+
+    flip = torch.rand(len(batch)) < 0.5
+    batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
+    # One shift a batch: the black border of 2 pixels makes a roll by 1 the same as a translation.
+    dx, dy = torch.randint(-1, 2, (2,)).tolist()
+    return batch.roll((dy, dx), (2, 3))
+
+
 def train(args: argparse.Namespace) -> None:
     """Train, measure the accuracy of the half-precision weights on the test split, write them."""
     import torch
-    from safetensors.torch import save_file
 
+    from qncd.classifier_training import save_classifier, train_classifier_
     from qncd.io.fashion_mnist import load_fashion_mnist
     from qncd.metrics.fashion_mnist_classifier import FashionMnistClassifier
 
     torch.manual_seed(args.seed)
     images, labels = (torch.from_numpy(array) for array in load_fashion_mnist("train", args.data))
     network = FashionMnistClassifier()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.05)
-    steps = len(images) // args.batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps, pct_start=0.2)
-    start = time.monotonic()
-    for epoch in range(args.epochs):
-        network.train()
-        total = 0.0
-        order = torch.randperm(len(images))
-        for step in range(steps):
-            index = order[step * args.batch_size : (step + 1) * args.batch_size]
-            batch = images[index].permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 1, 32, 32) in [-1, 1]
-            flip = torch.rand(len(batch)) < 0.5
-            batch = torch.where(flip[:, None, None, None], batch.flip(3), batch)
-            # One shift a batch: the black border of 2 pixels makes a roll by 1 the same as a translation.
-            dx, dy = torch.randint(-1, 2, (2,)).tolist()
-            logits = network(batch.roll((dy, dx), (2, 3)))[2]
-            loss = torch.nn.functional.cross_entropy(logits, labels[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-        print(f"epoch {epoch + 1}/{args.epochs}: loss {total / steps:.4f}, {time.monotonic() - start:.0f} s", flush=True)
-
-    network.half().float()  # what is measured is what is shipped
-    network.eval()
+    train_classifier_(
+        network, images, labels, lambda outputs, labels: torch.nn.functional.cross_entropy(outputs[2], labels),
+        flip_and_shift, args.epochs, args.batch_size, args.lr,
+    )  # fmt: skip
     images, labels = (torch.from_numpy(array) for array in load_fashion_mnist("test", args.data))
     with torch.no_grad():
         correct = sum(
@@ -73,10 +65,9 @@ def train(args: argparse.Namespace) -> None:
             for x, y in zip(images.split(500), labels.split(500), strict=True)
         )
     accuracy = 100 * correct / len(images)
-    state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
     metadata = {"test_accuracy": f"{accuracy:.2f}", "epochs": str(args.epochs), "seed": str(args.seed)}
-    save_file(state, args.out / "fashion_mnist_classifier.safetensors", metadata)
-    print(f"accuracy on the 10,000 test images: {accuracy:.2f} %")
+    save_classifier(network, args.out / "fashion_mnist_classifier.safetensors", metadata)
+    print(f"accuracy on {len(images):,} test images: {accuracy:.2f} %")
 
 
 def write_statistics(args: argparse.Namespace) -> None:

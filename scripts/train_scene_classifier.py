@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,8 +86,8 @@ def main() -> None:
     args = parse_args()
     import numpy as np
     import torch
-    from safetensors.torch import save_file
 
+    from qncd.classifier_training import save_classifier, train_classifier_
     from qncd.io.scenes import parse_caption, scene_dataset
     from qncd.metrics.scene_classifier import SceneClassifier, caption_accuracy, scene_targets
 
@@ -103,31 +102,12 @@ def main() -> None:
         images[chosen] = through_first_stage(images[chosen], args.first_stage, latent_noise=0.2)
     targets = torch.tensor([scene_targets(parse_caption(c)) for c in captions] + len(others) * [scene_targets(None)])
 
-    network = SceneClassifier()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.05)
-    steps = len(images) // args.batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps, pct_start=0.2)
-    start = time.monotonic()
-    for epoch in range(args.epochs):
-        network.train()
-        total = 0.0
-        order = torch.randperm(len(images))
-        for index in order[: steps * args.batch_size].split(args.batch_size):
-            logits = network(disturb(images[index].permute(0, 3, 1, 2).float() / 127.5 - 1))
-            losses = [
-                torch.nn.functional.cross_entropy(group, target, ignore_index=-1)
-                for group, target in zip(logits, targets[index].unbind(1), strict=True)
-            ]
-            loss = torch.stack(losses).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-        print(f"epoch {epoch + 1}/{args.epochs}: loss {total / steps:.4f}, {time.monotonic() - start:.0f} s", flush=True)
+    def loss(logits: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        groups = zip(logits, labels.unbind(1), strict=True)
+        return torch.stack([torch.nn.functional.cross_entropy(g, label, ignore_index=-1) for g, label in groups]).sum()
 
-    network.half().float()  # what is measured is what is shipped
-    network.eval()
+    network = SceneClassifier()
+    train_classifier_(network, images, targets, loss, disturb, args.epochs, args.batch_size, args.lr)
     array, captions = scene_dataset(args.test_images, args.seed + 11, held_out=True)
     test = {"rendered": torch.from_numpy(array)}
     if args.first_stage:
@@ -138,8 +118,7 @@ def main() -> None:
         rates = {key: round(100 * value, 2) for key, value in scores.items() if key != "count"}
         metadata[name] = json.dumps(rates)
         print(f"held-out scenes, {name}, per cent right of {len(captions)}: {json.dumps(rates)}")
-    state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
-    save_file(state, args.out / "scene_classifier.safetensors", metadata)
+    save_classifier(network, args.out / "scene_classifier.safetensors", metadata)
     print(f"wrote {args.out / 'scene_classifier.safetensors'}")
 
 

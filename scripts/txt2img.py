@@ -27,6 +27,7 @@ from qncd import cli
 from qncd.config import SamplerConfig
 
 if TYPE_CHECKING:
+    from qncd.distributed import Processes
     from qncd.models.latent import LatentModel
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "scenes.yaml"
@@ -120,12 +121,20 @@ def latent_shape(args: argparse.Namespace, model: LatentModel) -> tuple[int, int
 
 
 def main(args: argparse.Namespace) -> None:
+    from qncd import jobs
+
+    processes = jobs.start_job(args)
+    with processes.quiet_failure():
+        sample(args, processes)
+
+
+def sample(args: argparse.Namespace, processes: Processes) -> None:
+    """The run, in each of the processes."""
     from qncd import jobs, latent_jobs, preparation
     from qncd.io.runs import open_run
     from qncd.models.safety import image_finishers
     from qncd.sampling.guidance import Conditions
 
-    jobs.set_up_logging(args.verbose)
     counts = ("n_samples", "n_iter", "n_rows", "max_prompts", "lane", "ddim_steps", "cali_n", "cali_st", "cali_batch_size")
     cli.check_counts(args, counts)
     if args.begin_data < 0:
@@ -137,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
     kind = "plms" if args.plms else "dpm_solver" if args.dpm else "generalized"
     sampler = SamplerConfig(kind, "uniform", args.ddim_steps, args.ddim_eta, "ldm")
     prompts = read_prompts(args)
-    device = cli.choose_device(args.device)
+    device = str(processes.device)
     finishers = image_finishers(args.safety_checker, args.watermark, device)
     model, config = latent_jobs.load_model(args, DEFAULT_CONFIG, device)
     scale = latent_jobs.check_guidance(model, args.scale, latent_jobs.recommended_scale(config, GUIDANCE))
@@ -173,21 +182,23 @@ def main(args: argparse.Namespace) -> None:
         **wanted.settings(args, args.n_samples),
     }
     height, width = (side * model.first_stage.factor for side in shape[1:])
-    run = open_run(args.outdir, settings, jobs.environment(args, device, args.n_samples), 12 * count * height * width)
+    needed, environment = 12 * count * height * width, jobs.environment(args, device, args.n_samples)
+    run = processes.first(lambda: open_run(args.outdir, settings, environment, needed))
     decode = latent_jobs.make_decoder(model, diffusion.lane, finishers)
     columns = args.n_rows or (8 if args.from_file else args.n_samples)
     plan = jobs.ImagePlan(count, seed_of, conditions, decode, columns)
-    with (run.folder / "prompts.jsonl").open("w", encoding="utf-8") as stream:
-        for i in range(count):
-            name, number = str(plan.path(Path("images"), i)), args.begin_data + prompt_of(i)
-            line = {"index": i, "file": name, "seed": seed_of(i), "prompt_index": number, "prompt": prompts[prompt_of(i)]}
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if processes.is_first:
+        with (run.folder / "prompts.jsonl").open("w", encoding="utf-8") as stream:
+            for i in range(count):
+                name, number = str(plan.path(Path("images"), i)), args.begin_data + prompt_of(i)
+                line = {"index": i, "file": name, "seed": seed_of(i), "prompt_index": number, "prompt": prompts[prompt_of(i)]}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     # Prompts spread over the whole file; where there are fewer, they are taken several times with other noise.
     spread = [prompts[i * len(prompts) // args.cali_n] for i in range(args.cali_n)] if wanted.quant else []
-    job = jobs.SamplingJob(run, plan, args.n_samples)
+    job = jobs.SamplingJob(run, plan, args.n_samples, processes)
     calibration, table = encode(spread) if spread else None, latent_jobs.original_names(config)
     job.sample_and_finish(args, wanted, diffusion, settings["model"], calibration, not args.skip_grid, table)
-    if args.skip_save:
+    if args.skip_save and processes.is_first:
         shutil.rmtree(run.folder / "images")
 
 

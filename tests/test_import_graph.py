@@ -20,14 +20,15 @@ MAX_LINES = 400
 
 # From low to high: a module imports from its own layer or from lower ones.
 LAYERS = (
-    ("config", "rng"),
+    ("config", "distributed", "progress", "rng"),
     ("io",),
     ("models", "metrics"),
     ("quant",),
     ("sampling",),
     ("ptq", "training"),
-    ("export",),
-    ("cli",),
+    ("classifier_training", "export"),
+    ("modes",),
+    ("cli", "options"),
     ("preparation",),
     ("jobs",),
     ("latent_jobs",),
@@ -38,7 +39,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Layers that may import less than what lies below them.
 ONLY = {
     "models": {"config", "rng", "io"},
-    "metrics": {"config", "rng", "io"},
+    "metrics": {"config", "distributed", "rng", "io"},
     "quant": {"config", "rng"},
     "sampling": {"config", "rng"},
 }
@@ -47,7 +48,7 @@ ONLY = {
 STRANGERS = ("qncd.sampling.samplers", "qncd.sampling.runtime_noise")
 
 # Everything that `--help` imports; yaml takes 20 ms, torch seconds.
-LIGHT_MODULES = ("qncd", "qncd.config", "qncd.cli")
+LIGHT_MODULES = ("qncd", "qncd.config", "qncd.modes", "qncd.cli")
 LIGHT_THIRD_PARTY = {"yaml"}
 HEAVY = (
     "torch",

@@ -18,12 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qncd import cli
-from qncd.benchmark.plan import ERROR_IMAGES, FULL, PART, Cell, Plan
+from qncd.benchmark.peers import quantize_with_peer
+from qncd.benchmark.plan import ERROR_IMAGES, FULL, PART, Cell, Plan, parse_width
+from qncd.benchmark.subjects import Subject
 from qncd.io.runs import Run
 from qncd.metrics.statistics import mse_to_psnr, paired_mse
 from qncd.ptq.calibration import CalibrationSet, load_calibration, save_calibration
 from qncd.ptq.evaluation import NoiseErrorRecorder, sample_images
-from qncd.ptq.pipeline import quantize_with_, record_offline, sample_calibration
+from qncd.ptq.pipeline import Diffusion, quantize_with_, record_offline, sample_calibration
 from qncd.sampling.correctors import Corrector
 from qncd.sampling.offline_noise import OfflineCorrector
 from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
@@ -160,19 +162,9 @@ def run_cell(plan: Plan, cell: Cell) -> None:
     """Quantize, sample, measure, and write the cell's file."""
     full, figures, start = full_precision_images(plan), dict[str, Any](), time.perf_counter()
     images, subject = full, plan.subject()
-    if cell.quant is not None:
-        diffusion, correction = subject.diffusion, cell.correction(plan)
-        reference = dataclasses.replace(diffusion, unet=copy.deepcopy(diffusion.unet))
-        data, table = load_calibration_set(plan, cell.seed)
-        figures["calibration_seconds"] = quantize_with_(
-            diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size, reconstruction=cell.reconstruction(plan)
-        )
-        corrector: Corrector | None = RuntimeNoiseCorrector(correction, table) if correction else None
-        if cell.offline:
-            config = dataclasses.replace(plan.calibration, seed=cell.seed)
-            given = subject.calibration_conditions
-            conditions = given(config.samples, cell.seed) if given else None
-            corrector = OfflineCorrector(cell.offline, record_offline(reference, diffusion, config, conditions=conditions))
+    if cell.mode != FULL:
+        reference = dataclasses.replace(subject.diffusion, unet=copy.deepcopy(subject.diffusion.unet))
+        diffusion, corrector, figures = quantize_cell_(plan, cell, subject, reference)
         errors = NoiseErrorRecorder(reference, ERROR_IMAGES)
         try:
             seeds = range(plan.image_seed, plan.image_seed + plan.images)
@@ -194,9 +186,36 @@ def run_cell(plan: Plan, cell: Cell) -> None:
     record = {
         "cell": dataclasses.asdict(cell), "settings": cell.settings(plan), "figures": figures,
         "seconds": time.perf_counter() - start, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "git_commit": plan.commit,
+        "peer": cell.peer and {"package": cell.peer.package, "version": cell.peer.version}, "git_commit": plan.commit,
     }  # fmt: skip
     write_text(cell.path(plan), json.dumps(record, indent=2) + "\n")
+
+
+def quantize_cell_(
+    plan: Plan, cell: Cell, subject: Subject, reference: Diffusion
+) -> tuple[Diffusion, Corrector | None, dict[str, Any]]:
+    """The subject's model as the cell's mode quantizes it, what corrects it, and the figures of that."""
+    diffusion, correction = subject.diffusion, cell.correction(plan)
+    data, table = load_calibration_set(plan, cell.seed)
+    if cell.peer:
+        start = time.perf_counter()
+        bits, size = parse_width(cell.width), plan.calibration.batch_size
+        unet, integer = quantize_with_peer(cell.mode, diffusion.unet, data, *bits, size)
+        figures = {"calibration_seconds": time.perf_counter() - start, "integer": integer}
+        return dataclasses.replace(diffusion, unet=unet), None, figures
+    assert cell.quant is not None
+    figures = {
+        "calibration_seconds": quantize_with_(
+            diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size, reconstruction=cell.reconstruction(plan)
+        )
+    }
+    if cell.offline:
+        config = dataclasses.replace(plan.calibration, seed=cell.seed)
+        given = subject.calibration_conditions
+        conditions = given(config.samples, cell.seed) if given else None
+        statistics = record_offline(reference, diffusion, config, conditions=conditions)
+        return diffusion, OfflineCorrector(cell.offline, statistics), figures
+    return diffusion, RuntimeNoiseCorrector(correction, table) if correction else None, figures
 
 
 def write_text(path: Path, text: str) -> None:

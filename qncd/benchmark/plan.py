@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qncd.benchmark.peers import PEERS, Peer
 from qncd.config import (
     CalibrationConfig,
     CorrectionConfig,
@@ -18,23 +20,25 @@ from qncd.config import (
     SamplerConfig,
     SmoothingConfig,
 )
+from qncd.modes import QUANT_MODES, Mode
 
 if TYPE_CHECKING:
     from qncd.benchmark.subjects import Subject
 
-MODES = {  # name: what the table calls it
-    "linear": "linear",
-    "qdiff": "qdiff",
-    "ptqd": "ptqd",
-    "tfmq": "tfmq",
-    "d2dpm": "d2dpm",
-    "neither": "qncd, neither",
-    "smoothing": "qncd, smoothing only",
-    "correction": "qncd, correction only",
-    "qncd": "qncd",
-    "paper": "qncd, no bias correction",
-    "recon": "qncd, weights reconstructed",
+_QNCD, _PLUS = QUANT_MODES["qncd"], QUANT_MODES["qncd+"]
+COMPOSITIONS = QUANT_MODES | {  # ablations
+    "neither": replace(_QNCD, summary="qncd, neither", smoothing=False, runtime_correction=False),
+    "smoothing": replace(_QNCD, summary="qncd, smoothing only", runtime_correction=False),
+    "correction": replace(_QNCD, summary="qncd, correction only", smoothing=False),
+    "paper": replace(_QNCD, summary="qncd, no bias correction", bias_correction=False),
+    "recon": replace(_QNCD, summary="qncd, weights reconstructed", reconstruction=True),
+    "gptq": replace(_PLUS, summary="qncd+, one range for all steps", stepwise_activations=False),
+    "stepwise": replace(_PLUS, summary="qncd+, rounding to nearest", gptq=False),
+    "plus-smoothing": replace(_PLUS, summary="qncd+ and smoothing", smoothing=True),
+    "plus-correction": replace(_PLUS, summary="qncd+ and runtime correction", runtime_correction=True),
 }
+MODES = {name: name if name in QUANT_MODES else mode.summary for name, mode in COMPOSITIONS.items()}
+MODES |= {mode: peer.title for mode, peer in PEERS.items()}
 DEFAULT_MODES = ("linear", "smoothing", "correction", "qncd")
 WIDTHS = ("W8A8", "W4A8", "W8A6", "W4A6")
 FULL = "FP"
@@ -126,33 +130,29 @@ class Cell:
         return plan.out / "cells" / f"{self.name}.json"
 
     @property
+    def peer(self) -> Peer | None:
+        """The toolkit that quantizes, None for this package."""
+        return PEERS.get(self.mode)
+
+    @property
     def quant(self) -> QuantConfig | None:
-        """Min-max ranges alone (linear), or mse weight ranges, split and bias correction (all others)."""
-        if self.mode == FULL:
-            return None
-        linear, (weight_bits, act_bits) = self.mode == "linear", parse_width(self.width)
-        weight_range = "max" if linear else "mse"
-        biases = self.mode in ("neither", "smoothing", "correction", "qncd", "recon")
-        return QuantConfig(
-            weight_bits,
-            act_bits,
-            weight_range=weight_range,
-            act_range="max",
-            split=not linear,
-            bias_correction=biases,
-            stepwise_embedding=self.mode == "tfmq",
-        )
+        """None for full precision and peers."""
+        return self.composition.quant_config(*parse_width(self.width)) if self.composition else None
+
+    @property
+    def composition(self) -> Mode | None:
+        return COMPOSITIONS.get(self.mode)
 
     @property
     def smoothing(self) -> SmoothingConfig | None:
-        return SmoothingConfig() if self.mode in ("smoothing", "qncd", "paper", "recon") else None
+        return SmoothingConfig() if self.composition and self.composition.smoothing else None
 
     @property
     def offline(self) -> str | None:
-        return self.mode if self.mode in ("ptqd", "d2dpm") else None
+        return self.composition.offline if self.composition else None
 
     def reconstruction(self, plan: Plan) -> ReconstructionConfig | None:
-        return plan.reconstruction if self.mode in ("qdiff", "ptqd", "tfmq", "d2dpm", "recon") else None
+        return plan.reconstruction if self.composition and self.composition.reconstruction else None
 
     def correction(self, plan: Plan) -> CorrectionConfig | None:
         return plan.correction if corrects(self.mode) else None
@@ -170,6 +170,10 @@ class Cell:
             "reconstruction": recon and dataclasses.asdict(recon),
             "calibration": quant and dataclasses.asdict(calibration),
         }
+        if self.peer:
+            given = {"peer": self.mode, "width": self.width, "settings": self.peer.settings}
+            used = dataclasses.asdict(calibration) if self.peer.calibrated else None
+            settings |= {"quantization": given, "calibration": used}
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
 
@@ -182,8 +186,38 @@ class Cell:
             return None
 
 
+def make_cells(widths: Sequence[str] | None, modes: Sequence[str], seeds: int) -> list[Cell]:
+    """Full precision, and every mode at every width that it can do, by seeds.
+
+    Args:
+        widths: asked for; None for WIDTHS.
+        modes: in the order of MODES from then on.
+        seeds: repetitions; one of a mode that no calibration set changes.
+
+    Raises:
+        ValueError: a width is none, or a peer can do none of those asked for.
+    """
+    named = [f"W{w}A{a}" for w, a in dict.fromkeys(parse_width(text) for text in widths or WIDTHS)]
+    chosen = [mode for mode in MODES if mode in modes]
+    for mode in chosen:
+        if mode in PEERS and not any(can_do(mode, width) for width in named):
+            raise ValueError(f"--widths {' '.join(named)}: --modes {mode} can do {PEERS[mode].widths}")
+    return [Cell(FULL)] + [
+        Cell(width, mode, seed)
+        for seed in range(seeds)
+        for width in named
+        for mode in chosen
+        if can_do(mode, width) and (not seed or mode not in PEERS or PEERS[mode].calibrated)
+    ]
+
+
+def can_do(mode: str, width: str) -> bool:
+    """Whether a mode has a width such as W4A8: peers do not have all."""
+    return mode not in PEERS or PEERS[mode].allows(*parse_width(width))
+
+
 def corrects(mode: str) -> bool:
-    return mode in ("correction", "qncd", "paper", "recon")
+    return mode in COMPOSITIONS and COMPOSITIONS[mode].runtime_correction
 
 
 def parse_width(text: str) -> tuple[int, int]:

@@ -1,18 +1,18 @@
-"""The results of a quality benchmark: table, machine-readable file, plot."""
+"""The results of a quality benchmark: table and machine-readable file; the pictures are in plots.py."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qncd.benchmark.cells import write_text
+from qncd.benchmark.peers import PEERS
 from qncd.benchmark.plan import ERROR_IMAGES, FULL, MODES, UNBIASED_IMAGES, Cell, Plan
+from qncd.benchmark.plots import draw_bars, draw_errors
 from qncd.benchmark.subjects import TITLES
 from qncd.io.runs import Run
 
@@ -95,9 +95,10 @@ def caption(
         + (f"; without the {identical} images that equal it." if identical else "."),
         "Noise-prediction error: ‖ε − ε_FP‖² / ‖ε_FP‖² at the quantized model's own x_t, ε after correction, mean over the "
         f"steps, first {min(ERROR_IMAGES, plan.images)} images.",
-        "linear: min-max ranges, no split. All others: mse weight ranges, min-max activation ranges, split. qncd: and bias "
-        "correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, tfmq, d2dpm and qncd, weights "
-        f"reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; the other rows round to nearest.",
+        "linear: min-max ranges, no split. This package's other modes: mse weight ranges, min-max activation ranges, split. "
+        "qncd: and bias correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, tfmq, "
+        f"d2dpm and qncd, weights reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; this package's "
+        "other rows round to nearest.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",
     ]
     if len(commits) > 1:
@@ -105,14 +106,32 @@ def caption(
     return notes
 
 
+def peer_notes(records: dict[Cell, dict[str, Any]]) -> list[str]:
+    """What the other toolkits did: their versions and settings, and how much of the network they quantized."""
+    notes = []
+    for mode, peer in PEERS.items():
+        found = {cell: record for cell, record in records.items() if cell.mode == mode}
+        if not found:
+            continue
+        versions = sorted({record["peer"]["version"] for record in found.values()})
+        counts = {cell: record["figures"]["integer"] for cell, record in found.items()}
+        shares = {f"{cell.width} {n['weights']} and {n['inputs']} of {n['layers']}": None for cell, n in counts.items()}
+        notes.append(
+            f"{peer.title}: {peer.package} {', '.join(versions)}, {peer.settings}. Convolutions and linear layers with integer "
+            f"weights and with integer inputs: {'; '.join(shares)}."
+        )
+    return notes
+
+
 def write_report(command: str, run: Run, plan: Plan, cells: Sequence[Cell], convention: str) -> None:
-    """quality.json, quality.md and quality.png of the cells that are there, and the table on stdout."""
+    """quality.json, quality.md and the pictures of the cells that are there, and the table on stdout."""
     records = {cell: record for cell in cells if (record := cell.finished(plan)) is not None}
     if not records:
         raise ValueError(f"{plan.out}: no finished cell with these settings")
     rows = summarize(records, cells)
     commits = sorted({record["git_commit"] for record in records.values() if record["git_commit"]})
     notes = caption(command, plan, 1 + max(cell.seed for cell in cells), convention, rows, commits)
+    notes[-1:-1] = peer_notes(records)
     if missing := [cell.name for cell in cells if cell not in records]:
         notes.append(f"Not finished: {len(missing)} of {len(cells)} cells.")
     session = run.record
@@ -124,33 +143,6 @@ def write_report(command: str, run: Run, plan: Plan, cells: Sequence[Cell], conv
     lines = ["# Quality after quantization", "", *table_lines(rows), "", *(f"- {note}" for note in notes)]
     write_text(plan.out / "quality.md", "\n".join(lines) + "\n")
     draw_errors(rows, plan.out / "quality.png")
+    draw_bars(rows, plan.out / "quality_bars.png")
     print("\n".join(lines[2:]))
-    log.info("written: %s", ", ".join(str(plan.out / f"quality.{suffix}") for suffix in ("md", "json", "png")))
-
-
-def draw_errors(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Noise-prediction error by step: a panel for each width, a line for each mode, the spread over seeds as a band."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    widths = list(dict.fromkeys(row["width"] for row in rows if "noise_error_per_step" in row))
-    if not widths:
-        return
-    figure = Figure(figsize=(4.2 * len(widths), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(widths), squeeze=False, sharey=True)[0]
-    for panel, width in zip(panels, widths, strict=True):
-        for row in rows:
-            if row["width"] != width or "noise_error_per_step" not in row:
-                continue
-            values, color = row["noise_error_per_step"], f"C{list(MODES).index(row['mode'])}"
-            steps = range(1, len(values["mean"]) + 1)
-            panel.plot(steps, values["mean"], label=MODES[row["mode"]], color=color, linewidth=1.5)
-            panel.fill_between(steps, values["min"], values["max"], color=color, alpha=0.2, linewidth=0)
-        panel.set(title=width, xlabel="step (1: the noisiest)", yscale="log")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("relative squared error of the noise prediction")
-    panels[0].legend(fontsize="small")
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    log.info("written: %s", ", ".join(str(plan.out / f"quality{end}") for end in (".md", ".json", ".png", "_bars.png")))

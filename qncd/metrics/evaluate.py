@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from qncd.distributed import OneProcess, Processes
 from qncd.metrics.conventions import PAIRED_METRICS, Convention
-from qncd.metrics.distributed import OneProcess, Processes
 from qncd.metrics.distribution import Question, distribution_scores
 from qncd.metrics.extraction import Progress, Side, extract
 from qncd.metrics.features import FashionMnistFeatures, InceptionFeatures

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from qncd.metrics.distributed import OneProcess, Processes
+from qncd.distributed import OneProcess, Processes
 from qncd.metrics.features import FeatureExtractor
 from qncd.metrics.prefetch import prepared_batches
 from qncd.metrics.saved_statistics import SavedStatistics

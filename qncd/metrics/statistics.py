@@ -247,7 +247,8 @@ def paired_mse(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     if a.shape != b.shape or a.ndim != 4:
         raise ValueError(f"images of shape {a.shape} and {b.shape}: expected two batches NHWC of one shape")
-    return np.square(a.astype(np.float64) - b.astype(np.float64)).mean(axis=(1, 2, 3))
+    errors = (np.subtract(x, y, dtype=np.float64).ravel() for x, y in zip(a, b, strict=True))  # of one pair at a time in memory
+    return np.array([error @ error / error.size for error in errors])
 
 
 def mse_to_psnr(mse: np.ndarray, peak: float = 255.0) -> np.ndarray:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}  # members of config.CACHES
 
 
 class ActivationStore:
@@ -33,14 +35,24 @@ class ActivationStore:
             raise ValueError(f"{self.filled + len(batch)} rows for a store of {self.rows}")
         kept = batch.detach().to(self.dtype)
         if not bool(torch.isfinite(kept).all()):
-            raise ValueError(f"an activation is NaN, infinite or too large for {self.dtype}")
+            if not bool(torch.isfinite(batch).all()):
+                raise ValueError("an activation is NaN or infinite")
+            largest, name = float(batch.abs().max()), next(n for n, dtype in DTYPES.items() if dtype == self.dtype)
+            limit = torch.finfo(self.dtype).max
+            raise ValueError(
+                f"an activation of {largest:.3g} is too large for a cache in {name} (up to {limit:.6g}): allowed is bf16"
+            )
         self.data[self.filled : self.filled + len(batch)] = kept.cpu()
         self.filled += len(batch)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Rows (n,) int64 -> (n, ...) float32."""
+        return self.batch(rows, "cpu")
+
+    def batch(self, rows: Tensor, device: torch.device | str) -> Tensor:
+        """Rows (n,) int64 -> (n, ...) float32 on `device`; they travel in the dtype that they are kept in."""
         assert self.data is not None
-        return self.data[rows].float()
+        return self.data[rows].to(device).float()
 
     def _allocate(self, shape: Sequence[int]) -> Tensor:
         if self.folder is None:
@@ -57,10 +69,11 @@ class CallStore:
     Args:
         rows: of all batches together.
         spill: (bytes needed) -> folder for files, or None for memory.
+        dtype: in which the tensors are kept.
     """
 
-    def __init__(self, rows: int, spill: Any) -> None:
-        self.rows, self.spill = rows, spill
+    def __init__(self, rows: int, spill: Callable[[int], Path | None], dtype: torch.dtype = torch.float16) -> None:
+        self.rows, self.spill, self.dtype = rows, spill, dtype
         self.stores: dict[str | int, ActivationStore] = {}
         self.plain: dict[str | int, Any] = {}
         self.positional = 0
@@ -74,14 +87,14 @@ class CallStore:
         for key, value in given.items():
             if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size and value.is_floating_point():
                 if key not in self.stores:
-                    folder = self.spill(2 * self.rows * value[0].numel())
-                    self.stores[key] = ActivationStore(self.rows, folder=folder)
+                    folder = self.spill(self.dtype.itemsize * self.rows * value[0].numel())
+                    self.stores[key] = ActivationStore(self.rows, self.dtype, folder)
                 self.stores[key].append(value)
             else:
                 self.plain[key] = value
 
     def batch(self, rows: Tensor, device: torch.device | str) -> tuple[list[Any], dict[str, Any]]:
         """The arguments for some rows, float32 on `device`."""
-        values = dict(self.plain) | {key: store[rows].to(device) for key, store in self.stores.items()}
+        values = dict(self.plain) | {key: store.batch(rows, device) for key, store in self.stores.items()}
         args = [values.pop(i) for i in range(self.positional)]
         return args, {str(key): value for key, value in values.items()}

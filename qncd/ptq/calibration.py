@@ -18,6 +18,7 @@ from qncd.quant.quantizers import Stage
 from qncd.sampling.samplers import StepState
 
 Progress = Callable[[int, int], None]
+WeightCorrection = Callable[[UNet, "CalibrationSet", int], None]
 RUNNING_BATCH = 16  # inputs by which "running" ranges move once, as in Q-Diffusion's code
 BIAS_INPUTS = 128  # inputs that bias correction looks at
 
@@ -209,7 +210,11 @@ class CalibrationCollector:
 
 @torch.no_grad()
 def calibrate_(
-    unet: UNet, data: CalibrationSet, batch_size: int = 32, progress: Progress | None = None, bias_correction: bool = False
+    unet: UNet,
+    data: CalibrationSet,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    correct: WeightCorrection | None = None,
 ) -> float:
     """Find every range from the whole set, round the weights, and switch the model over to quantized, in place.
 
@@ -218,7 +223,8 @@ def calibrate_(
         data: its inputs; all of them pass every observer once, in floating point.
         batch_size: inputs a forward pass; the result depends on it only for "running" ranges.
         progress: called with (inputs done, inputs in all).
-        bias_correction: as in QuantConfig.
+        correct: what to do about the rounding errors once all ranges are known, before the weights are rounded:
+            `correct_biases_` or `compensate_`.
 
     Returns:
         seconds taken.
@@ -257,8 +263,8 @@ def calibrate_(
             handle.remove()
         for name in [*first, *(name for name in quantizers if name not in first)]:
             _named(name, quantizers[name].finish_observing)
-    if bias_correction:
-        correct_biases_(unet, data, batch_size)
+    if correct:
+        correct(unet, data, batch_size)
     for layer in layers.values():
         layer.quantize_weight_()
     set_stage(unet, Stage.QUANTIZE)
@@ -291,13 +297,18 @@ def correct_biases_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> N
     chosen = torch.arange(0, len(data), max(1, len(data) // BIAS_INPUTS))
     part = data.subset(chosen)
     try:
-        for _ in _passes(unet, part, batch_size):
-            pass  # the hooks do the work
+        run_over(unet, part, batch_size)
     finally:
         for handle in handles:
             handle.remove()
     for name, layer in layers.items():
         layer.shift_bias_(-sums[name] / part.inputs)
+
+
+def run_over(unet: UNet, data: CalibrationSet, batch_size: int) -> None:
+    """Run the network over the whole set; what it gives is dropped, hooks do the work."""
+    for _ in _passes(unet, data, batch_size):
+        pass
 
 
 def _passes(unet: UNet, data: CalibrationSet, batch_size: int, order: Tensor | None = None) -> Iterator[int]:

@@ -2,8 +2,8 @@
 
 Layout, for a layer `L` of the UNet: `L.weight_codes` (int8, shape of the weight) or `L.weight_packed` (uint8, two
 4-bit codes a byte) with `L.weight_scale` (O, K) and, where codes are asymmetric, `L.weight_zero_point`; `L.bias`;
-`L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every activation quantizer Q, (S,) with `Q.times` where there is a
-range for each of S time steps; all other parameters under their own names. `noise_table.*` is the full-precision control,
+`L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every activation quantizer Q, (S, K) with `Q.times` (S,) where there
+is a range for each of S time steps; all other parameters under their own names. `noise_table.*` is the full-precision control,
 `offline.*` the statistics of an offline correction.
 The header's metadata carries the configuration and the SHA-256 of the base model's weights.
 """
@@ -23,9 +23,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qncd.config import QuantConfig
-from qncd.quant.convert import UNet, act_quantizers, quant_layers, quantize_, restored_on_error, set_stage
+from qncd.quant.convert import (
+    UNet,
+    act_quantizers,
+    quant_layers,
+    quantize_,
+    replace_quantizers_,
+    restored_on_error,
+    set_stage,
+)
 from qncd.quant.layers import QuantLayer
-from qncd.quant.quantizers import Stage, StepwiseActQuantizer, select_steps_on_call
+from qncd.quant.quantizers import ActQuantizer, Stage
+from qncd.quant.stepwise import StepwiseActQuantizer, make_stepwise, select_steps_on_call
 from qncd.sampling.offline_noise import OfflineStatistics
 from qncd.sampling.runtime_noise import NoiseTable
 
@@ -220,7 +229,7 @@ def _take_over(unet: UNet, tensors: dict[str, Tensor], info: QuantizedInfo, conf
             for name, quantizer in act_quantizers(unet).items():
                 quantizer.set_qparams(tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"))
         else:
-            tensors = {key: value for key, value in tensors.items() if not key.endswith((".scale", ".zero_point"))}
+            tensors = {key: value for key, value in tensors.items() if not key.endswith((".scale", ".zero_point", ".times"))}
         for name, layer in quant_layers(unet).items():
             if layer.bias is None and f"{name}.bias" in tensors:  # made by bias correction
                 layer.shift_bias_(torch.zeros(len(layer.weight)))
@@ -239,11 +248,13 @@ def _take_over(unet: UNet, tensors: dict[str, Tensor], info: QuantizedInfo, conf
 
 def _make_stepwise_(unet: UNet, tensors: dict[str, Tensor]) -> None:
     """Give a range for each step to the quantizers that have one in the file."""
-    stepwise = [key for key in tensors if key.endswith(".act.times")]
-    for key in stepwise:
-        layer: Any = unet.get_submodule(key.removesuffix(".act.times"))
-        layer.act = StepwiseActQuantizer(layer.act.codes, tensors.pop(key)).to(unet.device)
-    if stepwise:
+    times = {key.removesuffix(".times"): tensors.pop(key) for key in list(tensors) if key.endswith(".times")}
+
+    def replaced(name: str, quantizer: ActQuantizer) -> ActQuantizer:
+        return make_stepwise(quantizer, times[name]) if name in times else quantizer
+
+    if times:
+        replace_quantizers_(unet, replaced)
         select_steps_on_call(unet)
 
 

@@ -21,10 +21,21 @@ from qncd.config import (
     SmoothingConfig,
     check_choice,
 )
-from qncd.ptq.calibration import CalibrationCollector, CalibrationSet, Progress, calibrate_, call_unet
-from qncd.ptq.reconstruction import reconstruct_
+from qncd.distributed import Processes
+from qncd.ptq.activation_steps import learn_steps_
+from qncd.ptq.calibration import (
+    CalibrationCollector,
+    CalibrationSet,
+    Progress,
+    WeightCorrection,
+    calibrate_,
+    call_unet,
+    correct_biases_,
+)
+from qncd.ptq.compensation import compensate_
+from qncd.ptq.reconstruction import BlockProgress, reconstruct_
 from qncd.ptq.smoothing import smooth_, smoothing_factors
-from qncd.ptq.temporal import reconstruct_temporal_, set_stepwise_ranges_, temporal_layers
+from qncd.ptq.temporal import reconstruct_temporal_, set_all_stepwise_, set_stepwise_ranges_, temporal_layers
 from qncd.quant.convert import UNet, quantize_
 from qncd.quant.layers import QuantLayer
 from qncd.sampling.correctors import Corrector, Denoiser
@@ -212,6 +223,20 @@ def record_offline(
     return recorder.statistics()
 
 
+def weight_correction(config: QuantConfig) -> WeightCorrection | None:
+    """What `calibrate_` does about rounding errors under a configuration."""
+    return compensate_ if config.gptq else correct_biases_ if config.bias_correction else None
+
+
+def set_stepwise_(diffusion: Diffusion, config: QuantConfig) -> None:
+    """Give activations a range for each of the sampler's time steps, those that the configuration says, in place."""
+    times = [s.t for s in diffusion.steps]
+    if config.act_bits is not None and config.stepwise_activations:
+        set_all_stepwise_(diffusion.unet, times)
+    elif config.act_bits is not None and config.stepwise_embedding:
+        set_stepwise_ranges_(diffusion.unet, times)
+
+
 def quantize_with_(
     diffusion: Diffusion,
     config: QuantConfig,
@@ -220,30 +245,40 @@ def quantize_with_(
     batch_size: int = 32,
     progress: Progress | None = None,
     reconstruction: ReconstructionConfig | None = None,
-    block_progress: Progress | None = None,
+    block_progress: BlockProgress | None = None,
     folder: Path | None = None,
+    step_progress: BlockProgress | None = None,
+    processes: Processes | None = None,
 ) -> float:
     """Prepare, smooth, reconstruct and calibrate the network in place. Returns the seconds that it took.
 
     Args:
         smoothing: None for none; else from the time steps that this sampler visits.
         reconstruction: of the weights' rounding, or None for rounding to nearest.
-        block_progress: called with (blocks done, blocks in all) while reconstructing.
+        block_progress: called with (blocks done, blocks in all, seconds left) while reconstructing.
         folder: for reconstructed blocks, so that a run that was cut off goes on.
+        step_progress: as `block_progress`, while activation scales are learned.
+        processes: who shares the reconstruction, all with the same arguments; alone by default.
     """
     start = time.perf_counter()
+    learns_steps = reconstruction is not None and reconstruction.act_iterations > 0
+    if reconstruction is not None and config.gptq:
+        raise ValueError("gptq and reconstruction both round the weights: one of them")
+    if learns_steps and config.act_bits is None:
+        raise ValueError("act_iterations above 0 with act_bits None: there are no activation scales to learn")
     data.check_model(diffusion.unet)
     factors = smoothing_factors(diffusion.unet, [s.t for s in diffusion.steps], smoothing) if smoothing else {}
     quantize_(diffusion.unet, config)
     smooth_(diffusion.unet, factors)
-    times = [s.t for s in diffusion.steps]
-    if config.stepwise_embedding and config.act_bits is not None:
-        set_stepwise_ranges_(diffusion.unet, times)
-    if reconstruction is not None and config.weight_bits is not None:
-        reference, rounded = copy.deepcopy(diffusion.unet), list[QuantLayer]()
+    set_stepwise_(diffusion, config)
+    reference = copy.deepcopy(diffusion.unet) if reconstruction is not None else None
+    if reconstruction is not None and reference is not None and config.weight_bits is not None:
+        rounded = list[QuantLayer]()
         if config.stepwise_embedding:
-            reconstruct_temporal_(diffusion.unet, reference, times, reconstruction)
+            reconstruct_temporal_(diffusion.unet, reference, [s.t for s in diffusion.steps], reconstruction)
             rounded = list(temporal_layers(diffusion.unet).values())
-        reconstruct_(diffusion.unet, reference, data, reconstruction, block_progress, folder, rounded)
-    calibrate_(diffusion.unet, data, batch_size, progress, config.bias_correction)
+        reconstruct_(diffusion.unet, reference, data, reconstruction, block_progress, folder, rounded, processes)
+    calibrate_(diffusion.unet, data, batch_size, progress, weight_correction(config))
+    if reconstruction is not None and reference is not None and learns_steps:
+        learn_steps_(diffusion.unet, reference, data, reconstruction, step_progress, folder, processes)
     return time.perf_counter() - start

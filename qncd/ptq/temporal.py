@@ -15,10 +15,10 @@ from torch.func import functional_call
 
 from qncd.config import ReconstructionConfig
 from qncd.ptq.smoothing import time_embeddings
-from qncd.quant.convert import UNet
+from qncd.quant.convert import UNet, replace_quantizers_
 from qncd.quant.layers import QuantLayer
-from qncd.quant.quantizers import StepwiseActQuantizer, select_steps_on_call
 from qncd.quant.rounding import LearnedRounding, learn_roundings_, reconstruction_loss
+from qncd.quant.stepwise import StepwiseActQuantizer, make_stepwise, select_steps_on_call
 
 
 class TemporalPath(nn.Module):
@@ -26,7 +26,7 @@ class TemporalPath(nn.Module):
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
-        if getattr(unet, "class_embedding", None) is not None or unet.config.get("addition_embed_type") is not None:
+        if not depends_on_time_alone(unet):
             raise ValueError("temporal reconstruction needs an embedding of time alone; this model adds other conditions to it")
         self.embedding = unet.time_embedding
         blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
@@ -37,6 +37,11 @@ class TemporalPath(nn.Module):
         """(S, C) -> the S outputs of each projection, (S, C_i)."""
         activated = self.nonlinearity(self.embedding(sinusoid))
         return [projection(activated) for projection in self.projections]
+
+
+def depends_on_time_alone(unet: UNet) -> bool:
+    """Whether the blocks' embedding is one of the time step alone: no class, no text or size beside it."""
+    return getattr(unet, "class_embedding", None) is None and unet.config.get("addition_embed_type") is None
 
 
 def temporal_layers(unet: UNet) -> dict[str, QuantLayer]:
@@ -106,4 +111,16 @@ def set_stepwise_ranges_(unet: UNet, timesteps: Sequence[int]) -> None:
     for layer, values in inputs:
         if isinstance(layer, QuantLayer) and layer.act.codes is not None:
             layer.act = StepwiseActQuantizer.from_values(layer.act.codes, torch.tensor(times), values)
+    select_steps_on_call(unet)
+
+
+def set_all_stepwise_(unet: UNet, timesteps: Sequence[int]) -> None:
+    """Give every activation a range for each of the sampler's time steps, still to be observed, in place.
+
+    Those of the temporal path are known at once, where the embedding is one of the time step alone.
+    """
+    if depends_on_time_alone(unet):
+        set_stepwise_ranges_(unet, timesteps)
+    times = torch.tensor(sorted(set(timesteps)))
+    replace_quantizers_(unet, lambda _, quantizer: make_stepwise(quantizer, times))
     select_steps_on_call(unet)

@@ -83,7 +83,7 @@ class QuantAttnProcessor(nn.Module):
             if upcast:
                 scores = scores.float()
             scores = scores.softmax(-1)
-            weights = self.softmax(scores, owned=True, more=part is not parts[-1]).to(value.dtype)
+            weights = self.softmax(scores, owned=True, more=part is not parts[-1], images=part[0]).to(value.dtype)
             outs.append(weights @ value[part])
         if len(outs) == 1:
             return outs[0]

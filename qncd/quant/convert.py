@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -124,6 +124,13 @@ def quant_layers(unet: nn.Module) -> dict[str, QuantLayer]:
 def act_quantizers(unet: nn.Module) -> dict[str, ActQuantizer]:
     """Every activation quantizer that has codes, by name."""
     return {name: m for name, m in unet.named_modules() if isinstance(m, ActQuantizer) and m.codes is not None}
+
+
+def replace_quantizers_(unet: nn.Module, new: Callable[[str, ActQuantizer], ActQuantizer]) -> None:
+    """Put `new(name, quantizer)` in the place of every activation quantizer that has codes, in place."""
+    for name, quantizer in act_quantizers(unet).items():
+        parent, _, child = name.rpartition(".")
+        setattr(unet.get_submodule(parent), child, new(name, quantizer))
 
 
 def set_stage(unet: nn.Module, stage: Stage) -> None:

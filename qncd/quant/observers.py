@@ -14,6 +14,10 @@ from qncd.quant.affine import IntegerRange, affine_qparams, search_qparams
 class Observer(Protocol):
     """Sees every batch, then gives quantization parameters."""
 
+    @property
+    def seen(self) -> bool:
+        """Whether there was a batch."""
+
     def observe(self, x: Tensor, more: bool = False) -> None:
         """Take in one batch, any shape, or a part of one: `more` of the same batch follows."""
 
@@ -28,6 +32,10 @@ class MinMaxObserver:
         self.low: Tensor | None = None
         self.high: Tensor | None = None
         self.finite = True
+
+    @property
+    def seen(self) -> bool:
+        return self.low is not None
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """The range seen. Raises ValueError where nothing was, or NaN or infinity."""

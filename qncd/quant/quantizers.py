@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qncd.quant.affine import IntegerRange, affine_qparams, fake_quantize
+from qncd.quant.affine import IntegerRange
 from qncd.quant.observers import Observer, make_observer
 
 
@@ -53,7 +53,7 @@ class ActQuantizer(nn.Module):
         if self.codes is None:
             return
         if stage is Stage.OBSERVE:
-            self.observers = [make_observer(self.act_range) for _ in range(len(self.scale))]
+            self.observers = [make_observer(self.act_range) for _ in range(self.scale.numel())]
         self.stage = stage
 
     def finish_observing(self) -> None:
@@ -61,7 +61,8 @@ class ActQuantizer(nn.Module):
         if self.codes is None:
             return
         pairs = [observer.qparams(self.codes) for observer in self.observers]
-        self.set_qparams(torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs]))
+        scale, zero_point = (torch.stack(values).view_as(self.scale) for values in zip(*pairs, strict=True))
+        self.set_qparams(scale, zero_point)
         self.observers = []
 
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -82,7 +83,14 @@ class ActQuantizer(nn.Module):
         super()._load_from_state_dict(*args)
         self._refresh_bounds()
 
-    def forward(self, x: Tensor, smoothing: Tensor | None = None, owned: bool = False, more: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        smoothing: Tensor | None = None,
+        owned: bool = False,
+        more: bool = False,
+        images: slice | None = None,
+    ) -> Tensor:
         """`x` divided by `smoothing` and rounded to the grid, same shape.
 
         Args:
@@ -91,91 +99,62 @@ class ActQuantizer(nn.Module):
                 quantizer's own: round(x / (S*s)).
             owned: nobody else needs `x`: it may be overwritten, where no gradient flows.
             more: `x` is a part of a batch and others follow: "running" ranges move once a batch.
+            images: which of the network's inputs `x` belongs to, where it is a part of a batch.
         """
         if self.stage is Stage.QUANTIZE:
-            return self._fake_quantize(x, smoothing, owned)
+            return self._fake_quantize(x, smoothing, owned, images)
         if smoothing is not None:
             x = x / smoothing
         if self.stage is Stage.OBSERVE:
-            for observer, part in zip(self.observers, self._split(x), strict=True):
-                observer.observe(part, more or self.more_follows)
+            self._observe(x, more or self.more_follows, images)
         return x
+
+    def _observe(self, x: Tensor, more: bool, images: slice | None) -> None:
+        for observer, part in zip(self.observers, self._split(x), strict=True):
+            observer.observe(part, more)
 
     def _split(self, x: Tensor) -> Sequence[Tensor]:
         return x.split(self.segments, 1) if self.segments else (x,)
 
-    def _fake_quantize(self, x: Tensor, smoothing: Tensor | None, owned: bool) -> Tensor:
+    def _fake_quantize(self, x: Tensor, smoothing: Tensor | None, owned: bool, images: slice | None) -> Tensor:
+        if self.scale.requires_grad:
+            return self._straight_through(x, smoothing)
+        return self._to_grid(x, smoothing, owned, self.scale, self._bounds)
+
+    def _to_grid(
+        self, x: Tensor, smoothing: Tensor | None, owned: bool, scales: Tensor, bounds: Sequence[tuple[float, float]]
+    ) -> Tensor:
+        """With scales (K,) and bounds of each segment."""
         # clamp(round(x/s) + z, qmin, qmax) - z = clamp(round(x/s), qmin - z, qmax - z): one pass over memory fewer.
         if self.segments is None:
-            scale = self.scale[0]
+            scale = scales[0]
             divisor = scale if smoothing is None else smoothing * scale
             divided = x.div_(divisor) if owned and not x.requires_grad else torch.div(x, divisor)
-            return divided.round_().clamp_(*self._bounds[0]).mul_(scale)
-        scale = self.scale.repeat_interleave(torch.tensor(self.segments, device=x.device)).view(1, -1, *[1] * (x.ndim - 2))
+            return divided.round_().clamp_(*bounds[0]).mul_(scale)
+        scale = self._expanded(scales, x)
         out = torch.div(x, scale if smoothing is None else smoothing * scale).round_()
-        for part, bounds in zip(self._split(out), self._bounds, strict=True):
-            part.clamp_(*bounds)
+        for part, limits in zip(self._split(out), bounds, strict=True):
+            part.clamp_(*limits)
         return out.mul_(scale)
+
+    def _straight_through(self, x: Tensor, smoothing: Tensor | None) -> Tensor:
+        """The same values with gradients, as if rounding did nothing: to x where it is not clipped, and to the scales.
+
+        The scale's is that of LSQ (arXiv 1902.08153, eq. 3): round(x/s) - x/s within the range, the bound outside; what
+        rounds into the range counts as within.
+        """
+        scale = self._expanded(self.scale, x)
+        divided = x / (scale if smoothing is None else smoothing * scale)
+        rounded = divided.detach().round()
+        codes = [part.clamp(*bounds) for part, bounds in zip(self._split(rounded), self._bounds, strict=True)]
+        clipped = codes[0] if len(codes) == 1 else torch.cat(codes, 1)
+        return (clipped + (divided - divided.detach()) * (clipped == rounded)) * scale  # the difference is 0 but for gradients
+
+    def _expanded(self, scales: Tensor, x: Tensor) -> Tensor:
+        """Scales (K,) as they broadcast against x."""
+        if self.segments is None:
+            return scales[0]
+        return scales.repeat_interleave(torch.tensor(self.segments, device=x.device)).view(1, -1, *[1] * (x.ndim - 2))
 
     def extra_repr(self) -> str:
         return f"bits={self.codes.bits if self.codes else None}, segments={self.segments}, stage={self.stage.value}"
-
-
-class StepwiseActQuantizer(ActQuantizer):
-    """Fake quantization of an activation that depends on the time step alone, with a range for each of S steps.
-
-    Which step each row belongs to is told by `select`, which a hook on the UNet calls (`select_steps_on_call`).
-
-    Buffers:
-        times (S,) int64, scale (S,) and zero_point (S,) float32.
-    """
-
-    times: Tensor
-
-    def __init__(self, codes: IntegerRange, times: Tensor) -> None:
-        super().__init__(codes, "max")
-        self.register_buffer("times", times.clone())
-        self.register_buffer("scale", torch.ones(len(times)))
-        self.register_buffer("zero_point", torch.zeros(len(times)))
-        self.rows: Tensor | None = None
-
-    @classmethod
-    def from_values(cls, codes: IntegerRange, times: Tensor, values: Tensor) -> StepwiseActQuantizer:
-        """With the ranges of `values` (S, C), one row a step."""
-        quantizer = cls(codes, times).to(values.device)
-        quantizer.set_qparams(*affine_qparams(values.amin(1), values.amax(1), codes))
-        return quantizer
-
-    def select(self, timesteps: Tensor) -> None:
-        """The time steps (N,) or () of the inputs that come next; the nearest of the known steps is taken."""
-        self.rows = (timesteps.reshape(-1, 1) - self.times.to(timesteps)).abs().argmin(1)
-
-    def set_stage(self, stage: Stage) -> None:
-        """Enter a stage; there is nothing to observe: in OBSERVE it stays in floating point."""
-        self.stage = Stage.FLOAT if stage is Stage.OBSERVE else stage
-
-    def finish_observing(self) -> None:
-        """Nothing: the ranges are known."""
-
-    def _refresh_bounds(self) -> None:
-        pass  # bounds differ by row
-
-    def _fake_quantize(self, x: Tensor, smoothing: Tensor | None, owned: bool) -> Tensor:
-        if self.rows is None:
-            raise ValueError("a range for each step needs the time steps: call select_steps_on_call on the UNet")
-        rows = self.rows.to(x.device).expand(len(x)) if len(self.rows) == 1 else self.rows.to(x.device)
-        scale, zero = (v[rows].view(-1, *[1] * (x.ndim - 1)) for v in (self.scale, self.zero_point))
-        assert self.codes is not None
-        return fake_quantize(x if smoothing is None else x / smoothing, scale, zero, self.codes)
-
-
-def select_steps_on_call(unet: nn.Module) -> None:
-    """Tell every StepwiseActQuantizer of a UNet the time steps of each call, from now on."""
-
-    def tell(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        timesteps = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
-        for part in module.modules():
-            if isinstance(part, StepwiseActQuantizer):
-                part.select(timesteps)
-
-    unet.register_forward_pre_hook(tell, with_kwargs=True)

@@ -6,7 +6,8 @@ regularizer's exponent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,28 +108,59 @@ class LearnedRounding:
         return (self.floor + (self.alpha >= 0)).clamp(self.codes.qmin, self.codes.qmax) * self.scale
 
 
+def backpropagate(loss: Tensor, parameters: Sequence[Tensor], average_: Callable[[Tensor], Tensor] | None) -> float:
+    """Gradients of a loss, and its value; with several processes, the means of theirs.
+
+    Args:
+        parameters: leaves; their old gradients are forgotten.
+        average_: of a tensor over all processes, in place; None where there is one process.
+
+    Raises:
+        FloatingPointError: the loss is NaN or infinite.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    if average_ is not None:
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        means = average_(torch.cat([loss.detach().view(1), *(g.flatten() for g in gradients)]))
+        loss = means[0]
+        for parameter, mean in zip(parameters, means[1:].split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = mean.view_as(parameter)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value}")
+    return value
+
+
 def learn_roundings_(
-    roundings: Mapping[str, LearnedRounding], iterations: int, lr: float, error: Callable[[dict[str, Tensor]], Tensor]
+    roundings: Mapping[str, LearnedRounding],
+    iterations: int,
+    lr: float,
+    error: Callable[[dict[str, Tensor]], Tensor],
+    average_: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Move the rounding variables of several layers so that an error of their soft weights gets small, and every h 0 or 1.
 
     Args:
         lr: of Adam.
         error: soft weights by the layers' names -> what is minimized beside the regularizer, 0-dim; called once an iteration.
+        average_: as in `backpropagate`: the mean of the processes' errors is minimized, every process takes the same steps.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite; names the iteration.
     """
     schedule = RoundingSchedule(iterations)
-    optimizer = torch.optim.Adam([rounding.alpha for rounding in roundings.values()], lr=lr)
+    alphas = [rounding.alpha for rounding in roundings.values()]
+    optimizer = torch.optim.Adam(alphas, lr=lr)
     for iteration in range(1, iterations + 1):
         h = {name: rounding.h() for name, rounding in roundings.items()}
         loss = error({name: rounding.soft(h[name]) for name, rounding in roundings.items()})
         if schedule.active(iteration):
             beta = schedule.beta(iteration)
             loss = loss + schedule.weight * torch.stack([rounding_regularizer(value, beta) for value in h.values()]).sum()
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(f"the loss is {float(loss)} at iteration {iteration}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        try:
+            backpropagate(loss, alphas, average_)
+        except FloatingPointError as problem:
+            raise FloatingPointError(f"{problem} at iteration {iteration}") from None
         optimizer.step()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qncd.metrics.distributed import FabricProcesses, OneProcess, start_processes
+from qncd.distributed import FabricProcesses, OneProcess, start_processes
 
 ROOT = Path(__file__).parents[2]
 

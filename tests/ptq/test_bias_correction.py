@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qncd.config import QuantConfig
-from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet
+from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet, correct_biases_
 from qncd.quant.convert import quant_layers, quantize_
 
 CONFIG = QuantConfig(3, 4, act_range="max", weight_range="max")
@@ -37,7 +37,7 @@ def check(unet: Any, data: CalibrationSet) -> None:
     quantize_(unet, CONFIG)
     plain, corrected = copy.deepcopy(unet), copy.deepcopy(unet)
     calibrate_(plain, data, 4)
-    calibrate_(corrected, data, 4, bias_correction=True)
+    calibrate_(corrected, data, 4, correct=correct_biases_)
     before, after = mean_errors(unet, plain, data), mean_errors(unet, corrected, data)
     assert max(float(error.abs().max() / size) for error, size in before.values()) > 0.05
     for name, (error, size) in after.items():

@@ -14,6 +14,7 @@ from qncd.ptq.calibration import (
     CalibrationCollector,
     CalibrationSet,
     calibrate_,
+    correct_biases_,
     load_calibration,
     save_calibration,
 )
@@ -84,7 +85,7 @@ def test_bias_correction_takes_the_mean_error_out(make_unet: Any) -> None:
     data = make_set(24)
     unets = [quantize_(make_unet(), QuantConfig(4, 4, edge_bits=3)) for _ in range(2)]
     for unet, correction in zip(unets, (False, True), strict=True):
-        calibrate_(unet, data, 8, bias_correction=correction)
+        calibrate_(unet, data, 8, correct=correct_biases_ if correction else None)
     exact = make_unet().conv_in(data.x)
     errors = [(unet.conv_in(data.x) - exact).mean((0, 2, 3)).abs().max() for unet in unets]
     assert errors[0] > 0.005 and errors[1] < 1e-5

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from qncd.config import QuantConfig, SamplerConfig
 from qncd.ptq import checkpoint
-from qncd.ptq.calibration import CalibrationSet, calibrate_
+from qncd.ptq.calibration import CalibrationSet, calibrate_, correct_biases_
 from qncd.ptq.checkpoint import load_quantized_, pack4, peek_quantized, save_quantized, unpack4
-from qncd.ptq.pipeline import Diffusion
+from qncd.ptq.pipeline import Diffusion, weight_correction
 from qncd.ptq.smoothing import smooth_, smoothing_factors
 from qncd.quant.convert import quant_layers, quantize_
 from qncd.sampling.runtime_noise import TABLE_TENSORS, NoiseTable
@@ -33,7 +33,7 @@ def calibrated(unet: Any, config: QuantConfig, smoothed: bool = False) -> Any:
     quantize_(unet, config)
     smooth_(unet, factors)
     x = torch.randn(8, unet.config.in_channels, 8, 8, generator=generator)
-    calibrate_(unet, CalibrationSet(x, torch.arange(8) * 120), bias_correction=config.bias_correction)
+    calibrate_(unet, CalibrationSet(x, torch.arange(8) * 120), correct=weight_correction(config))
     return unet
 
 
@@ -113,7 +113,7 @@ def test_cross_attention_round_trip(make_cross_unet: Any, tmp_path: Path, bias_c
     config = QuantConfig(4, 8, bias_correction=bias_correction)
     unet = quantize_(make_cross_unet(), config)
     x, t, context = torch.randn(3, 4, 8, 8), torch.tensor([9, 500, 900]), torch.randn(3, 5, 12)
-    calibrate_(unet, CalibrationSet(x, t, context), bias_correction=bias_correction)
+    calibrate_(unet, CalibrationSet(x, t, context), correct=weight_correction(config))
     save_quantized(unet, tmp_path / "m", config, HASH, None, {})
     target = make_cross_unet()
     assert load_quantized_(target, tmp_path / "m")[1] is None
@@ -246,7 +246,7 @@ def test_a_file_that_does_not_fit_leaves_the_network_as_it_was(make_unet: Any, t
     path, x = tmp_path / "q.safetensors", torch.randn(2, 3, 8, 8)
     wide = make_unet(block_out_channels=(16, 48))
     quantize_(wide, QuantConfig(4, 8))
-    calibrate_(wide, CalibrationSet(x, torch.tensor([3, 500])), bias_correction=True)
+    calibrate_(wide, CalibrationSet(x, torch.tensor([3, 500])), correct=correct_biases_)
     save_quantized(wide, path, QuantConfig(4, 8), "h", None, {})
     unet = make_unet()
     before, names = unet(x, 10).sample, [name for name, _ in unet.named_parameters()]

@@ -1,0 +1,241 @@
+"""The blocks of a network that are reconstructed one after another: which, in what order, and what each gets and should give."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qncd.config import ReconstructionConfig
+from qncd.distributed import Processes
+from qncd.ptq.activation_store import DTYPES, ActivationStore, CallStore
+from qncd.ptq.calibration import CalibrationSet, call_unet
+from qncd.quant.convert import UNet
+from qncd.quant.layers import QuantLayer
+from qncd.quant.rounding import reconstruction_loss
+from qncd.quant.stepwise import select_steps
+
+BLOCKS = (ResnetBlock2D, Attention, BasicTransformerBlock)  # reconstructed as a whole; other layers one by one
+HELD_OUT = 8  # one input in so many is kept out of the optimization, to judge it by
+
+
+class _Reached(Exception):
+    """The forward pass has come as far as it has to."""
+
+
+def reconstruction_units(unet: nn.Module) -> dict[str, nn.Module]:
+    """The blocks by name, in the order of the modules: residual, attention and transformer blocks, and single layers."""
+    units: dict[str, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> None:
+        if isinstance(module, (*BLOCKS, QuantLayer)):
+            if layers_of(module):
+                units[name] = module
+            return
+        for child, part in module.named_children():
+            visit(f"{name}.{child}" if name else child, part)
+
+    visit("", unet)
+    return units
+
+
+def layers_of(module: nn.Module) -> dict[str, QuantLayer]:
+    """Quantized layers below a module by their names in it; of a layer alone, itself under ""."""
+    return {name: part for name, part in module.named_modules() if isinstance(part, QuantLayer)}
+
+
+def open_layers(module: nn.Module, rounded: Collection[QuantLayer]) -> dict[str, QuantLayer]:
+    """Those of `layers_of` whose rounding is still to be learned."""
+    return {
+        key: layer for key, layer in layers_of(module).items() if layer.config.weight_codes is not None and layer not in rounded
+    }
+
+
+@contextmanager
+def hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """Within it, the hooks of these handles are in place."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def execution_order(unet: UNet, data: CalibrationSet, units: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the units in the order in which the network runs them; those that it never runs are left out."""
+    order: dict[str, None] = {}
+    handles = [unit.register_forward_pre_hook(lambda *_, n=name: order.setdefault(n)) for name, unit in units.items()]
+    with hooked(handles), torch.no_grad():
+        _run(unet, data.subset(torch.tensor([0])), 1)
+    return list(order)
+
+
+@torch.no_grad()
+def multiplications(unet: UNet, data: CalibrationSet, units: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Of each unit's layers for one input: weights times output positions; of attention, queries times keys on top."""
+    costs = dict.fromkeys(units, 0.0)
+
+    def count(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        if isinstance(module, QuantLayer):
+            positions = output[0].numel() / (len(module.weight) if output.ndim != 2 else output.shape[1])
+            costs[name] += module.weight.numel() * positions
+        else:  # attention: both products, of as many keys as queries
+            length = args[0][0].numel() / args[0].shape[1 if args[0].ndim == 4 else 2]
+            costs[name] += 2 * length * args[0][0].numel()
+
+    handles = [
+        part.register_forward_hook(lambda module, args, output, n=name: count(n, module, args, output))
+        for name, unit in units.items()
+        for part in unit.modules()
+        if isinstance(part, (QuantLayer, Attention))
+    ]
+    with hooked(handles):
+        _run(unet, data.subset(torch.tensor([0])), 1)
+    return costs
+
+
+def _run(unet: UNet, data: CalibrationSet, batch_size: int, processes: Processes | None = None) -> None:
+    """All batches through the network; of several processes, every one takes its own."""
+    for number, (x, t, cond) in enumerate(data.batches(batch_size)):
+        if processes is not None and number % processes.world != processes.rank:
+            continue
+        try:
+            call_unet(unet, x.to(unet.device), t.to(unet.device), None if cond is None else cond.to(unet.device))
+        except _Reached:
+            continue
+
+
+def spread(total: int, count: int) -> Tensor:
+    """`count` of `total` rows, evenly."""
+    return torch.arange(count) * total // count
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """What a block is called with and should give, over a calibration set: this process's part of it.
+
+    The batches in which the network computed it are the same whatever the number of processes, so its values are too.
+
+    Attributes:
+        unit: the block.
+        calls: its inputs, the rows of this process.
+        targets: the outputs that it should give.
+        place: (R,) for every row of the whole set, where it lies in the stores; -1 where another process holds it.
+        used: rows of the whole set to optimize over.
+        held_out: rows to judge by; the same where the set is too small.
+        times: (R,) time steps of the whole set, for quantizers with a range for each.
+        processes: who shares the set.
+    """
+
+    unit: nn.Module
+    calls: CallStore
+    targets: ActivationStore
+    place: Tensor
+    used: Tensor
+    held_out: Tensor
+    times: Tensor
+    processes: Processes
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Rows of one step, of those to optimize over; the same in all processes."""
+        return self.used[torch.randperm(len(self.used), generator=generator)[:batch_size]]
+
+    def outputs(self, rows: Tensor, changed: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The unit's outputs with some parameters or buffers replaced, and the targets: those of `rows` that lie here."""
+        rows = rows[self.place[rows] >= 0]
+        select_steps(self.unit, self.times[rows])
+        here = self.place[rows]
+        args, kwargs = self.calls.batch(here, device)
+        return functional_call(self.unit, dict(changed), tuple(args), kwargs), self.targets.batch(here, device)
+
+    def loss(self, rows: Tensor, changed: Mapping[str, Tensor], p: float = 2.0) -> Tensor:
+        """`reconstruction_loss` over `rows`; with several processes their mean is, each sees its own rows alone."""
+        here = int((self.place[rows] >= 0).sum())
+        first = next(iter(changed.values()))
+        if here == 0:
+            return 0.0 * torch.stack([value.sum() for value in changed.values()]).sum()
+        output, target = self.outputs(rows, changed, first.device)
+        return reconstruction_loss(output, target, p) * (self.processes.world * here / len(rows))
+
+    @torch.no_grad()
+    def error(self, changed: Mapping[str, Tensor], batch_size: int, device: torch.device) -> float:
+        """Mean squared error of the unit's output on the held-out rows, relative to the mean square of the target."""
+        totals = torch.zeros(2, dtype=torch.float64)
+        mine = self.held_out[self.place[self.held_out] >= 0]
+        for rows in mine.split(batch_size) if len(mine) else ():
+            output, target = self.outputs(rows, changed, device)
+            totals += torch.stack([(output - target).square().sum(), target.square().sum()]).double().cpu()
+        squared, expected = self.processes.average_(totals).tolist()
+        return squared / max(expected, 1e-30)
+
+
+def collect(
+    unet: UNet,
+    reference: UNet,
+    name: str,
+    data: CalibrationSet,
+    config: ReconstructionConfig,
+    folder: Path,
+    processes: Processes,
+) -> BlockData:
+    """A unit's inputs from the network as quantized so far, and its outputs in the full-precision one.
+
+    Raises:
+        ValueError: in all processes, where something went wrong in one of them.
+    """
+    place = _places(data, config.batch_size, processes)
+    mine = int((place >= 0).sum())
+    dtype, room = DTYPES[config.cache], int(config.memory_gb * 1e9)
+
+    def spill(size: int) -> Path | None:
+        nonlocal room
+        room -= size
+        return None if room >= 0 else folder
+
+    calls = CallStore(mine, spill, dtype)
+    stores: list[ActivationStore] = []
+
+    def keep_inputs(_: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append(args, kwargs)
+        raise _Reached
+
+    def keep_output(_: nn.Module, __: Any, output: Tensor) -> None:
+        if not stores:
+            stores.append(ActivationStore(mine, dtype, spill(dtype.itemsize * mine * output[0].numel())))
+        stores[0].append(output)
+        raise _Reached
+
+    error = None
+    try:
+        with torch.no_grad():
+            with hooked([unet.get_submodule(name).register_forward_pre_hook(keep_inputs, with_kwargs=True)]):
+                _run(unet, data, config.batch_size, processes)
+            with hooked([reference.get_submodule(name).register_forward_hook(keep_output)]):
+                _run(reference, data, config.batch_size, processes)
+    except (ValueError, RuntimeError) as problem:
+        error = str(problem)
+    processes.agree(error)
+    rows = torch.arange(data.inputs)
+    held_out, used = rows[::HELD_OUT], rows[rows % HELD_OUT != 0] if len(rows) > HELD_OUT else rows
+    times = torch.cat([t for _, t, _ in data.batches(config.batch_size)])
+    return BlockData(unet.get_submodule(name), calls, stores[0], place, used, held_out, times, processes)
+
+
+def _places(data: CalibrationSet, batch_size: int, processes: Processes) -> Tensor:
+    """`BlockData.place`. Raises ValueError for more processes than batches."""
+    sizes = [len(x) for x, _, _ in data.batches(batch_size)]
+    if len(sizes) < processes.world:
+        raise ValueError(
+            f"{processes.world} processes for {sum(sizes)} inputs in batches of {batch_size}: allowed are {len(sizes)}"
+        )
+    mine = torch.cat([torch.full((n,), i % processes.world == processes.rank) for i, n in enumerate(sizes)])
+    return torch.where(mine, mine.cumsum(0) - 1, -1)

@@ -1,0 +1,178 @@
+"""Weights of all layers that make up for their own rounding and for that of their inputs, from one pass of the full-precision
+network (`QuantConfig.gptq`).
+
+Each layer is looked at on the full-precision network's own activations: the quantizer in front of it says what they become,
+and second moments of both are all that `solve_rounding` needs. The layers don't depend on one another, so there is no
+order to keep and no prefix to quantize. With exact weights' prefixes the result is no better (README, "Beyond the paper").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qncd.ptq.calibration import CalibrationSet, run_over
+from qncd.quant.convert import UNet, quant_layers
+from qncd.quant.gptq import solve_rounding
+from qncd.quant.layers import QuantConv2d, QuantLayer
+from qncd.quant.quantizers import Stage
+
+INPUTS = 320  # of the calibration set, evenly spread, that the moments are taken over
+ROWS = 8  # rows wanted for each input of a layer, where the layer has so many positions
+MIN_POSITIONS = 128  # of each image, where there are so many
+MEMORY = 4 << 30  # bytes of moments at a time where the device does not say what it has
+
+
+class Moments:
+    """First and second moments of a layer's rounded inputs x_q and exact ones x_f, n of them.
+
+    Attributes:
+        rounded, exact: (n,), the means.
+        gram, cross: (n, n), E[x_q x_q^T] and E[x_f x_q^T].
+    """
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.count = 0
+        self.rounded, self.exact = torch.zeros(2, inputs, dtype=torch.float64, device=device)
+        self.gram, self.cross = torch.zeros(2, inputs, inputs, device=device)
+
+    def add(self, rounded: Tensor, exact: Tensor) -> None:
+        """Take in (M, n) rows of both."""
+        self.count += len(rounded)
+        self.rounded += rounded.sum(0)
+        self.exact += exact.sum(0)
+        self.gram.addmm_(rounded.T, rounded)
+        self.cross.addmm_(exact.T, rounded)
+
+    def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(gram, cross, mean of x_q, mean of x_f), the first two about the means; float64 where that is affordable."""
+        dtype = torch.float64 if len(self.gram) <= 4096 else torch.float32
+        rounded, exact = self.rounded / self.count, self.exact / self.count
+        gram = (self.gram.to(dtype) / self.count).sub_(torch.outer(rounded, rounded).to(dtype))
+        cross = (self.cross.to(dtype) / self.count).sub_(torch.outer(exact, rounded).to(dtype))
+        return gram, cross, rounded, exact
+
+
+@torch.no_grad()
+def compensate_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> None:
+    """Put every layer's weights on their grid and its mean error into its bias, in place; ranges are known, weights still float.
+
+    Takes memory for the moments of as many layers at once as there is room for, and a pass over the inputs for each group.
+
+    Raises:
+        ValueError: a layer's inputs hold NaN or infinity; the layer is named.
+    """
+    part = data.subset(torch.arange(0, len(data), max(1, len(data) // INPUTS)))
+    layers = {name: layer for name, layer in quant_layers(unet).items() if _fits(layer)}
+    solved: dict[str, tuple[Tensor, Tensor]] = {}  # put in at the end: every pass is one of the full-precision network
+    for group in _groups(layers, _memory(unet.device)):
+        moments: dict[str, Moments] = {}  # in the order in which the layers run: the first to see NaN is the one to name
+        with _watching(group, moments, part.inputs):
+            run_over(unet, part, batch_size)
+        for name in list(moments):
+            try:
+                solved[name] = _solved(layers[name], moments.pop(name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    for name, (codes, shift) in solved.items():
+        scale = layers[name].weight_scale
+        assert scale is not None
+        layers[name].set_weight_codes(codes, scale)
+        layers[name].shift_bias_(shift)
+
+
+def _fits(layer: QuantLayer) -> bool:
+    """Whether the layer is a matrix over patches of its input. Others (no diffusion UNet has one) are rounded to nearest."""
+    if layer.config.weight_codes is None:
+        return False
+    return not isinstance(layer, QuantConv2d) or (
+        layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+    )
+
+
+def _memory(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0] * 0.5) if device.type == "cuda" else MEMORY
+
+
+def _groups(layers: Mapping[str, QuantLayer], memory: int) -> Iterator[dict[str, QuantLayer]]:
+    """Layers in their order, as many at a time as have room for two float32 matrices each; one always has."""
+    group: dict[str, QuantLayer] = {}
+    taken = 0
+    for name, layer in layers.items():
+        need = 8 * layer.weight[0].numel() ** 2
+        if group and taken + need > memory:
+            yield group
+            group, taken = {}, 0
+        group[name], taken = layer, taken + need
+    if group:
+        yield group
+
+
+@contextmanager
+def _watching(layers: Mapping[str, QuantLayer], moments: dict[str, Moments], inputs: int) -> Iterator[None]:
+    """Add what each layer sees to its moments, as it comes and as its quantizer leaves it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            layer, stage = layers[name], layers[name].act.stage
+            size = layer.weight[0].numel()
+            exact = layer.act(args[0], layer.smoothing)
+            try:
+                layer.act.set_stage(Stage.QUANTIZE)
+                rounded = layer.act(args[0], layer.smoothing)
+            finally:
+                layer.act.set_stage(stage)
+            take = _positions(layer, exact, max(MIN_POSITIONS, -(-ROWS * size // inputs)), generator)
+            if name not in moments:
+                moments[name] = Moments(size, exact.device)
+            moments[name].add(_rows(layer, rounded, take), _rows(layer, exact, take))
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _patches(layer: QuantConv2d, x: Tensor) -> Tensor:
+    """(N, C, H', W', kh, kw): what the kernel sees at each place of the output, a view."""
+    assert not isinstance(layer.padding, str)
+    high, wide = layer.padding
+    padded = nn.functional.pad(x, (wide, wide, high, high))
+    return padded.unfold(2, layer.kernel_size[0], layer.stride[0]).unfold(3, layer.kernel_size[1], layer.stride[1])
+
+
+def _positions(layer: QuantLayer, x: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+    """Which positions of each input to look at, (P,): others in every call."""
+    count = _patches(layer, x)[0, 0, :, :, 0, 0].numel() if isinstance(layer, QuantConv2d) else x[0, ..., 0].numel()
+    return torch.randperm(count, generator=generator)[:wanted].to(x.device)
+
+
+def _rows(layer: QuantLayer, x: Tensor, positions: Tensor) -> Tensor:
+    """The layer's input (N, ...) as rows (N * P, n) of what meets one row of its weight, float32."""
+    if isinstance(layer, QuantConv2d):
+        patches = _patches(layer, x)
+        width = patches.shape[3]
+        chosen = patches[:, :, positions // width, positions % width].transpose(1, 2)  # (N, P, C, kh, kw)
+    else:
+        chosen = x.flatten(1, -2)[:, positions] if x.ndim > 2 else x[:, None]
+    return chosen.reshape(-1, layer.weight[0].numel()).float()
+
+
+def _solved(layer: QuantLayer, moments: Moments) -> tuple[Tensor, Tensor]:
+    """The weight's codes, int8, and the shift (O,) of the bias that goes with them."""
+    gram, cross, rounded_mean, exact_mean = moments.centred()
+    codes = layer.config.weight_codes
+    assert codes is not None
+    weight = layer.weight.flatten(1)
+    scale = layer.expanded_scale().expand_as(layer.weight).flatten(1)
+    solved = solve_rounding(weight, scale, codes, gram, cross)
+    shift = weight.double() @ exact_mean - solved.double() @ rounded_mean
+    return torch.round(solved / scale).to(torch.int8).view_as(layer.weight), shift

@@ -1,0 +1,73 @@
+"""GPTQ: the weights of a layer rounded one input at a time, every error made up for by the weights that are still to come.
+
+A layer with weights W sees inputs x that are rounded (x_q) where the full-precision one sees x_f. What it should give is
+W x_f; what rounded weights Q can give is Q x_q. With G = E[x_q x_q^T] and C = E[x_f x_q^T], the weights that come nearest
+without rounding are T = W C G^-1 (least squares), and rounding them costs (T - Q) G (T - Q)^T more, which GPTQ (arXiv
+2210.17323) makes small input by input. That the target is W x_f and not W x_q is the idea of GPTAQ (arXiv 2504.02692).
+
+With G = L L^T the cost is |(T - Q) L|^2, and column j of that product holds errors of the inputs j and later alone: from
+the last input to the first, each weight is rounded to where it cancels best what is there already. This is GPTQ's
+recursion without its inverse of G.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qncd.quant.affine import IntegerRange
+
+BLOCK = 128  # inputs whose errors are passed on together
+
+
+def solve_rounding(
+    weight: Tensor, scale: Tensor, codes: IntegerRange, gram: Tensor, cross: Tensor | None = None, damping: float = 0.01
+) -> Tensor:
+    """Weights on their grid that give on rounded inputs what `weight` gives on exact ones, as nearly as GPTQ finds.
+
+    Args:
+        weight: (O, n).
+        scale: (O, n) or what broadcasts to it, the steps of the grid.
+        codes: of the weights, symmetric: value = code * scale.
+        gram: (n, n), E[x_q x_q^T].
+        cross: (n, n), E[x_f x_q^T]; None for inputs that are not rounded, where it is `gram`.
+        damping: added to the gram matrix's diagonal, as a part of the diagonal's mean; it holds `weight` where inputs say little.
+
+    Returns:
+        (O, n), of the dtype of `weight`.
+
+    Raises:
+        ValueError: `gram` holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError("the layer's inputs hold NaN or infinity")
+    ridge = damping * float(gram.diagonal().mean()) or 1.0  # inputs that are all 0: any ridge leaves the weight as it is
+    order = gram.diagonal().argsort()  # the inputs that carry most are rounded first: all others can make up for them
+    work = weight[:, order].to(gram.dtype)
+    damped = gram[order][:, order]
+    damped.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(damped)
+    if cross is not None:
+        wanted = work @ cross[order][:, order] + ridge * work
+        work = torch.cholesky_solve(wanted.T, factor).T
+    rounded = _round_backwards(work, scale.expand_as(weight)[:, order].to(work), codes, factor)
+    result = torch.empty_like(weight)
+    result[:, order] = rounded.to(weight.dtype)
+    return result
+
+
+def _round_backwards(target: Tensor, scale: Tensor, codes: IntegerRange, factor: Tensor) -> Tensor:
+    """GPTQ from the last column to the first: target and scale (O, n), factor (n, n) lower triangular."""
+    errors = torch.zeros_like(target)  # of the columns done
+    diagonal = factor.diagonal()
+    for stop in range(target.shape[1], 0, -BLOCK):
+        start = max(0, stop - BLOCK)
+        passed_on = errors[:, stop:] @ factor[stop:, start:stop]
+        for j in range(stop - 1, start - 1, -1):
+            inside = j - start
+            aim = target[:, j] + passed_on[:, inside] / diagonal[j]
+            rounded = (aim / scale[:, j]).round_().clamp_(codes.qmin, codes.qmax).mul_(scale[:, j])
+            errors[:, j] = target[:, j] - rounded
+            if inside:
+                passed_on[:, :inside].addr_(errors[:, j], factor[j, start:j])
+    return target - errors

@@ -1,0 +1,166 @@
+"""Activation ranges that depend on the time step: a table with a row for each of S steps, looked up when the UNet is called.
+
+What a layer sees shrinks and grows along the trajectory; one range for all steps wastes codes at most of them (PTQ4DM,
+arXiv 2211.15736; TFMQ-DM, arXiv 2311.16503, for the layers of the time embedding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qncd.quant.affine import IntegerRange, affine_qparams, fake_quantize
+from qncd.quant.quantizers import ActQuantizer, Stage
+
+
+class StepwiseActQuantizer(ActQuantizer):
+    """Fake quantization with a range for each of S time steps (and each of K segments).
+
+    Which step each row belongs to is told by `select`, which a hook on the UNet calls (`select_steps_on_call`).
+
+    Args:
+        codes: the integer codes.
+        times: (S,) int64, the time steps that have a range.
+        act_range, segments: as for ActQuantizer.
+
+    Buffers:
+        times (S,) int64, scale and zero_point (S, K) float32.
+    """
+
+    times: Tensor
+
+    def __init__(self, codes: IntegerRange, times: Tensor, act_range: str = "max", segments: Sequence[int] | None = None) -> None:
+        super().__init__(codes, act_range, segments)
+        shape = (len(times), len(self.scale))
+        self.register_buffer("times", times.clone())
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape))
+        self.fixed = False  # the ranges are known from elsewhere: observing changes nothing
+        self.rows: int | Tensor | None = None
+        self._refresh_bounds()
+
+    @classmethod
+    def from_values(cls, codes: IntegerRange, times: Tensor, values: Tensor) -> StepwiseActQuantizer:
+        """With the ranges of `values` (S, C), one row a step: all that the layer will ever see."""
+        quantizer = cls(codes, times).to(values.device)
+        quantizer.set_qparams(*(v[:, None] for v in affine_qparams(values.amin(1), values.amax(1), codes)))
+        quantizer.fixed = True
+        return quantizer
+
+    def select(self, rows: int | Tensor) -> None:
+        """Which of the steps the inputs of the next call belong to: one for all, or one each (N,) int64."""
+        self.rows = rows
+
+    def set_stage(self, stage: Stage) -> None:
+        """Enter a stage; fixed ranges are not observed: in OBSERVE they stay in floating point."""
+        super().set_stage(Stage.FLOAT if self.fixed and stage is Stage.OBSERVE else stage)
+
+    def finish_observing(self) -> None:
+        """Turn what the observers saw into a range for each step; a step without data gets one between its neighbours'.
+
+        Raises:
+            ValueError: they saw nothing at all.
+        """
+        if self.fixed or self.codes is None:
+            return
+        count, segments = self.scale.shape
+        seen = [row for row in range(count) if self.observers[row * segments].seen]
+        if not seen:
+            raise ValueError("an activation quantizer saw no calibration data")
+        lows, highs = torch.empty(2, len(seen), segments)
+        for index, row in enumerate(seen):
+            for segment in range(segments):
+                scale, zero = self.observers[row * segments + segment].qparams(self.codes)
+                lows[index, segment], highs[index, segment] = (self.codes.qmin - zero) * scale, (self.codes.qmax - zero) * scale
+        low, high = (interpolated(self.known, [self.known[row] for row in seen], ends) for ends in (lows, highs))
+        self.set_qparams(*affine_qparams(low, high, self.codes))
+        self.observers = []
+
+    def _refresh_bounds(self) -> None:
+        self.known = tuple(getattr(self, "times", torch.empty(0)).tolist())  # the base class asks before there are any
+        if self.codes is not None:
+            low, high = self.codes.qmin, self.codes.qmax
+            self._step_bounds = [[(low - z, high - z) for z in row] for row in self.zero_point.view(len(self.known), -1).tolist()]
+
+    def _selected(self, count: int, images: slice | None) -> int | Tensor:
+        if self.rows is None:
+            raise ValueError("a range for each step needs the time steps: call select_steps_on_call on the UNet")
+        if isinstance(self.rows, int):
+            return self.rows
+        rows = self.rows if images is None else self.rows[images]
+        if len(rows) != count:
+            raise ValueError(f"{count} inputs where the UNet was called with {len(self.rows)} time steps")
+        return rows
+
+    def _observe(self, x: Tensor, more: bool, images: slice | None) -> None:
+        for row, part in _parts(x, self._selected(len(x), images)):
+            segments = self.scale.shape[1]
+            for observer, values in zip(self.observers[row * segments : (row + 1) * segments], self._split(part), strict=True):
+                observer.observe(values, more)
+
+    def _fake_quantize(self, x: Tensor, smoothing: Tensor | None, owned: bool, images: slice | None) -> Tensor:
+        rows = self._selected(len(x), images)
+        if isinstance(rows, int):
+            return self._to_grid(x, smoothing, owned, self.scale[rows], self._step_bounds[rows])
+        assert self.codes is not None
+        x = x if smoothing is None else x / smoothing
+        parts, rows = [], rows.to(x.device)
+        for segment, values in enumerate(self._split(x)):
+            scale, zero = (v[rows, segment].view(-1, *[1] * (x.ndim - 1)) for v in (self.scale, self.zero_point))
+            parts.append(fake_quantize(values, scale, zero, self.codes))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _parts(x: Tensor, rows: int | Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The inputs of each step."""
+    if isinstance(rows, int):
+        yield rows, x
+        return
+    for row in rows.unique().tolist():
+        yield row, x[(rows == row).to(x.device)]
+
+
+def interpolated(times: Sequence[int], known: Sequence[int], values: Tensor) -> Tensor:
+    """Values (S, K) at `times`, linear between those (M, K) at `known`, constant before the first and after the last."""
+    columns = [np.interp(times, known, column) for column in values.double().T.numpy()]
+    return torch.tensor(np.stack(columns, 1), dtype=values.dtype)
+
+
+def nearest_steps(known: Sequence[int], timesteps: Tensor) -> int | Tensor:
+    """Index of the nearest known step for the time steps (N,) or () of a call: one number where all are the same."""
+    times = timesteps.reshape(-1).tolist()
+    rows = [min(range(len(known)), key=lambda i: abs(known[i] - t)) for t in times[:1] if len(set(times)) == 1]
+    if rows:
+        return rows[0]
+    return (timesteps.reshape(-1, 1).cpu() - torch.tensor(known)).abs().argmin(1)
+
+
+def select_steps_on_call(unet: nn.Module) -> None:
+    """Tell every StepwiseActQuantizer of a UNet the time steps of each call, from now on. A second call changes nothing."""
+    if any(getattr(hook, "__name__", "") == _tell_steps.__name__ for hook in unet._forward_pre_hooks.values()):
+        return
+    unet.register_forward_pre_hook(_tell_steps, with_kwargs=True)
+
+
+def _tell_steps(unet: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    select_steps(unet, torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"]))
+
+
+def select_steps(module: nn.Module, timesteps: Tensor) -> None:
+    """Tell every StepwiseActQuantizer inside a module the time steps (N,) or () of its next inputs."""
+    found: dict[tuple[int, ...], int | Tensor] = {}
+    for part in module.modules():
+        if isinstance(part, StepwiseActQuantizer):
+            if part.known not in found:
+                found[part.known] = nearest_steps(part.known, timesteps)
+            part.select(found[part.known])
+
+
+def make_stepwise(quantizer: ActQuantizer, times: Tensor) -> ActQuantizer:
+    """A quantizer of the same codes, search and segments with a range for each of `times` (S,)."""
+    if quantizer.codes is None or isinstance(quantizer, StepwiseActQuantizer):
+        return quantizer
+    return StepwiseActQuantizer(quantizer.codes, times, quantizer.act_range, quantizer.segments).to(quantizer.scale.device)

@@ -1,0 +1,72 @@
+"""--quant_mode qncd+ and its two parts, as a user runs them on small random models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from .test_reconstruction_flags import common as common
+from .test_reconstruction_flags import pixels, run, same
+
+PLUS = ("--ptq", "--weight_bit", "4", "--act_bit", "6", "--quant_mode", "qncd+")
+
+
+def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "q.safetensors"
+    run(common, tmp_path / "one", *PLUS, "--cali_ckpt", str(checkpoint))
+    run(common, tmp_path / "two", *PLUS, "--cali_ckpt", str(checkpoint))
+    assert same(pixels(tmp_path / "one"), pixels(tmp_path / "two"))
+    settings = json.loads((tmp_path / "one" / "run.json").read_text())["settings"]
+    assert settings["quantization"]["gptq"] and settings["quantization"]["stepwise_activations"]
+    stored = load_file(checkpoint)
+    scales = {key: value for key, value in stored.items() if key.endswith(".scale")}
+    assert scales and all(value.shape[0] == 4 for value in scales.values())  # a row for each of --timesteps 4
+    text = run(common, tmp_path / "three", *PLUS, "--no-gptq", "--cali_ckpt", str(checkpoint), status=2)
+    assert "gptq True there, False asked for" in text
+    # Weights of one run under new activation ranges.
+    run(common, tmp_path / "four", *PLUS, "--resume_w", "--cali_ckpt", str(checkpoint), "--act_range", "mse")
+    again = load_file(tmp_path / "four" / "quantized.safetensors")
+    weights = [key for key in stored if key.endswith(".weight_packed")]
+    assert weights and all(stored[key].equal(again[key]) for key in weights)
+    assert any(not stored[key].equal(again[key]) for key in scales)
+
+
+def test_each_part_changes_the_images(common: list[str], tmp_path: Path) -> None:
+    seen = []
+    for name, flags in {"plus": (), "nearest": ("--no-gptq",), "one_range": ("--no-stepwise_act",)}.items():
+        run(common, tmp_path / name, *PLUS, *flags)
+        seen.append(pixels(tmp_path / name))
+    assert not any(same(seen[i], seen[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    run(common, tmp_path / "by_flags", *PLUS[:-1], "linear", "--quant_act", "--gptq", "--stepwise_act")
+    settings = json.loads((tmp_path / "by_flags" / "run.json").read_text())["settings"]["quantization"]
+    assert (
+        settings["gptq"]
+        and settings["bias_correction"]
+        and settings["stepwise_activations"]
+        and settings["weight_range"] == "max"
+    )
+
+
+def test_ranges_of_least_error_at_four_bits(common: list[str], tmp_path: Path) -> None:
+    found = {}
+    for name, flags in {"six": (), "four": ("--act_bit", "4"), "extremes": ("--act_bit", "4", "--a_min_max")}.items():
+        run(common, tmp_path / name, *PLUS, *flags)
+        found[name] = json.loads((tmp_path / name / "run.json").read_text())["settings"]["quantization"]["act_range"]
+    assert found == {"six": "max", "four": "mse", "extremes": "max"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--recon",), "--recon with GPTQ"),
+        (("--no-bias_correction",), "needs bias_correction"),
+        (("--weight_only", "--stepwise_act"), "--stepwise_act is about quantized activations"),
+        (("--resume_w", "--gptq"), "--resume_w takes weights as they are"),
+    ],
+)
+def test_contradictions_are_refused(common: list[str], tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    assert message in run(common, tmp_path / "out", *PLUS, *flags, status=2)
+    assert not (tmp_path / "out").exists()
