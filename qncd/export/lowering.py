@@ -22,7 +22,8 @@ from qncd.export.tracing import ATTENTION, DOMAIN, LAYER
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import UNet
 from qncd.quant.layers import QuantConv2d, QuantLayer
-from qncd.quant.quantizers import ActQuantizer, StepwiseActQuantizer
+from qncd.quant.quantizers import ActQuantizer
+from qncd.quant.stepwise import StepwiseActQuantizer
 
 
 def _array(value: Tensor) -> np.ndarray:
@@ -157,7 +158,7 @@ class Lowering:
             self.quantized[key] = self._op("ArgMin", self._op("Abs", distance), axis=1, keepdims=0)
         rows = self.quantized[key]
         scale, zero = (
-            self._op("Unsqueeze", self._op("Gather", self._constant(_array(v)), rows), column)  # (N, 1)
+            self._op("Unsqueeze", self._op("Gather", self._constant(_array(v[:, 0])), rows), column)  # (N, 1)
             for v in (quantizer.scale, quantizer.zero_point)
         )
         return self._float_grid(x, scale, zero, codes.qmin, codes.qmax)

@@ -20,6 +20,7 @@ from qncd.export.packages import require
 from qncd.models.loading import state_dict_hash
 from qncd.quant.convert import UNet, act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
+from qncd.quant.stepwise import StepwiseActQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -86,6 +87,12 @@ def build_onnx(unet: UNet, info: OnnxInfo | None = None, shape: tuple[int, int, 
         raise ValueError("only a calibrated model can be exported")
     if any(layer.config.weight_codes is not None and layer.weight_scale is None for layer in quant_layers(unet).values()):
         raise ValueError("only a calibrated model can be exported: its weights are not rounded yet")
+    for name, quantizer in act_quantizers(unet).items():
+        if isinstance(quantizer, StepwiseActQuantizer) and "time_emb" not in name:
+            raise ValueError(
+                f"{name} has a range for each time step: allowed are such ranges at the layers of the time embedding alone; "
+                "quantize with --no-stepwise_act"
+            )
     require("onnxscript")
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 

@@ -21,7 +21,7 @@ from qncd.export.packages import require
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import UNet, quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
-from qncd.quant.quantizers import StepwiseActQuantizer
+from qncd.quant.stepwise import StepwiseActQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir

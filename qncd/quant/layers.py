@@ -120,13 +120,16 @@ class QuantLayer(nn.Module):
         stage, weight = self.act.stage, self.weight
         rounded = nn.Parameter(self.rounded_weight(), requires_grad=False)
         total = torch.zeros(len(weight), dtype=torch.float64, device=x.device)
-        for part in x.split(ERROR_INPUTS):
+        for start in range(0, len(x), ERROR_INPUTS):
+            part = x[start : start + ERROR_INPUTS]
             exact = self(part)
             try:
+                self.act.images = slice(start, start + len(part))
                 self.act.set_stage(Stage.QUANTIZE)
                 self.weight = rounded
                 error = self(part).sub_(exact)
             finally:
+                self.act.images = None
                 self.act.set_stage(stage)
                 self.weight = weight
             channel = 1 if isinstance(self, nn.Conv2d) else error.ndim - 1

@@ -43,6 +43,7 @@ class ActQuantizer(nn.Module):
         self.stage = Stage.FLOAT
         self.observers: list[Observer] = []
         self.more_follows = False  # while observing: the inputs are a part of a batch
+        self.images: slice | None = None  # which of the network's inputs come next, where they are a part of a batch
         count = len(self.segments) if self.segments else 1
         self.register_buffer("scale", torch.ones(count))
         self.register_buffer("zero_point", torch.zeros(count))
@@ -101,6 +102,7 @@ class ActQuantizer(nn.Module):
             more: `x` is a part of a batch and others follow: "running" ranges move once a batch.
             images: which of the network's inputs `x` belongs to, where it is a part of a batch.
         """
+        images = images or self.images
         if self.stage is Stage.QUANTIZE:
             return self._fake_quantize(x, smoothing, owned, images)
         if smoothing is not None:

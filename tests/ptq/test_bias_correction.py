@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qncd.config import QuantConfig
 from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet, correct_biases_
+from qncd.ptq.temporal import set_all_stepwise_
 from qncd.quant.convert import quant_layers, quantize_
 
 CONFIG = QuantConfig(3, 4, act_range="max", weight_range="max")
@@ -55,3 +56,16 @@ def test_layers_without_a_bias_get_one(make_cross_unet: Any) -> None:
     unet = make_cross_unet()
     assert any(layer.bias is None for layer in unet.modules() if isinstance(layer, nn.Linear))
     check(unet, CalibrationSet(x, torch.arange(6) * 150, cond))
+
+
+def test_ranges_for_each_step_and_batches_larger_than_what_is_looked_at_together(make_unet: Any) -> None:
+    """8 inputs a batch, 4 at a time (ERROR_INPUTS): each with the range of its own time step."""
+    generator = torch.Generator().manual_seed(3)
+    data, found = CalibrationSet(torch.randn(8, 3, 8, 8, generator=generator), torch.tensor([1, 901] * 4)), []
+    for batch in (8, 1):
+        unet = quantize_(make_unet(), CONFIG)
+        set_all_stepwise_(unet, [1, 901])
+        calibrate_(unet, data, batch, correct=correct_biases_)
+        found.append({name: layer.bias for name, layer in quant_layers(unet).items()})
+    for name, bias in found[0].items():
+        torch.testing.assert_close(bias, found[1][name], rtol=1e-3, atol=2e-3, msg=name)

@@ -1,0 +1,132 @@
+"""The exported network on both engines against the fake-quantized one, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qncd.config import QuantConfig, SmoothingConfig
+from qncd.export.engines import open_engine
+from qncd.export.onnx_model import FILE, build_onnx, check_fits, export_unet, is_current, read_onnx
+from qncd.export.packages import check_backend, require
+from qncd.models.loading import load_config, load_ddim
+from qncd.ptq.calibration import CalibrationSet, calibrate_, correct_biases_
+from qncd.ptq.smoothing import smooth_, smoothing_factors
+from qncd.ptq.temporal import set_all_stepwise_, set_stepwise_ranges_
+from qncd.quant.convert import act_quantizers, quant_layers, quantize_
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMES = [1, 251, 501, 751]
+ENGINES = ("onnxruntime", "openvino")
+
+
+def inputs(unet: Any, count: int = 8) -> CalibrationSet:
+    generator = torch.Generator().manual_seed(1)
+    size, channels = unet.config.sample_size, unet.config.in_channels
+    x = torch.randn(count, channels, size, size, generator=generator)
+    cond = torch.randn(count, 5, 12, generator=generator) if "cross_attention_dim" in unet.config else None
+    return CalibrationSet(x, torch.tensor(TIMES).repeat(-(-count // 4))[:count], cond)
+
+
+def prepared(unet: Any, config: QuantConfig, stepwise: Any = None) -> Any:
+    factors = smoothing_factors(unet, TIMES, SmoothingConfig())
+    quantize_(unet, config)
+    smooth_(unet, factors)
+    if stepwise:
+        stepwise(unet, TIMES)
+    calibrate_(unet, inputs(unet), 8, correct=correct_biases_)
+    return unet
+
+
+def call(unet: Any, data: CalibrationSet) -> Tensor:
+    more = {} if data.cond is None else {"encoder_hidden_states": data.cond}
+    with torch.no_grad():
+        out: Tensor = unet(data.x, data.t, **more).sample
+    return out
+
+
+def check(full: Any, unet: Any, folder: Path, backend: str) -> None:
+    """What the engine gives could come of one code more or less at each input of the last layer, and lies nearer to the
+    fake-quantized network than that lies to full precision: rounding errors tip ties, as they do in torch between batch sizes."""
+    data = inputs(unet)
+    exact, expected = call(full, data), call(unet, data)
+    found = call(open_engine(unet, folder, backend, threads=1), data)
+    layer = quant_layers(unet)["conv_out"]
+    one_code = float(layer.act.scale.max()) * float(layer.weight.abs().flatten(1).sum(1).max())
+    assert found.shape == expected.shape
+    assert ((found - expected).abs() <= one_code).float().mean() >= 0.999
+    assert (found - expected).square().mean() < (0.9 * (expected - exact)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("unet", QuantConfig(8, 8)), ("unet", QuantConfig(4, 6, softmax_bits=16)), ("cross_unet", QuantConfig(4, 8))],
+    ids=lambda value: getattr(value, "label", value),
+)
+def test_small_networks(kind: str, config: QuantConfig, make_unet: Any, make_cross_unet: Any, tmp_path: Path) -> None:
+    make = make_unet if kind == "unet" else make_cross_unet
+    unet = prepared(make(), config)
+    export_unet(unet, tmp_path, config, "base")
+    for backend in ENGINES:
+        check(make(), unet, tmp_path, backend)
+    _, info = read_onnx(tmp_path)
+    assert info.config == config and info.base_hash == "base"
+    assert is_current(tmp_path, unet, (unet.config.in_channels, 8, 8))
+
+
+def test_the_model_in_the_box(tmp_path: Path) -> None:
+    """With real weights: one step of W8A8, and the file's size."""
+    box = load_ddim(load_config(ROOT / "configs" / "fashion_mnist.yml"), None, False)
+    unet = prepared(copy.deepcopy(box), QuantConfig(8, 8))
+    full = sum(p.numel() * 4 for p in box.parameters())
+    path = export_unet(unet, tmp_path, QuantConfig(8, 8), "base")
+    assert path.stat().st_size < 0.3 * full
+    for backend in ENGINES:
+        check(box, unet, tmp_path, backend)
+
+
+def test_full_precision_is_exported_too(make_unet: Any, tmp_path: Path) -> None:
+    unet = make_unet()
+    export_unet(unet, tmp_path, None, "base")
+    data = inputs(unet)
+    for backend in ENGINES:
+        torch.testing.assert_close(call(open_engine(unet, tmp_path, backend, 1), data), call(unet, data), rtol=1e-3, atol=1e-4)
+
+
+def test_ranges_for_each_step(make_unet: Any, tmp_path: Path) -> None:
+    unet = prepared(make_unet(), QuantConfig(8, 8), set_stepwise_ranges_)
+    export_unet(unet, tmp_path, QuantConfig(8, 8), "base")
+    for backend in ENGINES:
+        check(make_unet(), unet, tmp_path, backend)
+    everywhere = prepared(make_unet(), QuantConfig(8, 8), set_all_stepwise_)
+    with pytest.raises(ValueError, match=r"conv_in\.act has a range for each time step.*--no-stepwise_act"):
+        build_onnx(everywhere)
+
+
+def test_what_is_refused(make_unet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = quantize_(make_unet(), QuantConfig(8, 8))
+    with pytest.raises(ValueError, match="only a calibrated model"):
+        export_unet(unet, tmp_path, QuantConfig(8, 8), "base")
+    with pytest.raises(FileNotFoundError, match="no such model"):
+        open_engine(unet, tmp_path, "openvino")
+    (tmp_path / FILE).write_bytes(b"\xff\xffnot a model")
+    with pytest.raises(ValueError, match="not a whole ONNX model"):
+        open_engine(unet, tmp_path, "onnxruntime")
+    unet = prepared(make_unet(), QuantConfig(8, 8))
+    export_unet(unet, tmp_path, QuantConfig(8, 8), "base")
+    with pytest.raises(ValueError, match="exported from another network"):
+        check_fits(tmp_path, prepared(make_unet(seed=1), QuantConfig(8, 8)), (3, 8, 8))
+    with pytest.raises(ValueError, match="exported for samples 3x8x8, this run has 3x16x16"):
+        check_fits(tmp_path, unet, (3, 16, 16))
+    with pytest.raises(ValueError, match="no TensorrtExecutionProvider"):
+        check_backend("tensorrt")
+    with pytest.raises(ValueError, match="'cuda': allowed are torch"):
+        check_backend("cuda")
+    with pytest.raises(ValueError, match=r"no_such_package is not there.*\[export\]"):
+        require("no_such_package")
+    assert act_quantizers(unet)
