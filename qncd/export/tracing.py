@@ -121,7 +121,9 @@ def _marked(unet: UNet, step: list[Tensor]) -> Iterator[None]:
 
         return forward
 
+    hooks = dict(unet._forward_pre_hooks)  # they look at the time steps' values, which a trace has not
     try:
+        unet._forward_pre_hooks.clear()
         for name, layer in quant_layers(unet).items():
             patch(layer, "forward", layer_forward(name, layer))
         for name, module in unet.named_modules():
@@ -132,6 +134,7 @@ def _marked(unet: UNet, step: list[Tensor]) -> Iterator[None]:
                 patch(module.v, "forward", lambda x: x)
         yield
     finally:
+        unet._forward_pre_hooks.update(hooks)
         for module, attribute in patched:
             object.__delattr__(module, attribute)
 
