@@ -23,7 +23,6 @@ from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import UNet
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.quantizers import ActQuantizer
-from qncd.quant.stepwise import StepwiseActQuantizer
 
 
 def _array(value: Tensor) -> np.ndarray:
@@ -100,7 +99,6 @@ class Lowering:
         quantizer: ActQuantizer,
         segment: int = 0,
         smoothing: Tensor | None = None,
-        step: ir.Value | None = None,
         signed: bool = False,
         gain: float = 1.0,
     ) -> ir.Value:
@@ -112,9 +110,6 @@ class Lowering:
         codes = quantizer.codes
         if codes is None:
             return self._smoothed(x, smoothing)
-        if isinstance(quantizer, StepwiseActQuantizer):
-            assert step is not None
-            return self._stepwise(self._smoothed(x, smoothing), quantizer, step)
         scale, zero = quantizer.scale[segment].cpu(), int(quantizer.zero_point[segment])
         stored_zero, largest = zero - codes.qmin, codes.qmax - codes.qmin
         factors = b"" if smoothing is None else _array(smoothing).tobytes()
@@ -145,23 +140,6 @@ class Lowering:
         code = self._op("Add", self._op("Round", self._op("Div", x, scale)), zero)
         code = self._op("Clip", code, self._scalar(qmin), self._scalar(qmax))
         return self._op("Mul", self._op("Sub", code, zero), scale)
-
-    def _stepwise(self, x: ir.Value, quantizer: StepwiseActQuantizer, step: ir.Value) -> ir.Value:
-        """The range of the nearest known time step, row by row. These few small layers stay in floating point."""
-        codes = quantizer.codes
-        assert codes is not None
-        column = self._constant(np.array([1], np.int64))
-        times = self._constant(_array(quantizer.times.float())[None])  # (1, S)
-        key = ("rows", id(step), id(times))
-        if key not in self.quantized:
-            distance = self._op("Sub", self._op("Unsqueeze", self._op("Cast", step, to=1), column), times)  # (N, S)
-            self.quantized[key] = self._op("ArgMin", self._op("Abs", distance), axis=1, keepdims=0)
-        rows = self.quantized[key]
-        scale, zero = (
-            self._op("Unsqueeze", self._op("Gather", self._constant(_array(v[:, 0])), rows), column)  # (N, 1)
-            for v in (quantizer.scale, quantizer.zero_point)
-        )
-        return self._float_grid(x, scale, zero, codes.qmin, codes.qmax)
 
     # Weights.
 
@@ -196,7 +174,7 @@ class Lowering:
     # Layers.
 
     def _layer(self, name: str, layer: QuantLayer, inputs: Sequence[ir.Value | None]) -> ir.Value:
-        x, step = inputs[0], inputs[1] if len(inputs) > 1 else None
+        x = inputs[0]
         assert x is not None
         sizes = layer.config.segments or (layer.weight.shape[1],)
         edges = np.cumsum([0, *sizes]).tolist()
@@ -206,7 +184,7 @@ class Lowering:
             smoothing = None if layer.smoothing is None else layer.smoothing[:, part]
             if smoothing is not None and not isinstance(layer, QuantConv2d):
                 smoothing = smoothing.flatten()
-            grid = self._act(piece, layer.act, i, smoothing, step)
+            grid = self._act(piece, layer.act, i, smoothing)
             weight = self._weight(name, layer, part, i)
             output = self._product(name, layer, grid, weight, bias=i == 0)
             total = output if total is None else self._floats(self._op("Add", total, output))

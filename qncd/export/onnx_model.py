@@ -88,10 +88,10 @@ def build_onnx(unet: UNet, info: OnnxInfo | None = None, shape: tuple[int, int, 
     if any(layer.config.weight_codes is not None and layer.weight_scale is None for layer in quant_layers(unet).values()):
         raise ValueError("only a calibrated model can be exported: its weights are not rounded yet")
     for name, quantizer in act_quantizers(unet).items():
-        if isinstance(quantizer, StepwiseActQuantizer) and "time_emb" not in name:
+        if isinstance(quantizer, StepwiseActQuantizer):
             raise ValueError(
-                f"{name} has a range for each time step: allowed are such ranges at the layers of the time embedding alone; "
-                "quantize with --no-stepwise_act"
+                f"{name} has a range for each time step, which has no form in ONNX yet: allowed is one for all steps "
+                "(--quant_mode qncd+ with --no-stepwise_act; any mode but tfmq)"
             )
     require("onnxscript")
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass

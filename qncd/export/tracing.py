@@ -21,7 +21,6 @@ from qncd.export.packages import require
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import UNet, quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
-from qncd.quant.stepwise import StepwiseActQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,21 +33,16 @@ SMALLEST_TORCH = (2, 8)  # the first with torch.onnx.ops.symbolic
 
 
 class _Network(nn.Module):
-    """The UNet with plain tensors as inputs and output; `timestep` stays visible to the layers with a range for each step."""
+    """The UNet with plain tensors as inputs and output."""
 
     def __init__(self, unet: UNet, condition: str | None) -> None:
         super().__init__()
         self.unet, self.condition = unet, condition
-        self.step: list[Tensor] = []  # in a list, so that no module holds a traced tensor as its own
 
     def forward(self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
         """(N, C, H, W), (N,), (N, ...) -> (N, C, H, W)."""
-        self.step[:] = [timestep]
         given = {} if self.condition is None else {self.condition: condition}
-        # forward, not the call: hooks tell steps to quantizers that are not traced.
-        network: Any = self.unet
-        output: Tensor = network.forward(sample, timestep, **given).sample
-        self.step.clear()
+        output: Tensor = self.unet(sample, timestep, **given).sample
         return output
 
 
@@ -91,8 +85,8 @@ def _marker(kind: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], s
 
 
 @contextlib.contextmanager
-def _marked(unet: UNet, step: list[Tensor]) -> Iterator[None]:
-    """Within it, quantized layers and attention products are markers; the time step goes to those that need it."""
+def _marked(unet: UNet) -> Iterator[None]:
+    """Within it, quantized layers and attention products are markers."""
     patched: list[tuple[nn.Module, str]] = []
 
     def patch(module: nn.Module, attribute: str, function: Any) -> None:
@@ -108,8 +102,7 @@ def _marked(unet: UNet, step: list[Tensor]) -> Iterator[None]:
                 shape: Any = F.conv2d(meta, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups).shape
             else:
                 shape = (*x.shape[:-1], layer.weight.shape[0])
-            inputs = (x, step[0]) if isinstance(layer.act, StepwiseActQuantizer) else (x,)
-            return _marker(LAYER, inputs, {"module": name}, shape)
+            return _marker(LAYER, (x,), {"module": name}, shape)
 
         return forward
 
@@ -121,9 +114,7 @@ def _marked(unet: UNet, step: list[Tensor]) -> Iterator[None]:
 
         return forward
 
-    hooks = dict(unet._forward_pre_hooks)  # they look at the time steps' values, which a trace has not
     try:
-        unet._forward_pre_hooks.clear()
         for name, layer in quant_layers(unet).items():
             patch(layer, "forward", layer_forward(name, layer))
         for name, module in unet.named_modules():
@@ -134,7 +125,6 @@ def _marked(unet: UNet, step: list[Tensor]) -> Iterator[None]:
                 patch(module.v, "forward", lambda x: x)
         yield
     finally:
-        unet._forward_pre_hooks.update(hooks)
         for module, attribute in patched:
             object.__delattr__(module, attribute)
 
@@ -167,7 +157,7 @@ def trace(unet: UNet, shape: tuple[int, int, int] | None = None) -> ir.Model:
         shapes[-1][1] = torch.export.Dim("tokens", min=1, max=1 << 12)
     noise = logging.getLogger("torch.onnx")
     level = noise.level
-    with _marked(unet, network.step), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with _marked(unet), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         noise.setLevel(logging.ERROR)
         try:
