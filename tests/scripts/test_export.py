@@ -1,0 +1,49 @@
+"""Quantize, export, sample in integers: the README's three commands on the DDIM model in the box, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .conftest import ROOT, run_in_process
+from .test_reconstruction_flags import pixels
+
+MODEL = ("--config", str(ROOT / "configs" / "fashion_mnist.yml"), "--device", "cpu")
+QUANTIZED = ("--ptq", "--weight_bit", "8", "--timesteps", "5", "--cali_n", "8", "--cali_st", "5", "--max_images", "4")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with q.safetensors, the images of torch and the exported model."""
+    folder = tmp_path_factory.mktemp("export")
+    checkpoint = ("--cali_ckpt", str(folder / "q.safetensors"))
+    run_in_process("sample_diffusion_ddim.py", *MODEL, *QUANTIZED, *checkpoint, "-l", folder / "torch")
+    run_in_process("export.py", *MODEL[:2], *checkpoint, "--out", folder / "onnx")
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_same_pictures(made: Path, backend: str, tmp_path: Path) -> None:
+    engine = ("--backend", backend, "--onnx", str(made / "onnx"))
+    run_in_process(
+        "sample_diffusion_ddim.py", *MODEL, *QUANTIZED, "--cali_ckpt", str(made / "q.safetensors"), *engine, "-l", tmp_path
+    )
+    expected, found = (np.stack(list(pixels(folder / "images").values())).astype(float) for folder in (made / "torch", tmp_path))
+    errors = np.square(expected - found).mean(axis=(1, 2))
+    assert (10 * np.log10(255**2 / np.maximum(errors, 1e-9))).mean() >= 35
+
+
+def test_what_is_refused(made: Path, tmp_path: Path) -> None:
+    common = (*MODEL, *QUANTIZED, "--cali_ckpt", str(made / "q.safetensors"), "-l", str(tmp_path / "out"))
+
+    def refused(*flags: str) -> str:
+        return run_in_process("sample_diffusion_ddim.py", *common, *flags, status=2)
+
+    assert "--onnx needs --backend" in refused("--onnx", str(made / "onnx"))
+    assert "no such model" in refused("--backend", "openvino", "--onnx", str(tmp_path))
+    assert "no TensorrtExecutionProvider" in refused("--backend", "tensorrt")
+    other = (*common[:-4], "-l", str(tmp_path / "other"), "--quant_mode", "linear", "--quant_act")
+    text = run_in_process("sample_diffusion_ddim.py", *other, "--backend", "onnxruntime", "--onnx", str(made / "onnx"), status=2)
+    assert "exported from another network" in text
