@@ -98,7 +98,8 @@ def caption(
         "linear: min-max ranges, no split. This package's other modes: mse weight ranges, min-max activation ranges, split. "
         "qncd: and bias correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, tfmq, "
         f"d2dpm and qncd, weights reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; this package's "
-        "other rows round to nearest.",
+        "other rows round to nearest, but qncd+'s: GPTQ, and a range for each time step at every activation (of least error at 4 "
+        "bits), without smoothing and runtime correction.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",
     ]
     if len(commits) > 1:
