@@ -10,6 +10,7 @@ The header's metadata carries the configuration and the SHA-256 of the base mode
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -29,7 +30,6 @@ from qncd.quant.convert import (
     quant_layers,
     quantize_,
     replace_quantizers_,
-    restored_on_error,
     set_stage,
 )
 from qncd.quant.layers import QuantLayer
@@ -214,13 +214,24 @@ def _load_(unet: UNet, path: Path, config: QuantConfig | None, base_hash: str | 
     if base_hash is not None and base_hash != info.base_hash:
         raise ValueError(f"{path}: made from a base model with weights {info.base_hash[:12]}, this one has {base_hash[:12]}")
     tensors = {key: value for key, value in load_file(path).items() if not key.startswith(CORRECTIONS)}
-    with restored_on_error(unet):
-        _take_over(unet, tensors, info, config, path)
+    # On a twin without memory first: a file that does not fit leaves the network as it was, and no second copy is held.
+    _take_over(_twin(unet), dict(tensors), info, config, path)
+    _take_over(unet, tensors, info, config, path)
     return info, table
+
+
+def _twin(unet: UNet) -> UNet:
+    """The network with shapes alone in the place of its weights."""
+    memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in unet.buffers()}
+    memo |= {id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in unet.parameters()}
+    return copy.deepcopy(unet, memo)
 
 
 def _take_over(unet: UNet, tensors: dict[str, Tensor], info: QuantizedInfo, config: QuantConfig | None, path: Path) -> None:
     quantize_(unet, config or info.config)
+    if unet.device.type == "meta":
+        for quantizer in act_quantizers(unet).values():
+            quantizer.to_empty(device="cpu")  # they look at their numbers
     try:
         for name, layer in quant_layers(unet).items():
             _load_layer(name, layer, tensors)

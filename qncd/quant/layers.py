@@ -173,7 +173,7 @@ class QuantLayer(nn.Module):
 
     def _expanded(self, values: Tensor) -> Tensor:
         sizes = torch.tensor([s.stop - s.start for s in self._segments()], device=values.device)
-        expanded = values.repeat_interleave(sizes, 1)  # (O, I)
+        expanded = values.repeat_interleave(sizes, 1, output_size=self.weight.shape[1])  # (O, I)
         return expanded.view(*expanded.shape, *[1] * (self.weight.ndim - 2))
 
 
