@@ -3,7 +3,7 @@ network (`QuantConfig.gptq`).
 
 Each layer is looked at on the full-precision network's own activations: the quantizer in front of it says what they become,
 and second moments of both are all that `solve_rounding` needs. The layers don't depend on one another, so there is no
-order to keep and no prefix to quantize. With exact weights' prefixes the result is no better (README, "Beyond the paper").
+order to keep and no prefix to quantize.
 """
 
 from __future__ import annotations
