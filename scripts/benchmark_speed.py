@@ -2,18 +2,26 @@
 """Measure what quantization costs, as ratios against full precision, side by side in one run.
 
     python scripts/benchmark_speed.py --json speed.json
+    python scripts/benchmark_speed.py --parts engines --profile
+    python scripts/benchmark_speed.py --parts jobs
 
-Uses the CIFAR-10-size UNet (35.7 M parameters, random weights, batch 4) and the model in the box (batch 64). Times are
-medians over alternating runs; memory is the growth of the peak resident set over the bare process, one process a figure.
+Parts: "simulation" is fake quantization in PyTorch, calibration and checkpoints; "engines" is one call of the exported
+network on ONNX Runtime and OpenVINO against PyTorch, torch.compile and other toolkits (those of `pip install -e '.[peers]'`
+where they are installed); "jobs" is whole command lines, from start to last PNG. Uses the CIFAR-10-size UNet (35.7 M
+parameters, random weights, batch 4) and the models in the box. Times are medians over alternating runs; memory is the
+growth of the peak resident set over the bare process, one process a figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,12 +32,17 @@ from qncd import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION_BATCH = 32
+PARTS = ("simulation", "engines", "jobs")
+JOB_IMAGES, JOB_PROMPT = 8, "a large red circle above a small blue square"
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--rounds", type=int, default=9, help="alternating runs of each side (default 9)")
     parser.add_argument("--calibration_samples", type=int, default=256)
+    parser.add_argument("--job_rounds", type=int, default=3, help="the same of whole jobs (default 3)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2], help=f"default {' '.join(PARTS[:2])}")
+    parser.add_argument("--profile", action="store_true", help="what OpenVINO spends an int8 call on, by kind of operator")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
@@ -160,17 +173,9 @@ def checkpoint_size(bits: int) -> float:
         return small.stat().st_size / full.stat().st_size
 
 
-def main(args: argparse.Namespace) -> None:
-    cli.check_counts(args, ("rounds", "calibration_samples", "threads"))
-    import torch
-
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    figures: dict[str, float | int | str] = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "rounds": args.rounds,
-    }
+def measure_simulation(args: argparse.Namespace) -> dict[str, Any]:
+    """Fake quantization in PyTorch over full precision: steps, calibration, files."""
+    figures = dict[str, Any]()
     for key, make, batch in (("fake_quant_over_fp", _cifar_unet, 4), ("fake_quant_over_fp_box", _box_unet, 64)):
         ratio, quantized, plain = step_cost(make, batch, args.rounds)
         figures[key] = ratio
@@ -185,6 +190,113 @@ def main(args: argparse.Namespace) -> None:
     for bits in (8, 4):
         figures[f"checkpoint_w{bits}_over_fp32"] = checkpoint_size(bits)
         print(f"checkpoint_w{bits}_over_fp32 {figures[f'checkpoint_w{bits}_over_fp32']:.4f}", flush=True)
+    return figures
+
+
+def measure_engines(args: argparse.Namespace, threads: int) -> dict[str, Any]:
+    """One call of the CIFAR-10-size network, batch 4, of everybody who can take part."""
+    import torch
+
+    from qncd.benchmark.engine_speed import alternate, fp32_peak, make_contest, multiply_adds, profile, ratio
+
+    unet = _cifar_unet()
+    x = _inputs(unet, 4).x
+    with tempfile.TemporaryDirectory() as folder:
+        contest = make_contest(unet, x, Path(folder), threads)
+        seconds = alternate(contest.calls, args.rounds)
+        base, figures = "torch fp32", dict[str, Any]()
+        for name in contest.calls:
+            print(f"{name:34} {statistics.median(seconds[name]) * 1e3:7.1f} ms   {ratio(seconds, base, name):5.2f}x", flush=True)
+        figures["speedup_over_torch_fp32"] = {name: ratio(seconds, base, name) for name in contest.calls}
+        for engine in ("openvino", "onnxruntime"):
+            figures[f"int8_{engine}_speedup"] = ratio(seconds, base, f"{engine} int8")
+            figures[f"int8_over_{engine}_fp32"] = ratio(seconds, f"{engine} fp32", f"{engine} int8")
+            figures[f"smoothing_cost_{engine}"] = ratio(seconds, f"{engine} int8", f"{engine} int8 without smoothing") - 1
+            figures[f"stepwise_cost_{engine}"] = ratio(seconds, f"{engine} int8 stepwise", f"{engine} int8 without smoothing") - 1
+        figures["int8_over_engine_fp32"] = figures["int8_over_openvino_fp32"]
+        for name, key in (("int8", "onnx_w8_over_fp32"), ("w4a8", "onnx_w4_over_fp32")):
+            figures[key] = contest.sizes[name] / contest.sizes["fp32"]
+        for key, value in figures.items():
+            if not isinstance(value, dict):
+                print(f"{key} {value:.3f}")
+        for note in contest.notes:
+            print(f"note: {note}")
+        if args.profile:
+            macs, peak = multiply_adds(unet, x), fp32_peak(threads)
+            print(f"float32 product of 2048x2048 matrices in PyTorch: {peak:.0f} billion multiply-adds a second")
+            figures["fp32_gmacs"], figures["profile"] = peak, {}
+            for name in ("fp32", "int8"):
+                kinds = profile(Path(folder) / name, x, threads, macs)
+                figures["profile"][name] = [dataclasses.asdict(kind) for kind in kinds]
+                for kind in kinds:
+                    rate = "" if kind.gmacs is None else f"   {kind.gmacs:6.0f} G/s, {kind.gmacs / peak:.2f} of the product's"
+                    print(f"openvino {name}: {kind.name:24} {kind.milliseconds:7.2f} ms{rate}", flush=True)
+    torch.set_num_threads(threads)
+    return figures
+
+
+def _run_script(name: str, *flags: str | Path) -> float:
+    """Seconds of a whole command line. Raises ValueError where it fails."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / name), *map(str, flags)], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"scripts/{name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    return time.perf_counter() - start
+
+
+def measure_jobs(args: argparse.Namespace) -> dict[str, float]:
+    """Images a second of whole command lines, in full precision in PyTorch and in int8 on OpenVINO, in turn."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _cifar_unet().save_pretrained(folder / "cifar_size")
+        cifar = ("--config", ROOT / "configs" / "cifar10.yml", "--ckpt", folder / "cifar_size")
+        scenes = ("--config", ROOT / "configs" / "scenes.yaml")
+        steps, images = ("--timesteps", "20"), ("--max_images", str(JOB_IMAGES), "--lane", "4")
+        jobs: dict[str, tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = {
+            "cifar_size": ("sample_diffusion_ddim.py", "-l", cifar, (*steps, *images)),
+            "txt2img": ("txt2img.py", "--outdir", scenes, ("--prompt", JOB_PROMPT, "--n_samples", str(JOB_IMAGES))),
+        }
+        for title, (script, output, model, flags) in jobs.items():
+            checkpoint = ("--cali_ckpt", folder / f"{title}.safetensors")
+            method = ("--ptq", "--weight_bit", "8", "--no-sample_reverse", "--cali_n", "2", "--cali_st", "4", *checkpoint)
+            _run_script(script, *model, *flags, *method, output, folder / f"{title}_made")
+            _run_script("export.py", *model, *checkpoint, "--out", folder / f"{title}_onnx")
+            integers = (*method, "--backend", "openvino", "--onnx", folder / f"{title}_onnx")
+            seconds: dict[str, list[float]] = {"fp32": [], "int8": []}
+            for round_ in range(args.job_rounds):
+                for kind, more in (("fp32", ()), ("int8", integers)):
+                    seconds[kind].append(_run_script(script, *model, *flags, *more, output, folder / f"{title}_{kind}{round_}"))
+            for kind, times in seconds.items():
+                figures[f"{title}_{kind}_images_per_second"] = JOB_IMAGES / statistics.median(times)
+            figures[f"{title}_job_speedup"] = statistics.median(seconds["fp32"]) / statistics.median(seconds["int8"])
+    for key, value in figures.items():
+        print(f"{key} {value:.3f}", flush=True)
+    return figures
+
+
+def main(args: argparse.Namespace) -> None:
+    cli.check_counts(args, ("rounds", "job_rounds", "calibration_samples", "threads"))
+    import torch
+
+    if "engines" in args.parts or "jobs" in args.parts:
+        from qncd.export.packages import check_backend
+
+        for engine in ("onnxruntime", "openvino"):
+            check_backend(engine)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    figures: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "rounds": args.rounds,
+    }
+    if "simulation" in args.parts:
+        figures |= measure_simulation(args)
+    if "engines" in args.parts:
+        figures |= measure_engines(args, torch.get_num_threads())
+    if "jobs" in args.parts:
+        figures |= measure_jobs(args)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

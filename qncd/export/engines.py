@@ -33,11 +33,12 @@ class EngineUNet:
     Attributes:
         config: of that UNet.
         device: on which inputs come and outputs go; the engine itself works on the CPU.
+        one_step_a_call: inputs of several time steps go to the engine step by step.
     """
 
-    def __init__(self, unet: UNet, session: Session, backend: str) -> None:
+    def __init__(self, unet: UNet, session: Session, backend: str, one_step_a_call: bool = False) -> None:
         self.config, self.device, self.dtype = unet.config, unet.device, unet.dtype
-        self.session, self.backend = session, backend
+        self.session, self.backend, self.one_step_a_call = session, backend, one_step_a_call
 
     def __call__(
         self,
@@ -51,7 +52,13 @@ class EngineUNet:
         inputs = {"sample": sample.float(), "timestep": steps.long()}
         inputs |= {} if encoder_hidden_states is None else {"encoder_hidden_states": encoder_hidden_states.float()}
         inputs |= {} if class_labels is None else {"class_labels": class_labels.long()}
-        noise = self.session({name: value.detach().cpu().contiguous().numpy() for name, value in inputs.items()})
+        arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in inputs.items()}
+        times = np.unique(arrays["timestep"]) if self.one_step_a_call else np.empty(1)
+        if len(times) == 1:
+            return EngineOutput(torch.from_numpy(self.session(arrays)).to(self.device))
+        order = [np.flatnonzero(arrays["timestep"] == time) for time in times]
+        parts = [self.session({name: value[rows] for name, value in arrays.items()}) for rows in order]
+        noise = np.concatenate(parts)[np.argsort(np.concatenate(order))]
         return EngineOutput(torch.from_numpy(noise).to(self.device))
 
 
@@ -87,8 +94,11 @@ def integer_model(folder: Path, scratch: Path) -> Path:
     return save_onnx(model, scratch)
 
 
-def openvino_session(folder: Path, threads: int) -> Session:
-    """OpenVINO on DIR/model.onnx, compiled anew for each shape of the inputs: fixed shapes run faster, and lanes have one."""
+def openvino_session(folder: Path, threads: int, file: str = FILE) -> Session:
+    """OpenVINO on DIR/model.onnx, or another file that it reads, compiled anew for each shape of the inputs.
+
+    Fixed shapes run faster, and lanes have one.
+    """
     openvino = require("openvino")
     core = openvino.Core()
     # What is not quantized stays float32; by default it would become bfloat16 where the CPU has it.
@@ -100,7 +110,7 @@ def openvino_session(folder: Path, threads: int) -> Session:
     def run(inputs: Arrays) -> np.ndarray:
         shapes = tuple((name, value.shape) for name, value in inputs.items())
         if shapes not in compiled:
-            model = core.read_model(folder / FILE)
+            model = core.read_model(folder / file)
             model.reshape({name: list(shape) for name, shape in shapes})
             compiled[shapes] = core.compile_model(model, "CPU", options)
         return np.array(compiled[shapes](inputs)[0])  # a copy: the engine uses its buffer again
@@ -120,7 +130,7 @@ def open_engine(unet: UNet, folder: Path, backend: str, threads: int | None = No
         FileNotFoundError: there is no such model.
     """
     check_backend(backend)
-    read_onnx(folder)
+    _, info = read_onnx(folder)
     threads = threads or torch.get_num_threads()
     try:
         if backend == "openvino":
@@ -129,4 +139,4 @@ def open_engine(unet: UNet, folder: Path, backend: str, threads: int | None = No
             session = onnxruntime_session(folder, threads, backend == "tensorrt")
     except Exception as error:  # engines have exceptions of their own, without a common base
         raise ValueError(f"{folder / FILE}: {backend} refuses it: {' '.join(str(error).split())[:300]}") from error
-    return EngineUNet(unet, session, backend)
+    return EngineUNet(unet, session, backend, info.one_step_a_call)

@@ -35,16 +35,22 @@ class IntegerKernels:
         self.nodes: list[ir.Node] = []
         self.constants: dict[tuple[Any, ...], ir.Value] = {}
         self.patches: dict[tuple[Any, ...], ir.Value] = {}  # of inputs that several convolutions share
+        self.tail: list[ir.Node] = []  # what follows the product and is computed in it
         self.count = 0
 
     def run(self) -> int:
         """Rewrite what can be; returns how many products run in integers now."""
         rewritten = 0
         for node in list(self.graph):
+            if node.graph is None:
+                continue  # the tail of another
             output = self._conv(node) if node.op_type == "Conv" else self._matmul(node) if node.op_type == "MatMul" else None
             if output is not None:
-                old = node.outputs[0]
-                self._replace(node, old, output)
+                last = self.tail[-1] if self.tail else node
+                self._replace(last, last.outputs[0], output)
+                for part in reversed([node, *self.tail][:-1] if self.tail else []):
+                    self.graph.remove(part, safe=True)
+                self.tail = []
                 rewritten += 1
             elif node.op_type == "GroupNormalization":
                 self._replace(node, node.outputs[0], self._group_norm(node))
@@ -89,13 +95,37 @@ class IntegerKernels:
             return None
         return x, source.const_value.numpy().astype(np.int8), w
 
-    def _product(self, codes: ir.Value, weight: np.ndarray, x: ir.Node, w: ir.Node, bias: ir.Value | None) -> ir.Value:
-        """uint8 codes (..., K) times int8 weights (K, O), as floats."""
+    def _product(
+        self, node: ir.Node, codes: ir.Value, weight: np.ndarray, x: ir.Node, w: ir.Node, bias: ir.Value | None
+    ) -> ir.Value:
+        """uint8 codes (..., K) times int8 weights (K, O), as floats; a time step's scale and a bias that follow included."""
         scale, zero, steps = x.inputs[1], x.inputs[2], w.inputs[1]
+        if float(_const(scale)) == 1.0 and (factor := self._follower(node, "Mul", 1)) is not None:
+            scale = factor
+        last = self.tail[-1] if self.tail else node
+        if bias is None and (added := self._follower(last, "Add", weight.shape[1])) is not None:
+            bias = self._constant(_const(added).reshape(-1))
         zeros = w.inputs[2] if len(w.inputs) > 2 else self._constant(np.zeros(weight.shape[1], np.int8))
         assert scale is not None and zero is not None and steps is not None and zeros is not None
         inputs = [codes, self._constant(weight), scale, steps, zero, zeros, *([bias] if bias is not None else [])]
         return self._op("MatMulIntegerToFloat", *inputs, domain=KERNELS)
+
+    def _follower(self, node: ir.Node, op_type: str, size: int) -> ir.Value | None:
+        """What the only consumer of a node multiplies by (a step's scale) or adds (a bias of `size`); it joins the tail."""
+        uses = list(node.outputs[0].uses())
+        if len(uses) != 1 or node.outputs[0].is_graph_output() or uses[0].node.op_type != op_type:
+            return None
+        consumer = uses[0].node
+        other = consumer.inputs[1 - uses[0].idx]
+        assert other is not None
+        if op_type == "Mul":
+            gather = _producer(other, "Gather")
+            if gather is None or gather.inputs[0] is None or gather.inputs[0].const_value is None:
+                return None
+        elif other.const_value is None or _const(other).size != size:
+            return None
+        self.tail.append(consumer)
+        return other
 
     def _matmul(self, node: ir.Node) -> ir.Value | None:
         found = self._operands(node)
@@ -104,7 +134,7 @@ class IntegerKernels:
         x, weight, w = found
         codes = x.inputs[0]
         assert codes is not None
-        return self._product(codes, weight, x, w, None)
+        return self._product(node, codes, weight, x, w, None)
 
     def _conv(self, node: ir.Node) -> ir.Value | None:
         found = self._operands(node)
@@ -120,7 +150,7 @@ class IntegerKernels:
         patches = self._patches(codes, x.inputs[2], size, pads, strides, (shape[2], shape[3]))
         matrix = weight.transpose(2, 3, 1, 0).reshape(-1, len(weight))  # (h w I, O)
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        return self._op("Transpose", self._product(patches, matrix, x, w, bias), perm=[0, 3, 1, 2])
+        return self._op("Transpose", self._product(node, patches, matrix, x, w, bias), perm=[0, 3, 1, 2])
 
     def _patches(
         self, codes: ir.Value, zero: ir.Value | None, size: tuple[int, ...], pads: tuple[int, ...], strides: tuple[int, ...],

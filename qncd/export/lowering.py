@@ -3,6 +3,9 @@
 Codes are stored as runtimes have kernels for them: activations as uint8, k and v as int8 (the second operand of a matrix
 product), weights as int8, and as INT4 cast to int8 where they have 4 bits or fewer. A code that is stored is our code minus
 its smallest one, and the zero point moves along. Widths below 8 bits are clipped to their codes in front of the quantizer.
+
+Where a layer has a range for each time step, its input is divided by that step's scale and quantized with scale 1, and the
+product is multiplied by the scale: the kernels are those of one range. The time step of a call's first input chooses.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import UNet
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.quantizers import ActQuantizer
+from qncd.quant.stepwise import StepwiseActQuantizer
 
 
 def _array(value: Tensor) -> np.ndarray:
@@ -37,6 +41,8 @@ class Lowering:
         self.nodes: list[ir.Node] = []  # of the marker that is being replaced
         self.quantized: dict[tuple[Any, ...], ir.Value] = {}  # inputs that several layers quantize alike
         self.constants: dict[tuple[Any, ...], ir.Value] = {}
+        self.factors: dict[int, ir.Value] = {}  # what a value on the grid of scale 1 has to be multiplied by, by its id
+        self.rows: dict[tuple[int, ...], ir.Value] = {}  # which step a call is at, by the steps that are known
         self.count = 0
         self.shape: ir.Shape | None = None  # of the marker's output
 
@@ -102,7 +108,7 @@ class Lowering:
         signed: bool = False,
         gain: float = 1.0,
     ) -> ir.Value:
-        """x / smoothing on its integer grid, times `gain`.
+        """x / smoothing on its integer grid, times `gain`; or on that of scale 1, with the scale in `self.factors`.
 
         Args:
             signed: store the codes as int8: the same codes and zero point, both 128 lower.
@@ -110,13 +116,24 @@ class Lowering:
         codes = quantizer.codes
         if codes is None:
             return self._smoothed(x, smoothing)
-        scale, zero = quantizer.scale[segment].cpu(), int(quantizer.zero_point[segment])
-        stored_zero, largest = zero - codes.qmin, codes.qmax - codes.qmin
-        factors = b"" if smoothing is None else _array(smoothing).tobytes()
-        key = (id(x), factors, float(scale), zero, codes, signed, gain)
+        stepwise = isinstance(quantizer, StepwiseActQuantizer)
+        scales, zeros = (v.cpu().view(-1, v.shape[-1])[:, segment] for v in (quantizer.scale, quantizer.zero_point))
+        key = (id(x), b"" if smoothing is None else _array(smoothing).tobytes(), _array(scales).tobytes(),
+               _array(zeros).tobytes(), codes, signed, gain)  # fmt: skip
         if key in self.quantized:
             return self.quantized[key]
         value = self._smoothed(x, smoothing)
+        if stepwise and len(zeros.unique()) > 1:  # of TFMQ-DM's layers, which are small: their kernels work in floats
+            scale_now, zero_now = (self._at_step(quantizer, _array(v)) for v in (scales, zeros))
+            value = self._float_grid(value, scale_now, zero_now, codes.qmin, codes.qmax)
+            self.quantized[key] = value if gain == 1.0 else self._op("Mul", value, self._scalar(gain))
+            return self.quantized[key]
+        scale, zero, factor = scales[0], int(zeros[0]), None
+        if stepwise:
+            value = self._op("Div", value, self._at_step(quantizer, _array(scales)))
+            factor, scale = self._at_step(quantizer, _array(scales * gain)), torch.tensor(1.0)
+            gain = 1.0
+        stored_zero, largest = zero - codes.qmin, codes.qmax - codes.qmin
         if not 0 <= stored_zero <= largest:  # of another package's checkpoint: the range does not hold 0
             value = self._float_grid(value, self._scalar(float(scale)), self._scalar(float(zero)), codes.qmin, codes.qmax)
             value = value if gain == 1.0 else self._op("Mul", value, self._scalar(gain))
@@ -130,7 +147,29 @@ class Lowering:
             grid = self._op("QuantizeLinear", value, self._scalar(float(scale)), zero_point)
             value = self._op("DequantizeLinear", grid, self._scalar(float(scale * gain)), zero_point)
         self.quantized[key] = value
+        if factor is not None:
+            self.factors[id(value)] = factor
         return value
+
+    def _at_step(self, quantizer: ActQuantizer, table: np.ndarray) -> ir.Value:
+        """The entry of a table (S,) for the call's time step, as a scalar."""
+        assert isinstance(quantizer, StepwiseActQuantizer)
+        if quantizer.known not in self.rows:
+            outer, self.nodes = self.nodes, []
+            first = self._op("Gather", self.graph.inputs[1], self._scalar(0, np.int64))
+            far = self._op("Abs", self._op("Sub", self._constant(np.array(quantizer.known, np.int64)), first))
+            self.rows[quantizer.known] = self._op("ArgMin", far, axis=0, keepdims=0)
+            self.graph.insert_before(self.graph[0], self.nodes)
+            self.nodes = outer
+        return self._op("Gather", self._constant(table), self.rows[quantizer.known])
+
+    def _scaled(self, product: ir.Value, *operands: ir.Value) -> ir.Value:
+        """A product times the scales that its operands were divided by."""
+        factors = [self.factors[id(operand)] for operand in operands if id(operand) in self.factors]
+        if not factors:
+            return product
+        factor = factors[0] if len(factors) == 1 else self._op("Mul", *factors)
+        return self._floats(self._op("Mul", product, factor))
 
     def _smoothed(self, x: ir.Value, smoothing: Tensor | None) -> ir.Value:
         return x if smoothing is None else self._op("Mul", x, self._constant(_array(smoothing.float().reciprocal())))
@@ -186,7 +225,7 @@ class Lowering:
                 smoothing = smoothing.flatten()
             grid = self._act(piece, layer.act, i, smoothing)
             weight = self._weight(name, layer, part, i)
-            output = self._product(name, layer, grid, weight, bias=i == 0)
+            output = self._product(name, layer, grid, weight, with_bias=i == 0)
             total = output if total is None else self._floats(self._op("Add", total, output))
         assert total is not None
         return total
@@ -204,23 +243,27 @@ class Lowering:
         ends = [self._constant(np.array([edge], np.int64)) for edge in edges]
         return [self._op("Slice", x, ends[i], ends[i + 1], axis) for i in range(len(sizes))]
 
-    def _product(self, name: str, layer: QuantLayer, x: ir.Value, weight: ir.Value, bias: bool) -> ir.Value:
+    def _product(self, name: str, layer: QuantLayer, x: ir.Value, weight: ir.Value, with_bias: bool) -> ir.Value:
         offset = None
-        if bias and layer.bias is not None:
-            offset = self._initializer(f"{name}.bias", _array(layer.bias.float()))
+        if with_bias and layer.bias is not None:
+            bias = _array(layer.bias.float())
+            late = isinstance(layer, QuantConv2d) and id(x) in self.factors  # comes after the step's scale
+            offset = self._initializer(f"{name}.bias", bias.reshape(-1, 1, 1) if late else bias)
         if not isinstance(layer, QuantConv2d):
-            product = self._floats(self._op("MatMul", x, weight))
+            product = self._scaled(self._floats(self._op("MatMul", x, weight)), x)
             return product if offset is None else self._floats(self._op("Add", product, offset))
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise ValueError(
                 f"{name}: padding {layer.padding_mode!r} {layer.padding!r} is not exported; allowed are numbers of zeros"
             )
+        inside = [offset] if offset is not None and id(x) not in self.factors else []
         convolved = self._op(
-            "Conv", x, weight, *([offset] if offset is not None else []),
+            "Conv", x, weight, *inside,
             kernel_shape=list(layer.kernel_size), strides=list(layer.stride), pads=[*layer.padding, *layer.padding],
             dilations=list(layer.dilation), group=layer.groups,
         )  # fmt: skip
-        return self._floats(convolved)
+        convolved = self._scaled(self._floats(convolved), x)
+        return convolved if inside or offset is None else self._floats(self._op("Add", convolved, offset))
 
     def _attention(self, name: str, processor: QuantAttnProcessor, inputs: Sequence[ir.Value | None], scale: float) -> ir.Value:
         query, key, value = inputs
@@ -230,9 +273,9 @@ class Lowering:
         if processor.q.codes is None:
             query = self._op("Mul", query, self._scalar(scale))
         key = self._act(self._op("Transpose", key, perm=[0, 1, 3, 2]), processor.k, signed=True)
-        scores = self._op("Softmax", self._op("MatMul", query, key), axis=-1)
-        weights = self._act(scores, processor.softmax)
-        return self._floats(self._op("MatMul", weights, self._act(value, processor.v, signed=True)))
+        scores = self._op("Softmax", self._scaled(self._op("MatMul", query, key), query, key), axis=-1)
+        weights, value = self._act(scores, processor.softmax), self._act(value, processor.v, signed=True)
+        return self._scaled(self._floats(self._op("MatMul", weights, value)), weights, value)
 
 
 def lower_(model: ir.Model, unet: UNet) -> None:

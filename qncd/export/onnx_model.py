@@ -2,7 +2,8 @@
 
 `DIR/model.onnx` is a standard ONNX model in QDQ form (opset 21): inputs `sample` (N, C, H, W) float32, `timestep` (N,) int64
 and, where the network takes one, `encoder_hidden_states` (N, L, D) float32 or `class_labels` (N,) int64; output `noise`. The
-model's metadata_props say how it was quantized and from which weights.
+model's metadata_props say how it was quantized and from which weights. Where activations have a range for each time step,
+that of a call's first input chooses for all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from qncd.export.packages import require
 from qncd.models.loading import state_dict_hash
 from qncd.quant.convert import UNet, act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
-from qncd.quant.stepwise import StepwiseActQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,6 +57,11 @@ class OnnxInfo:
             "qncd.settings": json.dumps(self.settings),
         }
 
+    @property
+    def one_step_a_call(self) -> bool:
+        """Whether all inputs of a call need the same time step, because its ranges are chosen for the call."""
+        return self.config is not None and (self.config.stepwise_activations or self.config.stepwise_embedding)
+
     @classmethod
     def from_metadata(cls, metadata: dict[str, str], source: Path) -> OnnxInfo:
         """Raises ValueError for a model that this package did not export."""
@@ -87,12 +92,6 @@ def build_onnx(unet: UNet, info: OnnxInfo | None = None, shape: tuple[int, int, 
         raise ValueError("only a calibrated model can be exported")
     if any(layer.config.weight_codes is not None and layer.weight_scale is None for layer in quant_layers(unet).values()):
         raise ValueError("only a calibrated model can be exported: its weights are not rounded yet")
-    for name, quantizer in act_quantizers(unet).items():
-        if isinstance(quantizer, StepwiseActQuantizer):
-            raise ValueError(
-                f"{name} has a range for each time step, which has no form in ONNX yet: allowed is one for all steps "
-                "(--quant_mode qncd+ with --no-stepwise_act; any mode but tfmq)"
-            )
     require("onnxscript")
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 

@@ -21,6 +21,7 @@ from qncd.export.packages import require
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import UNet, quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
+from qncd.quant.stepwise import steps_not_selected
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -157,7 +158,7 @@ def trace(unet: UNet, shape: tuple[int, int, int] | None = None) -> ir.Model:
         shapes[-1][1] = torch.export.Dim("tokens", min=1, max=1 << 12)
     noise = logging.getLogger("torch.onnx")
     level = noise.level
-    with _marked(unet), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with _marked(unet), steps_not_selected(unet), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         noise.setLevel(logging.ERROR)
         try:

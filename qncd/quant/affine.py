@@ -70,6 +70,29 @@ def affine_qparams(low: Tensor, high: Tensor, codes: IntegerRange) -> tuple[Tens
     return scale, torch.round(-low / scale)
 
 
+def shared_zero_qparams(low: Tensor, high: Tensor, codes: IntegerRange) -> tuple[Tensor, Tensor]:
+    """Scales of S ranges each, with one zero point for all: what an integer kernel needs, whose padding is that code.
+
+    The zero point is the one with the least product of scales; each scale is the smallest that covers its range.
+
+    Args:
+        low, high: (S, K) ends of the ranges, widened to hold 0.
+
+    Returns:
+        scales (S, K), and zero points (S, K) that are the same in each column.
+    """
+    low, high = torch.clamp(low, max=0.0), torch.clamp(high, min=0.0)
+    if codes.signed:
+        return affine_qparams(low, high, codes)
+    zeros = torch.arange(codes.qmin, codes.qmax + 1, dtype=low.dtype, device=low.device)
+    below, above = -low / (zeros - codes.qmin).view(-1, 1, 1), high / (codes.qmax - zeros).view(-1, 1, 1)  # (Z, S, K)
+    # No code below 0 is fine where nothing is below 0 (0/0), and no scale is enough where there is something (x/0).
+    scales = torch.maximum(below.nan_to_num(0.0, posinf=torch.inf), above.nan_to_num(0.0, posinf=torch.inf))
+    scales = scales.clamp(min=SMALLEST_SCALE)
+    best = scales.double().log().sum(1).argmin(0)  # (K,)
+    return scales.gather(0, best.expand(1, *low.shape))[0], zeros[best].expand_as(low).clone()
+
+
 def search_weight_scale(weight: Tensor, codes: IntegerRange, chunk_elements: int = 1 << 18) -> Tensor:
     """The clip ratio of each output channel that minimises the L2.4 error of symmetric quantization.
 

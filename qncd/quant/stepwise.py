@@ -6,13 +6,14 @@ arXiv 2211.15736; TFMQ-DM, arXiv 2311.16503, for the layers of the time embeddin
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qncd.quant.affine import IntegerRange, affine_qparams, fake_quantize
+from qncd.quant.affine import IntegerRange, affine_qparams, fake_quantize, shared_zero_qparams
 from qncd.quant.quantizers import ActQuantizer, Stage
 
 
@@ -61,6 +62,8 @@ class StepwiseActQuantizer(ActQuantizer):
     def finish_observing(self) -> None:
         """Turn what the observers saw into a range for each step; a step without data gets one between its neighbours'.
 
+        The steps share a zero point (`shared_zero_qparams`), so that the codes of all of them fit one integer kernel.
+
         Raises:
             ValueError: they saw nothing at all.
         """
@@ -76,7 +79,7 @@ class StepwiseActQuantizer(ActQuantizer):
                 scale, zero = self.observers[row * segments + segment].qparams(self.codes)
                 lows[index, segment], highs[index, segment] = (self.codes.qmin - zero) * scale, (self.codes.qmax - zero) * scale
         low, high = (interpolated(self.known, [self.known[row] for row in seen], ends) for ends in (lows, highs))
-        self.set_qparams(*affine_qparams(low, high, self.codes))
+        self.set_qparams(*shared_zero_qparams(low, high, self.codes))
         self.observers = []
 
     def _refresh_bounds(self) -> None:
@@ -140,9 +143,22 @@ def nearest_steps(known: Sequence[int], timesteps: Tensor) -> int | Tensor:
 
 def select_steps_on_call(unet: nn.Module) -> None:
     """Tell every StepwiseActQuantizer of a UNet the time steps of each call, from now on. A second call changes nothing."""
-    if any(getattr(hook, "__name__", "") == _tell_steps.__name__ for hook in unet._forward_pre_hooks.values()):
-        return
-    unet.register_forward_pre_hook(_tell_steps, with_kwargs=True)
+    if not _hooks(unet):
+        unet.register_forward_pre_hook(_tell_steps, with_kwargs=True)
+
+
+@contextlib.contextmanager
+def steps_not_selected(unet: nn.Module) -> Iterator[None]:
+    """Within it, calls of the UNet tell nobody their time steps: for tracing, whose time steps have no values."""
+    hooks = {key: unet._forward_pre_hooks.pop(key) for key in _hooks(unet)}
+    try:
+        yield
+    finally:
+        unet._forward_pre_hooks.update(hooks)
+
+
+def _hooks(unet: nn.Module) -> list[int]:
+    return [key for key, hook in unet._forward_pre_hooks.items() if getattr(hook, "__name__", "") == _tell_steps.__name__]
 
 
 def _tell_steps(unet: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:

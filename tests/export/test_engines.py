@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qncd.config import QuantConfig, SmoothingConfig
 from qncd.export.engines import open_engine
-from qncd.export.onnx_model import FILE, build_onnx, check_fits, export_unet, is_current, read_onnx
+from qncd.export.onnx_model import FILE, check_fits, export_unet, is_current, read_onnx
 from qncd.export.packages import check_backend, require
 from qncd.models.loading import load_config, load_ddim
 from qncd.ptq.calibration import CalibrationSet, calibrate_, correct_biases_
@@ -98,11 +98,28 @@ def test_full_precision_is_exported_too(make_unet: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(call(open_engine(unet, tmp_path, backend, 1), data), call(unet, data), rtol=1e-3, atol=1e-4)
 
 
-def test_ranges_for_each_step_are_refused(make_unet: Any) -> None:
-    for stepwise in (set_stepwise_ranges_, set_all_stepwise_):
-        unet = prepared(make_unet(), QuantConfig(8, 8), stepwise)
-        with pytest.raises(ValueError, match=r"\.act has a range for each time step.*--no-stepwise_act"):
-            build_onnx(unet)
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("unet", QuantConfig(8, 8, stepwise_activations=True)),
+        ("unet", QuantConfig(4, 6, softmax_bits=16, stepwise_activations=True)),
+        ("unet", QuantConfig(8, 8, stepwise_embedding=True)),
+        ("cross_unet", QuantConfig(4, 8, stepwise_activations=True)),
+    ],
+    ids=lambda value: getattr(value, "label", value),
+)
+def test_ranges_for_each_step(kind: str, config: QuantConfig, make_unet: Any, make_cross_unet: Any, tmp_path: Path) -> None:
+    """In a call of mixed steps too; and any number of inputs goes."""
+    make = make_unet if kind == "unet" else make_cross_unet
+    unet = prepared(make(), config, set_all_stepwise_ if config.stepwise_activations else set_stepwise_ranges_)
+    export_unet(unet, tmp_path, config, "base")
+    for backend in ENGINES:
+        check(make(), unet, tmp_path, backend)
+    data = inputs(unet, 96)
+    again = CalibrationSet(data.x, torch.full((96,), TIMES[1]), data.cond)
+    found, expected = (call(network, again) for network in (open_engine(unet, tmp_path, "onnxruntime", 1), unet))
+    other = call(unet, CalibrationSet(data.x, torch.full((96,), TIMES[3]), data.cond))
+    assert (found - expected).square().mean() < 0.1 * (other - expected).square().mean()
 
 
 def test_what_is_refused(make_unet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

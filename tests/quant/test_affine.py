@@ -17,6 +17,7 @@ from qncd.quant.affine import (
     quantize,
     search_qparams,
     search_weight_scale,
+    shared_zero_qparams,
     symmetric_scale,
 )
 
@@ -185,3 +186,23 @@ def test_constant_zero_data_gives_a_usable_scale() -> None:
 def test_widths_out_of_range_are_refused(bits: int) -> None:
     with pytest.raises(ValueError, match=rf"^bits {bits}: allowed are 2 to 16$"):
         IntegerRange(bits, True)
+
+
+def test_a_zero_point_for_several_ranges() -> None:
+    """Every range is covered, and no other zero point needs smaller scales."""
+    codes = IntegerRange(4, False)
+    low, high = torch.tensor([[-1.0, 0.0], [-8.0, 0.0], [0.5, 0.0]]), torch.tensor([[3.0, 4.0], [4.0, 8.0], [2.0, 0.0]])
+    scale, zero = shared_zero_qparams(low, high, codes)
+    assert torch.equal(zero[0].expand_as(zero), zero) and zero[0, 1] == 0
+    ends = (codes.qmin - zero) * scale, (codes.qmax - zero) * scale
+    assert (ends[0] <= low.clamp(max=0) + 1e-6).all() and (ends[1] >= high - 1e-6).all()
+    torch.testing.assert_close(scale[:2, 1], torch.tensor([4.0, 8.0]) / 15)
+    assert 0 < scale[2, 1] < 1e-6  # of a range that is 0 alone
+
+    def product(z: int) -> float:
+        return math.prod(float(max(-min(a, 0) / z, b / (15 - z))) for a, b in zip(low[:, 0], high[:, 0], strict=True))
+
+    assert product(int(zero[0, 0])) == pytest.approx(min(product(z) for z in range(1, 15)))
+    assert math.prod(scale[:, 0].tolist()) == pytest.approx(product(int(zero[0, 0])))
+    signed, middle = shared_zero_qparams(low, high, IntegerRange(4, True))
+    assert not middle.any() and torch.equal(signed[:, 0], torch.tensor([3.0, 8.0, 2.0]) / 7)

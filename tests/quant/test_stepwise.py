@@ -40,23 +40,27 @@ def alone(values: torch.Tensor, **settings: Any) -> ActQuantizer:
 
 
 @pytest.mark.parametrize("settings", [{}, {"act_range": "mse"}, {"segments": (2, 4)}])
-def test_each_step_is_as_if_it_were_the_only_one(settings: dict[str, Any]) -> None:
+def test_each_step_has_its_own_scale_and_all_have_one_zero_point(settings: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
-    values = {row: torch.randn(3, 6, 4, 4, generator=generator) * (row + 1) + row for row in range(4)}
+    base = torch.randn(3, 6, 4, 4, generator=generator)
+    values = {row: base * 2.0**row for row in range(4)}
     quantizer = observed(values, **settings)
+    assert torch.equal(quantizer.zero_point, quantizer.zero_point[:1].expand_as(quantizer.zero_point))
+    one = {}  # a quantizer of each step alone, with what that step got
     for row, x in values.items():
+        one[row] = alone(x, **settings)
+        torch.testing.assert_close(quantizer.scale[row], one[row].scale, rtol=0.01, atol=0)
+        one[row].set_qparams(quantizer.scale[row], quantizer.zero_point[row])
         quantizer.select(row)
-        torch.testing.assert_close(quantizer(x), alone(x, **settings)(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(quantizer(x), one[row](x), rtol=0, atol=1e-5)
     mixed = torch.cat([values[2][:1], values[0][:1], values[2][1:2]])
     quantizer.select(torch.tensor([2, 0, 2]))
-    expected = torch.cat([alone(values[r], **settings)(mixed[i : i + 1]) for i, r in enumerate((2, 0, 2))])
+    expected = torch.cat([one[r](mixed[i : i + 1]) for i, r in enumerate((2, 0, 2))])
     torch.testing.assert_close(quantizer(mixed), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(quantizer(mixed[1:], images=slice(1, 3)), expected[1:], rtol=0, atol=1e-5)
     smoothing = torch.rand(1, 6, 1, 1, generator=generator) + 0.5
     quantizer.select(2)
-    torch.testing.assert_close(
-        quantizer(values[2], smoothing), alone(values[2], **settings)(values[2] / smoothing), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(quantizer(values[2], smoothing), one[2](values[2] / smoothing), rtol=0, atol=1e-4)
 
 
 def test_mixed_batches_are_observed_row_by_row() -> None:
@@ -66,9 +70,11 @@ def test_mixed_batches_are_observed_row_by_row() -> None:
     quantizer.select(torch.tensor([0, 3, 0, 3]))
     quantizer(x)
     quantizer.finish_observing()
-    assert torch.allclose(quantizer.scale[0], alone(x[[0, 2]]).scale) and torch.allclose(
-        quantizer.scale[3], alone(x[[1, 3]]).scale
-    )
+    for row, part in ((0, x[[0, 2]]), (3, x[[1, 3]])):  # not clipped, and no wider than the zero point asks for
+        quantizer.stage = Stage.QUANTIZE
+        quantizer.select(row)
+        assert (quantizer(part) - part).abs().max() <= 0.501 * quantizer.scale[row]
+        assert quantizer.scale[row] < 1.5 * alone(part).scale
 
 
 def test_a_step_that_calibration_did_not_see_lies_between_its_neighbours() -> None:

@@ -1,0 +1,262 @@
+"""How fast one call of a network is: in PyTorch, on the engines in full precision and in integers, and of other toolkits.
+
+All run in one process and take turns, on the same inputs, with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qncd.benchmark.peers import quantize_with_peer
+from qncd.config import QuantConfig, SmoothingConfig
+from qncd.export.engines import Arrays, Session, open_engine, openvino_session
+from qncd.export.onnx_model import FILE, export_unet
+from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet
+from qncd.ptq.smoothing import smooth_, smoothing_factors
+from qncd.ptq.temporal import set_all_stepwise_
+from qncd.quant.convert import UNet, quantize_
+
+ENGINES = ("onnxruntime", "openvino")
+TIMES = (1, 251, 501, 751)
+NOT_THERE = "{} is not installed: pip install -e '.[peers]'"
+PEAK_SIDE = 2048  # of the matrix product that shows what the machine can do
+
+Call = Callable[[], Any]
+
+
+@dataclass
+class Contest:
+    """Who takes part.
+
+    Attributes:
+        calls: one call of the network each, by name.
+        sizes: bytes of the exported files, by name.
+        notes: who does not take part, and why.
+    """
+
+    calls: dict[str, Call] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def alternate(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, in `rounds` rounds in which all take their turn, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(-1, rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if round_ >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], first: str, second: str) -> float:
+    """The median over the rounds of the time of `first` over that of `second`."""
+    return statistics.median(a / b for a, b in zip(seconds[first], seconds[second], strict=True))
+
+
+def quantized(unet: UNet, data: CalibrationSet, bits: int = 8, smoothing: bool = True, stepwise: bool = False) -> QuantConfig:
+    """Quantize in place to W`bits`A8 with max ranges, split and attention; returns the configuration."""
+    config = QuantConfig(bits, 8, weight_range="max", act_range="max", stepwise_activations=stepwise)
+    factors = smoothing_factors(unet, TIMES, SmoothingConfig()) if smoothing else None
+    quantize_(unet, config)
+    if factors is not None:
+        smooth_(unet, factors)
+    if stepwise:
+        set_all_stepwise_(unet, TIMES)
+    calibrate_(unet, data, len(data))
+    return config
+
+
+def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
+    """Everybody who can take part.
+
+    Args:
+        unet: an unconditional network in full precision.
+        x: (N, C, H, W) inputs; all calls are at one time step.
+        folder: for the exported files.
+        threads: of every engine and of torch.
+    """
+    torch.set_num_threads(threads)
+    contest, t = Contest(), torch.full((len(x),), TIMES[1])
+    data = CalibrationSet(torch.randn(8, *x.shape[1:], generator=torch.Generator().manual_seed(2)), torch.tensor(TIMES * 2))
+
+    def on_torch(name: str, network: Any) -> None:
+        def call() -> None:
+            with torch.no_grad():
+                call_unet(network, x, t)
+
+        contest.calls[name] = call
+
+    def on_engines(name: str, network: UNet, config: QuantConfig | None) -> None:
+        path = export_unet(network, folder / name, config, "")
+        contest.sizes[name] = sum(part.stat().st_size for part in path.parent.glob(f"{FILE}*"))
+        for backend in ENGINES:
+            engine = open_engine(network, path.parent, backend, threads)
+            contest.calls[f"{backend} {name}"] = functools.partial(engine, x, t)
+
+    on_torch("torch fp32", unet)
+    on_engines("fp32", unet, None)
+    variants = {
+        "int8": {}, "int8 without smoothing": {"smoothing": False}, "int8 stepwise": {"smoothing": False, "stepwise": True},
+        "w4a8": {"bits": 4},
+    }  # fmt: skip
+    for name, settings in variants.items():
+        network = copy.deepcopy(unet)
+        config = quantized(network, data, **settings)  # type: ignore[arg-type]
+        on_engines(name, network, config)
+    compiled = torch.compile(copy.deepcopy(unet))
+    try:
+        with torch.no_grad():
+            compiled(x, t)
+        on_torch("torch.compile fp32", compiled)
+    except Exception as error:  # the compiler's own exceptions, without a common base
+        contest.notes.append(f"torch.compile: {' '.join(str(error).split())[:200]}")
+    arrays: Arrays = {"sample": x.numpy(), "timestep": t.numpy()}
+    for name, make in (("onnxruntime static quantizer", _onnxruntime_static), ("nncf on openvino", _nncf_openvino)):
+        if name.startswith("nncf") and importlib.util.find_spec("nncf") is None:
+            contest.notes.append(NOT_THERE.format("nncf"))
+            continue
+        session = make(folder / "fp32", folder / name.replace(" ", "_"), data, threads)
+        contest.calls[name] = functools.partial(session, arrays)
+    for mode, package in (("quanto", "optimum.quanto"), ("torchao", "torchao")):
+        if importlib.util.find_spec(package.split(".")[0]) is None:
+            contest.notes.append(NOT_THERE.format(package))
+            continue
+        network, _ = quantize_with_peer(mode, copy.deepcopy(unet), data, 8, 8, len(data))
+        on_torch(f"{mode} on torch", network)
+    return contest
+
+
+def _items(data: CalibrationSet) -> Iterator[Arrays]:
+    for x, t, _ in data.batches(1):
+        yield {"sample": x.numpy(), "timestep": t.numpy()}
+
+
+def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, threads: int) -> Session:
+    """ONNX Runtime's own static quantizer, QDQ with int8 weights per channel, on its CPU kernels as it comes."""
+    import onnxruntime
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.items = _items(data)
+
+        def get_next(self) -> Arrays | None:
+            return next(self.items, None)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    ready, path = folder / "ready.onnx", folder / FILE
+    quant_pre_process(str(exported / FILE), str(ready), skip_symbolic_shape=True)
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        quantize_static(
+            str(ready), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )  # fmt: skip
+    finally:
+        root.setLevel(level)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(["noise"], inputs)[0]
+
+
+def _nncf_openvino(exported: Path, folder: Path, data: CalibrationSet, threads: int) -> Session:
+    """NNCF's post-training quantization of the OpenVINO model (model_type TRANSFORMER, as for diffusion networks)."""
+    import nncf
+    import openvino
+
+    logging.getLogger("nncf").setLevel(logging.WARNING)
+    model = openvino.Core().read_model(exported / FILE)
+    model = nncf.quantize(
+        model, nncf.Dataset(list(_items(data))), subset_size=len(data), model_type=nncf.ModelType.TRANSFORMER,
+        advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    return openvino_session(folder, threads, "model.xml")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Operators of one kind in a profiled call: milliseconds, and billions of multiply-adds a second where they multiply."""
+
+    name: str
+    milliseconds: float
+    gmacs: float | None
+
+
+def multiply_adds(unet: UNet, x: Tensor) -> dict[str, int]:
+    """Multiply-adds of one call in convolutions and in linear layers."""
+    found = {"Convolution": 0, "FullyConnected": 0}
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if isinstance(module, nn.Conv2d):
+            found["Convolution"] += output.numel() * weight[0].numel()
+        else:
+            found["FullyConnected"] += output.numel() * weight.shape[1]
+
+    layers = [module for module in unet.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with torch.no_grad():
+            call_unet(unet, x, torch.full((len(x),), TIMES[1]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def profile(folder: Path, x: Tensor, threads: int, macs: dict[str, int], calls: int = 5) -> list[Kind]:
+    """What OpenVINO spends a call of DIR/model.onnx on, the longest first; kinds under 1 % are one, "rest"."""
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(folder / FILE)
+    inputs = {"sample": x.numpy(), "timestep": torch.full((len(x),), TIMES[1]).numpy()}
+    model.reshape({name: list(value.shape) for name, value in inputs.items()})
+    options = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    request = core.compile_model(model, "CPU", options).create_infer_request()
+    total: dict[str, float] = {}
+    for _ in range(calls):
+        request.infer(inputs)
+        for node in request.get_profiling_info():
+            precision = "int8" if node.exec_type.lower().endswith(("i8", "u8")) else "fp32"
+            key = f"{node.node_type} {precision}" if node.node_type in macs else node.node_type
+            total[key] = total.get(key, 0.0) + node.real_time.total_seconds() * 1e3 / calls
+    kinds, rest, everything = [], 0.0, sum(total.values())
+    for key, milliseconds in sorted(total.items(), key=lambda item: -item[1]):
+        if milliseconds < 0.01 * everything:
+            rest += milliseconds
+            continue
+        name, _, precision = key.partition(" ")
+        alone = sum(other.startswith(f"{name} ") for other in total) == 1
+        kinds.append(Kind(key, milliseconds, macs[name] / milliseconds / 1e6 if precision and alone else None))
+    return [*kinds, Kind("rest", rest, None)]
+
+
+def fp32_peak(threads: int, rounds: int = 5) -> float:
+    """Billions of multiply-adds a second of a large float32 matrix product in PyTorch: what the cores can do."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(2, PEAK_SIDE, PEAK_SIDE)
+    times = alternate({"product": lambda: a @ b}, rounds)["product"]
+    return PEAK_SIDE**3 / min(times) / 1e9
