@@ -123,11 +123,8 @@ class Lowering:
         if key in self.quantized:
             return self.quantized[key]
         value = self._smoothed(x, smoothing)
-        if stepwise and len(zeros.unique()) > 1:  # of TFMQ-DM's layers, which are small: their kernels work in floats
-            scale_now, zero_now = (self._at_step(quantizer, _array(v)) for v in (scales, zeros))
-            value = self._float_grid(value, scale_now, zero_now, codes.qmin, codes.qmax)
-            self.quantized[key] = value if gain == 1.0 else self._op("Mul", value, self._scalar(gain))
-            return self.quantized[key]
+        if len(zeros.unique()) > 1:
+            raise ValueError("the zero point of an activation differs between time steps; allowed is one: calibrate anew")
         scale, zero, factor = scales[0], int(zeros[0]), None
         if stepwise:
             value = self._op("Div", value, self._at_step(quantizer, _array(scales)))

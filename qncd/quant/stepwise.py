@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qncd.quant.affine import IntegerRange, affine_qparams, fake_quantize, shared_zero_qparams
+from qncd.quant.affine import IntegerRange, fake_quantize, shared_zero_qparams
 from qncd.quant.quantizers import ActQuantizer, Stage
 
 
@@ -45,9 +45,9 @@ class StepwiseActQuantizer(ActQuantizer):
 
     @classmethod
     def from_values(cls, codes: IntegerRange, times: Tensor, values: Tensor) -> StepwiseActQuantizer:
-        """With the ranges of `values` (S, C), one row a step: all that the layer will ever see."""
+        """With the ranges of `values` (S, C), one row a step: all that the layer will ever see; one zero point for all steps."""
         quantizer = cls(codes, times).to(values.device)
-        quantizer.set_qparams(*(v[:, None] for v in affine_qparams(values.amin(1), values.amax(1), codes)))
+        quantizer.set_qparams(*shared_zero_qparams(values.amin(1, keepdim=True), values.amax(1, keepdim=True), codes))
         quantizer.fixed = True
         return quantizer
 
