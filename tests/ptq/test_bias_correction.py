@@ -59,13 +59,17 @@ def test_layers_without_a_bias_get_one(make_cross_unet: Any) -> None:
 
 
 def test_ranges_for_each_step_and_batches_larger_than_what_is_looked_at_together(make_unet: Any) -> None:
-    """8 inputs a batch, 4 at a time (ERROR_INPUTS): each with the range of its own time step."""
+    """8 inputs a batch, 4 at a time (ERROR_INPUTS): each with the range of its own time step.
+
+    In float64: kernels for another batch size differ in the last bit, and in float32 that tips codes that are nearly ties.
+    """
     generator = torch.Generator().manual_seed(3)
-    data, found = CalibrationSet(torch.randn(8, 3, 8, 8, generator=generator), torch.tensor([1, 901] * 4)), []
+    x = torch.randn(8, 3, 8, 8, generator=generator, dtype=torch.float64)
+    data, found = CalibrationSet(x, torch.tensor([1, 901] * 4)), []
     for batch in (8, 1):
-        unet = quantize_(make_unet(), CONFIG)
+        unet = quantize_(make_unet().double(), CONFIG)
         set_all_stepwise_(unet, [1, 901])
         calibrate_(unet, data, batch, correct=correct_biases_)
         found.append({name: layer.bias for name, layer in quant_layers(unet).items()})
     for name, bias in found[0].items():
-        torch.testing.assert_close(bias, found[1][name], rtol=1e-3, atol=2e-3, msg=name)
+        torch.testing.assert_close(bias, found[1][name], rtol=1e-9, atol=1e-12, msg=name)
