@@ -31,6 +31,7 @@ from qncd.sampling.offline_noise import OfflineCorrector
 from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
 
 log = logging.getLogger("qncd")
+WHOLE = "whole.json"  # in the folder of a reconstruction: it is finished
 
 
 def compute(run: Run, plan: Plan, cells: Sequence[Cell], workers: int | None = None) -> None:
@@ -51,6 +52,9 @@ def compute(run: Run, plan: Plan, cells: Sequence[Cell], workers: int | None = N
         seeds = sorted({cell.seed for cell in missing if cell.mode != FULL})
         seeds = [seed for seed in seeds if not plan.calibration_paths(seed)[0].is_file()]
         run_tasks("calibration sets", "set", sample_calibration_set, plan, seeds, jobs, threads)
+        folders = {cell.reconstruction_folder(plan): cell for cell in missing}
+        open_ = [cell for folder, cell in folders.items() if folder and not (folder / WHOLE).is_file()]
+        run_tasks("reconstructions", "network", reconstruct_weights, plan, open_, jobs, threads)
         run_tasks("cells", "cell", run_cell, plan, missing, jobs, threads)
     run.finish(cells=len(cells), cells_computed=len(missing), seconds=time.perf_counter() - start)
 
@@ -158,6 +162,25 @@ def load_calibration_set(plan: Plan, seed: int) -> tuple[CalibrationSet, NoiseTa
     return load_calibration(data_path, plan.calibration.samples, plan.calibration.steps), table
 
 
+def reconstruct_weights(plan: Plan, cell: Cell) -> None:
+    """The blocks that a cell and others with the same weights share, into the cache; a file WHOLE says that all are there."""
+    folder = cell.reconstruction_folder(plan)
+    assert folder is not None
+    data, _ = load_calibration_set(plan, cell.seed)
+    start = time.perf_counter()
+    _quantize_(plan, cell, plan.subject().diffusion, data)
+    (folder / WHOLE).write_text(json.dumps({"seconds": time.perf_counter() - start}) + "\n", encoding="utf-8")
+
+
+def _quantize_(plan: Plan, cell: Cell, diffusion: Diffusion, data: CalibrationSet) -> float:
+    """The network quantized as the cell says, in place, around the blocks that are there; returns the seconds taken."""
+    assert cell.quant is not None
+    return quantize_with_(
+        diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size,
+        reconstruction=cell.reconstruction(plan), folder=cell.reconstruction_folder(plan),
+    )  # fmt: skip
+
+
 def run_cell(plan: Plan, cell: Cell) -> None:
     """Quantize, sample, measure, and write the cell's file."""
     full, figures, start = full_precision_images(plan), dict[str, Any](), time.perf_counter()
@@ -203,12 +226,7 @@ def quantize_cell_(
         unet, integer = quantize_with_peer(cell.mode, diffusion.unet, data, *bits, size)
         figures = {"calibration_seconds": time.perf_counter() - start, "integer": integer}
         return dataclasses.replace(diffusion, unet=unet), None, figures
-    assert cell.quant is not None
-    figures = {
-        "calibration_seconds": quantize_with_(
-            diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size, reconstruction=cell.reconstruction(plan)
-        )
-    }
+    figures = {"calibration_seconds": _quantize_(plan, cell, diffusion, data)}
     if cell.offline:
         config = dataclasses.replace(plan.calibration, seed=cell.seed)
         given = subject.calibration_conditions

@@ -154,6 +154,28 @@ class Cell:
     def reconstruction(self, plan: Plan) -> ReconstructionConfig | None:
         return plan.reconstruction if self.composition and self.composition.reconstruction else None
 
+    def reconstruction_folder(self, plan: Plan) -> Path | None:
+        """Where the reconstructed blocks are: one folder for all cells whose weights come out the same, whatever the activations."""
+        quant, recon = self.quant, self.reconstruction(plan)
+        if quant is None or recon is None:
+            return None
+        acts = (
+            "act_bits",
+            "softmax_bits",
+            "act_range",
+            "softmax_range",
+            "act_symmetric",
+            "stepwise_activations",
+            "bias_correction",
+        )
+        settings = plan.base_settings() | {
+            "weights": {key: value for key, value in dataclasses.asdict(quant).items() if key not in acts},
+            "smoothing": self.smoothing and dataclasses.asdict(self.smoothing),
+            "reconstruction": dataclasses.asdict(recon),
+            "calibration": dataclasses.asdict(dataclasses.replace(plan.calibration, seed=self.seed)),
+        }
+        return plan.cached("reconstruction", "", settings)
+
     def correction(self, plan: Plan) -> CorrectionConfig | None:
         return plan.correction if corrects(self.mode) else None
 
