@@ -18,7 +18,7 @@ class Mode:
         quantizes_acts: without being asked to by --quant_act.
         smoothing: of features by the time embedding (intra noise).
         runtime_correction: of each prediction by an estimate made while sampling (inter noise).
-        offline: the correction by statistics of calibration data, "ptqd" or "d2dpm".
+        offline: the correction by what calibration runs have shown, "ptqd", "d2dpm" or "tracking".
         reconstruction: BRECQ.
     """
 
@@ -68,7 +68,8 @@ QUANT_MODES = {
         bias_correction=True, smoothing=True, runtime_correction=True,
     ),
     "qncd+": Mode(
-        "not in the paper: weights by GPTQ against the full-precision outputs, a range for each time step at every activation",
-        bias_correction=True, gptq=True, stepwise_activations=True, narrow_act_range="mse",
+        "not in the paper: weights by GPTQ against the full-precision outputs, a range for each time step at every activation, "
+        "and filters that lead back to the full-precision trajectory",
+        bias_correction=True, gptq=True, stepwise_activations=True, narrow_act_range="mse", offline="tracking",
     ),
 }  # fmt: skip

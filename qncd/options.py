@@ -8,6 +8,7 @@ from qncd import cli
 from qncd.config import CorrectionConfig, QuantConfig, ReconstructionConfig, SamplerConfig, SmoothingConfig
 from qncd.modes import QUANT_MODES
 
+TRACKING = "tracking"  # qncd.sampling.offline's name; importing it would take torch
 RECONSTRUCTION_FLAGS = {
     "iterations": "cali_iters", "lr": "recon_lr", "inputs": "recon_inputs", "memory_gb": "recon_memory", "cache": "recon_cache",
     "act_iterations": "cali_iters_a", "act_lr": "cali_lr",
@@ -72,7 +73,8 @@ def correction_config(args: argparse.Namespace) -> CorrectionConfig | None:
         raise ValueError("--no-sample_reverse contradicts --sample_reverse and the --reverse_* flags")
     if asked and not args.ptq:
         raise ValueError("--sample_reverse corrects a quantized network: it needs --ptq")
-    if args.no_sample_reverse or not args.ptq or not (asked or QUANT_MODES[args.quant_mode].runtime_correction):
+    by_mode = QUANT_MODES[args.quant_mode].runtime_correction and not args.tracking
+    if args.no_sample_reverse or not args.ptq or not (asked or by_mode):
         return None
     if args.sample_reverse and args.reverse_interval and args.sample_reverse != args.reverse_interval:
         raise ValueError(
@@ -115,10 +117,24 @@ def reconstruction_config(args: argparse.Namespace) -> ReconstructionConfig | No
 
 
 def offline_kind(args: argparse.Namespace) -> str | None:
-    """The offline correction that --quant_mode stands for. Raises ValueError where --sample_reverse asks for another one."""
+    """The offline correction that --quant_mode or --tracking stands for, None where --sample_reverse takes tracking's place.
+
+    Raises:
+        ValueError: --tracking without --ptq, or two corrections are asked for.
+    """
     kind = QUANT_MODES[args.quant_mode].offline
+    if args.tracking and not args.ptq:
+        raise ValueError("--tracking corrects a quantized network: it needs --ptq")
+    if args.tracking and kind not in (None, TRACKING):
+        raise ValueError(f"--tracking: --quant_mode {args.quant_mode} has a correction of its own")
+    if kind in (None, TRACKING) and args.tracking is not None:
+        kind = TRACKING if args.tracking else None
     if not args.ptq or kind is None:
         return None
-    if correction_config(args) is not None:
-        raise ValueError(f"--sample_reverse: --quant_mode {args.quant_mode} has a correction of its own")
-    return kind
+    if correction_config(args) is None:
+        return kind
+    if kind == TRACKING and not args.tracking:
+        return None
+    raise ValueError(
+        f"--sample_reverse: {'--tracking' if args.tracking else f'--quant_mode {args.quant_mode}'} is a correction too"
+    )

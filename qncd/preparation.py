@@ -31,7 +31,7 @@ from qncd.ptq.pipeline import (
 from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_
 from qncd.sampling.correctors import Corrector
 from qncd.sampling.guidance import Conditions
-from qncd.sampling.offline_noise import OfflineCorrector, OfflineStatistics
+from qncd.sampling.offline import OfflineRecord, fits, offline_corrector
 from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
 
 log = logging.getLogger("qncd")
@@ -192,17 +192,18 @@ class _Preparation:
         """The full-precision model beside the one that will be quantized, where a correction compares the two."""
         return dataclasses.replace(self.diffusion, unet=copy.deepcopy(self.diffusion.unet)) if self.wanted.offline else None
 
-    def offline_statistics(self, reference: Diffusion | None) -> OfflineStatistics | None:
-        """What quantization did to the noise prediction, None without a reference; the network is quantized by now."""
-        if reference is None:
+    def offline_record(self, reference: Diffusion | None) -> OfflineRecord | None:
+        """What an offline correction needs to know, None without a reference; the network is quantized by now."""
+        kind = self.wanted.offline
+        if reference is None or kind is None:
             return None
-        with cli.progress_bar("offline statistics", "image", is_quiet()) as bar:
-            return record_offline(reference, self.diffusion, self.calibration, bar, self.conditions)
+        with cli.progress_bar(f"offline correction ({kind})", "image", is_quiet()) as bar:
+            return record_offline(kind, reference, self.diffusion, self.calibration, bar, self.conditions)
 
-    def corrector(self, table: NoiseTable | None, offline: OfflineStatistics | None) -> Corrector | None:
+    def corrector(self, table: NoiseTable | None, offline: OfflineRecord | None) -> Corrector | None:
         wanted = self.wanted
         if wanted.offline and offline:
-            return OfflineCorrector(wanted.offline, offline)
+            return offline_corrector(wanted.offline, offline)
         return RuntimeNoiseCorrector(wanted.correction, table if wanted.controlled else None) if wanted.correction else None
 
 
@@ -210,7 +211,7 @@ def _from_qdiffusion(preparation: _Preparation, key_table: KeyTable | None) -> C
     """A --cali_ckpt of Q-Diffusion."""
     table, reference = preparation.noise_table(), preparation.reference()
     _load_qdiffusion_(preparation.args, preparation.diffusion, preparation.quant, key_table)
-    return preparation.corrector(table, preparation.offline_statistics(reference))
+    return preparation.corrector(table, preparation.offline_record(reference))
 
 
 def _from_checkpoint(preparation: _Preparation) -> Corrector | None:
@@ -228,8 +229,9 @@ def _from_checkpoint(preparation: _Preparation) -> Corrector | None:
     offline, reference = info.offline, preparation.reference()
     load_quantized_(preparation.diffusion.unet, path, preparation.base_hash)
     log.info("loaded %s: %s", path, info.config.label)
-    if offline is None or any(made_for[key] != settings[key] for key in ("sampler", "guidance")):
-        offline = preparation.offline_statistics(reference)
+    current = all(made_for[key] == settings[key] for key in ("sampler", "guidance"))
+    if wanted.offline and not (current and fits(wanted.offline, offline)):
+        offline = preparation.offline_record(reference)
     return preparation.corrector(table, offline)
 
 
@@ -254,7 +256,7 @@ def _by_calibrating(preparation: _Preparation, folder: Path) -> tuple[Corrector 
             save_calibration(data, args.cali_data_path)
     reference = preparation.reference()
     _quantize_(args, wanted, diffusion, data, base_hash, folder, processes)
-    offline = preparation.offline_statistics(reference)
+    offline = preparation.offline_record(reference)
     target = folder / "quantized.safetensors" if args.resume_w else args.cali_ckpt
     if target and processes.is_first:
         save_quantized(diffusion.unet, target, preparation.quant, base_hash, table, preparation.settings, offline)

@@ -27,7 +27,7 @@ from qncd.ptq.calibration import CalibrationSet, load_calibration, save_calibrat
 from qncd.ptq.evaluation import NoiseErrorRecorder, sample_images
 from qncd.ptq.pipeline import Diffusion, quantize_with_, record_offline, sample_calibration
 from qncd.sampling.correctors import Corrector
-from qncd.sampling.offline_noise import OfflineCorrector
+from qncd.sampling.offline import offline_corrector
 from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
 
 log = logging.getLogger("qncd")
@@ -231,8 +231,8 @@ def quantize_cell_(
         config = dataclasses.replace(plan.calibration, seed=cell.seed)
         given = subject.calibration_conditions
         conditions = given(config.samples, cell.seed) if given else None
-        statistics = record_offline(reference, diffusion, config, conditions=conditions)
-        return diffusion, OfflineCorrector(cell.offline, statistics), figures
+        record = record_offline(cell.offline, reference, diffusion, config, conditions=conditions)
+        return diffusion, offline_corrector(cell.offline, record), figures
     return diffusion, RuntimeNoiseCorrector(correction, table) if correction else None, figures
 
 

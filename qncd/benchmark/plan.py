@@ -34,8 +34,10 @@ COMPOSITIONS = QUANT_MODES | {  # ablations
     "recon": replace(_QNCD, summary="qncd, weights reconstructed", reconstruction=True),
     "gptq": replace(_PLUS, summary="qncd+, one range for all steps", stepwise_activations=False),
     "stepwise": replace(_PLUS, summary="qncd+, rounding to nearest", gptq=False),
+    "untracked": replace(_PLUS, summary="qncd+, no tracking", offline=None),
     "plus-smoothing": replace(_PLUS, summary="qncd+ and smoothing", smoothing=True),
-    "plus-correction": replace(_PLUS, summary="qncd+ and runtime correction", runtime_correction=True),
+    "plus-correction": replace(_PLUS, summary="qncd+, runtime correction for tracking", offline=None, runtime_correction=True),
+    "tracked": replace(_QNCD, summary="qncd, tracking for runtime correction", runtime_correction=False, offline="tracking"),
 }
 MODES = {name: name if name in QUANT_MODES else mode.summary for name, mode in COMPOSITIONS.items()}
 MODES |= {mode: peer.title for mode, peer in PEERS.items()}
@@ -45,6 +47,10 @@ FULL = "FP"
 PART = 512  # full-precision images in one file of the cache
 ERROR_IMAGES = 64
 UNBIASED_IMAGES = 2048  # FID is biased upwards at fewer
+# Fields of QuantConfig that reconstructed weights do not depend on: their inputs are not rounded yet.
+ACTIVATIONS = (
+    "act_bits", "softmax_bits", "act_range", "softmax_range", "act_symmetric", "stepwise_activations", "bias_correction",
+)  # fmt: skip
 FORMAT = 2  # of a cell's file; raised when the same settings come to mean something else
 
 
@@ -155,7 +161,7 @@ class Cell:
         return plan.reconstruction if self.composition and self.composition.reconstruction else None
 
     def reconstruction_folder(self, plan: Plan) -> Path | None:
-        """Where the reconstructed blocks are: one folder for all cells whose weights come out the same, whatever the activations."""
+        """Where the reconstructed blocks are: one folder for all cells whose weights come out the same."""
         quant, recon = self.quant, self.reconstruction(plan)
         if quant is None or recon is None:
             return None
@@ -192,6 +198,8 @@ class Cell:
             "reconstruction": recon and dataclasses.asdict(recon),
             "calibration": quant and dataclasses.asdict(calibration),
         }
+        if self.offline == "tracking":
+            settings["tracking"] = True
         if self.peer:
             given = {"peer": self.mode, "width": self.width, "settings": self.peer.settings}
             used = dataclasses.asdict(calibration) if self.peer.calibrated else None

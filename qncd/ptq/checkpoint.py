@@ -4,7 +4,7 @@ Layout, for a layer `L` of the UNet: `L.weight_codes` (int8, shape of the weight
 4-bit codes a byte) with `L.weight_scale` (O, K) and, where codes are asymmetric, `L.weight_zero_point`; `L.bias`;
 `L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every activation quantizer Q, (S, K) with `Q.times` (S,) where there
 is a range for each of S time steps; all other parameters under their own names. `noise_table.*` is the full-precision control,
-`offline.*` the statistics of an offline correction.
+`offline.*` the statistics of an offline correction, `tracking.*` the filters of trajectory tracking.
 The header's metadata carries the configuration and the SHA-256 of the base model's weights.
 """
 
@@ -35,11 +35,14 @@ from qncd.quant.convert import (
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer, make_stepwise, select_steps_on_call
+from qncd.sampling.offline import OfflineRecord
 from qncd.sampling.offline_noise import OfflineStatistics
 from qncd.sampling.runtime_noise import NoiseTable
+from qncd.sampling.tracking import TrackingFilters
 
 FORMAT = "qncd-1"
-CORRECTIONS = ("noise_table.", "offline.")  # prefixes of what is no part of the network
+OFFLINE: dict[str, type[OfflineRecord]] = {"offline": OfflineStatistics, "tracking": TrackingFilters}  # by their prefixes
+CORRECTIONS = ("noise_table.", *(f"{name}." for name in OFFLINE))  # prefixes of what is no part of the network
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,14 @@ class QuantizedInfo:
         smoothed: whether layers are smoothed.
         base_hash: SHA-256 of the full-precision weights (`qncd.models.loading.state_dict_hash`).
         settings: what else the calibration depended on (time steps, seeds, ...), as plain JSON values.
-        offline: statistics of an offline correction, where the file has them.
+        offline: what an offline correction knows, where the file has it.
     """
 
     config: QuantConfig
     smoothed: bool
     base_hash: str
     settings: dict[str, Any]
-    offline: OfflineStatistics | None = None
+    offline: OfflineRecord | None = None
 
 
 def pack4(codes: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ def save_quantized(
     base_hash: str,
     table: NoiseTable | None,
     settings: dict[str, Any],
-    offline: OfflineStatistics | None = None,
+    offline: OfflineRecord | None = None,
 ) -> None:
     """Write the calibrated model, atomically: a full disk or a kill leaves an older file as it was.
 
@@ -128,8 +131,9 @@ def save_quantized(
         fields, metadata["noise_table"] = table.to_tensors()
         tensors |= {f"noise_table.{name}": value for name, value in fields.items()}
     if offline is not None:
-        fields, metadata["offline"] = offline.to_tensors()
-        tensors |= {f"offline.{name}": value for name, value in fields.items()}
+        prefix = next(name for name, kind in OFFLINE.items() if isinstance(offline, kind))
+        fields, metadata[prefix] = offline.to_tensors()
+        tensors |= {f"{prefix}.{name}": value for name, value in fields.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -163,8 +167,9 @@ def peek_quantized(path: Path) -> tuple[QuantizedInfo, NoiseTable | None]:
         config = QuantConfig(**json.loads(metadata["config"]))
         smoothed = any(name.endswith(".smoothing") for name in names)
         offline = table = None
-        if "offline" in metadata:
-            offline = OfflineStatistics.from_tensors(_below("offline.", fields), metadata["offline"])
+        for name, kind in OFFLINE.items():
+            if name in metadata:
+                offline = kind.from_tensors(_below(f"{name}.", fields), metadata[name])
         info = QuantizedInfo(config, smoothed, metadata["base_hash"], json.loads(metadata["settings"]), offline)
         if "noise_table" in metadata:
             table = NoiseTable.from_tensors(_below("noise_table.", fields), metadata["noise_table"])

@@ -40,13 +40,17 @@ from qncd.quant.convert import UNet, quantize_
 from qncd.quant.layers import QuantLayer
 from qncd.sampling.correctors import Corrector, Denoiser
 from qncd.sampling.guidance import Conditions, guide
+from qncd.sampling.offline import TRACKING, OfflineRecord
 from qncd.sampling.offline_noise import OfflineRecorder, OfflineStatistics
 from qncd.sampling.runtime_noise import NoiseRecorder, NoiseTable
-from qncd.sampling.samplers import Callback, sample
+from qncd.sampling.samplers import Callback, StepState, sample
 from qncd.sampling.schedule import Step, alphas_cumprod, make_steps
+from qncd.sampling.tracking import TrackingFilters, TrackingFitter
 
 # Seeds of calibration images: far from those that users number their images with.
 CALIBRATION_SEED_BASE = 1 << 40
+TRACKING_SEED_BASE = 1 << 41  # and from calibration's: what a network was fitted to says less about its errors
+TRACKED = 64  # trajectories that filters are fitted to, where twice the calibration set's are as many
 
 
 @dataclass(frozen=True)
@@ -202,18 +206,33 @@ def _run(
 
 
 def record_offline(
+    kind: str,
+    reference: Diffusion,
+    quantized: Diffusion,
+    config: CalibrationConfig,
+    progress: Progress | None = None,
+    conditions: Conditions | None = None,
+) -> OfflineRecord:
+    """What an offline correction needs to know, by runs of both models.
+
+    Args:
+        kind: of `qncd.sampling.offline.KINDS`.
+        reference: the full-precision model.
+        quantized: the same with the quantized network.
+        conditions: one for each of the `config.samples` calibration trajectories.
+    """
+    record = fit_tracking if kind == TRACKING else record_statistics
+    return record(reference, quantized, config, progress, conditions)
+
+
+def record_statistics(
     reference: Diffusion,
     quantized: Diffusion,
     config: CalibrationConfig,
     progress: Progress | None = None,
     conditions: Conditions | None = None,
 ) -> OfflineStatistics:
-    """What quantization did to the noise prediction, at every step of the full-precision model's trajectories.
-
-    Args:
-        reference: the full-precision model.
-        quantized: the same with the quantized network.
-    """
+    """What quantization did to the noise prediction, at every step of the full-precision model's trajectories."""
     recorder = OfflineRecorder()
 
     def attach(part: Conditions | None) -> None:
@@ -221,6 +240,43 @@ def record_offline(
 
     _run(reference, config, None, recorder, progress, conditions, attach)
     return recorder.statistics()
+
+
+def fit_tracking(
+    reference: Diffusion,
+    quantized: Diffusion,
+    config: CalibrationConfig,
+    progress: Progress | None = None,
+    conditions: Conditions | None = None,
+) -> TrackingFilters:
+    """Filters that lead the quantized model's runs back to the full-precision ones', by runs of both from the same seeds.
+
+    Takes as many trajectories as calibration, twice as many where it has fewer than TRACKED, and holds all their steps:
+    trajectories * steps * C * H * W floats.
+
+    Args:
+        conditions: one for each of the `config.samples` calibration trajectories.
+    """
+    samples = max(config.samples, min(2 * config.samples, TRACKED))
+    first = TRACKING_SEED_BASE + (config.seed << 20)
+    trajectory: list[list[Tensor]] = [[] for _ in quantized.steps]  # parts of the batch by step
+
+    def keep(state: StepState) -> None:
+        trajectory[state.step.index].append(state.x_prev.cpu())
+
+    size = max(1, config.batch_size // reference.lane) * reference.lane
+    rows = [row % config.samples for row in range(samples)]
+    for start in range(0, samples, size):
+        stop = min(start + size, samples)
+        part = conditions[rows[start:stop]] if conditions else None
+        reference.sample(range(first + start, first + stop), None, keep, conditions=part)
+        if progress:
+            progress(stop, 2 * samples)
+    fitter = TrackingFitter([torch.cat(parts) for parts in trajectory])
+    quantized.sample(range(first, first + samples), fitter, conditions=conditions[rows] if conditions else None)
+    if progress:
+        progress(2 * samples, 2 * samples)
+    return fitter.filters()
 
 
 def weight_correction(config: QuantConfig) -> WeightCorrection | None:

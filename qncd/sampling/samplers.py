@@ -5,6 +5,7 @@ Symbols as in DDIM (arXiv 2010.02502): x_t noisy sample, e noise prediction, aba
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -164,10 +165,7 @@ def sample_dpm_solver(
     corrector: Corrector | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Sample with DPM-Solver++(2M) (arXiv 2211.01095), diffusers' scheduler, at the time steps of `steps`.
-
-    The corrector's trial step is DDIM's, of which DPM-Solver is the higher-order form.
-    """
+    """Sample with DPM-Solver++(2M) (arXiv 2211.01095), diffusers' scheduler, at the time steps of `steps`."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler(num_train_timesteps=len(betas), trained_betas=list(map(float, betas)))
@@ -179,7 +177,7 @@ def sample_dpm_solver(
         eps = denoise(x, t)
 
         def advance(e: Tensor, x: Tensor = x, step: Step = step) -> Tentative:
-            return ddim_step(x, e, step, None, 0.0)
+            return Tentative(copy.deepcopy(scheduler).step(e, step.t, x).prev_sample, predict_x0(x, e, step))
 
         corrected = corrector.correct(step, x, eps, denoise, advance) if corrector else Corrected(eps)
         after = scheduler.step(corrected.eps, t, x).prev_sample
