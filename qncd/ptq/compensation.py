@@ -23,6 +23,7 @@ from qncd.quant.quantizers import Stage
 INPUTS = 320  # of the calibration set, evenly spread, that the moments are taken over
 ROWS = 8  # rows wanted for each input of a layer, where the layer has so many positions
 MIN_POSITIONS = 128  # of each image, where there are so many
+GRIDS = (0.7, 0.76, 0.82, 0.88, 0.94, 1.0, 1.08)  # of the scales that the range search has found, those that are tried
 MEMORY = 4 << 30  # bytes of moments at a time where the device does not say what it has
 
 
@@ -67,7 +68,7 @@ def compensate_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> None:
     """
     part = data.subset(torch.arange(0, len(data), max(1, len(data) // INPUTS)))
     layers = {name: layer for name, layer in quant_layers(unet).items() if _fits(layer)}
-    solved: dict[str, tuple[Tensor, Tensor]] = {}  # put in at the end: every pass is one of the full-precision network
+    solved: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # put in at the end: every pass is one of the full-precision network
     for group in _groups(layers, _memory(unet.device)):
         moments: dict[str, Moments] = {}  # in the order in which the layers run: the first to see NaN is the one to name
         with _watching(group, moments, part.inputs):
@@ -77,9 +78,7 @@ def compensate_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> None:
                 solved[name] = _solved(layers[name], moments.pop(name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-    for name, (codes, shift) in solved.items():
-        scale = layers[name].weight_scale
-        assert scale is not None
+    for name, (codes, scale, shift) in solved.items():
         layers[name].set_weight_codes(codes, scale)
         layers[name].shift_bias_(shift)
 
@@ -114,9 +113,10 @@ def _groups(layers: Mapping[str, QuantLayer], memory: int) -> Iterator[dict[str,
 @contextmanager
 def _watching(layers: Mapping[str, QuantLayer], moments: dict[str, Moments], inputs: int) -> Iterator[None]:
     """Add what each layer sees to its moments, as it comes and as its quantizer leaves it."""
-    generator = torch.Generator().manual_seed(0)
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        generator = torch.Generator().manual_seed(0)  # its own: what a layer sees does not depend on who else is watched
+
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             layer, stage = layers[name], layers[name].act.stage
             size = layer.weight[0].numel()
@@ -166,13 +166,14 @@ def _rows(layer: QuantLayer, x: Tensor, positions: Tensor) -> Tensor:
     return chosen.reshape(-1, layer.weight[0].numel()).float()
 
 
-def _solved(layer: QuantLayer, moments: Moments) -> tuple[Tensor, Tensor]:
-    """The weight's codes, int8, and the shift (O,) of the bias that goes with them."""
+def _solved(layer: QuantLayer, moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight's codes, int8, their scales (O, K), and the shift (O,) of the bias that goes with them."""
     gram, cross, rounded_mean, exact_mean = moments.centred()
     codes = layer.config.weight_codes
-    assert codes is not None
+    assert codes is not None and layer.weight_scale is not None
     weight = layer.weight.flatten(1)
     scale = layer.expanded_scale().expand_as(layer.weight).flatten(1)
-    solved = solve_rounding(weight, scale, codes, gram, cross)
+    solved, grids = solve_rounding(weight, scale, codes, gram, cross, grids=GRIDS)
     shift = weight.double() @ exact_mean - solved.double() @ rounded_mean
-    return torch.round(solved / scale).to(torch.int8).view_as(layer.weight), shift
+    chosen = grids[:, None].to(scale)
+    return torch.round(solved / (scale * chosen)).to(torch.int8).view_as(layer.weight), layer.weight_scale * chosen, shift

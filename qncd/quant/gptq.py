@@ -8,9 +8,14 @@ without rounding are T = W C G^-1 (least squares), and rounding them costs (T - 
 With G = L L^T the cost is |(T - Q) L|^2, and column j of that product holds errors of the inputs j and later alone: from
 the last input to the first, each weight is rounded to where it cancels best what is there already. This is GPTQ's
 recursion without its inverse of G.
+
+How long the steps of a row are is settled by the same cost: the row is rounded on finer and coarser grids, and the one on
+which it comes out cheapest is kept. A range of least error of the weights alone does not know which of them matter.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +26,14 @@ BLOCK = 128  # inputs whose errors are passed on together
 
 
 def solve_rounding(
-    weight: Tensor, scale: Tensor, codes: IntegerRange, gram: Tensor, cross: Tensor | None = None, damping: float = 0.01
-) -> Tensor:
+    weight: Tensor,
+    scale: Tensor,
+    codes: IntegerRange,
+    gram: Tensor,
+    cross: Tensor | None = None,
+    damping: float = 0.01,
+    grids: Sequence[float] = (1.0,),
+) -> tuple[Tensor, Tensor]:
     """Weights on their grid that give on rounded inputs what `weight` gives on exact ones, as nearly as GPTQ finds.
 
     Args:
@@ -32,9 +43,10 @@ def solve_rounding(
         gram: (n, n), E[x_q x_q^T].
         cross: (n, n), E[x_f x_q^T]; None for inputs that are not rounded, where it is `gram`.
         damping: added to the gram matrix's diagonal, as a part of the diagonal's mean; it holds `weight` where inputs say little.
+        grids: factors of `scale` to try.
 
     Returns:
-        (O, n), of the dtype of `weight`.
+        the weights (O, n), of the dtype of `weight`, and the factor of each row's grid (O,), of that of `gram`.
 
     Raises:
         ValueError: `gram` holds NaN or infinity.
@@ -50,10 +62,18 @@ def solve_rounding(
     if cross is not None:
         wanted = work @ cross[order][:, order] + ridge * work
         work = torch.cholesky_solve(wanted.T, factor).T
-    rounded = _round_backwards(work, scale.expand_as(weight)[:, order].to(work), codes, factor)
+    steps = scale.expand_as(weight)[:, order].to(work)
+    best, chosen = work, torch.ones_like(work[:, 0])
+    least = torch.full_like(chosen, torch.inf)
+    for grid in grids:
+        rounded = _round_backwards(work, steps * grid, codes, factor)
+        cost = ((work - rounded) @ factor).square_().sum(1)
+        better = cost < least
+        best = torch.where(better[:, None], rounded, best)
+        least, chosen = torch.where(better, cost, least), torch.where(better, grid, chosen)
     result = torch.empty_like(weight)
-    result[:, order] = rounded.to(weight.dtype)
-    return result
+    result[:, order] = best.to(weight.dtype)
+    return result, chosen
 
 
 def _round_backwards(target: Tensor, scale: Tensor, codes: IntegerRange, factor: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def as_published(weight: Tensor, scale: Tensor, gram: Tensor, damping: float) ->
 def test_the_same_codes_as_the_published_algorithm() -> None:
     weight, scale, x = problem()
     gram = x.T @ x / len(x)
-    found = solve_rounding(weight, scale, CODES, gram)
+    found, _ = solve_rounding(weight, scale, CODES, gram)
     expected = as_published(weight, scale, gram, 0.01)
     assert ((found - expected).abs() > 1e-9).float().mean() < 1e-3  # rounding errors may tip a tie
     assert ((found - nearest(weight, scale)).abs() > 1e-9).float().mean() > 0.05
@@ -52,7 +52,7 @@ def test_the_same_codes_as_the_published_algorithm() -> None:
 
 def test_the_output_is_nearer_than_with_nearest_weights() -> None:
     weight, scale, x = problem()
-    found = solve_rounding(weight, scale, CODES, x.T @ x / len(x))
+    found, _ = solve_rounding(weight, scale, CODES, x.T @ x / len(x))
 
     def error(rounded: Tensor) -> float:
         return float((x @ (weight - rounded).T).square().mean())
@@ -70,7 +70,7 @@ def test_rounded_inputs_are_made_up_for() -> None:
     rounded = 0.8 * exact + 0.5 * torch.randn(exact.shape, generator=generator, dtype=exact.dtype)
     gram, cross = rounded.T @ rounded / len(exact), exact.T @ rounded / len(exact)
     fine = IntegerRange(8, True)
-    found = solve_rounding(weight, torch.full_like(scale, 0.05), fine, gram, cross, damping=1e-9)
+    found, _ = solve_rounding(weight, torch.full_like(scale, 0.05), fine, gram, cross, damping=1e-9)
     fit = torch.linalg.lstsq(rounded, exact @ weight.T).solution.T
     wanted = exact @ weight.T
 
@@ -83,6 +83,24 @@ def test_rounded_inputs_are_made_up_for() -> None:
 def test_inputs_that_say_nothing_leave_rounding_to_nearest() -> None:
     weight, scale, _ = problem(inputs=10)
     zeros = torch.zeros(10, 10, dtype=torch.float64)
-    torch.testing.assert_close(solve_rounding(weight, scale, CODES, zeros, zeros), nearest(weight, scale))
+    torch.testing.assert_close(solve_rounding(weight, scale, CODES, zeros, zeros)[0], nearest(weight, scale))
     with pytest.raises(ValueError, match="NaN or infinity"):
         solve_rounding(weight, scale, CODES, zeros * torch.nan)
+
+
+def test_each_row_gets_the_grid_that_costs_least() -> None:
+    weight, scale, x = problem()
+    gram = x.T @ x / len(x)
+    grids = (0.6, 0.8, 1.0)
+    found, chosen = solve_rounding(weight, scale, CODES, gram, grids=grids)
+    codes = found / (scale * chosen[:, None])
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-9)
+
+    def errors(rounded: Tensor) -> Tensor:
+        return (x @ (weight - rounded).T).square().mean(0)
+
+    alone = torch.stack([errors(solve_rounding(weight, scale * grid, CODES, gram)[0]) for grid in grids])
+    assert len(chosen.unique()) > 1 and bool(torch.isin(chosen, torch.tensor(grids, dtype=chosen.dtype)).all())
+    assert errors(found).mean() < alone.mean(1).min()
+    # The damping is part of the cost: what is kept need not be the best of a row to the last digit.
+    assert bool((errors(found) <= 1.02 * alone.min(0).values).all())
