@@ -1,7 +1,8 @@
-"""--quant_mode qncd+ and its two parts, as a user runs them on small random models."""
+"""--quant_mode qncd+ and its three parts, as a user runs them on small random models."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
     settings = json.loads((tmp_path / "one" / "run.json").read_text())["settings"]
     assert settings["quantization"]["gptq"] and settings["quantization"]["stepwise_activations"]
     stored = load_file(checkpoint)
+    assert stored["tracking.kernels"].shape == (4, 1, 2, 3, 3) and settings["offline_correction"] == "tracking"
     scales = {key: value for key, value in stored.items() if key.endswith(".scale")}
     assert scales and all(value.shape[0] == 4 for value in scales.values())  # a row for each of --timesteps 4
     text = run(common, tmp_path / "three", *PLUS, "--no-gptq", "--cali_ckpt", str(checkpoint), status=2)
@@ -36,10 +38,11 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
 
 def test_each_part_changes_the_images(common: list[str], tmp_path: Path) -> None:
     seen = []
-    for name, flags in {"plus": (), "nearest": ("--no-gptq",), "one_range": ("--no-stepwise_act",)}.items():
+    parts = {"plus": (), "nearest": ("--no-gptq",), "one_range": ("--no-stepwise_act",), "untracked": ("--no-tracking",)}
+    for name, flags in parts.items():
         run(common, tmp_path / name, *PLUS, *flags)
         seen.append(pixels(tmp_path / name))
-    assert not any(same(seen[i], seen[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert not any(same(seen[i], seen[j]) for i, j in itertools.combinations(range(len(parts)), 2))
     run(common, tmp_path / "by_flags", *PLUS[:-1], "linear", "--quant_act", "--gptq", "--stepwise_act")
     settings = json.loads((tmp_path / "by_flags" / "run.json").read_text())["settings"]["quantization"]
     assert (
@@ -48,6 +51,15 @@ def test_each_part_changes_the_images(common: list[str], tmp_path: Path) -> None
         and settings["stepwise_activations"]
         and settings["weight_range"] == "max"
     )
+
+
+def test_one_correction_at_a_time(common: list[str], tmp_path: Path) -> None:
+    found = {}
+    for name, mode, flags in (("reverse", "qncd+", ("--sample_reverse", "2")), ("tracking", "qncd", ("--tracking",))):
+        run(common, tmp_path / name, *PLUS[:-1], mode, *flags)
+        settings = json.loads((tmp_path / name / "run.json").read_text())["settings"]
+        found[name] = (settings["correction"] is not None, settings["offline_correction"])
+    assert found == {"reverse": (True, None), "tracking": (False, "tracking")}
 
 
 def test_ranges_of_least_error_at_four_bits(common: list[str], tmp_path: Path) -> None:
@@ -65,6 +77,8 @@ def test_ranges_of_least_error_at_four_bits(common: list[str], tmp_path: Path) -
         (("--no-bias_correction",), "needs bias_correction"),
         (("--weight_only", "--stepwise_act"), "--stepwise_act is about quantized activations"),
         (("--resume_w", "--gptq"), "--resume_w takes weights as they are"),
+        (("--tracking", "--sample_reverse"), "--sample_reverse: --tracking is a correction too"),
+        (("--quant_mode", "ptqd", "--tracking"), "--tracking: --quant_mode ptqd has a correction of its own"),
     ],
 )
 def test_contradictions_are_refused(common: list[str], tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
