@@ -33,7 +33,7 @@ from qncd import cli
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION_BATCH = 32
 PARTS = ("simulation", "engines", "jobs")
-JOB_IMAGES, JOB_PROMPT = 8, "a large red circle above a small blue square"
+JOB_PROMPT = "a large red circle above a small blue square"
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,6 +41,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="alternating runs of each side (default 9)")
     parser.add_argument("--calibration_samples", type=int, default=256)
     parser.add_argument("--job_rounds", type=int, default=3, help="the same of whole jobs (default 3)")
+    parser.add_argument(
+        "--job_images",
+        type=int,
+        default=32,
+        help="images of a whole job (default 32); its start takes the same time for any number",
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2], help=f"default {' '.join(PARTS[:2])}")
     parser.add_argument("--profile", action="store_true", help="what OpenVINO spends an int8 call on, by kind of operator")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
@@ -252,10 +258,10 @@ def measure_jobs(args: argparse.Namespace) -> dict[str, float]:
         _cifar_unet().save_pretrained(folder / "cifar_size")
         cifar = ("--config", ROOT / "configs" / "cifar10.yml", "--ckpt", folder / "cifar_size")
         scenes = ("--config", ROOT / "configs" / "scenes.yaml")
-        steps, images = ("--timesteps", "20"), ("--max_images", str(JOB_IMAGES), "--lane", "4")
+        steps, images = ("--timesteps", "20"), ("--max_images", str(args.job_images), "--lane", "4")
         jobs: dict[str, tuple[str, str, tuple[Any, ...], tuple[Any, ...]]] = {
             "cifar_size": ("sample_diffusion_ddim.py", "-l", cifar, (*steps, *images)),
-            "txt2img": ("txt2img.py", "--outdir", scenes, ("--prompt", JOB_PROMPT, "--n_samples", str(JOB_IMAGES))),
+            "txt2img": ("txt2img.py", "--outdir", scenes, ("--prompt", JOB_PROMPT, "--n_samples", str(args.job_images))),
         }
         for title, (script, output, model, flags) in jobs.items():
             checkpoint = ("--cali_ckpt", folder / f"{title}.safetensors")
@@ -268,7 +274,7 @@ def measure_jobs(args: argparse.Namespace) -> dict[str, float]:
                 for kind, more in (("fp32", ()), ("int8", integers)):
                     seconds[kind].append(_run_script(script, *model, *flags, *more, output, folder / f"{title}_{kind}{round_}"))
             for kind, times in seconds.items():
-                figures[f"{title}_{kind}_images_per_second"] = JOB_IMAGES / statistics.median(times)
+                figures[f"{title}_{kind}_images_per_second"] = args.job_images / statistics.median(times)
             figures[f"{title}_job_speedup"] = statistics.median(seconds["fp32"]) / statistics.median(seconds["int8"])
     for key, value in figures.items():
         print(f"{key} {value:.3f}", flush=True)
@@ -276,7 +282,7 @@ def measure_jobs(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main(args: argparse.Namespace) -> None:
-    cli.check_counts(args, ("rounds", "job_rounds", "calibration_samples", "threads"))
+    cli.check_counts(args, ("rounds", "job_rounds", "job_images", "calibration_samples", "threads"))
     import torch
 
     if "engines" in args.parts or "jobs" in args.parts:

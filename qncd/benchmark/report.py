@@ -29,16 +29,18 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
 
 
 def summarize(records: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """One row for full precision and one for each width and mode, over the seeds whose cells are there."""
+    """One row for full precision and one for each width and mode that has cells, over the seeds whose cells are there."""
     full = records.get(Cell(FULL))
     rows = []
     for width, mode in dict.fromkeys((cell.width, cell.mode) for cell in cells):
         found = [records[cell]["figures"] for cell in cells if (cell.width, cell.mode) == (width, mode) and cell in records]
+        if not found:
+            continue
         row: dict[str, Any] = {"width": width, "mode": mode, "seeds": len(found)}
         row |= {key: spread([f.get(key) for f in found]) for key in ("fid", "sfid", "psnr", "noise_error", *TITLES)}
         row["fid_difference"] = spread([f["fid"] - full["figures"]["fid"] for f in found]) if full and mode != FULL else None
         row["identical_images"] = sum(f.get("identical_images", 0) for f in found)
-        if found and mode != FULL:
+        if mode != FULL:
             steps = np.array([f["noise_error_per_step"] for f in found])  # (seeds, steps)
             row["noise_error_per_step"] = {
                 "mean": steps.mean(0).tolist(), "min": steps.min(0).tolist(), "max": steps.max(0).tolist(),
@@ -98,8 +100,9 @@ def caption(
         "linear: min-max ranges, no split. This package's other modes: mse weight ranges, min-max activation ranges, split. "
         "qncd: and bias correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, tfmq, "
         f"d2dpm and qncd, weights reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; this package's "
-        "other rows round to nearest, but qncd+'s: GPTQ, and a range for each time step at every activation (of least error at 4 "
-        "bits), without smoothing and runtime correction.",
+        "other rows round to nearest, but qncd+'s: GPTQ, a range for each time step at every activation (of least error at 4 bits) "
+        "and tracking, without smoothing and runtime correction. Tracking aims at the full-precision trajectory, not at the "
+        "full-precision prediction at the quantized model's x_t: the noise-prediction error is no measure of it.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",
     ]
     if len(commits) > 1:
