@@ -100,9 +100,9 @@ def caption(
         "linear: min-max ranges, no split. This package's other modes: mse weight ranges, min-max activation ranges, split. "
         "qncd: and bias correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, tfmq, "
         f"d2dpm and qncd, weights reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; this package's "
-        "other rows round to nearest, but qncd+'s: GPTQ, a range for each time step at every activation (of least error at 4 bits) "
-        "and tracking, without smoothing and runtime correction. Tracking aims at the full-precision trajectory, not at the "
-        "full-precision prediction at the quantized model's x_t: the noise-prediction error is no measure of it.",
+        "other rows round to nearest, but qncd+'s: GPTQ, a range for each time step at every activation (of least error at 4 "
+        "bits) and tracking, without smoothing and runtime correction. Tracking aims at the full-precision trajectory, not at "
+        "the full-precision prediction at the quantized model's x_t: the noise-prediction error is no measure of it.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",
     ]
     if len(commits) > 1:
