@@ -156,11 +156,12 @@ def trace(unet: UNet, shape: tuple[int, int, int] | None = None) -> ir.Model:
     shapes: list[dict[int, Any]] = [{0: batch} for _ in inputs]
     if "encoder_hidden_states" in inputs:
         shapes[-1][1] = torch.export.Dim("tokens", min=1, max=1 << 12)
-    noise = logging.getLogger("torch.onnx")
-    level = noise.level
+    talkers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [talker.level for talker in talkers]
     with _marked(unet), steps_not_selected(unet), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        noise.setLevel(logging.ERROR)
+        for talker in talkers:
+            talker.setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
                 network, tuple(inputs.values()), dynamo=True, opset_version=OPSET, dynamic_shapes=tuple(shapes),
@@ -169,6 +170,7 @@ def trace(unet: UNet, shape: tuple[int, int, int] | None = None) -> ir.Model:
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             raise ValueError(f"the network cannot be traced: {_first_line(error)}") from error
         finally:
-            noise.setLevel(level)
+            for talker, level in zip(talkers, levels, strict=True):
+                talker.setLevel(level)
     assert program is not None
     return program.model
