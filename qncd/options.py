@@ -135,6 +135,5 @@ def offline_kind(args: argparse.Namespace) -> str | None:
         return kind
     if kind == TRACKING and not args.tracking:
         return None
-    raise ValueError(
-        f"--sample_reverse: {'--tracking' if args.tracking else f'--quant_mode {args.quant_mode}'} is a correction too"
-    )
+    other = "--tracking is a correction too" if args.tracking else f"--quant_mode {args.quant_mode} has a correction of its own"
+    raise ValueError(f"--sample_reverse: {other}")
