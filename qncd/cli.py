@@ -178,7 +178,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tracking", action=argparse.BooleanOptionalAction,
         help="correct each prediction by a filter fitted on calibration runs to lead back to the full-precision trajectory "
-        "(on in qncd+; in the place of --sample_reverse and of the corrections of ptqd and d2dpm)",
+        "(on in qncd+; in the place of --sample_reverse; ptqd and d2dpm have corrections of their own)",
     )  # fmt: skip
     group.add_argument("--weight_only", action="store_true", help="leave activations in floating point whatever the mode")
 

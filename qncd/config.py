@@ -14,6 +14,7 @@ DETERMINISTIC = ("dpm_solver", "plms")
 SKIP_TYPES = ("uniform", "quad")
 CONVENTIONS = ("ddim", "ldm")
 CACHES = ("fp16", "bf16", "fp32")
+TRACKING = "tracking"  # the offline correction of qncd.sampling.tracking
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qncd.config import QuantConfig
+from qncd.config import TRACKING, QuantConfig
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,6 @@ QUANT_MODES = {
     "qncd+": Mode(
         "not in the paper: weights by GPTQ against the full-precision outputs, a range for each time step at every activation, "
         "and filters that lead back to the full-precision trajectory",
-        bias_correction=True, gptq=True, stepwise_activations=True, narrow_act_range="mse", offline="tracking",
+        bias_correction=True, gptq=True, stepwise_activations=True, narrow_act_range="mse", offline=TRACKING,
     ),
 }  # fmt: skip

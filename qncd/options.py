@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 
 from qncd import cli
-from qncd.config import CorrectionConfig, QuantConfig, ReconstructionConfig, SamplerConfig, SmoothingConfig
+from qncd.config import TRACKING, CorrectionConfig, QuantConfig, ReconstructionConfig, SamplerConfig, SmoothingConfig
 from qncd.modes import QUANT_MODES
 
-TRACKING = "tracking"  # qncd.sampling.offline's name; importing it would take torch
 RECONSTRUCTION_FLAGS = {
     "iterations": "cali_iters", "lr": "recon_lr", "inputs": "recon_inputs", "memory_gb": "recon_memory", "cache": "recon_cache",
     "act_iterations": "cali_iters_a", "act_lr": "cali_lr",

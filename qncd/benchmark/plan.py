@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qncd.benchmark.peers import PEERS, Peer
 from qncd.config import (
+    TRACKING,
     CalibrationConfig,
     CorrectionConfig,
     QuantConfig,
@@ -37,7 +38,7 @@ COMPOSITIONS = QUANT_MODES | {  # ablations
     "untracked": replace(_PLUS, summary="qncd+, no tracking", offline=None),
     "plus-smoothing": replace(_PLUS, summary="qncd+ and smoothing", smoothing=True),
     "plus-correction": replace(_PLUS, summary="qncd+, runtime correction for tracking", offline=None, runtime_correction=True),
-    "tracked": replace(_QNCD, summary="qncd, tracking for runtime correction", runtime_correction=False, offline="tracking"),
+    "tracked": replace(_QNCD, summary="qncd, tracking for runtime correction", runtime_correction=False, offline=TRACKING),
 }
 MODES = {name: name if name in QUANT_MODES else mode.summary for name, mode in COMPOSITIONS.items()}
 MODES |= {mode: peer.title for mode, peer in PEERS.items()}
@@ -165,17 +166,8 @@ class Cell:
         quant, recon = self.quant, self.reconstruction(plan)
         if quant is None or recon is None:
             return None
-        acts = (
-            "act_bits",
-            "softmax_bits",
-            "act_range",
-            "softmax_range",
-            "act_symmetric",
-            "stepwise_activations",
-            "bias_correction",
-        )
         settings = plan.base_settings() | {
-            "weights": {key: value for key, value in dataclasses.asdict(quant).items() if key not in acts},
+            "weights": {key: value for key, value in dataclasses.asdict(quant).items() if key not in ACTIVATIONS},
             "smoothing": self.smoothing and dataclasses.asdict(self.smoothing),
             "reconstruction": dataclasses.asdict(recon),
             "calibration": dataclasses.asdict(dataclasses.replace(plan.calibration, seed=self.seed)),
@@ -198,7 +190,7 @@ class Cell:
             "reconstruction": recon and dataclasses.asdict(recon),
             "calibration": quant and dataclasses.asdict(calibration),
         }
-        if self.offline == "tracking":
+        if self.offline == TRACKING:
             settings["tracking"] = True
         if self.peer:
             given = {"peer": self.mode, "width": self.width, "settings": self.peer.settings}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qncd.config import (
+    TRACKING,
     CalibrationConfig,
     CorrectionConfig,
     QuantConfig,
@@ -40,7 +42,7 @@ from qncd.quant.convert import UNet, quantize_
 from qncd.quant.layers import QuantLayer
 from qncd.sampling.correctors import Corrector, Denoiser
 from qncd.sampling.guidance import Conditions, guide
-from qncd.sampling.offline import TRACKING, OfflineRecord
+from qncd.sampling.offline import OfflineRecord
 from qncd.sampling.offline_noise import OfflineRecorder, OfflineStatistics
 from qncd.sampling.runtime_noise import NoiseRecorder, NoiseTable
 from qncd.sampling.samplers import Callback, StepState, sample
@@ -189,6 +191,7 @@ def _run(
     progress: Progress | None,
     conditions: Conditions | None,
     begin: Callable[[Conditions | None], None] | None = None,
+    base: int = CALIBRATION_SEED_BASE,
 ) -> None:
     if conditions is not None and len(conditions) != config.samples:
         raise ValueError(f"{len(conditions)} conditions for {config.samples} calibration trajectories")
@@ -196,7 +199,7 @@ def _run(
     size = max(1, config.batch_size // diffusion.lane) * diffusion.lane
     for start in range(0, config.samples, size):
         count = min(size, config.samples - start)
-        first = CALIBRATION_SEED_BASE + (config.seed << 20) + start
+        first = base + (config.seed << 20) + start
         part = conditions[start : start + count] if conditions else None
         if begin:
             begin(part)
@@ -258,22 +261,18 @@ def fit_tracking(
         conditions: one for each of the `config.samples` calibration trajectories.
     """
     samples = max(config.samples, min(2 * config.samples, TRACKED))
-    first = TRACKING_SEED_BASE + (config.seed << 20)
+    given = conditions[[row % config.samples for row in range(samples)]] if conditions else None
     trajectory: list[list[Tensor]] = [[] for _ in quantized.steps]  # parts of the batch by step
 
     def keep(state: StepState) -> None:
         trajectory[state.step.index].append(state.x_prev.cpu())
 
-    size = max(1, config.batch_size // reference.lane) * reference.lane
-    rows = [row % config.samples for row in range(samples)]
-    for start in range(0, samples, size):
-        stop = min(start + size, samples)
-        part = conditions[rows[start:stop]] if conditions else None
-        reference.sample(range(first + start, first + stop), None, keep, conditions=part)
-        if progress:
-            progress(stop, 2 * samples)
+    half = (lambda done, total: progress(done, 2 * total)) if progress else None
+    tracked = dataclasses.replace(config, samples=samples)
+    _run(reference, tracked, None, keep, half, given, base=TRACKING_SEED_BASE)
     fitter = TrackingFitter([torch.cat(parts) for parts in trajectory])
-    quantized.sample(range(first, first + samples), fitter, conditions=conditions[rows] if conditions else None)
+    first = TRACKING_SEED_BASE + (config.seed << 20)
+    quantized.sample(range(first, first + samples), fitter, conditions=given)
     if progress:
         progress(2 * samples, 2 * samples)
     return fitter.filters()

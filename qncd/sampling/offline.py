@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from qncd.config import check_choice
+from qncd.config import TRACKING, check_choice
 from qncd.sampling import offline_noise
 from qncd.sampling.correctors import Corrector
 from qncd.sampling.offline_noise import OfflineCorrector, OfflineStatistics
 from qncd.sampling.tracking import TrackingCorrector, TrackingFilters
 
 OfflineRecord: TypeAlias = OfflineStatistics | TrackingFilters
-TRACKING = "tracking"
 KINDS = (*offline_noise.KINDS, TRACKING)
 
 

@@ -137,8 +137,9 @@ def fit_filter(eps: Tensor, x: Tensor, lack: Tensor) -> tuple[Tensor, Tensor, fl
     power = lack.double().square().mean((1, 2, 3))
     if count < FOLDS or float(power.mean()) <= NEGLIGIBLE * float(eps.double().square().mean()):
         return nothing
-    grams, products = _moments(eps, x, lack, 1 / power.clamp(min=1e-3 * float(power.mean())))
-    squares = (power / power.clamp(min=1e-3 * float(power.mean()))).cpu() * channels
+    floored = power.clamp(min=1e-3 * float(power.mean()))
+    grams, products = _moments(eps, x, lack, 1 / floored)
+    squares = (power / floored).cpu() * channels
     middle = torch.zeros(2 * channels, SIDE * SIDE, dtype=torch.bool)
     middle[:, SIDE * SIDE // 2] = True
     ones = torch.ones(1, dtype=torch.bool)
