@@ -155,7 +155,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--act_range",
         choices=("max", "mse"),
-        help="activation ranges: extremes (default) or least L2.4 error (default of qncd+ at 4 bits)",
+        help="activation ranges: extremes (default) or least L2.4 error (default of qncd+ below 8 bits)",
     )
     group.add_argument("--split", action=argparse.BooleanOptionalAction, help="quantize the halves of skip concatenations apart")
     group.add_argument(
@@ -170,6 +170,10 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gptq", action=argparse.BooleanOptionalAction,
         help="round weights in sequence, errors made up for by those to come, against full-precision outputs (on in qncd+)",
+    )  # fmt: skip
+    group.add_argument(
+        "--smooth_search", action=argparse.BooleanOptionalAction,
+        help="with --gptq: smooth each layer's input channels as strongly as leaves its output the least error (on in qncd+)",
     )  # fmt: skip
     group.add_argument(
         "--stepwise_act", action=argparse.BooleanOptionalAction,

@@ -54,6 +54,9 @@ class QuantConfig:
         stepwise_activations: every activation has a range for each time step that the sampler visits.
         gptq: round each layer's weights in sequence, every error made up for by the weights not yet rounded (GPTQ, arXiv
             2210.17323), towards what the layer gives on inputs that are not rounded (GPTAQ, arXiv 2504.02692).
+        smoothing_search: with `gptq`, divide each layer's input channels by powers of their spread and multiply the weights by
+            them (SmoothQuant, arXiv 2211.10438); the power that leaves the layer's output the least error is kept. Acts
+            where `act_bits` is not None.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
@@ -72,6 +75,7 @@ class QuantConfig:
     stepwise_embedding: bool = False
     stepwise_activations: bool = False
     gptq: bool = False
+    smoothing_search: bool = False
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
@@ -91,6 +95,8 @@ class QuantConfig:
             raise ValueError("gptq rounds weights: weight_bits None is not allowed with it")
         if self.gptq and not self.bias_correction:
             raise ValueError("gptq rounds about the inputs' means, whose errors go into the bias: it needs bias_correction")
+        if self.smoothing_search and not self.gptq:
+            raise ValueError("smoothing_search compares the errors that gptq leaves: it needs gptq")
 
     @property
     def label(self) -> str:

@@ -13,8 +13,9 @@ class Mode:
     """A composition of the package's parts; `summary` is what `--help` says about it.
 
     Attributes:
-        weight_range, act_range, split, bias_correction, gptq, stepwise_embedding, stepwise_activations: of QuantConfig.
-        narrow_act_range: `act_range` at 4 bits and fewer, where clipping costs less than the steps that it makes finer.
+        weight_range, act_range, split, bias_correction, gptq, smoothing_search, stepwise_embedding, stepwise_activations: of
+            QuantConfig; the search falls away where gptq is switched off.
+        narrow_act_range: `act_range` below 8 bits, where clipping costs less than the steps that it makes finer.
         quantizes_acts: without being asked to by --quant_act.
         smoothing: of features by the time embedding (intra noise).
         runtime_correction: of each prediction by an estimate made while sampling (inter noise).
@@ -30,6 +31,7 @@ class Mode:
     quantizes_acts: bool = True
     bias_correction: bool = False
     gptq: bool = False
+    smoothing_search: bool = False
     stepwise_embedding: bool = False
     stepwise_activations: bool = False
     smoothing: bool = False
@@ -40,12 +42,15 @@ class Mode:
     def quant_config(self, weight_bits: int | None, act_bits: int | None, **changes: Any) -> QuantConfig:
         """The mode's QuantConfig at a width; `changes` are fields of it that are set otherwise, None for those that are not."""
         names = (
-            "weight_range", "act_range", "split", "bias_correction", "gptq", "stepwise_embedding", "stepwise_activations",
+            "weight_range", "act_range", "split", "bias_correction", "gptq", "smoothing_search", "stepwise_embedding",
+            "stepwise_activations",
         )  # fmt: skip
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
-        if act_bits is not None and act_bits <= 4:
+        if act_bits is not None and act_bits < 8:
             fields["act_range"] = self.narrow_act_range
         fields |= {name: value for name, value in changes.items() if value is not None}
+        if changes.get("smoothing_search") is None:
+            fields["smoothing_search"] &= fields["gptq"]
         return QuantConfig(weight_bits, act_bits, **fields)
 
 
@@ -68,8 +73,9 @@ QUANT_MODES = {
         bias_correction=True, smoothing=True, runtime_correction=True,
     ),
     "qncd+": Mode(
-        "not in the paper: weights by GPTQ against the full-precision outputs, a range for each time step at every activation, "
-        "and filters that lead back to the full-precision trajectory",
-        bias_correction=True, gptq=True, stepwise_activations=True, narrow_act_range="mse", offline=TRACKING,
+        "not in the paper: weights by GPTQ against the full-precision outputs, smoothing searched for each layer, a range for "
+        "each time step at every activation, and filters that lead back to the full-precision trajectory",
+        bias_correction=True, gptq=True, smoothing_search=True, stepwise_activations=True, narrow_act_range="mse",
+        offline=TRACKING,
     ),
 }  # fmt: skip

@@ -35,7 +35,9 @@ from qncd.sampling.offline import OfflineRecord, fits, offline_corrector
 from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
 
 log = logging.getLogger("qncd")
-WEIGHT_SETTINGS = ("weight_bits", "edge_bits", "weight_range", "gptq", "split", "quantize_embedding", "smoothed")
+WEIGHT_SETTINGS = (
+    "weight_bits", "edge_bits", "weight_range", "gptq", "smoothing_search", "split", "quantize_embedding", "smoothed",
+)  # fmt: skip
 
 
 def is_quiet() -> bool:
@@ -221,7 +223,7 @@ def _from_checkpoint(preparation: _Preparation) -> Corrector | None:
     _check_same(path, info, preparation.quant, wanted.smoothing is not None)
     if wanted.reconstruction and _reconstruction_of(info) != settings["reconstruction"]:
         raise ValueError(f"{path}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
-    if info.settings.get("sampler") != settings["sampler"] and info.smoothed:
+    if info.settings.get("sampler") != settings["sampler"] and wanted.smoothing:
         log.warning("%s was smoothed for the time steps of %s", path, info.settings.get("sampler"))
     made_for = {key: info.settings.get(key) for key in ("sampler", "guidance", "correction")}
     if wanted.controlled and (table is None or any(made_for[key] != settings[key] for key in made_for)):
@@ -316,6 +318,7 @@ def _reconstruction_of(info: QuantizedInfo) -> dict[str, Any] | None:
 
 
 def _check_same(path: Path, info: QuantizedInfo, wanted: QuantConfig, smooth: bool, names: Sequence[str] | None = None) -> None:
+    smooth = info.smoothed if wanted.smoothing_search else smooth  # a search may find that no layer gains
     old, new = dataclasses.asdict(info.config) | {"smoothed": info.smoothed}, dataclasses.asdict(wanted) | {"smoothed": smooth}
     differing = [f"{key} {old[key]} there, {new[key]} asked for" for key in names or old if old[key] != new[key]]
     if differing:

@@ -35,6 +35,8 @@ COMPOSITIONS = QUANT_MODES | {  # ablations
     "recon": replace(_QNCD, summary="qncd, weights reconstructed", reconstruction=True),
     "gptq": replace(_PLUS, summary="qncd+, one range for all steps", stepwise_activations=False),
     "stepwise": replace(_PLUS, summary="qncd+, rounding to nearest", gptq=False),
+    "unsmoothed": replace(_PLUS, summary="qncd+, no smoothing", smoothing_search=False),
+    "extremes": replace(_PLUS, summary="qncd+, ranges by extremes", narrow_act_range="max"),
     "untracked": replace(_PLUS, summary="qncd+, no tracking", offline=None),
     "plus-smoothing": replace(_PLUS, summary="qncd+ and smoothing", smoothing=True),
     "plus-correction": replace(_PLUS, summary="qncd+, runtime correction for tracking", offline=None, runtime_correction=True),
@@ -51,6 +53,7 @@ UNBIASED_IMAGES = 2048  # FID is biased upwards at fewer
 # Fields of QuantConfig that reconstructed weights do not depend on: their inputs are not rounded yet.
 ACTIVATIONS = (
     "act_bits", "softmax_bits", "act_range", "softmax_range", "act_symmetric", "stepwise_activations", "bias_correction",
+    "smoothing_search",
 )  # fmt: skip
 FORMAT = 2  # of a cell's file; raised when the same settings come to mean something else
 
@@ -192,6 +195,8 @@ class Cell:
         }
         if self.offline == TRACKING:
             settings["tracking"] = True
+        if self.quant and not self.quant.smoothing_search:
+            del settings["quantization"]["smoothing_search"]  # cells are older than it
         if self.peer:
             given = {"peer": self.mode, "width": self.width, "settings": self.peer.settings}
             used = dataclasses.asdict(calibration) if self.peer.calibrated else None

@@ -86,6 +86,10 @@ class CalibrationSet:
             self.x[rows], self.t[rows], _repeated(self.cond, rows), _repeated(self.uncond, rows), self.model_hash
         )
 
+    def spread(self, count: int) -> CalibrationSet:
+        """About `count` inputs, evenly over the set: all time steps in proportion."""
+        return self.subset(torch.arange(0, len(self), max(1, len(self) // count)))
+
     def check_model(self, unet: UNet, model_hash: str | None = None) -> None:
         """Raise ValueError where the set can't be of this model: other channels, size, conditions or weights."""
         channels, size = unet.config["in_channels"], unet.config["sample_size"]
@@ -234,41 +238,48 @@ def calibrate_(
     """
     start = time.perf_counter()
     data.check_model(unet)
+    find_ranges_(unet, data, batch_size, progress)
+    if correct:
+        correct(unet, data, batch_size)
+    for layer in quant_layers(unet).values():
+        layer.quantize_weight_()
+    set_stage(unet, Stage.QUANTIZE)
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def find_ranges_(unet: UNet, data: CalibrationSet, batch_size: int, progress: Progress | None = None) -> None:
+    """Find the scales of weights and activations and leave both as they are. Arguments and errors as `calibrate_`."""
     layers = quant_layers(unet)
     if not layers:
         raise ValueError("calibrate_ works on a model prepared by quantize_")
     for name, layer in layers.items():
         _named(name, layer.search_weight_range_)
     quantizers = act_quantizers(unet)
-    if quantizers:
-        # A moving average forgets: over a set in the order of its time steps it would hold the last ones' extremes alone.
-        running = any(quantizer.act_range == "running" for quantizer in quantizers.values())
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)) if running else None
-        first: dict[str, None] = {}  # in which they run: the first to see NaN is the one to name
-        handles = [q.register_forward_hook(lambda *_, name=name: first.setdefault(name)) for name, q in quantizers.items()]
-        with observing(unet):
-            # A moving average over single inputs' extremes would clip them all: it moves once for RUNNING_BATCH inputs.
-            group = max(1, RUNNING_BATCH // batch_size) if running else 1
-            passes = _passes(unet, data, batch_size, order)
-            total = -(-len(data) // batch_size)
-            for count in range(1, total + 1):
-                for quantizer in quantizers.values():
-                    quantizer.more_follows = count % group != 0 and count < total
-                done = next(passes)
-                if progress:
-                    progress(done, data.inputs)
+    if not quantizers:
+        return
+    # A moving average forgets: over a set in the order of its time steps it would hold the last ones' extremes alone.
+    running = any(quantizer.act_range == "running" for quantizer in quantizers.values())
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)) if running else None
+    first: dict[str, None] = {}  # in which they run: the first to see NaN is the one to name
+    handles = [q.register_forward_hook(lambda *_, name=name: first.setdefault(name)) for name, q in quantizers.items()]
+    with observing(unet):
+        # A moving average over single inputs' extremes would clip them all: it moves once for RUNNING_BATCH inputs.
+        group = max(1, RUNNING_BATCH // batch_size) if running else 1
+        passes = _passes(unet, data, batch_size, order)
+        total = -(-len(data) // batch_size)
+        for count in range(1, total + 1):
             for quantizer in quantizers.values():
-                quantizer.more_follows = False
-        for handle in handles:
-            handle.remove()
-        for name in [*first, *(name for name in quantizers if name not in first)]:
-            _named(name, quantizers[name].finish_observing)
-    if correct:
-        correct(unet, data, batch_size)
-    for layer in layers.values():
-        layer.quantize_weight_()
-    set_stage(unet, Stage.QUANTIZE)
-    return time.perf_counter() - start
+                quantizer.more_follows = count % group != 0 and count < total
+            done = next(passes)
+            if progress:
+                progress(done, data.inputs)
+        for quantizer in quantizers.values():
+            quantizer.more_follows = False
+    for handle in handles:
+        handle.remove()
+    for name in [*first, *(name for name in quantizers if name not in first)]:
+        _named(name, quantizers[name].finish_observing)
 
 
 @torch.no_grad()
@@ -293,9 +304,7 @@ def correct_biases_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> N
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    # Evenly over the set, all time steps in proportion: a mean needs fewer inputs than a range does.
-    chosen = torch.arange(0, len(data), max(1, len(data) // BIAS_INPUTS))
-    part = data.subset(chosen)
+    part = data.spread(BIAS_INPUTS)  # a mean needs fewer inputs than a range does
     try:
         run_over(unet, part, batch_size)
     finally:

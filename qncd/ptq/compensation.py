@@ -8,8 +8,9 @@ order to keep and no prefix to quantize.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -57,30 +58,62 @@ class Moments:
         return gram, cross, rounded, exact
 
 
+@dataclass(frozen=True)
+class Solution:
+    """A layer's weights on their grid.
+
+    Attributes:
+        codes: int8, shape of the weight.
+        scale: (O, K).
+        shift: (O,), what the bias gains.
+        misfit: mean square error of the layer's output less the exact output's mean square, both about their means: for
+            comparing solutions of one layer with one another.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor
+    misfit: float
+
+
 @torch.no_grad()
 def compensate_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> None:
     """Put every layer's weights on their grid and its mean error into its bias, in place; ranges are known, weights still float.
 
-    Takes memory for the moments of as many layers at once as there is room for, and a pass over the inputs for each group.
-
     Raises:
         ValueError: a layer's inputs hold NaN or infinity; the layer is named.
     """
-    part = data.subset(torch.arange(0, len(data), max(1, len(data) // INPUTS)))
+    layers = quant_layers(unet)
+    for name, solution in solutions(unet, data, batch_size).items():
+        layers[name].set_weight_codes(solution.codes, solution.scale)
+        layers[name].shift_bias_(solution.shift)
+
+
+@torch.no_grad()
+def solutions(
+    unet: UNet, data: CalibrationSet, batch_size: int, inputs: int = INPUTS, grids: Sequence[float] = GRIDS
+) -> dict[str, Solution]:
+    """What `compensate_` puts into each layer, by name; the network stays as it is: every pass is one in full precision.
+
+    Takes memory for the moments of as many layers at once as there is room for, and a pass over the inputs for each group.
+
+    Args:
+        inputs: of the calibration set, evenly spread, that the moments are taken over.
+        grids: factors of the weights' scales to try.
+    """
+    part = data.spread(inputs)
     layers = {name: layer for name, layer in quant_layers(unet).items() if _fits(layer)}
-    solved: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # put in at the end: every pass is one of the full-precision network
+    solved: dict[str, Solution] = {}
     for group in _groups(layers, _memory(unet.device)):
         moments: dict[str, Moments] = {}  # in the order in which the layers run: the first to see NaN is the one to name
         with _watching(group, moments, part.inputs):
             run_over(unet, part, batch_size)
         for name in list(moments):
             try:
-                solved[name] = _solved(layers[name], moments.pop(name))
+                solved[name] = _solved(layers[name], moments.pop(name), grids)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-    for name, (codes, scale, shift) in solved.items():
-        layers[name].set_weight_codes(codes, scale)
-        layers[name].shift_bias_(shift)
+    return solved
 
 
 def _fits(layer: QuantLayer) -> bool:
@@ -166,14 +199,16 @@ def _rows(layer: QuantLayer, x: Tensor, positions: Tensor) -> Tensor:
     return chosen.reshape(-1, layer.weight[0].numel()).float()
 
 
-def _solved(layer: QuantLayer, moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight's codes, int8, their scales (O, K), and the shift (O,) of the bias that goes with them."""
+def _solved(layer: QuantLayer, moments: Moments, grids: Sequence[float]) -> Solution:
     gram, cross, rounded_mean, exact_mean = moments.centred()
     codes = layer.config.weight_codes
     assert codes is not None and layer.weight_scale is not None
     weight = layer.weight.flatten(1)
     scale = layer.expanded_scale().expand_as(layer.weight).flatten(1)
-    solved, grids = solve_rounding(weight, scale, codes, gram, cross, grids=GRIDS)
+    solved, factors = solve_rounding(weight, scale, codes, gram, cross, grids=grids)
     shift = weight.double() @ exact_mean - solved.double() @ rounded_mean
-    chosen = grids[:, None].to(scale)
-    return torch.round(solved / (scale * chosen)).to(torch.int8).view_as(layer.weight), layer.weight_scale * chosen, shift
+    exact, rounded = weight.to(gram), solved.to(gram)
+    misfit = float(((rounded @ gram - 2 * exact @ cross) * rounded).sum())
+    chosen = factors[:, None].to(scale)
+    whole = torch.round(solved / (scale * chosen)).to(torch.int8).view_as(layer.weight)
+    return Solution(whole, layer.weight_scale * chosen, shift, misfit)

@@ -37,6 +37,7 @@ from qncd.ptq.calibration import (
 from qncd.ptq.compensation import compensate_
 from qncd.ptq.reconstruction import BlockProgress, reconstruct_
 from qncd.ptq.smoothing import smooth_, smoothing_factors
+from qncd.ptq.smoothing_search import search_smoothing_
 from qncd.ptq.temporal import reconstruct_temporal_, set_all_stepwise_, set_stepwise_ranges_, temporal_layers
 from qncd.quant.convert import UNet, quantize_
 from qncd.quant.layers import QuantLayer
@@ -326,6 +327,8 @@ def quantize_with_(
     quantize_(diffusion.unet, config)
     smooth_(diffusion.unet, factors)
     set_stepwise_(diffusion, config)
+    if config.smoothing_search and config.act_bits is not None:
+        search_smoothing_(diffusion.unet, data, batch_size)
     reference = copy.deepcopy(diffusion.unet) if reconstruction is not None else None
     if reconstruction is not None and reference is not None and config.weight_bits is not None:
         rounded = list[QuantLayer]()

@@ -1,4 +1,4 @@
-"""--quant_mode qncd+ and its three parts, as a user runs them on small random models."""
+"""--quant_mode qncd+ and its parts, as a user runs them on small random models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
     run(common, tmp_path / "two", *PLUS, "--cali_ckpt", str(checkpoint))
     assert same(pixels(tmp_path / "one"), pixels(tmp_path / "two"))
     settings = json.loads((tmp_path / "one" / "run.json").read_text())["settings"]
-    assert settings["quantization"]["gptq"] and settings["quantization"]["stepwise_activations"]
+    assert all(settings["quantization"][part] for part in ("gptq", "smoothing_search", "stepwise_activations"))
     stored = load_file(checkpoint)
     assert stored["tracking.kernels"].shape == (4, 1, 2, 3, 3) and settings["offline_correction"] == "tracking"
     scales = {key: value for key, value in stored.items() if key.endswith(".scale")}
@@ -29,7 +29,7 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
     text = run(common, tmp_path / "three", *PLUS, "--no-gptq", "--cali_ckpt", str(checkpoint), status=2)
     assert "gptq True there, False asked for" in text
     # Weights of one run under new activation ranges.
-    run(common, tmp_path / "four", *PLUS, "--resume_w", "--cali_ckpt", str(checkpoint), "--act_range", "mse")
+    run(common, tmp_path / "four", *PLUS, "--resume_w", "--cali_ckpt", str(checkpoint), "--act_range", "max")
     again = load_file(tmp_path / "four" / "quantized.safetensors")
     weights = [key for key in stored if key.endswith(".weight_packed")]
     assert weights and all(stored[key].equal(again[key]) for key in weights)
@@ -38,7 +38,10 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
 
 def test_each_part_changes_the_images(common: list[str], tmp_path: Path) -> None:
     seen = []
-    parts = {"plus": (), "nearest": ("--no-gptq",), "one_range": ("--no-stepwise_act",), "untracked": ("--no-tracking",)}
+    parts = {
+        "plus": (), "nearest": ("--no-gptq",), "unsmoothed": ("--no-smooth_search",), "one_range": ("--no-stepwise_act",),
+        "untracked": ("--no-tracking",),
+    }  # fmt: skip
     for name, flags in parts.items():
         run(common, tmp_path / name, *PLUS, *flags)
         seen.append(pixels(tmp_path / name))
@@ -62,12 +65,12 @@ def test_one_correction_at_a_time(common: list[str], tmp_path: Path) -> None:
     assert found == {"reverse": (True, None), "tracking": (False, "tracking")}
 
 
-def test_ranges_of_least_error_at_four_bits(common: list[str], tmp_path: Path) -> None:
+def test_ranges_of_least_error_below_eight_bits(common: list[str], tmp_path: Path) -> None:
     found = {}
-    for name, flags in {"six": (), "four": ("--act_bit", "4"), "extremes": ("--act_bit", "4", "--a_min_max")}.items():
+    for name, flags in {"six": (), "eight": ("--act_bit", "8"), "extremes": ("--a_min_max",)}.items():
         run(common, tmp_path / name, *PLUS, *flags)
         found[name] = json.loads((tmp_path / name / "run.json").read_text())["settings"]["quantization"]["act_range"]
-    assert found == {"six": "max", "four": "mse", "extremes": "max"}
+    assert found == {"six": "mse", "eight": "max", "extremes": "max"}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,8 @@ def test_ranges_of_least_error_at_four_bits(common: list[str], tmp_path: Path) -
     [
         (("--recon",), "--recon with GPTQ"),
         (("--no-bias_correction",), "needs bias_correction"),
+        (("--no-gptq", "--smooth_search"), "--smooth_search compares the errors that GPTQ leaves: it needs --gptq"),
+        (("--weight_only", "--smooth_search"), "--smooth_search is about quantized activations"),
         (("--weight_only", "--stepwise_act"), "--stepwise_act is about quantized activations"),
         (("--resume_w", "--gptq"), "--resume_w takes weights as they are"),
         (("--tracking", "--sample_reverse"), "--sample_reverse: --tracking is a correction too"),
