@@ -173,7 +173,8 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--smooth_search", action=argparse.BooleanOptionalAction,
-        help="with --gptq: smooth each layer's input channels as strongly as leaves its output the least error (on in qncd+)",
+        help="with --gptq: smooth each layer's input as strongly as leaves its output the least error (on in qncd+ below "
+        "8 bits)",
     )  # fmt: skip
     group.add_argument(
         "--stepwise_act", action=argparse.BooleanOptionalAction,

@@ -22,7 +22,7 @@ from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.quantizers import Stage
 
 INPUTS = 320  # of the calibration set, evenly spread, that the moments are taken over
-ROWS = 8  # rows wanted for each input of a layer, where the layer has so many positions
+ROWS = 8  # wanted for each input of a layer, where the layer has so many positions
 MIN_POSITIONS = 128  # of each image, where there are so many
 GRIDS = (0.7, 0.76, 0.82, 0.88, 0.94, 1.0, 1.08)  # of the scales that the range search has found, those that are tried
 MEMORY = 4 << 30  # bytes of moments at a time where the device does not say what it has
@@ -91,7 +91,12 @@ def compensate_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> None:
 
 @torch.no_grad()
 def solutions(
-    unet: UNet, data: CalibrationSet, batch_size: int, inputs: int = INPUTS, grids: Sequence[float] = GRIDS
+    unet: UNet,
+    data: CalibrationSet,
+    batch_size: int,
+    inputs: int = INPUTS,
+    rows: int = ROWS,
+    grids: Sequence[float] = GRIDS,
 ) -> dict[str, Solution]:
     """What `compensate_` puts into each layer, by name; the network stays as it is: every pass is one in full precision.
 
@@ -99,6 +104,7 @@ def solutions(
 
     Args:
         inputs: of the calibration set, evenly spread, that the moments are taken over.
+        rows: of moments for each input of a layer, where the layer has so many positions.
         grids: factors of the weights' scales to try.
     """
     part = data.spread(inputs)
@@ -106,7 +112,7 @@ def solutions(
     solved: dict[str, Solution] = {}
     for group in _groups(layers, _memory(unet.device)):
         moments: dict[str, Moments] = {}  # in the order in which the layers run: the first to see NaN is the one to name
-        with _watching(group, moments, part.inputs):
+        with _watching(group, moments, part.inputs, rows):
             run_over(unet, part, batch_size)
         for name in list(moments):
             try:
@@ -144,8 +150,8 @@ def _groups(layers: Mapping[str, QuantLayer], memory: int) -> Iterator[dict[str,
 
 
 @contextmanager
-def _watching(layers: Mapping[str, QuantLayer], moments: dict[str, Moments], inputs: int) -> Iterator[None]:
-    """Add what each layer sees to its moments, as it comes and as its quantizer leaves it."""
+def _watching(layers: Mapping[str, QuantLayer], moments: dict[str, Moments], inputs: int, rows: int) -> Iterator[None]:
+    """Add what each layer sees to its moments, as it comes and as its quantizer leaves it; `rows` for each of its inputs."""
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         generator = torch.Generator().manual_seed(0)  # its own: what a layer sees does not depend on who else is watched
@@ -159,7 +165,7 @@ def _watching(layers: Mapping[str, QuantLayer], moments: dict[str, Moments], inp
                 rounded = layer.act(args[0], layer.smoothing)
             finally:
                 layer.act.set_stage(stage)
-            take = _positions(layer, exact, max(MIN_POSITIONS, -(-ROWS * size // inputs)), generator)
+            take = _positions(layer, exact, max(MIN_POSITIONS, -(-rows * size // inputs)), generator)
             if name not in moments:
                 moments[name] = Moments(size, exact.device)
             moments[name].add(_rows(layer, rounded, take), _rows(layer, exact, take))

@@ -1,9 +1,9 @@
 """How strongly to smooth each layer, searched (`QuantConfig.smoothing_search`).
 
-A range that has to hold a few wide channels has few codes for all others. Dividing channel k by S_k = r_k^a evens them out, r_k
-being the channel's largest magnitude; the weights take S_k over (SmoothQuant, arXiv 2211.10438) and become harder to round.
-Which a is best follows from neither side alone: GPTQ solves the layer for each, with the ranges that it would have, and
-the a whose output is the nearest to the full-precision one stays. Layers are looked at on the full-precision network's
+A range that has to hold a few wide channels has few codes for all others. Dividing channel k by S_k evens them out; the weights
+take S_k over and become harder to round. With S_k = (max |x_k| / max |w_k|)^a, SmoothQuant (arXiv 2211.10438) is a = 0.5. Which
+a is best follows from neither side alone: GPTQ solves the layer for each, with the ranges that it would have, and the a
+whose output is the nearest to the full-precision one stays. Layers are looked at on the full-precision network's
 activations, so none depends on what is chosen for another.
 """
 
@@ -23,6 +23,7 @@ from qncd.quant.layers import QuantConv2d
 
 STRENGTHS = (0.0, 0.25, 0.5)  # a; the first wins ties
 INPUTS = 80  # of the calibration set that are looked at
+ROWS = 3  # as compensation's, of which it takes more: comparing needs fewer than solving
 SMALLEST = 1e-3  # of the widest channel: narrower ones count as this wide
 
 
@@ -39,24 +40,27 @@ def search_smoothing_(unet: UNet, data: CalibrationSet, batch_size: int = 32) ->
         ValueError: a weight or an activation is NaN or infinite; the layer is named.
     """
     part = data.spread(INPUTS)
-    widths = channel_widths(unet, part, batch_size)
+    ratios = channel_ratios(unet, part, batch_size)
     unchanged = {id(parameter): parameter for parameter in unet.parameters()}
     least: dict[str, tuple[float, float]] = {}  # misfit and strength
     for strength in STRENGTHS:
         trial = copy.deepcopy(unet, dict(unchanged))  # the same weights: smoothing puts others in their place
         if strength:
-            smooth_(trial, {name: width**strength for name, width in widths.items()})
+            smooth_(trial, {name: ratio**strength for name, ratio in ratios.items()})
         find_ranges_(trial, part, batch_size)
-        for name, solution in solutions(trial, part, batch_size, INPUTS, (1.0,)).items():
+        for name, solution in solutions(trial, part, batch_size, INPUTS, ROWS, (1.0,)).items():
             if name not in least or solution.misfit < least[name][0]:
                 least[name] = solution.misfit, strength
-    chosen = {name: strength for name, (_, strength) in least.items() if name in widths}
-    smooth_(unet, {name: widths[name] ** strength for name, strength in chosen.items() if strength})
+    chosen = {name: strength for name, (_, strength) in least.items() if name in ratios}
+    smooth_(unet, {name: ratios[name] ** strength for name, strength in chosen.items() if strength})
     return chosen
 
 
-def channel_widths(unet: UNet, data: CalibrationSet, batch_size: int) -> dict[str, Tensor]:
-    """Largest magnitude of each layer's input channels, (C,) with geometric mean 1; layers that see only 0 are left out."""
+def channel_ratios(unet: UNet, data: CalibrationSet, batch_size: int) -> dict[str, Tensor]:
+    """Largest magnitude of each input channel over that of its weights, (C,) with geometric mean 1, by layer.
+
+    Layers are left out whose inputs or weights are all 0, or not finite.
+    """
     layers = quant_layers(unet)
     largest: dict[str, Tensor] = {}
 
@@ -75,10 +79,11 @@ def channel_widths(unet: UNet, data: CalibrationSet, batch_size: int) -> dict[st
     finally:
         for handle in handles:
             handle.remove()
-    widths = {}
-    for name, found in largest.items():
-        floor = found.max() * SMALLEST
-        if floor > 0 and bool(torch.isfinite(floor)):
-            clamped = found.clamp(min=floor)
-            widths[name] = clamped / clamped.log().mean().exp()
-    return widths
+    ratios = {}
+    for name, inputs in largest.items():
+        weights = layers[name].weight.transpose(0, 1).flatten(1).abs().amax(1)
+        sides = [side.clamp(min=SMALLEST * side.max()) for side in (inputs, weights)]
+        if all(bool(torch.isfinite(side).all() and (side > 0).all()) for side in sides):
+            ratio = sides[0] / sides[1]
+            ratios[name] = ratio / ratio.log().mean().exp()
+    return ratios

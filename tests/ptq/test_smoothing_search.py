@@ -13,7 +13,7 @@ from qncd.ptq import smoothing_search
 from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet
 from qncd.ptq.compensation import compensate_
 from qncd.ptq.smoothing import smooth_
-from qncd.ptq.smoothing_search import STRENGTHS, channel_widths, search_smoothing_
+from qncd.ptq.smoothing_search import STRENGTHS, channel_ratios, search_smoothing_
 from qncd.quant.convert import quant_layers, quantize_
 
 from .test_compensation import errors, inputs
@@ -31,17 +31,18 @@ def with_a_wide_channel(unet: Any) -> Any:
 def test_each_layer_keeps_the_strength_of_least_error(kind: str, make_unet: Any, make_cross_unet: Any) -> None:
     make, data = (make_unet if kind == "unet" else make_cross_unet), inputs(kind)
     reference = quantize_(with_a_wide_channel(make()), CONFIG)
-    widths = channel_widths(reference, data, 8)
+    ratios = channel_ratios(reference, data, 8)
     found = {}
     for strength in STRENGTHS:
         trial = copy.deepcopy(reference)
-        smooth_(trial, {name: width**strength for name, width in widths.items()})
+        smooth_(trial, {name: ratio**strength for name, ratio in ratios.items()})
         calibrate_(trial, data, 8, correct=compensate_)
         found[strength] = {name: square for name, (_, square) in errors(reference, trial, data).items()}
     chosen = search_smoothing_(copy.deepcopy(reference), data, 8)
     assert chosen[WIDE] > 0 and len(set(chosen.values())) > 1
-    # Whole layers, all positions and grids, against the search's sample: near ties are no errors.
-    assert all(found[chosen[name]][name] < 1.1 * min(found[s][name] for s in STRENGTHS) for name in chosen)
+    best = {name: min(found[strength][name] for strength in STRENGTHS) for name in chosen}
+    # Layers of the time embedding have errors of 1e-5 from 24 rows in all: the search's single grid decides among these.
+    assert all(found[chosen[name]][name] < (1.02 if best[name] > 1e-3 else 1.2) * best[name] for name in chosen)
     assert found[chosen[WIDE]][WIDE] < 0.7 * found[0.0][WIDE]
 
 
@@ -57,15 +58,15 @@ def test_floating_point_stays(make_unet: Any) -> None:
     torch.testing.assert_close(call_unet(unet, data.x, data.t), before, rtol=1e-4, atol=1e-5)
 
 
-def test_widths_are_of_what_the_quantizer_sees(make_unet: Any) -> None:
+def test_ratios_are_of_what_the_quantizer_sees(make_unet: Any) -> None:
     data, unet = inputs("unet"), quantize_(make_unet(), CONFIG)
     seen = []
     unet.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    widths = channel_widths(unet, data, 8)["conv_in"]
-    largest = torch.cat(seen).abs().amax((0, 2, 3))
-    torch.testing.assert_close(widths, largest / largest.log().mean().exp())
-    unet.conv_in.smooth_(largest)
-    torch.testing.assert_close(channel_widths(unet, data, 8)["conv_in"], torch.ones(3))
+    ratios = channel_ratios(unet, data, 8)["conv_in"]
+    expected = torch.cat(seen).abs().amax((0, 2, 3)) / unet.conv_in.weight.abs().amax((0, 2, 3))
+    torch.testing.assert_close(ratios, expected / expected.log().mean().exp())
+    unet.conv_in.smooth_(expected**0.5)  # SmoothQuant at 0.5 leaves both sides equally wide
+    torch.testing.assert_close(channel_ratios(unet, data, 8)["conv_in"], torch.ones(3))
 
 
 def test_a_layer_that_sees_nothing_is_left_out(make_unet: Any) -> None:
@@ -91,9 +92,9 @@ def test_it_needs_gptq() -> None:
 
 def test_few_inputs_are_enough(make_unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    original = smoothing_search.channel_widths
+    original = smoothing_search.channel_ratios
     monkeypatch.setattr(
-        smoothing_search, "channel_widths", lambda unet, data, size: (seen.append(len(data)), original(unet, data, size))[1]
+        smoothing_search, "channel_ratios", lambda unet, data, size: (seen.append(len(data)), original(unet, data, size))[1]
     )
     monkeypatch.setattr(smoothing_search, "INPUTS", 6)
     data = inputs("unet")

@@ -65,12 +65,13 @@ def test_one_correction_at_a_time(common: list[str], tmp_path: Path) -> None:
     assert found == {"reverse": (True, None), "tracking": (False, "tracking")}
 
 
-def test_ranges_of_least_error_below_eight_bits(common: list[str], tmp_path: Path) -> None:
+def test_ranges_of_least_error_and_smoothing_below_eight_bits(common: list[str], tmp_path: Path) -> None:
     found = {}
     for name, flags in {"six": (), "eight": ("--act_bit", "8"), "extremes": ("--a_min_max",)}.items():
         run(common, tmp_path / name, *PLUS, *flags)
-        found[name] = json.loads((tmp_path / name / "run.json").read_text())["settings"]["quantization"]["act_range"]
-    assert found == {"six": "mse", "eight": "max", "extremes": "max"}
+        settings = json.loads((tmp_path / name / "run.json").read_text())["settings"]["quantization"]
+        found[name] = settings["act_range"], settings["smoothing_search"]
+    assert found == {"six": ("mse", True), "eight": ("max", False), "extremes": ("max", True)}
 
 
 @pytest.mark.parametrize(
