@@ -173,8 +173,8 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--smooth_search", action=argparse.BooleanOptionalAction,
-        help="with --gptq: smooth each layer's input as strongly as leaves its output the least error (on in qncd+ below "
-        "8 bits)",
+        help="with --gptq: smooth each layer's input as strongly as leaves its output the least error (on in qncd+ at "
+        "4-bit activations)",
     )  # fmt: skip
     group.add_argument(
         "--stepwise_act", action=argparse.BooleanOptionalAction,

@@ -14,7 +14,7 @@ class Mode:
 
     Attributes:
         weight_range, act_range, split, bias_correction, gptq, smoothing_search, stepwise_embedding, stepwise_activations: of
-            QuantConfig; smoothing is searched below 8 bits, where it pays for its multiplication, and not without gptq.
+            QuantConfig; smoothing is searched at 4-bit activations and fewer, where tracking leaves something to gain, with gptq.
         narrow_act_range: `act_range` below 8 bits, where clipping costs less than the steps that it makes finer.
         quantizes_acts: without being asked to by --quant_act.
         smoothing: of features by the time embedding (intra noise).
@@ -46,10 +46,9 @@ class Mode:
             "stepwise_activations",
         )  # fmt: skip
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
-        narrow = act_bits is not None and act_bits < 8
-        if narrow:
+        if act_bits is not None and act_bits < 8:
             fields["act_range"] = self.narrow_act_range
-        fields["smoothing_search"] = self.smoothing_search and narrow
+        fields["smoothing_search"] = self.smoothing_search and act_bits is not None and act_bits <= 4
         fields |= {name: value for name, value in changes.items() if value is not None}
         if changes.get("smoothing_search") is None:
             fields["smoothing_search"] &= fields["gptq"]

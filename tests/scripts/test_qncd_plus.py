@@ -21,7 +21,7 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
     run(common, tmp_path / "two", *PLUS, "--cali_ckpt", str(checkpoint))
     assert same(pixels(tmp_path / "one"), pixels(tmp_path / "two"))
     settings = json.loads((tmp_path / "one" / "run.json").read_text())["settings"]
-    assert all(settings["quantization"][part] for part in ("gptq", "smoothing_search", "stepwise_activations"))
+    assert all(settings["quantization"][part] for part in ("gptq", "stepwise_activations"))
     stored = load_file(checkpoint)
     assert stored["tracking.kernels"].shape == (4, 1, 2, 3, 3) and settings["offline_correction"] == "tracking"
     scales = {key: value for key, value in stored.items() if key.endswith(".scale")}
@@ -39,7 +39,7 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
 def test_each_part_changes_the_images(common: list[str], tmp_path: Path) -> None:
     seen = []
     parts = {
-        "plus": (), "nearest": ("--no-gptq",), "unsmoothed": ("--no-smooth_search",), "one_range": ("--no-stepwise_act",),
+        "plus": (), "nearest": ("--no-gptq",), "smoothed": ("--smooth_search",), "one_range": ("--no-stepwise_act",),
         "untracked": ("--no-tracking",),
     }  # fmt: skip
     for name, flags in parts.items():
@@ -65,13 +65,13 @@ def test_one_correction_at_a_time(common: list[str], tmp_path: Path) -> None:
     assert found == {"reverse": (True, None), "tracking": (False, "tracking")}
 
 
-def test_ranges_of_least_error_and_smoothing_below_eight_bits(common: list[str], tmp_path: Path) -> None:
+def test_what_narrow_activations_get(common: list[str], tmp_path: Path) -> None:
     found = {}
-    for name, flags in {"six": (), "eight": ("--act_bit", "8"), "extremes": ("--a_min_max",)}.items():
+    for name, flags in {"six": (), "eight": ("--act_bit", "8"), "four": ("--act_bit", "4"), "extremes": ("--a_min_max",)}.items():
         run(common, tmp_path / name, *PLUS, *flags)
         settings = json.loads((tmp_path / name / "run.json").read_text())["settings"]["quantization"]
         found[name] = settings["act_range"], settings["smoothing_search"]
-    assert found == {"six": ("mse", True), "eight": ("max", False), "extremes": ("max", True)}
+    assert found == {"six": ("mse", False), "eight": ("max", False), "four": ("mse", True), "extremes": ("max", False)}
 
 
 @pytest.mark.parametrize(
