@@ -15,7 +15,7 @@ class Mode:
     Attributes:
         weight_range, act_range, split, bias_correction, gptq, smoothing_search, stepwise_embedding, stepwise_activations: of
             QuantConfig; smoothing is searched at 4-bit activations and fewer, where tracking leaves something to gain, with gptq.
-        narrow_act_range: `act_range` below 8 bits, where clipping costs less than the steps that it makes finer.
+        narrow_act_range: `act_range` below 8 bits, where clipping costs less than what finer steps gain.
         quantizes_acts: without being asked to by --quant_act.
         smoothing: of features by the time embedding (intra noise).
         runtime_correction: of each prediction by an estimate made while sampling (inter noise).
@@ -26,7 +26,7 @@ class Mode:
     summary: str
     weight_range: str = "mse"
     act_range: str = "max"
-    narrow_act_range: str = "max"
+    narrow_act_range: str = "mse"
     split: bool = True
     quantizes_acts: bool = True
     bias_correction: bool = False
@@ -58,7 +58,7 @@ class Mode:
 QUANT_MODES = {
     "linear": Mode(
         "min-max ranges, rounding to nearest and nothing else; activations with --quant_act",
-        weight_range="max", split=False, quantizes_acts=False,
+        weight_range="max", narrow_act_range="max", split=False, quantizes_acts=False,
     ),
     "qdiff": Mode("Q-Diffusion: ranges of least error, shortcut split, weights reconstructed", reconstruction=True),
     "ptqd": Mode("qdiff, and PTQD's correction of each prediction by offline statistics", offline="ptqd", reconstruction=True),
@@ -76,7 +76,7 @@ QUANT_MODES = {
     "qncd+": Mode(
         "not in the paper: weights by GPTQ against the full-precision outputs, smoothing searched for each layer, a range for "
         "each time step at every activation, and filters that lead back to the full-precision trajectory",
-        bias_correction=True, gptq=True, smoothing_search=True, stepwise_activations=True, narrow_act_range="mse",
+        bias_correction=True, gptq=True, smoothing_search=True, stepwise_activations=True,
         offline=TRACKING,
     ),
 }  # fmt: skip
