@@ -155,7 +155,7 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--act_range",
         choices=("max", "mse"),
-        help="activation ranges: extremes (default) or least L2.4 error (default of qncd+ below 8 bits)",
+        help="activation ranges: extremes (default at 8 bits, and in linear) or least L2.4 error (default below)",
     )
     group.add_argument("--split", action=argparse.BooleanOptionalAction, help="quantize the halves of skip concatenations apart")
     group.add_argument(

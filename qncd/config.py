@@ -44,7 +44,7 @@ class QuantConfig:
         weight_range: "mse" (the clip ratio that minimises the L2.4 error) or "max".
         act_range: "max", "mse" (as for weights, over the histogram of the whole calibration set), or "running"
             (exponential moving average of batch extremes, momentum 0.95). Clipping shrinks the noise prediction a
-            little at every step, and a sampler adds that up: "max" gave the better images wherever it was measured.
+            little at every step, and a sampler adds that up: "max" gave the better images at 8 bits, "mse" at 6 and 4.
         split: quantize the two halves of a skip concatenation apart (Q-Diffusion's shortcut split).
         softmax_range: the same for the softmax output alone; None: as `act_range`.
         quantize_attention: quantize q, k, v and the softmax output as well.

@@ -97,12 +97,13 @@ def caption(
         + (f"; without the {identical} images that equal it." if identical else "."),
         "Noise-prediction error: ‖ε − ε_FP‖² / ‖ε_FP‖² at the quantized model's own x_t, ε after correction, mean over the "
         f"steps, first {min(ERROR_IMAGES, plan.images)} images.",
-        "linear: min-max ranges, no split. This package's other modes: mse weight ranges, min-max activation ranges, split. "
+        "linear: min-max ranges, no split. This package's other modes: mse weight ranges, activation ranges min-max at "
+        "8 bits and mse below, split. "
         "qncd: and bias correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, tfmq, "
         f"d2dpm and qncd, weights reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; this package's "
-        "other rows round to nearest, but qncd+'s: GPTQ, a range for each time step at every activation (of least error at 4 "
-        "bits) and tracking, without smoothing and runtime correction. Tracking aims at the full-precision trajectory, not at "
-        "the full-precision prediction at the quantized model's x_t: the noise-prediction error is no measure of it.",
+        "other rows round to nearest, but qncd+'s: GPTQ, a range for each time step at every activation, smoothing searched for "
+        "each layer at 4-bit activations, and tracking, without smoothing by the embedding and runtime correction. Tracking aims "
+        "at the full-precision trajectory, not at the full-precision prediction at the quantized model's x_t: the noise-prediction error is no measure of it.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",
     ]
     if len(commits) > 1:
