@@ -15,8 +15,10 @@ from qncd.export.engines import open_engine
 from qncd.export.onnx_model import FILE, check_fits, export_unet, is_current, read_onnx
 from qncd.export.packages import check_backend, require
 from qncd.models.loading import load_config, load_ddim
-from qncd.ptq.calibration import CalibrationSet, calibrate_, correct_biases_
+from qncd.ptq.calibration import CalibrationSet, calibrate_
+from qncd.ptq.pipeline import weight_correction
 from qncd.ptq.smoothing import smooth_, smoothing_factors
+from qncd.ptq.smoothing_search import search_smoothing_
 from qncd.ptq.temporal import set_all_stepwise_, set_stepwise_ranges_
 from qncd.quant.convert import act_quantizers, quant_layers, quantize_
 
@@ -39,7 +41,9 @@ def prepared(unet: Any, config: QuantConfig, stepwise: Any = None) -> Any:
     smooth_(unet, factors)
     if stepwise:
         stepwise(unet, TIMES)
-    calibrate_(unet, inputs(unet), 8, correct=correct_biases_)
+    if config.smoothing_search:
+        assert any(search_smoothing_(unet, inputs(unet), 8).values())
+    calibrate_(unet, inputs(unet), 8, correct=weight_correction(config))
     return unet
 
 
@@ -105,6 +109,7 @@ def test_full_precision_is_exported_too(make_unet: Any, tmp_path: Path) -> None:
         ("unet", QuantConfig(4, 6, softmax_bits=16, stepwise_activations=True)),
         ("unet", QuantConfig(8, 8, stepwise_embedding=True)),
         ("cross_unet", QuantConfig(4, 8, stepwise_activations=True)),
+        ("cross_unet", QuantConfig(4, 4, gptq=True, smoothing_search=True, stepwise_activations=True)),
     ],
     ids=lambda value: getattr(value, "label", value),
 )
