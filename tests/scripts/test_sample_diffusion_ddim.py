@@ -111,7 +111,7 @@ def test_switches_act(model: Path, tmp_path: Path) -> None:
         "qncd": [], "no_smoothing": ["--no-scale_split_static"], "no_split": ["--no-split"], "weights": ["--weight_only"],
         "no_correction": ["--no-sample_reverse"], "linear": ["--quant_mode", "linear"],
         "published": ["--sample_reverse", "--reverse_target", "paper", "--no-reverse_control", "--reverse_statistics", "batch"],
-        "softmax": ["--sm_abit", "2"], "symmetric": ["--a_sym"], "clipped": ["--act_range", "mse"],
+        "softmax": ["--sm_abit", "2"], "symmetric": ["--a_sym"], "extremes": ["--act_range", "max"],
         "biased": ["--no-bias_correction"], "more": ["--cali_n", "16"], "running": ["--cali_n", "16", "--running_stat"],
     }  # fmt: skip
     for name, flags in variants.items():
@@ -120,7 +120,7 @@ def test_switches_act(model: Path, tmp_path: Path) -> None:
     settings = {n: json.loads((tmp_path / n / "run.json").read_text())["settings"] for n in variants}
     assert settings["linear"]["quantization"]["act_bits"] is None  # the original's meaning: activations need --quant_act
     assert settings["linear"]["correction"] is None
-    for name in ("weights", "linear", "published", "softmax", "symmetric", "no_split", "clipped", "biased"):
+    for name in ("weights", "linear", "published", "softmax", "symmetric", "no_split", "extremes", "biased"):
         assert results[name] != results["qncd"], name
     assert results["running"] != results["more"]  # 16 inputs move the ranges once: fewer are one move, the extremes
 
