@@ -48,10 +48,9 @@ class Mode:
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         if act_bits is not None and act_bits < 8:
             fields["act_range"] = self.narrow_act_range
-        fields["smoothing_search"] = self.smoothing_search and act_bits is not None and act_bits <= 4
         fields |= {name: value for name, value in changes.items() if value is not None}
         if changes.get("smoothing_search") is None:
-            fields["smoothing_search"] &= fields["gptq"]
+            fields["smoothing_search"] &= fields["gptq"] and act_bits is not None and act_bits <= 4
         return QuantConfig(weight_bits, act_bits, **fields)
 
 

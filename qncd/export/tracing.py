@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -153,11 +152,10 @@ def trace(unet: UNet, shape: tuple[int, int, int] | None = None) -> ir.Model:
         raise ValueError(f"exporting needs torch {'.'.join(map(str, SMALLEST_TORCH))} or newer, this is {torch.__version__}")
     network = _Network(unet, condition_input(unet)).eval()
     inputs = example_inputs(unet, 2, shape)
-    # Dimensions with a name and a range of their own would be traced a second time: diffusers looks for batches of 64 and more.
-    free = torch.export.Dim.DYNAMIC
-    shapes: list[dict[int, Any]] = [{0: free} for _ in inputs]
+    # By name alone: with a range beside it a network is traced twice, since diffusers looks for batches of 64 and more.
+    shapes: list[dict[int, str]] = [{0: "batch"} for _ in inputs]
     if "encoder_hidden_states" in inputs:
-        shapes[-1][1] = free
+        shapes[-1][1] = "tokens"
     talkers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [talker.level for talker in talkers]
     with _marked(unet), steps_not_selected(unet), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -175,25 +173,4 @@ def trace(unet: UNet, shape: tuple[int, int, int] | None = None) -> ir.Model:
             for talker, level in zip(talkers, levels, strict=True):
                 talker.setLevel(level)
     assert program is not None
-    _name_dimensions(program.model)
     return program.model
-
-
-def _name_dimensions(model: ir.Model) -> None:
-    """Call the dimensions that are free "batch" and "tokens", wherever they occur."""
-    import onnx_ir as ir
-
-    free: dict[str, str] = {}
-    for value in model.graph.inputs:
-        for name, dim in zip(("batch", "tokens"), value.shape or (), strict=False):
-            if isinstance(dim, ir.SymbolicDim):
-                free.setdefault(str(dim.value), name)
-    symbol = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in free))
-    values = [*model.graph.inputs, *(output for node in model.graph.all_nodes() for output in node.outputs)]
-    for value in values:
-        if value.shape is not None:
-            named = (getattr(dim, "value", None) for dim in value.shape)  # numbers and dimensions without a name stay
-            value.shape = ir.Shape(
-                symbol.sub(lambda found: free[found[0]], str(name)) if name is not None else dim
-                for name, dim in zip(named, value.shape, strict=True)
-            )

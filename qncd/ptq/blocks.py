@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch.func import functional_call
 from qncd.config import ReconstructionConfig
 from qncd.distributed import Processes
 from qncd.ptq.activation_store import DTYPES, ActivationStore, CallStore
-from qncd.ptq.calibration import CalibrationSet, call_unet
+from qncd.ptq.calibration import CalibrationSet, call_unet, hooked
 from qncd.quant.convert import UNet
 from qncd.quant.layers import QuantLayer
 from qncd.quant.rounding import reconstruction_loss
@@ -58,16 +57,6 @@ def open_layers(module: nn.Module, rounded: Collection[QuantLayer]) -> dict[str,
     return {
         key: layer for key, layer in layers_of(module).items() if layer.config.weight_codes is not None and layer not in rounded
     }
-
-
-@contextmanager
-def hooked(handles: Sequence[Any]) -> Iterator[None]:
-    """Within it, the hooks of these handles are in place."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def execution_order(unet: UNet, data: CalibrationSet, units: Mapping[str, nn.Module]) -> list[str]:

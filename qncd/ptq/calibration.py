@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,7 +264,7 @@ def find_ranges_(unet: UNet, data: CalibrationSet, batch_size: int, progress: Pr
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)) if running else None
     first: dict[str, None] = {}  # in which they run: the first to see NaN is the one to name
     handles = [q.register_forward_hook(lambda *_, name=name: first.setdefault(name)) for name, q in quantizers.items()]
-    with observing(unet):
+    with hooked(handles), observing(unet):
         # A moving average over single inputs' extremes would clip them all: it moves once for RUNNING_BATCH inputs.
         group = max(1, RUNNING_BATCH // batch_size) if running else 1
         passes = _passes(unet, data, batch_size, order)
@@ -276,8 +277,6 @@ def find_ranges_(unet: UNet, data: CalibrationSet, batch_size: int, progress: Pr
                 progress(done, data.inputs)
         for quantizer in quantizers.values():
             quantizer.more_follows = False
-    for handle in handles:
-        handle.remove()
     for name in [*first, *(name for name in quantizers if name not in first)]:
         _named(name, quantizers[name].finish_observing)
 
@@ -305,13 +304,20 @@ def correct_biases_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> N
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     part = data.spread(BIAS_INPUTS)  # a mean needs fewer inputs than a range does
-    try:
+    with hooked(handles):
         run_over(unet, part, batch_size)
+    for name, layer in layers.items():
+        layer.shift_bias_(-sums[name] / part.inputs)
+
+
+@contextmanager
+def hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """Within it, the hooks of these handles are in place."""
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    for name, layer in layers.items():
-        layer.shift_bias_(-sums[name] / part.inputs)
 
 
 def run_over(unet: UNet, data: CalibrationSet, batch_size: int) -> None:

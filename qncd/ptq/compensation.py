@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qncd.ptq.calibration import CalibrationSet, run_over
+from qncd.ptq.calibration import CalibrationSet, hooked, run_over
 from qncd.quant.convert import UNet, quant_layers
 from qncd.quant.gptq import solve_rounding
 from qncd.quant.layers import QuantConv2d, QuantLayer
@@ -84,7 +84,7 @@ def compensate_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> None:
         ValueError: a layer's inputs hold NaN or infinity; the layer is named.
     """
     layers = quant_layers(unet)
-    for name, solution in solutions(unet, data, batch_size).items():
+    for name, solution in solutions(unet, data.spread(INPUTS), batch_size).items():
         layers[name].set_weight_codes(solution.codes, solution.scale)
         layers[name].shift_bias_(solution.shift)
 
@@ -94,7 +94,6 @@ def solutions(
     unet: UNet,
     data: CalibrationSet,
     batch_size: int,
-    inputs: int = INPUTS,
     rows: int = ROWS,
     grids: Sequence[float] = GRIDS,
 ) -> dict[str, Solution]:
@@ -103,17 +102,16 @@ def solutions(
     Takes memory for the moments of as many layers at once as there is room for, and a pass over the inputs for each group.
 
     Args:
-        inputs: of the calibration set, evenly spread, that the moments are taken over.
+        data: the inputs that the moments are taken over, all of them.
         rows: of moments for each input of a layer, where the layer has so many positions.
         grids: factors of the weights' scales to try.
     """
-    part = data.spread(inputs)
     layers = {name: layer for name, layer in quant_layers(unet).items() if _fits(layer)}
     solved: dict[str, Solution] = {}
     for group in _groups(layers, _memory(unet.device)):
         moments: dict[str, Moments] = {}  # in the order in which the layers run: the first to see NaN is the one to name
-        with _watching(group, moments, part.inputs, rows):
-            run_over(unet, part, batch_size)
+        with _watching(group, moments, data.inputs, rows):
+            run_over(unet, data, batch_size)
         for name in list(moments):
             try:
                 solved[name] = _solved(layers[name], moments.pop(name), grids)
@@ -173,11 +171,8 @@ def _watching(layers: Mapping[str, QuantLayer], moments: dict[str, Moments], inp
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _patches(layer: QuantConv2d, x: Tensor) -> Tensor:

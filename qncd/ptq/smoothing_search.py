@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qncd.ptq.calibration import CalibrationSet, find_ranges_, run_over
+from qncd.ptq.calibration import CalibrationSet, find_ranges_, hooked, run_over
 from qncd.ptq.compensation import solutions
 from qncd.ptq.smoothing import smooth_
 from qncd.quant.convert import UNet, quant_layers
@@ -48,7 +48,7 @@ def search_smoothing_(unet: UNet, data: CalibrationSet, batch_size: int = 32) ->
         if strength:
             smooth_(trial, {name: ratio**strength for name, ratio in ratios.items()})
         find_ranges_(trial, part, batch_size)
-        for name, solution in solutions(trial, part, batch_size, INPUTS, ROWS, (1.0,)).items():
+        for name, solution in solutions(trial, part, batch_size, ROWS, (1.0,)).items():
             if name not in least or solution.misfit < least[name][0]:
                 least[name] = solution.misfit, strength
     chosen = {name: strength for name, (_, strength) in least.items() if name in ratios}
@@ -74,11 +74,8 @@ def channel_ratios(unet: UNet, data: CalibrationSet, batch_size: int) -> dict[st
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
+    with hooked(handles):
         run_over(unet, data, batch_size)
-    finally:
-        for handle in handles:
-            handle.remove()
     ratios = {}
     for name, inputs in largest.items():
         weights = layers[name].weight.transpose(0, 1).flatten(1).abs().amax(1)

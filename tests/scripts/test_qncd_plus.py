@@ -21,7 +21,7 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
     run(common, tmp_path / "two", *PLUS, "--cali_ckpt", str(checkpoint))
     assert same(pixels(tmp_path / "one"), pixels(tmp_path / "two"))
     settings = json.loads((tmp_path / "one" / "run.json").read_text())["settings"]
-    assert all(settings["quantization"][part] for part in ("gptq", "stepwise_activations"))
+    assert settings["quantization"]["gptq"] and settings["quantization"]["stepwise_activations"]
     stored = load_file(checkpoint)
     assert stored["tracking.kernels"].shape == (4, 1, 2, 3, 3) and settings["offline_correction"] == "tracking"
     scales = {key: value for key, value in stored.items() if key.endswith(".scale")}
