@@ -177,6 +177,11 @@ def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
         "4-bit activations)",
     )  # fmt: skip
     group.add_argument(
+        "--allocate_bits", action=argparse.BooleanOptionalAction,
+        help="activations with widths of their own, up to 8 bits, --act_bit in the mean over all multiplications: those that "
+        "leave the sample the least error (on in qncd+ below 8 bits)",
+    )  # fmt: skip
+    group.add_argument(
         "--stepwise_act", action=argparse.BooleanOptionalAction,
         help="a range for each of the sampler's time steps at every activation (on in qncd+)",
     )  # fmt: skip

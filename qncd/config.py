@@ -14,6 +14,7 @@ DETERMINISTIC = ("dpm_solver", "plms")
 SKIP_TYPES = ("uniform", "quad")
 CONVENTIONS = ("ddim", "ldm")
 CACHES = ("fp16", "bf16", "fp32")
+WIDEST = 8  # bits of an activation: what integer kernels take
 TRACKING = "tracking"  # the offline correction of qncd.sampling.tracking
 
 
@@ -57,6 +58,9 @@ class QuantConfig:
         smoothing_search: with `gptq`, divide each layer's input channels by powers of their spread and multiply the weights by
             them (SmoothQuant, arXiv 2211.10438); the power that leaves the layer's output the least error is kept. Acts
             where `act_bits` is not None.
+        bit_allocation: activations have widths of their own, up to 8 bits, `act_bits` in the mean over all multiplications:
+            those that leave the sample the least error (qncd.ptq.bit_allocation). Not the first and the last layer's nor the
+            softmax output's, which `edge_bits` and `softmax_bits` say. Needs `act_bits` of 7 or fewer.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
@@ -76,6 +80,7 @@ class QuantConfig:
     stepwise_activations: bool = False
     gptq: bool = False
     smoothing_search: bool = False
+    bit_allocation: bool = False
     bias_correction: bool = True
 
     def __post_init__(self) -> None:
@@ -97,6 +102,10 @@ class QuantConfig:
             raise ValueError("gptq rounds about the inputs' means, whose errors go into the bias: it needs bias_correction")
         if self.smoothing_search and not self.gptq:
             raise ValueError("smoothing_search compares the errors that gptq leaves: it needs gptq")
+        if self.bit_allocation and (self.act_bits is None or self.act_bits >= WIDEST):
+            raise ValueError(
+                f"bit_allocation gives some activations more than act_bits {self.act_bits}: allowed with it are 2 to {WIDEST - 1}"
+            )
 
     @property
     def label(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qncd.config import TRACKING, QuantConfig
+from qncd.config import TRACKING, WIDEST, QuantConfig
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,9 @@ class Mode:
     """A composition of the package's parts; `summary` is what `--help` says about it.
 
     Attributes:
-        weight_range, act_range, split, bias_correction, gptq, smoothing_search, stepwise_embedding, stepwise_activations: of
-            QuantConfig; smoothing is searched at 4-bit activations and fewer, where tracking leaves something to gain, with gptq.
+        weight_range, act_range, split, bias_correction, gptq, smoothing_search, bit_allocation, stepwise_embedding,
+            stepwise_activations: of QuantConfig; smoothing is searched at 4-bit activations and fewer, where tracking leaves
+            something to gain, with gptq; bits are allocated below 8, where there are some to give.
         narrow_act_range: `act_range` below 8 bits, where clipping costs less than what finer steps gain.
         quantizes_acts: without being asked to by --quant_act.
         smoothing: of features by the time embedding (intra noise).
@@ -32,6 +33,7 @@ class Mode:
     bias_correction: bool = False
     gptq: bool = False
     smoothing_search: bool = False
+    bit_allocation: bool = False
     stepwise_embedding: bool = False
     stepwise_activations: bool = False
     smoothing: bool = False
@@ -42,11 +44,13 @@ class Mode:
     def quant_config(self, weight_bits: int | None, act_bits: int | None, **changes: Any) -> QuantConfig:
         """The mode's QuantConfig at a width; `changes` are fields of it that are set otherwise, None for those that are not."""
         names = (
-            "weight_range", "act_range", "split", "bias_correction", "gptq", "smoothing_search", "stepwise_embedding",
-            "stepwise_activations",
+            "weight_range", "act_range", "split", "bias_correction", "gptq", "smoothing_search", "bit_allocation",
+            "stepwise_embedding", "stepwise_activations",
         )  # fmt: skip
+        narrow = act_bits is not None and act_bits < WIDEST
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
-        if act_bits is not None and act_bits < 8:
+        fields["bit_allocation"] &= narrow
+        if narrow:
             fields["act_range"] = self.narrow_act_range
         fields |= {name: value for name, value in changes.items() if value is not None}
         if changes.get("smoothing_search") is None:
@@ -74,8 +78,9 @@ QUANT_MODES = {
     ),
     "qncd+": Mode(
         "not in the paper: weights by GPTQ against the full-precision outputs, smoothing searched for each layer, a range for "
-        "each time step at every activation, and filters that lead back to the full-precision trajectory",
-        bias_correction=True, gptq=True, smoothing_search=True, stepwise_activations=True,
+        "each time step at every activation, widths of activations by what they do to the sample, and filters that lead back "
+        "to the full-precision trajectory",
+        bias_correction=True, gptq=True, smoothing_search=True, bit_allocation=True, stepwise_activations=True,
         offline=TRACKING,
     ),
 }  # fmt: skip

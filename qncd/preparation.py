@@ -36,7 +36,8 @@ from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
 
 log = logging.getLogger("qncd")
 WEIGHT_SETTINGS = (
-    "weight_bits", "edge_bits", "weight_range", "gptq", "smoothing_search", "split", "quantize_embedding", "smoothed",
+    "weight_bits", "edge_bits", "weight_range", "gptq", "smoothing_search", "bit_allocation", "split", "quantize_embedding",
+    "smoothed",
 )  # fmt: skip
 
 
@@ -257,7 +258,7 @@ def _by_calibrating(preparation: _Preparation, folder: Path) -> tuple[Corrector 
         if args.cali_data_path and processes.is_first:
             save_calibration(data, args.cali_data_path)
     reference = preparation.reference()
-    _quantize_(args, wanted, diffusion, data, base_hash, folder, processes)
+    _quantize_(args, wanted, diffusion, data, base_hash, folder, processes, preparation.conditions)
     offline = preparation.offline_record(reference)
     target = folder / "quantized.safetensors" if args.resume_w else args.cali_ckpt
     if target and processes.is_first:
@@ -290,6 +291,7 @@ def _quantize_(
     base_hash: str,
     folder: Path,
     processes: Processes,
+    conditions: Conditions | None,
 ) -> None:
     quant = wanted.quant
     assert quant is not None
@@ -298,6 +300,7 @@ def _quantize_(
         cli.progress_bar("reconstruction", "block", is_quiet() or wanted.reconstruction is None) as blocks,
         cli.progress_bar(f"calibrating {quant.label}", "input", is_quiet()) as bar,
         cli.progress_bar("activation steps", "block", is_quiet() or not learns_steps) as steps,
+        cli.progress_bar("allocating bits", "sample", is_quiet() or not quant.bit_allocation) as widths,
     ):
         if args.resume_w:
             load_weights_(diffusion.unet, args.cali_ckpt, quant, base_hash)
@@ -307,7 +310,7 @@ def _quantize_(
         else:
             quantize_with_(
                 diffusion, quant, data, wanted.smoothing, args.cali_batch_size, bar, wanted.reconstruction, blocks,
-                folder / "reconstruction" if wanted.reconstruction else None, steps, processes,
+                folder / "reconstruction" if wanted.reconstruction else None, steps, processes, conditions, widths,
             )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from qncd.ptq.calibration import CalibrationSet, load_calibration, save_calibrat
 from qncd.ptq.evaluation import NoiseErrorRecorder, sample_images
 from qncd.ptq.pipeline import Diffusion, quantize_with_, record_offline, sample_calibration
 from qncd.sampling.correctors import Corrector
+from qncd.sampling.guidance import Conditions
 from qncd.sampling.offline import offline_corrector
 from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
 
@@ -168,17 +169,23 @@ def reconstruct_weights(plan: Plan, cell: Cell) -> None:
     assert folder is not None
     data, _ = load_calibration_set(plan, cell.seed)
     start = time.perf_counter()
-    _quantize_(plan, cell, plan.subject().diffusion, data)
+    _quantize_(plan, cell, plan.subject(), data)
     (folder / WHOLE).write_text(json.dumps({"seconds": time.perf_counter() - start}) + "\n", encoding="utf-8")
 
 
-def _quantize_(plan: Plan, cell: Cell, diffusion: Diffusion, data: CalibrationSet) -> float:
+def _quantize_(plan: Plan, cell: Cell, subject: Subject, data: CalibrationSet) -> float:
     """The network quantized as the cell says, in place, around the blocks that are there; returns the seconds taken."""
     assert cell.quant is not None
     return quantize_with_(
-        diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size,
-        reconstruction=cell.reconstruction(plan), folder=cell.reconstruction_folder(plan),
+        subject.diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size,
+        reconstruction=cell.reconstruction(plan), folder=cell.reconstruction_folder(plan), conditions=_conditions(plan, cell, subject),
     )  # fmt: skip
+
+
+def _conditions(plan: Plan, cell: Cell, subject: Subject) -> Conditions | None:
+    """One for each calibration trajectory of the cell's repetition."""
+    given = subject.calibration_conditions
+    return given(plan.calibration.samples, cell.seed) if given else None
 
 
 def run_cell(plan: Plan, cell: Cell) -> None:
@@ -226,12 +233,10 @@ def quantize_cell_(
         unet, integer = quantize_with_peer(cell.mode, diffusion.unet, data, *bits, size)
         figures = {"calibration_seconds": time.perf_counter() - start, "integer": integer}
         return dataclasses.replace(diffusion, unet=unet), None, figures
-    figures = {"calibration_seconds": _quantize_(plan, cell, diffusion, data)}
+    figures = {"calibration_seconds": _quantize_(plan, cell, subject, data)}
     if cell.offline:
         config = dataclasses.replace(plan.calibration, seed=cell.seed)
-        given = subject.calibration_conditions
-        conditions = given(config.samples, cell.seed) if given else None
-        record = record_offline(cell.offline, reference, diffusion, config, conditions=conditions)
+        record = record_offline(cell.offline, reference, diffusion, config, conditions=_conditions(plan, cell, subject))
         return diffusion, offline_corrector(cell.offline, record), figures
     return diffusion, RuntimeNoiseCorrector(correction, table) if correction else None, figures
 

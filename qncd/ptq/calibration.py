@@ -15,7 +15,7 @@ from torch import Tensor
 from qncd.config import check_int
 from qncd.models.unpickle import load_checkpoint
 from qncd.quant.convert import UNet, act_quantizers, observing, quant_layers, set_stage
-from qncd.quant.quantizers import Stage
+from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.sampling.samplers import StepState
 
 Progress = Callable[[int, int], None]
@@ -256,9 +256,19 @@ def find_ranges_(unet: UNet, data: CalibrationSet, batch_size: int, progress: Pr
         raise ValueError("calibrate_ works on a model prepared by quantize_")
     for name, layer in layers.items():
         _named(name, layer.search_weight_range_)
+    for name, quantizer in observe_(unet, data, batch_size, progress).items():
+        _named(name, quantizer.finish_observing)
+
+
+@torch.no_grad()
+def observe_(unet: UNet, data: CalibrationSet, batch_size: int, progress: Progress | None = None) -> dict[str, ActQuantizer]:
+    """Show every activation quantizer the whole set in floating point. Returns them by name, in the order in which they run.
+
+    The observers stay in the quantizers, until `finish_observing` makes ranges of them.
+    """
     quantizers = act_quantizers(unet)
     if not quantizers:
-        return
+        return {}
     # A moving average forgets: over a set in the order of its time steps it would hold the last ones' extremes alone.
     running = any(quantizer.act_range == "running" for quantizer in quantizers.values())
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)) if running else None
@@ -277,8 +287,7 @@ def find_ranges_(unet: UNet, data: CalibrationSet, batch_size: int, progress: Pr
                 progress(done, data.inputs)
         for quantizer in quantizers.values():
             quantizer.more_follows = False
-    for name in [*first, *(name for name in quantizers if name not in first)]:
-        _named(name, quantizers[name].finish_observing)
+    return {name: quantizers[name] for name in [*first, *(name for name in quantizers if name not in first)]}
 
 
 @torch.no_grad()

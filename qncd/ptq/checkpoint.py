@@ -5,7 +5,8 @@ Layout, for a layer `L` of the UNet: `L.weight_codes` (int8, shape of the weight
 `L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every activation quantizer Q, (S, K) with `Q.times` (S,) where there
 is a range for each of S time steps; all other parameters under their own names. `noise_table.*` is the full-precision control,
 `offline.*` the statistics of an offline correction, `tracking.*` the filters of trajectory tracking.
-The header's metadata carries the configuration and the SHA-256 of the base model's weights.
+The header's metadata carries the configuration, the SHA-256 of the base model's weights and, where activations have widths
+of their own, `act_bits`, the width of each quantizer.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from qncd.quant.convert import (
     quant_layers,
     quantize_,
     replace_quantizers_,
+    set_act_bits_,
     set_stage,
 )
 from qncd.quant.layers import QuantLayer
@@ -55,6 +57,7 @@ class QuantizedInfo:
         base_hash: SHA-256 of the full-precision weights (`qncd.models.loading.state_dict_hash`).
         settings: what else the calibration depended on (time steps, seeds, ...), as plain JSON values.
         offline: what an offline correction knows, where the file has it.
+        act_bits: of each activation quantizer, where they have widths of their own.
     """
 
     config: QuantConfig
@@ -62,6 +65,7 @@ class QuantizedInfo:
     base_hash: str
     settings: dict[str, Any]
     offline: OfflineRecord | None = None
+    act_bits: dict[str, int] | None = None
 
 
 def pack4(codes: Tensor) -> Tensor:
@@ -127,6 +131,10 @@ def save_quantized(
         "base_hash": base_hash,
         "settings": json.dumps(settings),
     }
+    if config.bit_allocation:
+        metadata["act_bits"] = json.dumps(
+            {name: quantizer.codes.bits for name, quantizer in quantizers.items() if quantizer.codes}
+        )
     if table is not None:
         fields, metadata["noise_table"] = table.to_tensors()
         tensors |= {f"noise_table.{name}": value for name, value in fields.items()}
@@ -170,7 +178,8 @@ def peek_quantized(path: Path) -> tuple[QuantizedInfo, NoiseTable | None]:
         for name, kind in OFFLINE.items():
             if name in metadata:
                 offline = kind.from_tensors(_below(f"{name}.", fields), metadata[name])
-        info = QuantizedInfo(config, smoothed, metadata["base_hash"], json.loads(metadata["settings"]), offline)
+        bits = json.loads(metadata["act_bits"]) if config.bit_allocation else None
+        info = QuantizedInfo(config, smoothed, metadata["base_hash"], json.loads(metadata["settings"]), offline, bits)
         if "noise_table" in metadata:
             table = NoiseTable.from_tensors(_below("noise_table.", fields), metadata["noise_table"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -200,7 +209,7 @@ def load_quantized_(unet: UNet, path: Path, base_hash: str | None = None) -> tup
 
 @torch.no_grad()
 def load_weights_(unet: UNet, path: Path, config: QuantConfig, base_hash: str | None = None) -> QuantizedInfo:
-    """Prepare a full-precision `unet` for `config` and take the saved weights, biases and smoothing alone, in place.
+    """Prepare a full-precision `unet` for `config` and take the saved weights, biases, smoothing and widths alone, in place.
 
     The activations stay in floating point: `calibrate_` finds their ranges, without another bias correction.
 
@@ -238,6 +247,7 @@ def _take_over(unet: UNet, tensors: dict[str, Tensor], info: QuantizedInfo, conf
         for quantizer in act_quantizers(unet).values():
             quantizer.to_empty(device="cpu")  # they look at their numbers
     try:
+        set_act_bits_(unet, info.act_bits or {})
         for name, layer in quant_layers(unet).items():
             _load_layer(name, layer, tensors)
         if config is None:

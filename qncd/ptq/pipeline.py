@@ -25,6 +25,7 @@ from qncd.config import (
 )
 from qncd.distributed import Processes
 from qncd.ptq.activation_steps import learn_steps_
+from qncd.ptq.bit_allocation import allocate_bits_
 from qncd.ptq.calibration import (
     CalibrationCollector,
     CalibrationSet,
@@ -133,6 +134,17 @@ class Diffusion:
         Raises:
             ValueError: as many seeds as conditions are needed; a network with cross-attention needs conditions.
         """
+        return self.run(seeds, corrector, callback, wrap, conditions)
+
+    def run(
+        self,
+        seeds: Sequence[int],
+        corrector: Corrector | None = None,
+        callback: Callback | None = None,
+        wrap: Callable[[Denoiser], Denoiser] | None = None,
+        conditions: Conditions | None = None,
+    ) -> Tensor:
+        """`sample`, with gradients where they are enabled."""
         if conditions is not None and len(conditions) != len(seeds):
             raise ValueError(f"{len(conditions)} conditions for {len(seeds)} seeds")
         denoise = self.denoiser(conditions)
@@ -305,6 +317,8 @@ def quantize_with_(
     folder: Path | None = None,
     step_progress: BlockProgress | None = None,
     processes: Processes | None = None,
+    conditions: Conditions | None = None,
+    width_progress: Progress | None = None,
 ) -> float:
     """Prepare, smooth, reconstruct and calibrate the network in place. Returns the seconds that it took.
 
@@ -315,6 +329,8 @@ def quantize_with_(
         folder: for reconstructed blocks, so that a run that was cut off goes on.
         step_progress: as `block_progress`, while activation scales are learned.
         processes: who shares the reconstruction, all with the same arguments; alone by default.
+        conditions: of calibration trajectories; bit allocation samples with them.
+        width_progress: called with (runs done, runs in all) while bits are allocated.
     """
     start = time.perf_counter()
     learns_steps = reconstruction is not None and reconstruction.act_iterations > 0
@@ -329,6 +345,8 @@ def quantize_with_(
     set_stepwise_(diffusion, config)
     if config.smoothing_search and config.act_bits is not None:
         search_smoothing_(diffusion.unet, data, batch_size)
+    if config.bit_allocation:
+        allocate_bits_(diffusion, config, data, conditions, batch_size, width_progress)
     reference = copy.deepcopy(diffusion.unet) if reconstruction is not None else None
     if reconstruction is not None and reference is not None and config.weight_bits is not None:
         rounded = list[QuantLayer]()

@@ -28,6 +28,10 @@ class IntegerRange:
         if not 2 <= self.bits <= 16:
             raise ValueError(f"bits {self.bits}: allowed are 2 to 16")
 
+    def of_width(self, bits: int) -> IntegerRange:
+        """Codes of the same kind, `bits` wide."""
+        return IntegerRange(bits, self.signed)
+
     @property
     def qmin(self) -> int:
         return -(2 ** (self.bits - 1)) if self.signed else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -124,6 +124,19 @@ def quant_layers(unet: nn.Module) -> dict[str, QuantLayer]:
 def act_quantizers(unet: nn.Module) -> dict[str, ActQuantizer]:
     """Every activation quantizer that has codes, by name."""
     return {name: m for name, m in unet.named_modules() if isinstance(m, ActQuantizer) and m.codes is not None}
+
+
+def set_act_bits_(unet: nn.Module, bits: Mapping[str, int]) -> None:
+    """Give activation quantizers widths of their own, in place, before they are calibrated.
+
+    Raises:
+        ValueError: a name is none of theirs, or a width is not 2 to 16.
+    """
+    quantizers = act_quantizers(unet)
+    for name, width in bits.items():
+        if name not in quantizers:
+            raise ValueError(f"{name}: no activation quantizer of this model")
+        quantizers[name].set_bits(width)
 
 
 def replace_quantizers_(unet: nn.Module, new: Callable[[str, ActQuantizer], ActQuantizer]) -> None:

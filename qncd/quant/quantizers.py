@@ -49,6 +49,13 @@ class ActQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.zeros(count))
         self._bounds = [(0.0, 0.0)] * count  # qmin - z and qmax - z of each segment, as numbers: twice as quick
 
+    def set_bits(self, bits: int) -> None:
+        """Codes of another width; the scales that fit them are not known yet. Raises ValueError where there are no codes."""
+        if self.codes is None:
+            raise ValueError(f"bits {bits}: the activation stays in floating point")
+        self.codes = self.codes.of_width(bits)
+        self._refresh_bounds()
+
     def set_stage(self, stage: Stage) -> None:
         """Enter a stage; entering OBSERVE starts with fresh observers."""
         if self.codes is None:
