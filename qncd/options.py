@@ -42,8 +42,6 @@ def quant_config(args: argparse.Namespace) -> QuantConfig | None:
         raise ValueError("--smooth_search compares the errors that GPTQ leaves: it needs --gptq")
     if args.allocate_bits and not quantize_acts:
         raise ValueError("--allocate_bits is about quantized activations: they are in floating point here")
-    if args.allocate_bits and args.resume_w:
-        raise ValueError("--resume_w takes the widths with the weights: it excludes --allocate_bits")
     if args.recon and (mode.gptq if args.gptq is None else args.gptq):
         raise ValueError(f"--recon with GPTQ (--gptq, or --quant_mode {args.quant_mode}): both round the weights, allowed is one")
     act_range = "max" if args.a_min_max else args.act_range  # None: what the mode takes

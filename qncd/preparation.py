@@ -18,6 +18,7 @@ from qncd.distributed import OneProcess, Processes
 from qncd.export.packages import check_backend
 from qncd.models.key_tables import KeyTable
 from qncd.models.unpickle import load_checkpoint
+from qncd.ptq.bit_allocation import allocate_bits_
 from qncd.ptq.calibration import CalibrationSet, calibrate_, load_calibration, save_calibration
 from qncd.ptq.checkpoint import QuantizedInfo, load_quantized_, load_weights_, peek_quantized, save_quantized
 from qncd.ptq.pipeline import (
@@ -36,8 +37,7 @@ from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
 
 log = logging.getLogger("qncd")
 WEIGHT_SETTINGS = (
-    "weight_bits", "edge_bits", "weight_range", "gptq", "smoothing_search", "bit_allocation", "split", "quantize_embedding",
-    "smoothed",
+    "weight_bits", "edge_bits", "weight_range", "gptq", "smoothing_search", "split", "quantize_embedding", "smoothed",
 )  # fmt: skip
 
 
@@ -306,6 +306,8 @@ def _quantize_(
             load_weights_(diffusion.unet, args.cali_ckpt, quant, base_hash)
             log.info("weights of %s; activations are calibrated anew", args.cali_ckpt)
             set_stepwise_(diffusion, quant)
+            if quant.bit_allocation:
+                allocate_bits_(diffusion, quant, data, conditions, args.cali_batch_size, widths)
             calibrate_(diffusion.unet, data, args.cali_batch_size, bar)
         else:
             quantize_with_(

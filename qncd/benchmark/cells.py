@@ -178,7 +178,8 @@ def _quantize_(plan: Plan, cell: Cell, subject: Subject, data: CalibrationSet) -
     assert cell.quant is not None
     return quantize_with_(
         subject.diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size,
-        reconstruction=cell.reconstruction(plan), folder=cell.reconstruction_folder(plan), conditions=_conditions(plan, cell, subject),
+        reconstruction=cell.reconstruction(plan), folder=cell.reconstruction_folder(plan),
+        conditions=_conditions(plan, cell, subject),
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from qncd.ptq.pipeline import Diffusion
 
 INPUTS = 160  # of the calibration set that ranges are found over
-SAMPLES = 32  # runs of the sampler
+SAMPLES = 32  # runs of the sampler at most; no more than the calibration set has trajectories
 PROBES = 2  # vectors v for each
 NARROWER = 2  # bits below `act_bits` that the narrowest may have, and never fewer than 2
 SEED_BASE = 1 << 42  # far from the seeds of calibration and tracking
@@ -58,7 +58,7 @@ def allocate_bits_(
 ) -> dict[str, int]:
     """Give every activation quantizer its width, in place. Returns the widths by quantizer.
 
-    Takes SAMPLES * PROBES runs of the sampler with back-propagation, `batch_size` samples at a time, and memory for the
+    Takes at most SAMPLES * PROBES runs of the sampler with back-propagation, `batch_size` samples at a time, and memory for the
     activations of one step of them.
 
     Args:
@@ -73,7 +73,8 @@ def allocate_bits_(
     assert config.act_bits is not None
     widths = range(max(2, config.act_bits - NARROWER), WIDEST + 1)
     trials = _trials(diffusion.unet, config, data.spread(INPUTS), widths, batch_size)
-    errors, multiplications = sample_errors(diffusion, trials, conditions, batch_size, progress)
+    samples = min(SAMPLES, len(data) // len(data.t.unique()))
+    errors, multiplications = sample_errors(diffusion, trials, conditions, batch_size, samples, PROBES, progress)
     # In parts of what each sample loses at one width for all: the few samples that lose most do not decide for all.
     lost = torch.stack([by_width[config.act_bits].square() for by_width in errors.values()]).sum(0).clamp(min=1e-30)
     shares = {
@@ -124,9 +125,9 @@ def sample_errors(
     trials: Trials,
     conditions: Conditions | None = None,
     batch_size: int = 32,
+    samples: int = 32,
+    probes: int = 2,
     progress: Progress | None = None,
-    samples: int = SAMPLES,
-    probes: int = PROBES,
 ) -> tuple[dict[str, dict[int, Tensor]], dict[str, int]]:
     """What each quantizer alone does to samples, by first order, and how many multiplications take what it gives.
 

@@ -209,7 +209,7 @@ def load_quantized_(unet: UNet, path: Path, base_hash: str | None = None) -> tup
 
 @torch.no_grad()
 def load_weights_(unet: UNet, path: Path, config: QuantConfig, base_hash: str | None = None) -> QuantizedInfo:
-    """Prepare a full-precision `unet` for `config` and take the saved weights, biases, smoothing and widths alone, in place.
+    """Prepare a full-precision `unet` for `config` and take the saved weights, biases and smoothing alone, in place.
 
     The activations stay in floating point: `calibrate_` finds their ranges, without another bias correction.
 
@@ -247,10 +247,10 @@ def _take_over(unet: UNet, tensors: dict[str, Tensor], info: QuantizedInfo, conf
         for quantizer in act_quantizers(unet).values():
             quantizer.to_empty(device="cpu")  # they look at their numbers
     try:
-        set_act_bits_(unet, info.act_bits or {})
         for name, layer in quant_layers(unet).items():
             _load_layer(name, layer, tensors)
         if config is None:
+            set_act_bits_(unet, info.act_bits or {})
             _make_stepwise_(unet, tensors)
             for name, quantizer in act_quantizers(unet).items():
                 quantizer.set_qparams(tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"))

@@ -18,12 +18,14 @@ def plan(out: Path) -> Plan:
 def test_widths_below_eight_bits_have_their_own_ranges_and_smoothing(tmp_path: Path) -> None:
     found = {
         (width, mode): Cell(width, mode).settings(plan(tmp_path))["quantization"]
-        for width in ("W8A8", "W4A6", "W4A4") for mode in ("linear", "qdiff", "qncd+", "extremes", "unsmoothed")
+        for width in ("W8A8", "W4A6", "W4A4") for mode in ("linear", "qdiff", "qncd+", "uniform", "extremes", "unsmoothed")
     }  # fmt: skip
     clipping = {key for key, settings in found.items() if settings["act_range"] == "mse"}
-    assert clipping == {(width, mode) for width in ("W4A6", "W4A4") for mode in ("qdiff", "qncd+", "unsmoothed")}
-    # Only where it is on: cells from before there was a search stand.
-    assert {key for key, settings in found.items() if "smoothing_search" in settings} == {("W4A4", "qncd+"), ("W4A4", "extremes")}
+    assert clipping == {(width, mode) for width in ("W4A6", "W4A4") for mode in ("qdiff", "qncd+", "uniform", "unsmoothed")}
+    # Only where they are on: cells from before there were such things stand.
+    searched = {key for key, settings in found.items() if "smoothing_search" in settings}
+    assert searched == {("W4A4", "qncd+"), ("W4A4", "uniform"), ("W4A4", "extremes")}
+    assert {key for key, settings in found.items() if "bit_allocation" in settings} == {("W4A6", "qncd+"), ("W4A4", "qncd+")}
 
 
 def test_weights_are_reconstructed_once_for_all_activations(tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from qncd.export.engines import open_engine
 from qncd.export.onnx_model import FILE, check_fits, export_unet, is_current, read_onnx
 from qncd.export.packages import check_backend, require
 from qncd.models.loading import load_config, load_ddim
+from qncd.ptq.bit_allocation import free_quantizers
 from qncd.ptq.calibration import CalibrationSet, calibrate_
 from qncd.ptq.pipeline import weight_correction
 from qncd.ptq.smoothing import smooth_, smoothing_factors
 from qncd.ptq.smoothing_search import search_smoothing_
 from qncd.ptq.temporal import set_all_stepwise_, set_stepwise_ranges_
-from qncd.quant.convert import act_quantizers, quant_layers, quantize_
+from qncd.quant.convert import act_quantizers, quant_layers, quantize_, set_act_bits_
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = [1, 251, 501, 751]
@@ -41,6 +42,8 @@ def prepared(unet: Any, config: QuantConfig, stepwise: Any = None) -> Any:
     smooth_(unet, factors)
     if stepwise:
         stepwise(unet, TIMES)
+    if config.bit_allocation:
+        set_act_bits_(unet, {name: 4 + index % 5 for index, name in enumerate(free_quantizers(unet, config))})
     if config.smoothing_search:
         assert any(search_smoothing_(unet, inputs(unet), 8).values())
     calibrate_(unet, inputs(unet), 8, correct=weight_correction(config))
@@ -110,6 +113,7 @@ def test_full_precision_is_exported_too(make_unet: Any, tmp_path: Path) -> None:
         ("unet", QuantConfig(8, 8, stepwise_embedding=True)),
         ("cross_unet", QuantConfig(4, 8, stepwise_activations=True)),
         ("cross_unet", QuantConfig(4, 4, gptq=True, smoothing_search=True, stepwise_activations=True)),
+        ("cross_unet", QuantConfig(4, 6, gptq=True, bit_allocation=True, stepwise_activations=True)),
     ],
     ids=lambda value: getattr(value, "label", value),
 )

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from .test_reconstruction_flags import common as common
@@ -26,6 +27,9 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
     assert stored["tracking.kernels"].shape == (4, 1, 2, 3, 3) and settings["offline_correction"] == "tracking"
     scales = {key: value for key, value in stored.items() if key.endswith(".scale")}
     assert scales and all(value.shape[0] == 4 for value in scales.values())  # a row for each of --timesteps 4
+    with safe_open(checkpoint, "pt") as file:
+        widths = json.loads(file.metadata()["act_bits"])
+    assert settings["quantization"]["bit_allocation"] and len(set(widths.values())) > 2
     text = run(common, tmp_path / "three", *PLUS, "--no-gptq", "--cali_ckpt", str(checkpoint), status=2)
     assert "gptq True there, False asked for" in text
     # Weights of one run under new activation ranges.
@@ -34,12 +38,15 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
     weights = [key for key in stored if key.endswith(".weight_packed")]
     assert weights and all(stored[key].equal(again[key]) for key in weights)
     assert any(not stored[key].equal(again[key]) for key in scales)
+    with safe_open(tmp_path / "four" / "quantized.safetensors", "pt") as file:
+        assert set(json.loads(file.metadata()["act_bits"])) == set(widths)
 
 
 def test_each_part_changes_the_images(common: list[str], tmp_path: Path) -> None:
     seen = []
     parts = {
         "plus": (), "nearest": ("--no-gptq",), "smoothed": ("--smooth_search",), "one_range": ("--no-stepwise_act",),
+        "one_width": ("--no-allocate_bits",),
         "untracked": ("--no-tracking",),
     }  # fmt: skip
     for name, flags in parts.items():
@@ -81,6 +88,8 @@ def test_what_narrow_activations_get(common: list[str], tmp_path: Path) -> None:
         (("--no-bias_correction",), "needs bias_correction"),
         (("--no-gptq", "--smooth_search"), "--smooth_search compares the errors that GPTQ leaves: it needs --gptq"),
         (("--weight_only", "--smooth_search"), "--smooth_search is about quantized activations"),
+        (("--weight_only", "--allocate_bits"), "--allocate_bits is about quantized activations"),
+        (("--act_bit", "8", "--allocate_bits"), "more than act_bits 8: allowed with it are 2 to 7"),
         (("--weight_only", "--stepwise_act"), "--stepwise_act is about quantized activations"),
         (("--resume_w", "--gptq"), "--resume_w takes weights as they are"),
         (("--tracking", "--sample_reverse"), "--sample_reverse: --tracking is a correction too"),
