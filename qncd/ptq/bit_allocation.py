@@ -7,8 +7,7 @@ the sample by it. With v a vector of random signs,
 
 One back-propagation through the whole run of the sampler gives e for every activation, at as many widths as there are. Steps
 add up before the square: an error that points the same way at all of them counts as that, one that later steps undo does not,
-and guidance weighs its two halves as it does. The error of single noise predictions knows nothing of this: widths chosen by it
-made images worse.
+and guidance weighs its two halves as it does. The error of single noise predictions knows nothing of this.
 
 Widths are then given out where a bit saves most of the error for the multiplications that it widens.
 """
