@@ -45,12 +45,11 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
 def test_each_part_changes_the_images(common: list[str], tmp_path: Path) -> None:
     seen = []
     parts = {
-        "plus": (), "nearest": ("--no-gptq",), "smoothed": ("--smooth_search",), "one_range": ("--no-stepwise_act",),
-        "one_width": ("--no-allocate_bits",),
+        "plus": (), "allocated": ("--allocate_bits",), "nearest": ("--no-gptq",), "smoothed": ("--smooth_search",), "one_range": ("--no-stepwise_act",),
         "untracked": ("--no-tracking",),
     }  # fmt: skip
     for name, flags in parts.items():
-        run(common, tmp_path / name, *PLUS, *flags)
+        run(common, tmp_path / name, *PLUS, "--no-allocate_bits", *flags)
         seen.append(pixels(tmp_path / name))
     assert not any(same(seen[i], seen[j]) for i, j in itertools.combinations(range(len(parts)), 2))
     run(common, tmp_path / "by_flags", *PLUS[:-1], "linear", "--quant_act", "--gptq", "--stepwise_act")
@@ -77,8 +76,10 @@ def test_what_narrow_activations_get(common: list[str], tmp_path: Path) -> None:
     for name, flags in {"six": (), "eight": ("--act_bit", "8"), "four": ("--act_bit", "4"), "extremes": ("--a_min_max",)}.items():
         run(common, tmp_path / name, *PLUS, *flags)
         settings = json.loads((tmp_path / name / "run.json").read_text())["settings"]["quantization"]
-        found[name] = settings["act_range"], settings["smoothing_search"]
-    assert found == {"six": ("mse", False), "eight": ("max", False), "four": ("mse", True), "extremes": ("max", False)}
+        found[name] = settings["act_range"], settings["smoothing_search"], settings["bit_allocation"]
+    assert found == {
+        "six": ("mse", False, True), "eight": ("max", False, False), "four": ("mse", True, True), "extremes": ("max", False, True),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
