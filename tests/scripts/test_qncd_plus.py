@@ -45,7 +45,8 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
 def test_each_part_changes_the_images(common: list[str], tmp_path: Path) -> None:
     seen = []
     parts = {
-        "plus": (), "allocated": ("--allocate_bits",), "nearest": ("--no-gptq",), "smoothed": ("--smooth_search",), "one_range": ("--no-stepwise_act",),
+        "plus": (), "allocated": ("--allocate_bits",), "nearest": ("--no-gptq",),
+        "smoothed": ("--smooth_search",), "one_range": ("--no-stepwise_act",),
         "untracked": ("--no-tracking",),
     }  # fmt: skip
     for name, flags in parts.items():
@@ -78,7 +79,8 @@ def test_what_narrow_activations_get(common: list[str], tmp_path: Path) -> None:
         settings = json.loads((tmp_path / name / "run.json").read_text())["settings"]["quantization"]
         found[name] = settings["act_range"], settings["smoothing_search"], settings["bit_allocation"]
     assert found == {
-        "six": ("mse", False, True), "eight": ("max", False, False), "four": ("mse", True, True), "extremes": ("max", False, True),
+        "six": ("mse", False, True), "eight": ("max", False, False), "four": ("mse", True, True),
+        "extremes": ("max", False, True),
     }  # fmt: skip
 
 
