@@ -141,7 +141,7 @@ def sample_calibration_set(plan: Plan, seed: int) -> None:
     """Calibration set and noise table of one repetition, into the cache; the set last, as the sign that both are there."""
     config = dataclasses.replace(plan.calibration, seed=seed)
     subject, correction = plan.subject(), plan.correction if plan.controlled else None
-    conditions = subject.calibration_conditions(config.samples, seed) if subject.calibration_conditions else None
+    conditions = _conditions(plan, seed, subject)
     data, table = sample_calibration(subject.diffusion, config, correction, plan.subject_settings["model"], conditions=conditions)
     data_path, table_path = plan.calibration_paths(seed)
     if table is not None:
@@ -179,14 +179,14 @@ def _quantize_(plan: Plan, cell: Cell, subject: Subject, data: CalibrationSet) -
     return quantize_with_(
         subject.diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size,
         reconstruction=cell.reconstruction(plan), folder=cell.reconstruction_folder(plan),
-        conditions=_conditions(plan, cell, subject),
+        conditions=_conditions(plan, cell.seed, subject),
     )  # fmt: skip
 
 
-def _conditions(plan: Plan, cell: Cell, subject: Subject) -> Conditions | None:
-    """One for each calibration trajectory of the cell's repetition."""
+def _conditions(plan: Plan, seed: int, subject: Subject) -> Conditions | None:
+    """One for each calibration trajectory of a repetition."""
     given = subject.calibration_conditions
-    return given(plan.calibration.samples, cell.seed) if given else None
+    return given(plan.calibration.samples, seed) if given else None
 
 
 def run_cell(plan: Plan, cell: Cell) -> None:
@@ -237,7 +237,7 @@ def quantize_cell_(
     figures = {"calibration_seconds": _quantize_(plan, cell, subject, data)}
     if cell.offline:
         config = dataclasses.replace(plan.calibration, seed=cell.seed)
-        record = record_offline(cell.offline, reference, diffusion, config, conditions=_conditions(plan, cell, subject))
+        record = record_offline(cell.offline, reference, diffusion, config, conditions=_conditions(plan, cell.seed, subject))
         return diffusion, offline_corrector(cell.offline, record), figures
     return diffusion, RuntimeNoiseCorrector(correction, table) if correction else None, figures
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qncd.config import WIDEST, QuantConfig
-from qncd.ptq.calibration import CalibrationSet, Progress, hooked, observe_
+from qncd.ptq.calibration import CalibrationSet, Progress, hooked, named, observe_
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import EDGE_LAYERS, act_quantizers, quant_layers, set_act_bits_
 from qncd.quant.quantizers import ActQuantizer, Stage
@@ -111,10 +111,7 @@ def _trials(unet: Any, config: QuantConfig, data: CalibrationSet, widths: Sequen
 def _trial(name: str, quantizer: ActQuantizer, width: int) -> ActQuantizer:
     trial = copy.deepcopy(quantizer)
     trial.set_bits(width)
-    try:
-        trial.finish_observing()
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    named(name, trial.finish_observing)
     trial.set_stage(Stage.QUANTIZE)
     return trial
 
@@ -152,9 +149,9 @@ def sample_errors(
             count = min(size, samples - start)
             rows = [i % len(conditions) for i in range(start, start + count)] if conditions else []
             sums: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64, device=unet.device))
-            with _frozen(unet), _counting(unet, counts), _watching(unet, trials, sums, size), torch.enable_grad():
+            with _frozen(unet), _counting(unet, counts), _watching(unet, trials, sums, size):
                 seeds = range(SEED_BASE + start, SEED_BASE + start + count)
-                x0 = small.run(seeds, wrap=_step_by_step, conditions=conditions[rows] if conditions else None)
+                x0 = small.sample(seeds, None, None, _step_by_step, conditions[rows] if conditions else None, gradients=True)
                 signs = torch.randint(0, 2, x0.shape, generator=generator) * 2.0 - 1
                 x0.backward(signs.to(x0))
             for name, by_width in found.items():

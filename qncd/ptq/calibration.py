@@ -255,9 +255,9 @@ def find_ranges_(unet: UNet, data: CalibrationSet, batch_size: int, progress: Pr
     if not layers:
         raise ValueError("calibrate_ works on a model prepared by quantize_")
     for name, layer in layers.items():
-        _named(name, layer.search_weight_range_)
+        named(name, layer.search_weight_range_)
     for name, quantizer in observe_(unet, data, batch_size, progress).items():
-        _named(name, quantizer.finish_observing)
+        named(name, quantizer.finish_observing)
 
 
 @torch.no_grad()
@@ -344,7 +344,8 @@ def _passes(unet: UNet, data: CalibrationSet, batch_size: int, order: Tensor | N
         yield done
 
 
-def _named(name: str, function: Callable[[], None]) -> None:
+def named(name: str, function: Callable[[], None]) -> None:
+    """Call it; a ValueError says the name first."""
     try:
         function()
     except ValueError as error:

@@ -120,7 +120,6 @@ class Diffusion:
 
         return denoise
 
-    @torch.no_grad()
     def sample(
         self,
         seeds: Sequence[int],
@@ -128,30 +127,23 @@ class Diffusion:
         callback: Callback | None = None,
         wrap: Callable[[Denoiser], Denoiser] | None = None,
         conditions: Conditions | None = None,
+        gradients: bool = False,
     ) -> Tensor:
         """Samples (N, C, H, W) for `seeds` and as many `conditions`; `wrap` may count or time the network's calls.
+
+        With `gradients`, the samples can be back-propagated through all steps.
 
         Raises:
             ValueError: as many seeds as conditions are needed; a network with cross-attention needs conditions.
         """
-        return self.run(seeds, corrector, callback, wrap, conditions)
-
-    def run(
-        self,
-        seeds: Sequence[int],
-        corrector: Corrector | None = None,
-        callback: Callback | None = None,
-        wrap: Callable[[Denoiser], Denoiser] | None = None,
-        conditions: Conditions | None = None,
-    ) -> Tensor:
-        """`sample`, with gradients where they are enabled."""
         if conditions is not None and len(conditions) != len(seeds):
             raise ValueError(f"{len(conditions)} conditions for {len(seeds)} seeds")
         denoise = self.denoiser(conditions)
         denoise = wrap(denoise) if wrap else denoise
-        return sample(
-            self.config, denoise, self.shape, seeds, self.steps, list(self.betas), self.unet.device, corrector, callback
-        )
+        with torch.set_grad_enabled(gradients):
+            return sample(
+                self.config, denoise, self.shape, seeds, self.steps, list(self.betas), self.unet.device, corrector, callback
+            )
 
 
 def fill_up(x: Tensor, count: int) -> Tensor:
