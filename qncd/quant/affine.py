@@ -126,7 +126,7 @@ def search_weight_scale(weight: Tensor, codes: IntegerRange, chunk_elements: int
 
 
 def search_qparams(
-    values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, codes: IntegerRange
+    values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, codes: IntegerRange, chunk_elements: int = 1 << 18
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the clip ratio that minimises the L2.4 error over weighted values.
 
@@ -134,17 +134,19 @@ def search_qparams(
         values: (M,) real values: a tensor itself, or the centres of a histogram's bins.
         counts: (M,) how often each occurs, or None for once each.
         low, high: the extremes, 0-dim; the candidates are ratio * [low, high].
+        chunk_elements: values times candidates that are tried at once.
 
     Returns:
         scale and zero point, 0-dim. The first of equal candidates wins, as in Q-Diffusion.
     """
-    best: tuple[Tensor, Tensor] | None = None
-    best_error = torch.tensor(torch.inf, dtype=torch.float64)
-    for ratio in SEARCH_RATIOS:
-        scale, zero_point = affine_qparams(low * ratio, high * ratio, codes)
-        error = (fake_quantize(values, scale, zero_point, codes) - values).abs().pow(SEARCH_NORM)
-        total = (error.double().mean() if counts is None else (error.double() * counts).sum()).cpu()
-        if best is None or total < best_error:
-            best, best_error = (scale, zero_point), total
-    assert best is not None
-    return best
+    ratios = torch.tensor(SEARCH_RATIOS, dtype=low.dtype, device=low.device)
+    scales, zero_points = affine_qparams(low * ratios, high * ratios, codes)
+    errors = []
+    at_once = max(1, chunk_elements // len(values))
+    for scale, zero in zip(scales.split(at_once), zero_points.split(at_once), strict=True):
+        scale, zero = scale.view(-1, 1), zero.view(-1, 1)
+        rounded = torch.div(values, scale).round_().add_(zero).clamp_(codes.qmin, codes.qmax).sub_(zero).mul_(scale)
+        error = rounded.sub_(values).abs_().pow_(SEARCH_NORM).double()
+        errors.append(error.mean(1) if counts is None else error.mul_(counts).sum(1))
+    best = int(torch.cat(errors).cpu().numpy().argmin())  # torch's own does not say which of equal ones it gives
+    return scales[best], zero_points[best]
