@@ -27,23 +27,20 @@ if TYPE_CHECKING:
     from qncd.benchmark.subjects import Subject
 
 _QNCD, _PLUS = QUANT_MODES["qncd"], QUANT_MODES["qncd+"]
-_UNIFORM = replace(_PLUS, summary="qncd+, one width for all", bit_allocation=False)
 COMPOSITIONS = QUANT_MODES | {  # ablations
     "neither": replace(_QNCD, summary="qncd, neither", smoothing=False, runtime_correction=False),
     "smoothing": replace(_QNCD, summary="qncd, smoothing only", runtime_correction=False),
     "correction": replace(_QNCD, summary="qncd, correction only", smoothing=False),
     "paper": replace(_QNCD, summary="qncd, no bias correction", bias_correction=False),
     "recon": replace(_QNCD, summary="qncd, weights reconstructed", reconstruction=True),
-    "uniform": _UNIFORM,
-    "gptq": replace(_UNIFORM, summary="uniform, one range for all steps", stepwise_activations=False),
-    "stepwise": replace(_UNIFORM, summary="uniform, rounding to nearest", gptq=False),
-    "unsmoothed": replace(_UNIFORM, summary="uniform, no smoothing", smoothing_search=False),
-    "extremes": replace(_UNIFORM, summary="uniform, ranges by extremes", narrow_act_range="max"),
-    "untracked": replace(_UNIFORM, summary="uniform, no tracking", offline=None),
-    "plus-smoothing": replace(_UNIFORM, summary="uniform and smoothing", smoothing=True),
-    "plus-correction": replace(
-        _UNIFORM, summary="uniform, runtime correction for tracking", offline=None, runtime_correction=True
-    ),
+    "uniform": replace(_PLUS, summary="qncd+, one width for all", bit_allocation=False),
+    "gptq": replace(_PLUS, summary="qncd+, one range for all steps", stepwise_activations=False),
+    "stepwise": replace(_PLUS, summary="qncd+, rounding to nearest", gptq=False),
+    "unsmoothed": replace(_PLUS, summary="qncd+, no smoothing", smoothing_search=False),
+    "extremes": replace(_PLUS, summary="qncd+, ranges by extremes", narrow_act_range="max"),
+    "untracked": replace(_PLUS, summary="qncd+, no tracking", offline=None),
+    "plus-smoothing": replace(_PLUS, summary="qncd+ and smoothing", smoothing=True),
+    "plus-correction": replace(_PLUS, summary="qncd+, runtime correction for tracking", offline=None, runtime_correction=True),
     "tracked": replace(_QNCD, summary="qncd, tracking for runtime correction", runtime_correction=False, offline=TRACKING),
 }
 MODES = {name: name if name in QUANT_MODES else mode.summary for name, mode in COMPOSITIONS.items()}
