@@ -21,7 +21,7 @@ from qncd.config import (
     CorrectionConfig,
     ReconstructionConfig,
 )
-from qncd.export.packages import BACKENDS
+from qncd.export.packages import BACKENDS, PRECISIONS
 from qncd.modes import QUANT_MODES
 from qncd.progress import progress_bar as progress_bar  # scripts know it as cli.progress_bar
 
@@ -277,11 +277,15 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """--backend and --onnx."""
+    """--backend, --engine_precision and --onnx."""
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--backend", choices=BACKENDS, default="torch",
         help="what runs the network: torch in floating point on the integers' grid (default), the others in integers",
+    )  # fmt: skip
+    group.add_argument(
+        "--engine_precision", choices=PRECISIONS, default="fp32",
+        help="of what openvino computes beside the integers; bf16 is faster, and farther from torch's images",
     )  # fmt: skip
     group.add_argument(
         "--onnx",

@@ -98,7 +98,7 @@ def on_engine(args: argparse.Namespace, wanted: Quantization, diffusion: Diffusi
         folder = args.onnx
         check_fits(folder, diffusion.unet, diffusion.shape)
     log.info("%s runs %s", args.backend, folder / FILE)
-    unet: Any = open_engine(diffusion.unet, folder, args.backend)
+    unet: Any = open_engine(diffusion.unet, folder, args.backend, precision=args.engine_precision)
     return dataclasses.replace(diffusion, unet=unet)
 
 

@@ -61,11 +61,11 @@ def check_quantization_arguments(args: argparse.Namespace) -> None:
     for name in ("resume", "resume_w"):
         if getattr(args, name) and (args.cali_ckpt is None or not args.cali_ckpt.is_file()):
             raise FileNotFoundError(f"--{name} needs a quantized checkpoint: --cali_ckpt {args.cali_ckpt} is none")
-    check_backend(args.backend)
+    check_backend(args.backend, args.engine_precision)
     if args.onnx and args.backend == "torch":
         raise ValueError("--onnx needs --backend: torch does not run it")
     if args.backend != "torch" and getattr(args, "precision", "full") != "full":
-        raise ValueError(f"--precision {args.precision}: allowed with --backend {args.backend} is full")
+        raise ValueError(f"--precision {args.precision} is torch's: with --backend {args.backend} there is --engine_precision")
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ class Quantization:
             "calibration": calibration if self.quant else None,
             "batch": batch_size if self.correction and self.correction.statistics == "batch" else None,
             **({} if args.backend == "torch" else {"backend": args.backend}),
+            **({} if args.engine_precision == "fp32" else {"engine_precision": args.engine_precision}),
         }
 
 

@@ -107,6 +107,12 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
         for backend in ENGINES:
             engine = open_engine(network, path.parent, backend, threads)
             contest.calls[f"{backend} {name}"] = functools.partial(engine, x, t)
+        try:
+            engine = open_engine(network, path.parent, "openvino", threads, "bf16")
+        except ValueError as error:
+            contest.notes.append(str(error))
+        else:
+            contest.calls[f"openvino {name} beside bf16"] = functools.partial(engine, x, t)
 
     on_torch("torch fp32", unet)
     on_engines("fp32", unet, None)

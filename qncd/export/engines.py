@@ -94,16 +94,17 @@ def integer_model(folder: Path, scratch: Path) -> Path:
     return save_onnx(model, scratch)
 
 
-def openvino_session(folder: Path, threads: int, file: str = FILE) -> Session:
+def openvino_session(folder: Path, threads: int, file: str = FILE, precision: str = "fp32") -> Session:
     """OpenVINO on DIR/model.onnx, or another file that it reads, compiled anew for each shape of the inputs.
 
-    Fixed shapes run faster, and lanes have one.
+    Fixed shapes run faster, and lanes have one. `precision` is that of what is not quantized: "fp32" or "bf16".
     """
     openvino = require("openvino")
     core = openvino.Core()
-    # What is not quantized stays float32; by default it would become bfloat16 where the CPU has it.
+    # Never by default: that is bfloat16 where the CPU has it.
+    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
     options = {
-        "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads,
     }  # fmt: skip
     compiled: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
 
@@ -118,23 +119,24 @@ def openvino_session(folder: Path, threads: int, file: str = FILE) -> Session:
     return run
 
 
-def open_engine(unet: UNet, folder: Path, backend: str, threads: int | None = None) -> EngineUNet:
+def open_engine(unet: UNet, folder: Path, backend: str, threads: int | None = None, precision: str = "fp32") -> EngineUNet:
     """DIR/model.onnx on an engine, to be called instead of `unet`, from which it was exported.
 
     Args:
         backend: "onnxruntime", "openvino" or "tensorrt".
         threads: default: torch's.
+        precision: of what is not quantized, "fp32", or with OpenVINO "bf16".
 
     Raises:
-        ValueError: the backend's package is not there, or the engine refuses the model.
+        ValueError: the backend's package or the CPU's bfloat16 is not there, or the engine refuses the model.
         FileNotFoundError: there is no such model.
     """
-    check_backend(backend)
+    check_backend(backend, precision)
     _, info = read_onnx(folder)
     threads = threads or torch.get_num_threads()
     try:
         if backend == "openvino":
-            session = openvino_session(folder, threads)
+            session = openvino_session(folder, threads, precision=precision)
         else:
             session = onnxruntime_session(folder, threads, backend == "tensorrt")
     except Exception as error:  # engines have exceptions of their own, without a common base

@@ -13,7 +13,7 @@ from torch import Tensor
 from qncd.config import QuantConfig, SmoothingConfig
 from qncd.export.engines import open_engine
 from qncd.export.onnx_model import FILE, check_fits, export_unet, is_current, read_onnx
-from qncd.export.packages import check_backend, require
+from qncd.export.packages import check_backend, cpu_has_bf16, require
 from qncd.models.loading import load_config, load_ddim
 from qncd.ptq.bit_allocation import free_quantizers
 from qncd.ptq.calibration import CalibrationSet, calibrate_
@@ -105,6 +105,22 @@ def test_full_precision_is_exported_too(make_unet: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(call(open_engine(unet, tmp_path, backend, 1), data), call(unet, data), rtol=1e-3, atol=1e-4)
 
 
+def test_bfloat16_beside_the_integers(make_unet: Any, tmp_path: Path) -> None:
+    """Nearly as near to full precision as float32 beside them: what bfloat16 tips are ties, here one way, there the other."""
+    if not cpu_has_bf16():
+        with pytest.raises(ValueError, match="this CPU has no bfloat16"):
+            check_backend("openvino", "bf16")
+        pytest.skip("no bfloat16 instructions")
+    unet = prepared(make_unet(), QuantConfig(8, 8))
+    export_unet(unet, tmp_path, QuantConfig(8, 8), "base")
+    data = inputs(unet)
+    exact = call(make_unet(), data)
+    found = [call(open_engine(unet, tmp_path, "openvino", 1, precision), data) for precision in ("fp32", "bf16")]
+    errors = [float((noise - exact).square().mean()) for noise in found]
+    assert not torch.equal(*found)
+    assert errors[1] < 1.5 * errors[0]
+
+
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
@@ -148,6 +164,10 @@ def test_what_is_refused(make_unet: Any, tmp_path: Path, monkeypatch: pytest.Mon
         check_fits(tmp_path, unet, (3, 16, 16))
     with pytest.raises(ValueError, match="no TensorrtExecutionProvider"):
         check_backend("tensorrt")
+    with pytest.raises(ValueError, match="bf16: allowed with backend torch is fp32"):
+        check_backend("torch", "bf16")
+    with pytest.raises(ValueError, match="'fp16': allowed are fp32, bf16"):
+        check_backend("openvino", "fp16")
     with pytest.raises(ValueError, match="'cuda': allowed are torch"):
         check_backend("cuda")
     with pytest.raises(ValueError, match=r"no_such_package is not there.*\[export\]"):
