@@ -219,6 +219,9 @@ def measure_engines(args: argparse.Namespace, threads: int) -> dict[str, Any]:
             figures[f"int8_over_{engine}_fp32"] = ratio(seconds, f"{engine} fp32", f"{engine} int8")
             figures[f"smoothing_cost_{engine}"] = ratio(seconds, f"{engine} int8", f"{engine} int8 without smoothing") - 1
             figures[f"stepwise_cost_{engine}"] = ratio(seconds, f"{engine} int8 stepwise", f"{engine} int8 without smoothing") - 1
+        if "openvino int8 beside bf16" in contest.calls:
+            figures["int8_bf16_openvino_speedup"] = ratio(seconds, base, "openvino int8 beside bf16")
+            figures["int8_bf16_over_openvino_bf16"] = ratio(seconds, "openvino fp32 beside bf16", "openvino int8 beside bf16")
         figures["int8_over_engine_fp32"] = figures["int8_over_openvino_fp32"]
         for name, key in (("int8", "onnx_w8_over_fp32"), ("w4a8", "onnx_w4_over_fp32")):
             figures[key] = contest.sizes[name] / contest.sizes["fp32"]

@@ -23,10 +23,11 @@ from qncd.benchmark.peers import quantize_with_peer
 from qncd.config import QuantConfig, SmoothingConfig
 from qncd.export.engines import Arrays, Session, open_engine, openvino_session
 from qncd.export.onnx_model import FILE, export_unet
+from qncd.ptq.bit_allocation import free_quantizers
 from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet
 from qncd.ptq.smoothing import smooth_, smoothing_factors
 from qncd.ptq.temporal import set_all_stepwise_
-from qncd.quant.convert import UNet, quantize_
+from qncd.quant.convert import UNet, quantize_, set_act_bits_
 
 ENGINES = ("onnxruntime", "openvino")
 TIMES = (1, 251, 501, 751)
@@ -68,15 +69,24 @@ def ratio(seconds: dict[str, list[float]], first: str, second: str) -> float:
     return statistics.median(a / b for a, b in zip(seconds[first], seconds[second], strict=True))
 
 
-def quantized(unet: UNet, data: CalibrationSet, bits: int = 8, smoothing: bool = True, stepwise: bool = False) -> QuantConfig:
-    """Quantize in place to W`bits`A8 with max ranges, split and attention; returns the configuration."""
-    config = QuantConfig(bits, 8, weight_range="max", act_range="max", stepwise_activations=stepwise)
+def quantized(
+    unet: UNet, data: CalibrationSet, bits: int = 8, smoothing: bool = True, stepwise: bool = False, mixed: bool = False
+) -> QuantConfig:
+    """Quantize in place with max ranges, split and attention; returns the configuration.
+
+    To W`bits`A8; `mixed`: activations of 4 to 8 bits in turn, so that layers which share an input seldom share its codes.
+    """
+    config = QuantConfig(
+        bits, 6 if mixed else 8, weight_range="max", act_range="max", stepwise_activations=stepwise, bit_allocation=mixed
+    )
     factors = smoothing_factors(unet, TIMES, SmoothingConfig()) if smoothing else None
     quantize_(unet, config)
     if factors is not None:
         smooth_(unet, factors)
     if stepwise:
         set_all_stepwise_(unet, TIMES)
+    if mixed:
+        set_act_bits_(unet, {name: 4 + index % 5 for index, name in enumerate(free_quantizers(unet, config))})
     calibrate_(unet, data, len(data))
     return config
 
@@ -118,7 +128,7 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
     on_engines("fp32", unet, None)
     variants = {
         "int8": {}, "int8 without smoothing": {"smoothing": False}, "int8 stepwise": {"smoothing": False, "stepwise": True},
-        "w4a8": {"bits": 4},
+        "w4a8": {"bits": 4}, "w4a6 mixed stepwise": {"bits": 4, "smoothing": False, "stepwise": True, "mixed": True},
     }  # fmt: skip
     for name, settings in variants.items():
         network = copy.deepcopy(unet)
