@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qncd.benchmark.peers import quantize_with_peer
 from qncd.config import QuantConfig, SmoothingConfig
-from qncd.export.engines import Arrays, Session, open_engine, openvino_session
+from qncd.export.engines import Arrays, Session, open_engine, openvino_options
 from qncd.export.onnx_model import FILE, export_unet
+from qncd.export.openvino_graph import read_network
 from qncd.ptq.bit_allocation import free_quantizers
 from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet
 from qncd.ptq.smoothing import smooth_, smoothing_factors
@@ -53,10 +55,15 @@ class Contest:
 
 
 def alternate(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, in `rounds` rounds in which all take their turn, after one that does not count."""
+    """Seconds of each call, in `rounds` rounds in which all take their turn, after one that does not count.
+
+    In each turn a call goes before that does not count either: what samples calls the same network again and again, and finds
+    its own weights in the caches.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(-1, rounds):
         for name, call in calls.items():
+            call()
             start = time.perf_counter()
             call()
             if round_ >= 0:
@@ -146,7 +153,7 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
         if name.startswith("nncf") and importlib.util.find_spec("nncf") is None:
             contest.notes.append(NOT_THERE.format("nncf"))
             continue
-        session = make(folder / "fp32", folder / name.replace(" ", "_"), data, threads)
+        session = make(folder / "fp32", folder / name.replace(" ", "_"), data, arrays, threads)
         contest.calls[name] = functools.partial(session, arrays)
     for mode, package in (("quanto", "optimum.quanto"), ("torchao", "torchao")):
         if importlib.util.find_spec(package.split(".")[0]) is None:
@@ -162,7 +169,7 @@ def _items(data: CalibrationSet) -> Iterator[Arrays]:
         yield {"sample": x.numpy(), "timestep": t.numpy()}
 
 
-def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, threads: int) -> Session:
+def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, _: Arrays, threads: int) -> Session:
     """ONNX Runtime's own static quantizer, QDQ with int8 weights per channel, on its CPU kernels as it comes."""
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -194,7 +201,7 @@ def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, thre
     return lambda inputs: session.run(["noise"], inputs)[0]
 
 
-def _nncf_openvino(exported: Path, folder: Path, data: CalibrationSet, threads: int) -> Session:
+def _nncf_openvino(exported: Path, _: Path, data: CalibrationSet, inputs: Arrays, threads: int) -> Session:
     """NNCF's post-training quantization of the OpenVINO model (model_type TRANSFORMER, as for diffusion networks)."""
     import nncf
     import openvino
@@ -205,9 +212,9 @@ def _nncf_openvino(exported: Path, folder: Path, data: CalibrationSet, threads: 
         model, nncf.Dataset(list(_items(data))), subset_size=len(data), model_type=nncf.ModelType.TRANSFORMER,
         advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
-    return openvino_session(folder, threads, "model.xml")
+    model.reshape({name: list(value.shape) for name, value in inputs.items()})
+    compiled = openvino.Core().compile_model(model, "CPU", openvino_options(threads))
+    return lambda given: np.array(compiled(given)[0])
 
 
 @dataclass(frozen=True)
@@ -246,12 +253,10 @@ def profile(folder: Path, x: Tensor, threads: int, macs: dict[str, int], calls: 
     """What OpenVINO spends a call of DIR/model.onnx on, the longest first; kinds under 1 % are one, "rest"."""
     import openvino
 
-    core = openvino.Core()
-    model = core.read_model(folder / FILE)
     inputs = {"sample": x.numpy(), "timestep": torch.full((len(x),), TIMES[1]).numpy()}
-    model.reshape({name: list(value.shape) for name, value in inputs.items()})
-    options = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    request = core.compile_model(model, "CPU", options).create_infer_request()
+    model = read_network(folder / FILE, {name: value.shape for name, value in inputs.items()})
+    options = openvino_options(threads) | {"PERF_COUNT": True}
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
     total: dict[str, float] = {}
     for _ in range(calls):
         request.infer(inputs)

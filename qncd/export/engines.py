@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qncd.export.onnx_model import FILE, read_onnx
+from qncd.export.openvino_graph import read_network
 from qncd.export.packages import check_backend, require
 from qncd.quant.convert import UNet
 
@@ -94,25 +95,27 @@ def integer_model(folder: Path, scratch: Path) -> Path:
     return save_onnx(model, scratch)
 
 
-def openvino_session(folder: Path, threads: int, file: str = FILE, precision: str = "fp32") -> Session:
-    """OpenVINO on DIR/model.onnx, or another file that it reads, compiled anew for each shape of the inputs.
-
-    Fixed shapes run faster, and lanes have one. `precision` is that of what is not quantized: "fp32" or "bf16".
-    """
-    openvino = require("openvino")
-    core = openvino.Core()
-    # Never by default: that is bfloat16 where the CPU has it.
-    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-    options = {
-        "INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads,
+def openvino_options(threads: int, precision: str = "fp32") -> dict[str, Any]:
+    """What OpenVINO's CPU plugin is told. Without a precision it would take bfloat16 where the CPU has it."""
+    return {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision], "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
     }  # fmt: skip
+
+
+def openvino_session(folder: Path, threads: int, precision: str = "fp32") -> Session:
+    """OpenVINO on DIR/model.onnx, compiled anew for each shape of the inputs: fixed shapes run faster, and lanes have one.
+
+    `precision` is that of what is not quantized: "fp32" or "bf16".
+    """
+    core = require("openvino").Core()
+    options = openvino_options(threads, precision)
     compiled: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
 
     def run(inputs: Arrays) -> np.ndarray:
         shapes = tuple((name, value.shape) for name, value in inputs.items())
         if shapes not in compiled:
-            model = core.read_model(folder / file)
-            model.reshape({name: list(shape) for name, shape in shapes})
+            model = read_network(folder / FILE, dict(shapes), precision)
             compiled[shapes] = core.compile_model(model, "CPU", options)
         return np.array(compiled[shapes](inputs)[0])  # a copy: the engine uses its buffer again
 
@@ -136,7 +139,7 @@ def open_engine(unet: UNet, folder: Path, backend: str, threads: int | None = No
     threads = threads or torch.get_num_threads()
     try:
         if backend == "openvino":
-            session = openvino_session(folder, threads, precision=precision)
+            session = openvino_session(folder, threads, precision)
         else:
             session = onnxruntime_session(folder, threads, backend == "tensorrt")
     except Exception as error:  # engines have exceptions of their own, without a common base

@@ -6,13 +6,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from qncd.config import QuantConfig, SmoothingConfig
-from qncd.export.engines import open_engine
+from qncd.export.engines import open_engine, openvino_options
 from qncd.export.onnx_model import FILE, check_fits, export_unet, is_current, read_onnx
+from qncd.export.openvino_graph import expand_group_norms_
 from qncd.export.packages import check_backend, cpu_has_bf16, require
 from qncd.models.loading import load_config, load_ddim
 from qncd.ptq.bit_allocation import free_quantizers
@@ -173,3 +175,20 @@ def test_what_is_refused(make_unet: Any, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match=r"no_such_package is not there.*\[export\]"):
         require("no_such_package")
     assert act_quantizers(unet)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5, 3), (3, 8, 7)])
+def test_group_norms_with_channels_last(shape: tuple[int, ...]) -> None:
+    """As torch computes them, far from zero too; and nothing else of a model changes."""
+    openvino = pytest.importorskip("openvino")
+    op = pytest.importorskip("openvino.opset13")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * torch.rand(shape[1], generator=generator).view(-1, *[1] * (len(shape) - 2)) + 5
+    weight, bias = torch.randn(2, shape[1], generator=generator)
+    entry = op.parameter(list(shape), np.float32)
+    node = op.group_normalization(entry, op.constant(weight.numpy()), op.constant(bias.numpy()), 4, 1e-5)
+    model = openvino.Model([op.relu(node)], [entry])
+    assert expand_group_norms_(model) == 1 and expand_group_norms_(model) == 0
+    found = openvino.Core().compile_model(model, "CPU", openvino_options(1))(x.numpy())[0]
+    expected = torch.nn.functional.group_norm(x, 4, weight, bias, 1e-5).relu()
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
