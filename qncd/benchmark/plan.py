@@ -38,6 +38,7 @@ COMPOSITIONS = QUANT_MODES | {  # ablations
     "stepwise": replace(_PLUS, summary="qncd+, rounding to nearest", gptq=False),
     "unsmoothed": replace(_PLUS, summary="qncd+, no smoothing", smoothing_search=False),
     "extremes": replace(_PLUS, summary="qncd+, ranges by extremes", narrow_act_range="max"),
+    "plus-recon": replace(_PLUS, summary="qncd+, weights reconstructed", gptq=False, smoothing_search=False, reconstruction=True),
     "untracked": replace(_PLUS, summary="qncd+, no tracking", offline=None),
     "plus-smoothing": replace(_PLUS, summary="qncd+ and smoothing", smoothing=True),
     "plus-correction": replace(_PLUS, summary="qncd+, runtime correction for tracking", offline=None, runtime_correction=True),
