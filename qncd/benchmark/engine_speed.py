@@ -25,13 +25,13 @@ from qncd.config import QuantConfig, SmoothingConfig
 from qncd.export.engines import Arrays, Session, open_engine, openvino_options
 from qncd.export.onnx_model import FILE, export_unet
 from qncd.export.openvino_graph import read_network
+from qncd.export.packages import cpu_has_bf16
 from qncd.ptq.bit_allocation import free_quantizers
 from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet
 from qncd.ptq.smoothing import smooth_, smoothing_factors
 from qncd.ptq.temporal import set_all_stepwise_
 from qncd.quant.convert import UNet, quantize_, set_act_bits_
 
-ENGINES = ("onnxruntime", "openvino")
 TIMES = (1, 251, 501, 751)
 NOT_THERE = "{} is not installed: pip install -e '.[peers]'"
 PEAK_SIDE = 2048  # of the matrix product that shows what the machine can do
@@ -111,6 +111,12 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
     contest, t = Contest(), torch.full((len(x),), TIMES[1])
     data = CalibrationSet(torch.randn(8, *x.shape[1:], generator=torch.Generator().manual_seed(2)), torch.tensor(TIMES * 2))
 
+    engines = [("onnxruntime", "fp32", ""), ("openvino", "fp32", "")]
+    if cpu_has_bf16():
+        engines.append(("openvino", "bf16", " beside bf16"))
+    else:
+        contest.notes.append("nobody beside bf16: this CPU has no bfloat16 instructions")
+
     def on_torch(name: str, network: Any) -> None:
         def call() -> None:
             with torch.no_grad():
@@ -121,15 +127,9 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
     def on_engines(name: str, network: UNet, config: QuantConfig | None) -> None:
         path = export_unet(network, folder / name, config, "")
         contest.sizes[name] = sum(part.stat().st_size for part in path.parent.glob(f"{FILE}*"))
-        for backend in ENGINES:
-            engine = open_engine(network, path.parent, backend, threads)
-            contest.calls[f"{backend} {name}"] = functools.partial(engine, x, t)
-        try:
-            engine = open_engine(network, path.parent, "openvino", threads, "bf16")
-        except ValueError as error:
-            contest.notes.append(str(error))
-        else:
-            contest.calls[f"openvino {name} beside bf16"] = functools.partial(engine, x, t)
+        for backend, precision, suffix in engines:
+            engine = open_engine(network, path.parent, backend, threads, precision)
+            contest.calls[f"{backend} {name}{suffix}"] = functools.partial(engine, x, t)
 
     on_torch("torch fp32", unet)
     on_engines("fp32", unet, None)
@@ -149,12 +149,12 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
     except Exception as error:  # the compiler's own exceptions, without a common base
         contest.notes.append(f"torch.compile: {' '.join(str(error).split())[:200]}")
     arrays: Arrays = {"sample": x.numpy(), "timestep": t.numpy()}
-    for name, make in (("onnxruntime static quantizer", _onnxruntime_static), ("nncf on openvino", _nncf_openvino)):
-        if name.startswith("nncf") and importlib.util.find_spec("nncf") is None:
-            contest.notes.append(NOT_THERE.format("nncf"))
-            continue
-        session = make(folder / "fp32", folder / name.replace(" ", "_"), data, arrays, threads)
-        contest.calls[name] = functools.partial(session, arrays)
+    session = _onnxruntime_static(folder / "fp32", folder / "onnxruntime_static", data, threads)
+    contest.calls["onnxruntime static quantizer"] = functools.partial(session, arrays)
+    if importlib.util.find_spec("nncf") is None:
+        contest.notes.append(NOT_THERE.format("nncf"))
+    else:
+        contest.calls["nncf on openvino"] = functools.partial(_nncf_openvino(folder / "fp32", data, arrays, threads), arrays)
     for mode, package in (("quanto", "optimum.quanto"), ("torchao", "torchao")):
         if importlib.util.find_spec(package.split(".")[0]) is None:
             contest.notes.append(NOT_THERE.format(package))
@@ -169,7 +169,7 @@ def _items(data: CalibrationSet) -> Iterator[Arrays]:
         yield {"sample": x.numpy(), "timestep": t.numpy()}
 
 
-def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, _: Arrays, threads: int) -> Session:
+def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, threads: int) -> Session:
     """ONNX Runtime's own static quantizer, QDQ with int8 weights per channel, on its CPU kernels as it comes."""
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -201,7 +201,7 @@ def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, _: A
     return lambda inputs: session.run(["noise"], inputs)[0]
 
 
-def _nncf_openvino(exported: Path, _: Path, data: CalibrationSet, inputs: Arrays, threads: int) -> Session:
+def _nncf_openvino(exported: Path, data: CalibrationSet, inputs: Arrays, threads: int) -> Session:
     """NNCF's post-training quantization of the OpenVINO model (model_type TRANSFORMER, as for diffusion networks)."""
     import nncf
     import openvino

@@ -100,10 +100,10 @@ def caption(
         "linear: min-max ranges, no split. This package's other modes: mse weight ranges, activation ranges min-max at "
         "8 bits and mse below, split. "
         "qncd: and bias correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, tfmq, "
-        f"d2dpm and qncd, weights reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; this package's "
+        f"d2dpm and weights reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; this package's "
         "other rows round to nearest, but qncd+'s: GPTQ, a range for each time step at every activation, smoothing searched for "
-        "each layer at 4-bit activations, widths of their own for activations below 8 bits (not in the "
-        "ablations), and tracking, without smoothing by the embedding and runtime correction. Tracking aims "
+        "each layer at 4-bit activations, widths of their own for activations below 8 bits, and tracking, without smoothing by "
+        "the embedding and runtime correction. Tracking aims "
         "at the full-precision trajectory, not at the full-precision prediction at the quantized "
         "model's x_t: the noise-prediction error is no measure of it.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",

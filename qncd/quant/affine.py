@@ -145,8 +145,7 @@ def search_qparams(
     at_once = max(1, chunk_elements // len(values))
     for scale, zero in zip(scales.split(at_once), zero_points.split(at_once), strict=True):
         scale, zero = scale.view(-1, 1), zero.view(-1, 1)
-        rounded = torch.div(values, scale).round_().add_(zero).clamp_(codes.qmin, codes.qmax).sub_(zero).mul_(scale)
-        error = rounded.sub_(values).abs_().pow_(SEARCH_NORM).double()
+        error = (fake_quantize(values, scale, zero, codes) - values).abs_().pow_(SEARCH_NORM).double()
         errors.append(error.mean(1) if counts is None else error.mul_(counts).sum(1))
     best = int(torch.cat(errors).cpu().numpy().argmin())  # torch's own does not say which of equal ones it gives
     return scales[best], zero_points[best]
