@@ -14,7 +14,7 @@ from torch import Tensor
 from qncd.config import QuantConfig, SmoothingConfig
 from qncd.export.engines import open_engine, openvino_options
 from qncd.export.onnx_model import FILE, check_fits, export_unet, is_current, read_onnx
-from qncd.export.openvino_graph import expand_group_norms_
+from qncd.export.openvino_graph import expand_group_norms_, multiply_codes_, read_network
 from qncd.export.packages import check_backend, cpu_has_bf16, require
 from qncd.models.loading import load_config, load_ddim
 from qncd.ptq.bit_allocation import free_quantizers
@@ -192,3 +192,58 @@ def test_group_norms_with_channels_last(shape: tuple[int, ...]) -> None:
     found = openvino.Core().compile_model(model, "CPU", openvino_options(1))(x.numpy())[0]
     expected = torch.nn.functional.group_norm(x, 4, weight, bias, 1e-5).relu()
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scales", [(0.02, 0.025), (1.0, 0.5), (1.0, 1.0)])
+def test_products_of_codes(scales: tuple[float, float]) -> None:
+    """Activations with zero points are multiplied in integers, with the same result; a scale of 1 is a range for each step."""
+    openvino = pytest.importorskip("openvino")
+    op = pytest.importorskip("openvino.opset13")
+    generator = np.random.default_rng(0)
+    limits, zeros = {"u8": (0, 255), "i8": (-128, 127)}, (120, -5)
+    shapes = ((2, 1, 9, 40), (2, 1, 40, 7))
+
+    def grid(value: Any, scale: float, zero: float, kind: str) -> Any:
+        low, high = limits[kind]
+        ends = (np.float32((low - zero) * scale), np.float32((high - zero) * scale))
+        return op.fake_quantize(value, *ends, np.float32(low), np.float32(high), 256)
+
+    entries = [op.parameter(list(shape), np.float32) for shape in shapes]
+    operands = []
+    for entry, scale, zero, kind in zip(entries, scales, zeros, limits, strict=True):
+        codes = op.convert(op.convert(grid(entry, scale, zero, kind), kind), "f32")
+        operands.append(op.multiply(op.subtract(codes, np.float32(zero)), np.float32(scale)))
+    model = openvino.Model([op.relu(op.matmul(*operands, False, False))], entries)
+    data = [generator.normal(0, 40 * scale, shape).astype(np.float32) for scale, shape in zip(scales, shapes, strict=True)]
+    codes = [
+        np.clip(np.round(x / scale) + zero, *limits[kind]) - zero
+        for x, scale, zero, kind in zip(data, scales, zeros, limits, strict=True)
+    ]
+    expected = np.maximum(np.prod(scales) * (codes[0] @ codes[1]), 0)
+    assert multiply_codes_(model) == 1 and multiply_codes_(model) == 0
+    compiled = openvino.Core().compile_model(model, "CPU", openvino_options(1))
+    np.testing.assert_allclose(compiled(data)[0], expected, rtol=1e-5, atol=1e-5 * expected.max())
+    assert product_inputs(compiled) == [("u8", "i8")]
+
+
+def product_inputs(compiled: Any) -> list[tuple[str, ...]]:
+    """Types of what a compiled OpenVINO model's products of two activations multiply."""
+    return [
+        tuple(value.get_element_type().get_type_name() for value in node.inputs())
+        for node in compiled.get_runtime_model().get_ops()
+        if node.get_rt_info()["layerType"].astype(str) == "MatMul"
+    ]
+
+
+@pytest.mark.parametrize("stepwise", [None, set_all_stepwise_])
+def test_attention_in_integers_on_openvino(stepwise: Any, make_cross_unet: Any, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    config = QuantConfig(8, 8, weight_range="max", act_range="max", stepwise_activations=stepwise is not None)
+    unet = prepared(make_cross_unet(), config, stepwise)
+    data = inputs(unet, 2)
+    path = export_unet(unet, tmp_path / "onnx", config, "")
+    assert data.cond is not None
+    shapes = {"sample": data.x.shape, "timestep": data.t.shape, "encoder_hidden_states": data.cond.shape}
+    compiled = openvino.Core().compile_model(read_network(path, shapes), "CPU", openvino_options(1))
+    found = product_inputs(compiled)
+    assert found and set(found) == {("u8", "i8")}
