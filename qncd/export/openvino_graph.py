@@ -6,6 +6,8 @@ together with the SiLU and the quantizer that follow.
 
 It multiplies two activations, as attention does, in integers only where neither has a zero point: else it takes the zero
 points off in floats first. Here they come off the product.
+
+Both take small differences of large numbers, for which bfloat16 is too coarse: with it the model stays as it is.
 """
 
 from __future__ import annotations
@@ -19,57 +21,59 @@ import numpy as np
 
 from qncd.export.packages import require
 
+COLUMNS = 8  # that a product gets for one sum: with 1 its width would not fill the kernel's registers
+
 
 def read_network(path: Path, shapes: Mapping[str, Sequence[int]], precision: str = "fp32") -> Any:
     """The openvino.Model in a file, with inputs of these shapes by name; `precision`: of what is not quantized."""
     model = require("openvino").Core().read_model(path)
     model.reshape({name: list(shape) for name, shape in shapes.items()})
-    multiply_codes_(model)
     if precision == "fp32":
+        multiply_codes_(model)
         expand_group_norms_(model)
     return model
 
 
 def multiply_codes_(model: Any) -> int:
-    """Rewrite every product of two dequantized activations of an openvino.Model as one of codes, in place; how many there were.
+    """Replace every product of two dequantized activations of an openvino.Model of fixed shapes by one of their codes, in place.
 
-    With codes a and b, zero points u and v: sum (a - u)(b - v) = sum a b - u sum (b - v) - v sum (a - u) - K u v, K terms each.
+    With codes a and b and zero points u and v: sum (a - u)(b - v) = sum a b - u sum (b - v) - v sum a. The last term is the same
+    for all of a row, and nothing in front of a softmax over rows; elsewhere its sum comes from columns that b gets. So OpenVINO
+    still computes an attention's two products and its softmax in one kernel. Returns how many products there were.
     """
     op, utils = (require(f"openvino.{name}") for name in ("opset13", "utils"))
     rewritten = 0
     for node in model.get_ops():
         if node.get_type_name() != "MatMul" or any(node.get_attributes().values()):  # none of ours transposes
             continue
-        left, right = (node.input_value(i) for i in range(2))
-        a, b = _Dequantized.read(left), _Dequantized.read(right)
+        a, b = (_Dequantized.read(node.input_value(i)) for i in range(2))
         if a is None or b is None:
             continue
-        product = op.matmul(op.multiply(a.codes, np.float32(a.held)), op.multiply(b.codes, np.float32(b.held)), False, False)
+        count, sums = b.codes.get_shape()[-1], b.zero != 0 and not _feeds_softmax(node)
+        right = _with_largest_codes(b.codes) if sums else b.codes
+        product = op.matmul(op.multiply(a.codes, np.float32(a.held)), op.multiply(right, np.float32(b.held)), False, False)
         if (rest := a.scale / a.held * b.scale / b.held) != 1:
             product = op.multiply(product, np.float32(rest))
-        if a.offset:
-            product = op.subtract(product, op.multiply(_sums(right, -2), np.float32(a.offset)))
-        if b.offset:
-            both = np.float32(left.get_shape()[-1] * a.offset * b.offset)
-            product = op.subtract(product, op.add(op.multiply(_sums(left, -1), np.float32(b.offset)), both))
+        if sums:
+            added = _columns(product, count, count + 1)
+            product = op.subtract(_columns(product, 0, count), op.multiply(added, np.float32(b.zero / b.largest)))
+        if a.zero:
+            total = op.reduce_sum(node.input_value(1), op.constant(np.array([-2], np.int64)), keep_dims=True)
+            product = op.add(product, op.multiply(total, np.float32(-a.zero * a.scale)))
         utils.replace_node(node, product)
         rewritten += 1
     model.validate_nodes_and_infer_types()
     return rewritten
 
 
-def _sums(value: Any, axis: int) -> Any:
-    op: Any = require("openvino.opset13")
-    return op.reduce_sum(value, op.constant(np.array([axis], np.int64)), keep_dims=True)
-
-
 @dataclass(frozen=True)
 class _Dequantized:
-    """scale * (codes - zero), codes being floats converted from 8-bit integers that are not constant."""
+    """scale * (codes - zero), codes being floats converted from the 8-bit integers of a FakeQuantize, `largest` at most."""
 
     codes: Any
     scale: float
     zero: float
+    largest: float
 
     @classmethod
     def read(cls, value: Any) -> _Dequantized | None:
@@ -81,22 +85,51 @@ class _Dequantized:
         if subtract.get_type_name() != "Subtract" or scale is None:
             return None
         codes, zero = subtract.input_value(0), _number(subtract.input_value(1))
-        if zero is None or codes.get_node().get_type_name() != "Convert":
+        stored = _input(codes, "Convert")
+        grid = stored and _input(stored, "Convert")
+        if zero is None or grid is None or stored.get_element_type().get_type_name() not in ("u8", "i8"):
             return None
-        stored = codes.get_node().input_value(0)
-        if stored.get_element_type().get_type_name() not in ("u8", "i8") or stored.get_node().get_type_name() == "Constant":
-            return None
-        return cls(codes, scale, zero)
-
-    @property
-    def offset(self) -> float:
-        """What the zero point stands for."""
-        return self.scale * self.zero
+        largest = _number(grid.get_node().input_value(4)) if grid.get_node().get_type_name() == "FakeQuantize" else None
+        return None if largest is None else cls(codes, scale, zero, largest)
 
     @property
     def held(self) -> float:
         """The factor that codes go into a product with: without one, or with 1, OpenVINO takes them for floats."""
         return self.scale if self.scale != 1 else 0.5
+
+
+def _with_largest_codes(codes: Any) -> Any:
+    """Codes (..., K, N) of a FakeQuantize -> (..., K, N + COLUMNS), the largest code in the new columns."""
+    op: Any = require("openvino.opset13")
+    stored = codes.get_node().input_value(0)
+    grid = stored.get_node().input_value(0).get_node()
+    x, *ends = grid.input_values()
+    beyond = op.constant(np.full([*x.get_shape()[:-1], COLUMNS], np.finfo(np.float32).max, np.float32))
+    wider = op.fake_quantize(op.concat([x, beyond], -1), *ends, grid.get_attributes()["levels"])
+    return op.convert(op.convert(wider, stored.get_element_type().get_type_name()), "f32")
+
+
+def _columns(value: Any, first: int, last: int) -> Any:
+    op: Any = require("openvino.opset13")
+    start, stop, step, axis = (op.constant(np.array([number], np.int64)) for number in (first, last, 1, -1))
+    return op.slice(value, start, stop, step, axis)
+
+
+def _feeds_softmax(node: Any) -> bool:
+    """Whether all that becomes of a product is a softmax over its last axis, after factors of one element."""
+    while len(targets := list(node.output(0).get_target_inputs())) == 1:
+        node, port = targets[0].get_node(), targets[0].get_index()
+        if node.get_type_name() == "Softmax":
+            return node.get_attributes()["axis"] in (-1, len(node.get_output_shape(0)) - 1)
+        if node.get_type_name() != "Multiply" or np.prod(node.get_input_shape(1 - port)) != 1:
+            return False
+    return False
+
+
+def _input(value: Any, kind: str) -> Any:
+    """The first input of the operator behind a value where it is of a kind, else None."""
+    node = value.get_node()
+    return node.input_value(0) if node.get_type_name() == kind else None
 
 
 def _number(value: Any) -> float | None:
@@ -110,10 +143,7 @@ def _number(value: Any) -> float | None:
 
 
 def expand_group_norms_(model: Any) -> int:
-    """Rewrite every GroupNormalization of an openvino.Model with fixed shapes, in place. Returns how many there were.
-
-    The variance is E[x^2] - E[x]^2 in float32: for inputs of bfloat16 that would be too coarse.
-    """
+    """Rewrite every GroupNormalization of an openvino.Model with fixed shapes, in place. Returns how many there were."""
     utils: Any = require("openvino.utils")
     found = [node for node in model.get_ops() if node.get_type_name() == "GroupNormalization"]
     for node in found:

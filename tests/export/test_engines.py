@@ -194,45 +194,43 @@ def test_group_norms_with_channels_last(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
 
 
+def product_inputs(compiled: Any) -> set[tuple[str, ...]]:
+    """Types of the first two inputs of the operators in which OpenVINO multiplies two activations, alone or with the softmax."""
+    found = set()
+    for node in compiled.get_runtime_model().get_ops():
+        kind, parts = (node.get_rt_info()[name].astype(str) for name in ("layerType", "originalLayersNames"))
+        if kind == "MatMul" or (kind == "Subgraph" and "softmax" in parts.lower()):
+            found.add(tuple(value.get_element_type().get_type_name() for value in node.inputs()[:2]))
+    return found
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("zeros", [(120, -5), (120, 0), (0, -5), (255, 127)])
 @pytest.mark.parametrize("scales", [(0.02, 0.025), (1.0, 0.5), (1.0, 1.0)])
-def test_products_of_codes(scales: tuple[float, float]) -> None:
+def test_products_of_codes(scales: tuple[float, float], zeros: tuple[int, int], softmax: bool) -> None:
     """Activations with zero points are multiplied in integers, with the same result; a scale of 1 is a range for each step."""
     openvino = pytest.importorskip("openvino")
     op = pytest.importorskip("openvino.opset13")
     generator = np.random.default_rng(0)
-    limits, zeros = {"u8": (0, 255), "i8": (-128, 127)}, (120, -5)
-    shapes = ((2, 1, 9, 40), (2, 1, 40, 7))
-
-    def grid(value: Any, scale: float, zero: float, kind: str) -> Any:
-        low, high = limits[kind]
-        ends = (np.float32((low - zero) * scale), np.float32((high - zero) * scale))
-        return op.fake_quantize(value, *ends, np.float32(low), np.float32(high), 256)
-
-    entries = [op.parameter(list(shape), np.float32) for shape in shapes]
-    operands = []
-    for entry, scale, zero, kind in zip(entries, scales, zeros, limits, strict=True):
-        codes = op.convert(op.convert(grid(entry, scale, zero, kind), kind), "f32")
+    shapes, data, values, operands, entries = ((2, 1, 9, 40), (2, 1, 40, 7)), [], [], [], []
+    for shape, scale, zero, (kind, low) in zip(shapes, scales, zeros, (("u8", 0), ("i8", -128)), strict=True):
+        entry, ends = op.parameter(list(shape), np.float32), [np.float32(value) for value in (low, low + 255)]
+        grid = op.fake_quantize(entry, *((end - np.float32(zero)) * np.float32(scale) for end in ends), *ends, 256)
+        codes = op.convert(op.convert(grid, kind), "f32")
         operands.append(op.multiply(op.subtract(codes, np.float32(zero)), np.float32(scale)))
-    model = openvino.Model([op.relu(op.matmul(*operands, False, False))], entries)
-    data = [generator.normal(0, 40 * scale, shape).astype(np.float32) for scale, shape in zip(scales, shapes, strict=True)]
-    codes = [
-        np.clip(np.round(x / scale) + zero, *limits[kind]) - zero
-        for x, scale, zero, kind in zip(data, scales, zeros, limits, strict=True)
-    ]
-    expected = np.maximum(np.prod(scales) * (codes[0] @ codes[1]), 0)
+        entries.append(entry)
+        data.append(generator.normal(0, 40 * scale, shape).astype(np.float32))
+        values.append((np.clip(np.round(data[-1] / np.float32(scale)) + zero, low, low + 255) - zero) * scale)
+    expected = values[0] @ values[1]
+    factor = np.float32(1 / expected.std())
+    product = op.multiply(op.matmul(*operands, False, False), factor)
+    model = openvino.Model([op.softmax(product, -1) if softmax else op.relu(product)], entries)
+    expected = torch.from_numpy(expected * factor).double()
+    expected = expected.softmax(-1) if softmax else expected.relu()
     assert multiply_codes_(model) == 1 and multiply_codes_(model) == 0
     compiled = openvino.Core().compile_model(model, "CPU", openvino_options(1))
-    np.testing.assert_allclose(compiled(data)[0], expected, rtol=1e-5, atol=1e-5 * expected.max())
-    assert product_inputs(compiled) == [("u8", "i8")]
-
-
-def product_inputs(compiled: Any) -> list[tuple[str, ...]]:
-    """Types of what a compiled OpenVINO model's products of two activations multiply."""
-    return [
-        tuple(value.get_element_type().get_type_name() for value in node.inputs())
-        for node in compiled.get_runtime_model().get_ops()
-        if node.get_rt_info()["layerType"].astype(str) == "MatMul"
-    ]
+    torch.testing.assert_close(torch.from_numpy(compiled(data)[0]).double(), expected, rtol=1e-4, atol=1e-4)
+    assert product_inputs(compiled) == {("u8", "i8")}
 
 
 @pytest.mark.parametrize("stepwise", [None, set_all_stepwise_])
@@ -245,5 +243,4 @@ def test_attention_in_integers_on_openvino(stepwise: Any, make_cross_unet: Any, 
     assert data.cond is not None
     shapes = {"sample": data.x.shape, "timestep": data.t.shape, "encoder_hidden_states": data.cond.shape}
     compiled = openvino.Core().compile_model(read_network(path, shapes), "CPU", openvino_options(1))
-    found = product_inputs(compiled)
-    assert found and set(found) == {("u8", "i8")}
+    assert product_inputs(compiled) == {("u8", "i8")}
