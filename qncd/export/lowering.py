@@ -111,7 +111,7 @@ class Lowering:
         """x / smoothing on its integer grid, times `gain`; or on that of scale 1, with the scale in `self.factors`.
 
         Args:
-            signed: store the codes as int8: the same codes and zero point, both 128 lower.
+            signed: store the codes as int8, with a zero point of 0 below 8 bits, else the same codes and zero point 128 lower.
         """
         codes = quantizer.codes
         if codes is None:
@@ -140,7 +140,9 @@ class Lowering:
                 low, high = (scale * (bound - zero) for bound in (codes.qmin, codes.qmax))
                 value = self._op("Clip", value, self._scalar(float(low)), self._scalar(float(high)))
             dtype: Any = np.uint16 if wide else np.int8 if signed else np.uint8
-            zero_point = self._scalar(stored_zero - 128 if dtype is np.int8 else stored_zero, dtype)
+            if dtype is np.int8:
+                stored_zero = 0 if codes.bits < 8 else stored_zero - 128
+            zero_point = self._scalar(stored_zero, dtype)
             grid = self._op("QuantizeLinear", value, self._scalar(float(scale)), zero_point)
             value = self._op("DequantizeLinear", grid, self._scalar(float(scale * gain)), zero_point)
         self.quantized[key] = value

@@ -22,6 +22,7 @@ import numpy as np
 from qncd.export.packages import require
 
 COLUMNS = 8  # that a product gets for one sum: with 1 its width would not fill the kernel's registers
+COLUMN_CODE = 64  # in them: of both 8-bit types, and dividing by it is exact
 
 
 def read_network(path: Path, shapes: Mapping[str, Sequence[int]], precision: str = "fp32") -> Any:
@@ -39,28 +40,28 @@ def multiply_codes_(model: Any) -> int:
 
     With codes a and b and zero points u and v: sum (a - u)(b - v) = sum a b - u sum (b - v) - v sum a. The last term is the same
     for all of a row, and nothing in front of a softmax over rows; elsewhere its sum comes from columns that b gets. So OpenVINO
-    still computes an attention's two products and its softmax in one kernel. Returns how many products there were.
+    still computes an attention's two products and its softmax in one kernel. Codes and sums are halved or quartered, for OpenVINO
+    takes codes without a factor for floats: all of it is exact up to 2^24, before the scales. Returns how many there were.
     """
     op, utils = (require(f"openvino.{name}") for name in ("opset13", "utils"))
-    rewritten = 0
+    half, rewritten = np.float32(0.5), 0
     for node in model.get_ops():
         if node.get_type_name() != "MatMul" or any(node.get_attributes().values()):  # none of ours transposes
             continue
         a, b = (_Dequantized.read(node.input_value(i)) for i in range(2))
         if a is None or b is None:
             continue
-        count, sums = b.codes.get_shape()[-1], b.zero != 0 and not _feeds_softmax(node)
-        right = _with_largest_codes(b.codes) if sums else b.codes
-        product = op.matmul(op.multiply(a.codes, np.float32(a.held)), op.multiply(right, np.float32(b.held)), False, False)
-        if (rest := a.scale / a.held * b.scale / b.held) != 1:
-            product = op.multiply(product, np.float32(rest))
+        width, sums = b.codes.get_shape()[-1], b.zero != 0 and not _feeds_softmax(node)
+        right = _with_columns(b.codes) if sums else b.codes
+        product = op.matmul(op.multiply(a.codes, half), op.multiply(right, half), False, False)
         if sums:
-            added = _columns(product, count, count + 1)
-            product = op.subtract(_columns(product, 0, count), op.multiply(added, np.float32(b.zero / b.largest)))
+            added = _columns(product, width, width + 1)
+            product = op.subtract(_columns(product, 0, width), op.multiply(added, np.float32(b.zero / COLUMN_CODE)))
         if a.zero:
-            total = op.reduce_sum(node.input_value(1), op.constant(np.array([-2], np.int64)), keep_dims=True)
-            product = op.add(product, op.multiply(total, np.float32(-a.zero * a.scale)))
-        utils.replace_node(node, product)
+            halves = op.multiply(op.subtract(b.codes, np.float32(b.zero)), half)
+            total = op.reduce_sum(halves, op.constant(np.array([-2], np.int64)), keep_dims=True)
+            product = op.add(product, op.multiply(total, np.float32(-a.zero / 2)))
+        utils.replace_node(node, op.multiply(product, np.float32(4 * a.scale * b.scale)))
         rewritten += 1
     model.validate_nodes_and_infer_types()
     return rewritten
@@ -68,12 +69,11 @@ def multiply_codes_(model: Any) -> int:
 
 @dataclass(frozen=True)
 class _Dequantized:
-    """scale * (codes - zero), codes being floats converted from the 8-bit integers of a FakeQuantize, `largest` at most."""
+    """scale * (codes - zero), codes being floats converted from the 8-bit integers of a FakeQuantize."""
 
     codes: Any
     scale: float
     zero: float
-    largest: float
 
     @classmethod
     def read(cls, value: Any) -> _Dequantized | None:
@@ -89,23 +89,19 @@ class _Dequantized:
         grid = stored and _input(stored, "Convert")
         if zero is None or grid is None or stored.get_element_type().get_type_name() not in ("u8", "i8"):
             return None
-        largest = _number(grid.get_node().input_value(4)) if grid.get_node().get_type_name() == "FakeQuantize" else None
-        return None if largest is None else cls(codes, scale, zero, largest)
-
-    @property
-    def held(self) -> float:
-        """The factor that codes go into a product with: without one, or with 1, OpenVINO takes them for floats."""
-        return self.scale if self.scale != 1 else 0.5
+        return cls(codes, scale, zero) if grid.get_node().get_type_name() == "FakeQuantize" else None
 
 
-def _with_largest_codes(codes: Any) -> Any:
-    """Codes (..., K, N) of a FakeQuantize -> (..., K, N + COLUMNS), the largest code in the new columns."""
+def _with_columns(codes: Any) -> Any:
+    """Codes (..., K, N) of a FakeQuantize -> (..., K, N + COLUMNS), COLUMN_CODE in the new columns."""
     op: Any = require("openvino.opset13")
     stored = codes.get_node().input_value(0)
     grid = stored.get_node().input_value(0).get_node()
     x, *ends = grid.input_values()
-    beyond = op.constant(np.full([*x.get_shape()[:-1], COLUMNS], np.finfo(np.float32).max, np.float32))
-    wider = op.fake_quantize(op.concat([x, beyond], -1), *ends, grid.get_attributes()["levels"])
+    low, high, smallest, largest = (float(end.get_node().get_data().item()) for end in ends)
+    value = low + (COLUMN_CODE - smallest) / (largest - smallest) * (high - low)
+    columns = op.constant(np.full([*x.get_shape()[:-1], COLUMNS], value, np.float32))
+    wider = op.fake_quantize(op.concat([x, columns], -1), *ends, grid.get_attributes()["levels"])
     return op.convert(op.convert(wider, stored.get_element_type().get_type_name()), "f32")
 
 
