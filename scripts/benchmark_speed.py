@@ -3,13 +3,15 @@
 
     python scripts/benchmark_speed.py --json speed.json
     python scripts/benchmark_speed.py --parts engines --profile
-    python scripts/benchmark_speed.py --parts jobs
+    python scripts/benchmark_speed.py --parts jobs stable_diffusion
 
 Parts: "simulation" is fake quantization in PyTorch, calibration and checkpoints; "engines" is one call of the exported
 network on ONNX Runtime and OpenVINO against PyTorch, torch.compile and other toolkits (those of `pip install -e '.[peers]'`
-where they are installed); "jobs" is whole command lines, from start to last PNG. Uses the CIFAR-10-size UNet (35.7 M
-parameters, random weights, batch 4) and the models in the box. Times are medians over alternating runs; memory is the
-growth of the peak resident set over the bare process, one process a figure.
+where they are installed); "jobs" is whole command lines, from start to last PNG. They use the CIFAR-10-size UNet (35.7 M
+parameters, random weights, batch 4) and the models in the box. "stable_diffusion" is one guided call of Stable Diffusion v1's
+UNet (860 M parameters, random weights, 64x64 latents, batch 2): 10 minutes, 20 GB of memory, 5 GB of the temporary folder.
+Times are medians over alternating runs; memory is the growth of the peak resident set over the bare process, one process a
+figure.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from qncd import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION_BATCH = 32
-PARTS = ("simulation", "engines", "jobs")
+PARTS = ("simulation", "engines", "jobs", "stable_diffusion")
 JOB_PROMPT = "a large red circle above a small blue square"
 
 
@@ -47,6 +49,7 @@ def parse_args() -> argparse.Namespace:
         default=32,
         help="images of a whole job (default 32); its start takes the same time for any number",
     )
+    parser.add_argument("--large_rounds", type=int, default=3, help="the same of stable_diffusion (default 3)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2], help=f"default {' '.join(PARTS[:2])}")
     parser.add_argument("--profile", action="store_true", help="what OpenVINO spends an int8 call on, by kind of operator")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
@@ -284,11 +287,61 @@ def measure_jobs(args: argparse.Namespace) -> dict[str, float]:
     return figures
 
 
-def main(args: argparse.Namespace) -> None:
-    cli.check_counts(args, ("rounds", "job_rounds", "job_images", "calibration_samples", "threads"))
+def _stable_diffusion() -> tuple[Any, Any]:
+    """The UNet and what a guided call gets."""
     import torch
 
-    if "engines" in args.parts or "jobs" in args.parts:
+    from qncd.models.ldm import build_ldm_unet
+    from qncd.models.loading import load_config
+    from qncd.ptq.calibration import CalibrationSet
+
+    torch.manual_seed(0)
+    unet = build_ldm_unet(load_config(ROOT / "configs" / "sd-v1-inference.yaml")).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    x, cond = torch.randn(2, 4, 64, 64, generator=generator), torch.randn(2, 77, 768, generator=generator)
+    return unet, CalibrationSet(x, torch.tensor([1, 501]), cond)
+
+
+def _export_stable_diffusion(folder: Path, threads: int) -> None:
+    """In a process of its own, whose memory is free again afterwards."""
+    import torch
+
+    from qncd.benchmark.engine_speed import export_pair
+
+    torch.set_num_threads(threads)
+    export_pair(*_stable_diffusion(), folder)
+
+
+def measure_stable_diffusion(args: argparse.Namespace, threads: int) -> dict[str, Any]:
+    """One guided call at full size, in PyTorch and on the engines."""
+    from qncd.benchmark.engine_speed import alternate, make_large_contest, ratio
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = multiprocessing.get_context("spawn").Process(target=_export_stable_diffusion, args=(folder, threads))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise OSError("exporting Stable Diffusion's UNet: its process ended without a model, for want of memory most likely")
+        contest = make_large_contest(*_stable_diffusion(), folder, threads)
+        seconds = alternate(contest.calls, args.large_rounds)
+    base, figures = "torch fp32", dict[str, Any]()
+    for name in contest.calls:
+        print(f"stable diffusion, {name:34} {statistics.median(seconds[name]):7.2f} s   {ratio(seconds, base, name):5.2f}x")
+    for engine in ("openvino", "onnxruntime"):
+        figures[f"sd_int8_{engine}_speedup"] = ratio(seconds, base, f"{engine} int8")
+    figures["sd_int8_over_openvino_fp32"] = ratio(seconds, "openvino fp32", "openvino int8")
+    figures["sd_onnx_w8_over_fp32"] = contest.sizes["int8"] / contest.sizes["fp32"]
+    for key, value in figures.items():
+        print(f"{key} {value:.3f}", flush=True)
+    return figures
+
+
+def main(args: argparse.Namespace) -> None:
+    cli.check_counts(args, ("rounds", "job_rounds", "large_rounds", "job_images", "calibration_samples", "threads"))
+    import torch
+
+    if set(args.parts) - {"simulation"}:
         from qncd.export.packages import check_backend
 
         for engine in ("onnxruntime", "openvino"):
@@ -306,6 +359,8 @@ def main(args: argparse.Namespace) -> None:
         figures |= measure_engines(args, torch.get_num_threads())
     if "jobs" in args.parts:
         figures |= measure_jobs(args)
+    if "stable_diffusion" in args.parts:
+        figures |= measure_stable_diffusion(args, torch.get_num_threads())
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

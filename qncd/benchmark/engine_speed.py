@@ -126,7 +126,7 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
 
     def on_engines(name: str, network: UNet, config: QuantConfig | None) -> None:
         path = export_unet(network, folder / name, config, "")
-        contest.sizes[name] = sum(part.stat().st_size for part in path.parent.glob(f"{FILE}*"))
+        contest.sizes[name] = file_size(path.parent)
         for backend, precision, suffix in engines:
             engine = open_engine(network, path.parent, backend, threads, precision)
             contest.calls[f"{backend} {name}{suffix}"] = functools.partial(engine, x, t)
@@ -162,6 +162,40 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
         network, _ = quantize_with_peer(mode, copy.deepcopy(unet), data, 8, 8, len(data))
         on_torch(f"{mode} on torch", network)
     return contest
+
+
+def export_pair(unet: UNet, data: CalibrationSet, folder: Path) -> None:
+    """Write DIR/fp32 and DIR/int8 (W8A8 with everything that a step pays for); the network is quantized in place."""
+    export_unet(unet, folder / "fp32", None, "")
+    config = quantized(unet, data)
+    export_unet(unet, folder / "int8", config, "")
+
+
+def make_large_contest(unet: UNet, data: CalibrationSet, folder: Path, threads: int) -> Contest:
+    """A large network in PyTorch, what `export_pair` wrote of it on OpenVINO, and in integers on ONNX Runtime.
+
+    Args:
+        unet: in full precision.
+        data: what a call gets, condition included; all of it at one time step.
+    """
+    torch.set_num_threads(threads)
+    contest, t = Contest(), torch.full((len(data),), TIMES[1])
+
+    def on_torch() -> None:
+        with torch.no_grad():
+            call_unet(unet, data.x, t, data.cond)
+
+    contest.calls["torch fp32"] = on_torch
+    for backend, name in (("openvino", "fp32"), ("openvino", "int8"), ("onnxruntime", "int8")):
+        engine = open_engine(unet, folder / name, backend, threads)
+        contest.calls[f"{backend} {name}"] = functools.partial(engine, data.x, t, data.cond)
+    contest.sizes = {name: file_size(folder / name) for name in ("fp32", "int8")}
+    return contest
+
+
+def file_size(folder: Path) -> int:
+    """Bytes of DIR/model.onnx, with those weights of it that lie beside it."""
+    return sum(part.stat().st_size for part in folder.glob(f"{FILE}*"))
 
 
 def _items(data: CalibrationSet) -> Iterator[Arrays]:
