@@ -32,7 +32,29 @@ def read_network(path: Path, shapes: Mapping[str, Sequence[int]], precision: str
     if precision == "fp32":
         multiply_codes_(model)
         expand_group_norms_(model)
+    raise_scalars_(model)
     return model
+
+
+def raise_scalars_(model: Any) -> int:
+    """Give computed scalars, as a time step's scale, the rank of what they multiply or divide, in place; how many there were.
+
+    OpenVINO computes operands of different ranks in the order of the axes only, and reorders what has channels last.
+    """
+    op: Any = require("openvino.opset13")
+    raised = 0
+    for node in model.get_ops():
+        if node.get_type_name() not in ("Multiply", "Divide"):
+            continue
+        rank = len(node.get_output_shape(0))
+        for port in node.inputs():
+            source = port.get_source_output()
+            if len(source.get_shape()) == 0 < rank and source.get_node().get_type_name() != "Constant":
+                shape = op.constant(np.ones(rank, np.int64))
+                port.replace_source_output(op.reshape(source, shape, special_zero=False).output(0))
+                raised += 1
+    model.validate_nodes_and_infer_types()
+    return raised
 
 
 def multiply_codes_(model: Any) -> int:
@@ -139,7 +161,12 @@ def _number(value: Any) -> float | None:
 
 
 def expand_group_norms_(model: Any) -> int:
-    """Rewrite every GroupNormalization of an openvino.Model with fixed shapes, in place. Returns how many there were."""
+    """Rewrite every GroupNormalization of an openvino.Model with fixed shapes, in place. Returns how many there were.
+
+    What an input was multiplied by and added to for each channel, a time step's scale, a bias or the time embedding, joins the
+    factor and the term: the mean and the mean square of a channel are those of what came before. A group's variance is the mean
+    of its channels' own ones, E[x^2] - E[x]^2 in float32, and the variance of their means.
+    """
     utils: Any = require("openvino.utils")
     found = [node for node in model.get_ops() if node.get_type_name() == "GroupNormalization"]
     for node in found:
@@ -163,15 +190,57 @@ def _expanded(node: Any) -> Any:
         return op.reshape(value, ints(shape), special_zero=False)
 
     def group_mean(value: Any) -> Any:
-        """(N, C, 1, ...) -> (N, G, 1)."""
-        return op.reduce_mean(shaped(value, grouped), ints([2]), keep_dims=True)
+        """(N, G, C / G) -> (N, G, 1)."""
+        return op.reduce_mean(value, ints([2]), keep_dims=True)
 
+    x, before = _affine_input(x)
     axes = ints(list(range(2, 2 + len(plane))))
-    mean = group_mean(op.reduce_mean(x, axes, keep_dims=True))
-    norm = op.reduce_l2(x, axes, keep_dims=True)  # of a plane: no second tensor of squares
-    square = group_mean(op.multiply(op.multiply(norm, norm), np.float32(1 / np.prod(plane))))
+    mean = shaped(op.reduce_mean(x, axes, keep_dims=True), grouped)  # of each channel
+    norm = shaped(op.reduce_l2(x, axes, keep_dims=True), grouped)  # so there is no second tensor of squares
+    square = op.multiply(op.multiply(norm, norm), np.float32(1 / np.prod(plane)))
     variance = op.relu(op.subtract(square, op.multiply(mean, mean)))
+    factor = term = None  # x becomes x * factor + term
+    for kind, value in before:
+        size = int(np.prod(value.get_shape()))
+        value = shaped(value, [1, 1, 1] if size == 1 else shared if size == channels else grouped)
+        if kind == "Add":
+            mean, term = op.add(mean, value), value if term is None else op.add(term, value)
+            continue
+        mean, variance = op.multiply(mean, value), op.multiply(variance, op.multiply(value, value))
+        factor, term = value if factor is None else op.multiply(factor, value), None if term is None else op.multiply(term, value)
+    center = group_mean(mean)
+    apart = op.subtract(mean, center)
+    variance = group_mean(op.add(variance, op.multiply(apart, apart)))
     inverse = op.divide(np.float32(1), op.sqrt(op.add(variance, np.float32(epsilon))))
-    factor = op.multiply(inverse, shaped(weight, shared))
-    term = op.subtract(shaped(bias, shared), op.multiply(mean, factor))
-    return op.add(op.multiply(x, shaped(factor, whole)), shaped(term, whole))
+    slope = op.multiply(inverse, shaped(weight, shared))
+    offset = op.multiply(center if term is None else op.subtract(center, term), slope)
+    total = shaped(op.subtract(shaped(bias, shared), offset), whole)
+    return op.add(op.multiply(x, shaped(slope if factor is None else op.multiply(slope, factor), whole)), total)
+
+
+def _affine_input(value: Any) -> tuple[Any, list[tuple[str, Any]]]:
+    """What a value of one use was made from by multiplying and adding one number for each channel, and by which, in order.
+
+    Constants directly behind a convolution stay: OpenVINO computes them with it.
+    """
+    steps: list[tuple[str, Any]] = []
+    inputs = [value]
+    while len(inputs[-1].get_target_inputs()) == 1 and (kind := inputs[-1].get_node().get_type_name()) in ("Add", "Multiply"):
+        operands = inputs[-1].get_node().input_values()
+        small = [i for i in range(2) if _for_channels(operands[i].get_shape(), value.get_shape())]
+        if len(small) != 1:
+            break
+        steps.append((kind, operands[small[0]]))
+        inputs.append(operands[1 - small[0]])
+    while steps and steps[-1][1].get_node().get_type_name() == "Constant":
+        steps.pop()
+        inputs.pop()
+    return inputs[-1], steps[::-1]
+
+
+def _for_channels(shape: Any, whole: Any) -> bool:
+    """Whether a shape is that of one number, or of one for each channel, of all samples or of each."""
+    if np.prod(shape) == 1:
+        return True
+    full = [*[1] * (len(whole) - len(shape)), *shape]
+    return full[0] in (1, whole[0]) and full[1] == whole[1] and all(side == 1 for side in full[2:])
