@@ -98,6 +98,14 @@ def quantized(
     return config
 
 
+def _torch_call(network: Any, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Call:
+    def call() -> None:
+        with torch.no_grad():
+            call_unet(network, x, t, cond)
+
+    return call
+
+
 def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
     """Everybody who can take part.
 
@@ -117,13 +125,6 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
     else:
         contest.notes.append("nobody beside bf16: this CPU has no bfloat16 instructions")
 
-    def on_torch(name: str, network: Any) -> None:
-        def call() -> None:
-            with torch.no_grad():
-                call_unet(network, x, t)
-
-        contest.calls[name] = call
-
     def on_engines(name: str, network: UNet, config: QuantConfig | None) -> None:
         path = export_unet(network, folder / name, config, "")
         contest.sizes[name] = file_size(path.parent)
@@ -131,7 +132,7 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
             engine = open_engine(network, path.parent, backend, threads, precision)
             contest.calls[f"{backend} {name}{suffix}"] = functools.partial(engine, x, t)
 
-    on_torch("torch fp32", unet)
+    contest.calls["torch fp32"] = _torch_call(unet, x, t)
     on_engines("fp32", unet, None)
     variants = {
         "int8": {}, "int8 without smoothing": {"smoothing": False}, "int8 stepwise": {"smoothing": False, "stepwise": True},
@@ -145,7 +146,7 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
     try:
         with torch.no_grad():
             compiled(x, t)
-        on_torch("torch.compile fp32", compiled)
+        contest.calls["torch.compile fp32"] = _torch_call(compiled, x, t)
     except Exception as error:  # the compiler's own exceptions, without a common base
         contest.notes.append(f"torch.compile: {' '.join(str(error).split())[:200]}")
     arrays: Arrays = {"sample": x.numpy(), "timestep": t.numpy()}
@@ -160,7 +161,7 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
             contest.notes.append(NOT_THERE.format(package))
             continue
         network, _ = quantize_with_peer(mode, copy.deepcopy(unet), data, 8, 8, len(data))
-        on_torch(f"{mode} on torch", network)
+        contest.calls[f"{mode} on torch"] = _torch_call(network, x, t)
     return contest
 
 
@@ -180,12 +181,7 @@ def make_large_contest(unet: UNet, data: CalibrationSet, folder: Path, threads: 
     """
     torch.set_num_threads(threads)
     contest, t = Contest(), torch.full((len(data),), TIMES[1])
-
-    def on_torch() -> None:
-        with torch.no_grad():
-            call_unet(unet, data.x, t, data.cond)
-
-    contest.calls["torch fp32"] = on_torch
+    contest.calls["torch fp32"] = _torch_call(unet, data.x, t, data.cond)
     for backend, name in (("openvino", "fp32"), ("openvino", "int8"), ("onnxruntime", "int8")):
         engine = open_engine(unet, folder / name, backend, threads)
         contest.calls[f"{backend} {name}"] = functools.partial(engine, data.x, t, data.cond)

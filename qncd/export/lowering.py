@@ -2,7 +2,8 @@
 
 Codes are stored as runtimes have kernels for them: activations as uint8, k and v as int8 (the second operand of a matrix
 product), weights as int8, and as INT4 cast to int8 where they have 4 bits or fewer. A code that is stored is our code minus
-its smallest one, and the zero point moves along. Widths below 8 bits are clipped to their codes in front of the quantizer.
+its smallest one, and the zero point moves along; below 8 bits k and v have one of 0. Widths below 8 bits are clipped to their
+codes in front of the quantizer.
 
 Where a layer has a range for each time step, its input is divided by that step's scale and quantized with scale 1, and the
 product is multiplied by the scale: the kernels are those of one range. The time step of a call's first input chooses.

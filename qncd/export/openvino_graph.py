@@ -7,7 +7,7 @@ together with the SiLU and the quantizer that follow.
 It multiplies two activations, as attention does, in integers only where neither has a zero point: else it takes the zero
 points off in floats first. Here they come off the product.
 
-Both take small differences of large numbers, for which bfloat16 is too coarse: with it the model stays as it is.
+Both take small differences of large numbers, for which bfloat16 is too coarse: with it they are left out.
 """
 
 from __future__ import annotations
@@ -152,9 +152,7 @@ def _input(value: Any, kind: str) -> Any:
 
 def _number(value: Any) -> float | None:
     """A constant of one element, converted or not."""
-    node = value.get_node()
-    if node.get_type_name() == "Convert":
-        node = node.input_value(0).get_node()
+    node = (_input(value, "Convert") or value).get_node()
     if node.get_type_name() != "Constant" or node.get_data().size != 1:
         return None
     return float(node.get_data().item())
@@ -164,7 +162,7 @@ def expand_group_norms_(model: Any) -> int:
     """Rewrite every GroupNormalization of an openvino.Model with fixed shapes, in place. Returns how many there were.
 
     What an input was multiplied by and added to for each channel, a time step's scale, a bias or the time embedding, joins the
-    factor and the term: the mean and the mean square of a channel are those of what came before. A group's variance is the mean
+    factor and the term: the sums are those of what came before. A group's variance is the mean
     of its channels' own ones, E[x^2] - E[x]^2 in float32, and the variance of their means.
     """
     utils: Any = require("openvino.utils")
@@ -199,23 +197,23 @@ def _expanded(node: Any) -> Any:
     norm = shaped(op.reduce_l2(x, axes, keep_dims=True), grouped)  # so there is no second tensor of squares
     square = op.multiply(op.multiply(norm, norm), np.float32(1 / np.prod(plane)))
     variance = op.relu(op.subtract(square, op.multiply(mean, mean)))
-    factor = term = None  # x becomes x * factor + term
+    factor, term = op.constant(np.float32(1)), op.constant(np.float32(0))  # the input is x * factor + term
     for kind, value in before:
         size = int(np.prod(value.get_shape()))
         value = shaped(value, [1, 1, 1] if size == 1 else shared if size == channels else grouped)
-        if kind == "Add":
-            mean, term = op.add(mean, value), value if term is None else op.add(term, value)
-            continue
-        mean, variance = op.multiply(mean, value), op.multiply(variance, op.multiply(value, value))
-        factor, term = value if factor is None else op.multiply(factor, value), None if term is None else op.multiply(term, value)
+        if kind == "Multiply":
+            factor, term = op.multiply(factor, value), op.multiply(term, value)
+        else:
+            term = op.add(term, value)
+    mean, variance = op.add(op.multiply(mean, factor), term), op.multiply(variance, op.multiply(factor, factor))
     center = group_mean(mean)
     apart = op.subtract(mean, center)
     variance = group_mean(op.add(variance, op.multiply(apart, apart)))
     inverse = op.divide(np.float32(1), op.sqrt(op.add(variance, np.float32(epsilon))))
     slope = op.multiply(inverse, shaped(weight, shared))
-    offset = op.multiply(center if term is None else op.subtract(center, term), slope)
-    total = shaped(op.subtract(shaped(bias, shared), offset), whole)
-    return op.add(op.multiply(x, shaped(slope if factor is None else op.multiply(slope, factor), whole)), total)
+    whole_factor = shaped(op.multiply(slope, factor), whole)
+    whole_term = shaped(op.subtract(shaped(bias, shared), op.multiply(op.subtract(center, term), slope)), whole)
+    return op.add(op.multiply(x, whole_factor), whole_term)
 
 
 def _affine_input(value: Any) -> tuple[Any, list[tuple[str, Any]]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qncd.config import QuantConfig, SmoothingConfig
 from qncd.export.engines import open_engine, openvino_options
 from qncd.export.onnx_model import FILE, check_fits, export_unet, is_current, read_onnx
-from qncd.export.openvino_graph import expand_group_norms_, multiply_codes_, read_network
+from qncd.export.openvino_graph import expand_group_norms_, multiply_codes_, raise_scalars_, read_network
 from qncd.export.packages import check_backend, cpu_has_bf16, require
 from qncd.models.loading import load_config, load_ddim
 from qncd.ptq.bit_allocation import free_quantizers
@@ -191,6 +191,28 @@ def test_group_norms_with_channels_last(shape: tuple[int, ...]) -> None:
     assert expand_group_norms_(model) == 1 and expand_group_norms_(model) == 0
     found = openvino.Core().compile_model(model, "CPU", openvino_options(1))(x.numpy())[0]
     expected = torch.nn.functional.group_norm(x, 4, weight, bias, 1e-5).relu()
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("embedding", [(2, 8, 1, 1), (1, 8, 1, 1)])
+def test_what_comes_before_a_group_norm(embedding: tuple[int, ...]) -> None:
+    """A step's scale, a bias and the time embedding join the norm's factor and term; the scalar gets its operand's rank."""
+    openvino = pytest.importorskip("openvino")
+    op = pytest.importorskip("openvino.opset13")
+    generator = torch.Generator().manual_seed(0)
+    x, scale = torch.randn(2, 8, 5, 3, generator=generator), torch.tensor(0.7)
+    added, constant = torch.randn(embedding, generator=generator), torch.randn(8, 1, 1, generator=generator)
+    weight, bias = torch.randn(2, 8, generator=generator)
+    entries = [op.parameter(list(value.shape), np.float32) for value in (x, scale, added)]
+    before = op.add(op.add(op.multiply(op.relu(entries[0]), entries[1]), op.constant(constant.numpy())), entries[2])
+    node = op.group_normalization(before, op.constant(weight.numpy()), op.constant(bias.numpy()), 4, 1e-5)
+    model = openvino.Model([op.relu(node)], entries)
+    assert raise_scalars_(model) == 1 and raise_scalars_(model) == 0
+    assert expand_group_norms_(model) == 1
+    assert all(node.get_friendly_name() != before.get_friendly_name() for node in model.get_ops())
+    compiled = openvino.Core().compile_model(model, "CPU", openvino_options(1))
+    found = compiled([value.numpy() for value in (x, scale, added)])[0]
+    expected = torch.nn.functional.group_norm(x.relu() * scale + constant + added, 4, weight, bias, 1e-5).relu()
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
 
 
