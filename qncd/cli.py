@@ -281,11 +281,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--backend", choices=BACKENDS, default="torch",
-        help="what runs the network: torch in floating point on the integers' grid (default), the others in integers",
+        help="what runs the network: torch in floating point on the integers' grid (default), the others in integers; "
+        "triton on a GPU",
     )  # fmt: skip
     group.add_argument(
         "--engine_precision", choices=PRECISIONS, default="fp32",
-        help="of what openvino computes beside the integers; bf16 is faster, and farther from torch's images",
+        help="of what triton computes beside the integers; fp16 is faster, and farther from torch's images",
     )  # fmt: skip
     group.add_argument(
         "--onnx",

@@ -83,13 +83,20 @@ class ImagePlan:
 def on_engine(args: argparse.Namespace, wanted: Quantization, diffusion: Diffusion, base_hash: str, folder: Path) -> Diffusion:
     """The same with the network on --backend: from --onnx, else exported to `folder` unless it lies there already.
 
+    Triton needs no file.
+
     Raises:
         ValueError: --onnx holds another network, or one for samples of another shape.
         FileNotFoundError: --onnx holds none.
     """
-    from qncd.export.engines import open_engine
+    from qncd.export.engines import open_engine, open_triton
     from qncd.export.onnx_model import FILE, check_fits, export_unet, is_current
 
+    unet: Any
+    if args.backend == "triton":
+        log.info("triton runs the network on %s", diffusion.unet.device)
+        unet = open_triton(diffusion.unet, args.engine_precision)
+        return dataclasses.replace(diffusion, unet=unet)
     if args.onnx is None:
         if not is_current(folder, diffusion.unet, diffusion.shape):
             path = export_unet(diffusion.unet, folder, wanted.quant, base_hash, shape=diffusion.shape)
@@ -98,7 +105,7 @@ def on_engine(args: argparse.Namespace, wanted: Quantization, diffusion: Diffusi
         folder = args.onnx
         check_fits(folder, diffusion.unet, diffusion.shape)
     log.info("%s runs %s", args.backend, folder / FILE)
-    unet: Any = open_engine(diffusion.unet, folder, args.backend, precision=args.engine_precision)
+    unet = open_engine(diffusion.unet, folder, args.backend)
     return dataclasses.replace(diffusion, unet=unet)
 
 

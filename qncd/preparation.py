@@ -62,8 +62,8 @@ def check_quantization_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) and (args.cali_ckpt is None or not args.cali_ckpt.is_file()):
             raise FileNotFoundError(f"--{name} needs a quantized checkpoint: --cali_ckpt {args.cali_ckpt} is none")
     check_backend(args.backend, args.engine_precision)
-    if args.onnx and args.backend == "torch":
-        raise ValueError("--onnx needs --backend: torch does not run it")
+    if args.onnx and args.backend in ("torch", "triton"):
+        raise ValueError(f"--onnx needs --backend onnxruntime, openvino or tensorrt: {args.backend} does not run it")
     if args.backend != "torch" and getattr(args, "precision", "full") != "full":
         raise ValueError(f"--precision {args.precision} is torch's: with --backend {args.backend} there is --engine_precision")
 

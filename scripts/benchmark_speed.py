@@ -4,12 +4,14 @@
     python scripts/benchmark_speed.py --json speed.json
     python scripts/benchmark_speed.py --parts engines --profile
     python scripts/benchmark_speed.py --parts jobs stable_diffusion
+    python scripts/benchmark_speed.py --parts gpu
 
 Parts: "simulation" is fake quantization in PyTorch, calibration and checkpoints; "engines" is one call of the exported
 network on ONNX Runtime and OpenVINO against PyTorch, torch.compile and other toolkits (those of `pip install -e '.[peers]'`
 where they are installed); "jobs" is whole command lines, from start to last PNG. They use the CIFAR-10-size UNet (35.7 M
 parameters, random weights, batch 4) and the models in the box. "stable_diffusion" is one guided call of Stable Diffusion v1's
 UNet (860 M parameters, random weights, 64x64 latents, batch 2): 10 minutes, 20 GB of memory, 5 GB of the temporary folder.
+"gpu" is the same two networks (batch 64 and 2) on a CUDA device, in PyTorch and in integers.
 Times are medians over alternating runs; memory is the growth of the peak resident set over the bare process, one process a
 figure.
 """
@@ -34,7 +36,8 @@ from qncd import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION_BATCH = 32
-PARTS = ("simulation", "engines", "jobs", "stable_diffusion")
+PARTS = ("simulation", "engines", "jobs", "stable_diffusion", "gpu")
+GPU_BATCH = 64  # of the CIFAR-10-size network
 JOB_PROMPT = "a large red circle above a small blue square"
 
 
@@ -222,9 +225,8 @@ def measure_engines(args: argparse.Namespace, threads: int) -> dict[str, Any]:
             figures[f"int8_over_{engine}_fp32"] = ratio(seconds, f"{engine} fp32", f"{engine} int8")
             figures[f"smoothing_cost_{engine}"] = ratio(seconds, f"{engine} int8", f"{engine} int8 without smoothing") - 1
             figures[f"stepwise_cost_{engine}"] = ratio(seconds, f"{engine} int8 stepwise", f"{engine} int8 without smoothing") - 1
-        if "openvino int8 beside bf16" in contest.calls:
-            figures["int8_bf16_openvino_speedup"] = ratio(seconds, base, "openvino int8 beside bf16")
-            figures["int8_bf16_over_openvino_bf16"] = ratio(seconds, "openvino fp32 beside bf16", "openvino int8 beside bf16")
+        if "openvino bf16" in contest.calls:
+            figures["int8_over_openvino_bf16"] = ratio(seconds, "openvino bf16", "openvino int8")
         figures["int8_over_engine_fp32"] = figures["int8_over_openvino_fp32"]
         for name, key in (("int8", "onnx_w8_over_fp32"), ("w4a8", "onnx_w4_over_fp32")):
             figures[key] = contest.sizes[name] / contest.sizes["fp32"]
@@ -337,15 +339,46 @@ def measure_stable_diffusion(args: argparse.Namespace, threads: int) -> dict[str
     return figures
 
 
+def measure_gpu(args: argparse.Namespace) -> dict[str, Any]:
+    """One call on a CUDA device, in PyTorch and in integers."""
+    import torch
+
+    from qncd.benchmark.engine_speed import alternate, ratio
+    from qncd.benchmark.gpu_speed import make_gpu_contest
+
+    device, figures = torch.device("cuda"), dict[str, Any](gpu=torch.cuda.get_device_name())
+    generator = torch.Generator().manual_seed(1)
+    unet, data = _stable_diffusion()
+    networks = {
+        "cifar": (_cifar_unet(), torch.randn(GPU_BATCH, 3, 32, 32, generator=generator), None),
+        "sd": (unet, data.x, data.cond.to(device)),
+    }
+    for title, (network, x, cond) in networks.items():
+        contest = make_gpu_contest(network.to(device), x.to(device), cond)
+        seconds = alternate(contest.calls, args.rounds)
+        for name in contest.calls:
+            milliseconds = 1e3 * statistics.median(seconds[name])
+            print(f"{title}, {name:26} {milliseconds:8.2f} ms   {ratio(seconds, 'torch fp32', name):5.2f}x", flush=True)
+        for precision in ("fp32", "fp16"):
+            figures[f"gpu_{title}_int8_{precision}_speedup"] = ratio(seconds, "torch fp32", f"triton int8 beside {precision}")
+        for key, name in (("fp16_graph", "torch fp16, CUDA graph"), ("compiled_fp16", "torch.compile fp16")):
+            figures[f"gpu_{title}_int8_over_{key}"] = ratio(seconds, name, "triton int8 beside fp16")
+    for key, value in figures.items():
+        print(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}", flush=True)
+    return figures
+
+
 def main(args: argparse.Namespace) -> None:
     cli.check_counts(args, ("rounds", "job_rounds", "large_rounds", "job_images", "calibration_samples", "threads"))
     import torch
 
-    if set(args.parts) - {"simulation"}:
-        from qncd.export.packages import check_backend
+    from qncd.export.packages import check_backend
 
+    if set(args.parts) - {"simulation", "gpu"}:
         for engine in ("onnxruntime", "openvino"):
             check_backend(engine)
+    if "gpu" in args.parts and not torch.cuda.is_available():
+        raise ValueError("--parts gpu: there is no CUDA device; allowed here are " + ", ".join(PARTS[:-1]))
     if args.threads:
         torch.set_num_threads(args.threads)
     figures: dict[str, Any] = {
@@ -361,6 +394,8 @@ def main(args: argparse.Namespace) -> None:
         figures |= measure_jobs(args)
     if "stable_diffusion" in args.parts:
         figures |= measure_stable_diffusion(args, torch.get_num_threads())
+    if "gpu" in args.parts:
+        figures |= measure_gpu(args)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 

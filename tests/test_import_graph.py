@@ -24,7 +24,7 @@ LAYERS = (
     ("io",),
     ("models", "metrics"),
     ("quant",),
-    ("sampling",),
+    ("sampling", "gpu"),
     ("ptq", "training"),
     ("classifier_training", "export"),
     ("modes",),
@@ -42,6 +42,7 @@ ONLY = {
     "metrics": {"config", "distributed", "rng", "io"},
     "quant": {"config", "rng"},
     "sampling": {"config", "rng"},
+    "gpu": {"quant"},
 }
 
 # Modules that meet in a protocol only.
@@ -68,6 +69,7 @@ HEAVY = (
     "onnx_ir",
     "onnxruntime",
     "openvino",
+    "triton",
 )
 
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from qncd.benchmark.peers import quantize_with_peer
 from qncd.config import QuantConfig, SmoothingConfig
-from qncd.export.engines import Arrays, Session, open_engine, openvino_options
+from qncd.export.engines import Arrays, ArraySession, open_engine, openvino_options
 from qncd.export.onnx_model import FILE, export_unet
 from qncd.export.openvino_graph import read_network
-from qncd.export.packages import cpu_has_bf16
+from qncd.export.packages import require
 from qncd.ptq.bit_allocation import free_quantizers
 from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet
 from qncd.ptq.smoothing import smooth_, smoothing_factors
@@ -119,21 +119,22 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
     contest, t = Contest(), torch.full((len(x),), TIMES[1])
     data = CalibrationSet(torch.randn(8, *x.shape[1:], generator=torch.Generator().manual_seed(2)), torch.tensor(TIMES * 2))
 
-    engines = [("onnxruntime", "fp32", ""), ("openvino", "fp32", "")]
-    if cpu_has_bf16():
-        engines.append(("openvino", "bf16", " beside bf16"))
-    else:
-        contest.notes.append("nobody beside bf16: this CPU has no bfloat16 instructions")
-
     def on_engines(name: str, network: UNet, config: QuantConfig | None) -> None:
         path = export_unet(network, folder / name, config, "")
         contest.sizes[name] = file_size(path.parent)
-        for backend, precision, suffix in engines:
-            engine = open_engine(network, path.parent, backend, threads, precision)
-            contest.calls[f"{backend} {name}{suffix}"] = functools.partial(engine, x, t)
+        for backend in ("onnxruntime", "openvino"):
+            engine = open_engine(network, path.parent, backend, threads)
+            contest.calls[f"{backend} {name}"] = functools.partial(engine, x, t)
 
     contest.calls["torch fp32"] = _torch_call(unet, x, t)
     on_engines("fp32", unet, None)
+    arrays: Arrays = {"sample": x.numpy(), "timestep": t.numpy()}
+    core = require("openvino").Core()
+    if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        model = core.read_model(folder / "fp32" / FILE)
+        contest.calls["openvino bf16"] = functools.partial(_openvino(model, arrays, threads, "bf16"), arrays)
+    else:
+        contest.notes.append("openvino bf16: this CPU has no bfloat16 instructions")
     variants = {
         "int8": {}, "int8 without smoothing": {"smoothing": False}, "int8 stepwise": {"smoothing": False, "stepwise": True},
         "w4a8": {"bits": 4}, "w4a6 mixed stepwise": {"bits": 4, "smoothing": False, "stepwise": True, "mixed": True},
@@ -149,7 +150,6 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
         contest.calls["torch.compile fp32"] = _torch_call(compiled, x, t)
     except Exception as error:  # the compiler's own exceptions, without a common base
         contest.notes.append(f"torch.compile: {' '.join(str(error).split())[:200]}")
-    arrays: Arrays = {"sample": x.numpy(), "timestep": t.numpy()}
     session = _onnxruntime_static(folder / "fp32", folder / "onnxruntime_static", data, threads)
     contest.calls["onnxruntime static quantizer"] = functools.partial(session, arrays)
     if importlib.util.find_spec("nncf") is None:
@@ -199,7 +199,7 @@ def _items(data: CalibrationSet) -> Iterator[Arrays]:
         yield {"sample": x.numpy(), "timestep": t.numpy()}
 
 
-def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, threads: int) -> Session:
+def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, threads: int) -> ArraySession:
     """ONNX Runtime's own static quantizer, QDQ with int8 weights per channel, on its CPU kernels as it comes."""
     import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -231,7 +231,7 @@ def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, thre
     return lambda inputs: session.run(["noise"], inputs)[0]
 
 
-def _nncf_openvino(exported: Path, data: CalibrationSet, inputs: Arrays, threads: int) -> Session:
+def _nncf_openvino(exported: Path, data: CalibrationSet, inputs: Arrays, threads: int) -> ArraySession:
     """NNCF's post-training quantization of the OpenVINO model (model_type TRANSFORMER, as for diffusion networks)."""
     import nncf
     import openvino
@@ -242,8 +242,13 @@ def _nncf_openvino(exported: Path, data: CalibrationSet, inputs: Arrays, threads
         model, nncf.Dataset(list(_items(data))), subset_size=len(data), model_type=nncf.ModelType.TRANSFORMER,
         advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
     )  # fmt: skip
+    return _openvino(model, inputs, threads)
+
+
+def _openvino(model: Any, inputs: Arrays, threads: int, precision: str = "f32") -> ArraySession:
+    """An openvino.Model as it comes, for inputs of these shapes."""
     model.reshape({name: list(value.shape) for name, value in inputs.items()})
-    compiled = openvino.Core().compile_model(model, "CPU", openvino_options(threads))
+    compiled = require("openvino").Core().compile_model(model, "CPU", openvino_options(threads, precision))
     return lambda given: np.array(compiled(given)[0])
 
 

@@ -18,7 +18,8 @@ from qncd.export.packages import check_backend, require
 from qncd.quant.convert import UNet
 
 Arrays = dict[str, np.ndarray]
-Session = Callable[[Arrays], np.ndarray]  # named inputs -> noise
+ArraySession = Callable[[Arrays], np.ndarray]  # named inputs -> noise
+Session = Callable[[dict[str, Tensor]], Tensor]  # the same on the UNet's device
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class EngineUNet:
 
     Attributes:
         config: of that UNet.
-        device: on which inputs come and outputs go; the engine itself works on the CPU.
+        device: on which inputs come and outputs go.
         one_step_a_call: inputs of several time steps go to the engine step by step.
     """
 
@@ -50,20 +51,29 @@ class EngineUNet:
     ) -> EngineOutput:
         """(N, C, H, W), (N,) or a number, the network's condition -> `.sample` (N, C, H, W)."""
         steps = torch.as_tensor(timestep).reshape(-1).expand(len(sample))
-        inputs = {"sample": sample.float(), "timestep": steps.long()}
+        inputs = {"sample": sample.float(), "timestep": steps.long().to(sample.device)}
         inputs |= {} if encoder_hidden_states is None else {"encoder_hidden_states": encoder_hidden_states.float()}
         inputs |= {} if class_labels is None else {"class_labels": class_labels.long()}
-        arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in inputs.items()}
-        times = np.unique(arrays["timestep"]) if self.one_step_a_call else np.empty(1)
-        if len(times) == 1:
-            return EngineOutput(torch.from_numpy(self.session(arrays)).to(self.device))
-        order = [np.flatnonzero(arrays["timestep"] == time) for time in times]
-        parts = [self.session({name: value[rows] for name, value in arrays.items()}) for rows in order]
-        noise = np.concatenate(parts)[np.argsort(np.concatenate(order))]
-        return EngineOutput(torch.from_numpy(noise).to(self.device))
+        inputs = {name: value.detach() for name, value in inputs.items()}
+        times = steps.unique().tolist() if self.one_step_a_call else []
+        if len(times) <= 1:
+            return EngineOutput(self.session(inputs))
+        order = [(inputs["timestep"] == time).nonzero().flatten() for time in times]
+        parts = [self.session({name: value[rows] for name, value in inputs.items()}) for rows in order]
+        return EngineOutput(torch.cat(parts)[torch.cat(order).argsort()])
 
 
-def onnxruntime_session(folder: Path, threads: int, tensorrt: bool = False) -> Session:
+def on_tensors(session: ArraySession) -> Session:
+    """An engine that takes arrays on the CPU, called with tensors on any device."""
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        arrays = {name: value.cpu().contiguous().numpy() for name, value in inputs.items()}
+        return torch.from_numpy(session(arrays)).to(inputs["sample"].device)
+
+    return run
+
+
+def onnxruntime_session(folder: Path, threads: int, tensorrt: bool = False) -> ArraySession:
     """ONNX Runtime on DIR/model.onnx: the CPU's integer kernels, or TensorRT, which takes QDQ as it is."""
     runtime = require("onnxruntime")
     options = runtime.SessionOptions()
@@ -95,53 +105,66 @@ def integer_model(folder: Path, scratch: Path) -> Path:
     return save_onnx(model, scratch)
 
 
-def openvino_options(threads: int, precision: str = "fp32") -> dict[str, Any]:
+def openvino_options(threads: int, precision: str = "f32") -> dict[str, Any]:
     """What OpenVINO's CPU plugin is told. Without a precision it would take bfloat16 where the CPU has it."""
     return {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision], "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads
     }  # fmt: skip
 
 
-def openvino_session(folder: Path, threads: int, precision: str = "fp32") -> Session:
-    """OpenVINO on DIR/model.onnx, compiled anew for each shape of the inputs: fixed shapes run faster, and lanes have one.
-
-    `precision` is that of what is not quantized: "fp32" or "bf16".
-    """
+def openvino_session(folder: Path, threads: int) -> ArraySession:
+    """OpenVINO on DIR/model.onnx, compiled anew for each shape of the inputs: fixed shapes run faster, and lanes have one."""
     core = require("openvino").Core()
-    options = openvino_options(threads, precision)
+    options = openvino_options(threads)
     compiled: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
 
     def run(inputs: Arrays) -> np.ndarray:
         shapes = tuple((name, value.shape) for name, value in inputs.items())
         if shapes not in compiled:
-            model = read_network(folder / FILE, dict(shapes), precision)
+            model = read_network(folder / FILE, dict(shapes))
             compiled[shapes] = core.compile_model(model, "CPU", options)
         return np.array(compiled[shapes](inputs)[0])  # a copy: the engine uses its buffer again
 
     return run
 
 
-def open_engine(unet: UNet, folder: Path, backend: str, threads: int | None = None, precision: str = "fp32") -> EngineUNet:
+def open_engine(unet: UNet, folder: Path, backend: str, threads: int | None = None) -> EngineUNet:
     """DIR/model.onnx on an engine, to be called instead of `unet`, from which it was exported.
 
     Args:
         backend: "onnxruntime", "openvino" or "tensorrt".
         threads: default: torch's.
-        precision: of what is not quantized, "fp32", or with OpenVINO "bf16".
 
     Raises:
-        ValueError: the backend's package or the CPU's bfloat16 is not there, or the engine refuses the model.
+        ValueError: the backend's package is not there, or the engine refuses the model.
         FileNotFoundError: there is no such model.
     """
-    check_backend(backend, precision)
+    check_backend(backend)
     _, info = read_onnx(folder)
     threads = threads or torch.get_num_threads()
     try:
         if backend == "openvino":
-            session = openvino_session(folder, threads, precision)
+            session = openvino_session(folder, threads)
         else:
             session = onnxruntime_session(folder, threads, backend == "tensorrt")
     except Exception as error:  # engines have exceptions of their own, without a common base
         raise ValueError(f"{folder / FILE}: {backend} refuses it: {' '.join(str(error).split())[:300]}") from error
-    return EngineUNet(unet, session, backend, info.one_step_a_call)
+    return EngineUNet(unet, on_tensors(session), backend, info.one_step_a_call)
+
+
+def open_triton(unet: UNet, precision: str = "fp32") -> EngineUNet:
+    """A calibrated UNet on its own device in integers, to be called instead of `unet`, which stays as it is.
+
+    Args:
+        precision: of what is not quantized, "fp32" or "fp16".
+
+    Raises:
+        ValueError: there is no GPU, or a layer has no integer kernel.
+    """
+    check_backend("triton", precision)
+    if unet.device.type != "cuda" and torch.cuda.is_available():
+        raise ValueError(f"backend triton on --device {unet.device}: allowed is cuda")
+    from qncd.gpu.network import IntegerNetwork
+
+    network = IntegerNetwork(unet, {"fp32": torch.float32, "fp16": torch.float16}[precision])
+    return EngineUNet(unet, network, "triton", network.one_step_a_call)

@@ -1,0 +1,209 @@
+"""Integer kernels against the fake-quantized network that they replace: on a GPU, or in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from quantized_networks import TIMES, assert_same_in_integers, call, inputs, prepared
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qncd.config import QuantConfig
+from qncd.export.engines import EngineUNet, open_triton
+from qncd.export.packages import check_backend
+from qncd.models.loading import load_config, load_ddim
+from qncd.ptq.temporal import set_all_stepwise_
+from qncd.quant.affine import IntegerRange
+from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.convert import quant_layers, quantize_
+from qncd.quant.layers import QuantConv2d, QuantLayer
+from qncd.quant.quantizers import Stage
+
+pytest.importorskip("triton")
+from qncd.gpu import kernels
+from qncd.gpu.kernels import Grid
+from qncd.gpu.layers import IntegerConv2d, IntegerLinear
+from qncd.gpu.network import IntegerNetwork, Steps
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPWISE = QuantConfig(4, 6, stepwise_activations=True, bit_allocation=True)
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+
+
+@pytest.fixture(autouse=True)
+def exact_reference() -> Any:
+    """PyTorch's convolutions in float32: on a GPU they are in TF32 as they come."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).to(DEVICE)
+
+
+def grid(scale: float, codes: IntegerRange, zero: int, smoothing: Tensor | None = None) -> Grid:
+    stored = zero - codes.qmin - 128 if codes.bits == 8 else 0
+    row = torch.zeros((), dtype=torch.int32, device=DEVICE)
+    return Grid(torch.tensor([scale], device=DEVICE), row, codes.qmin - zero, codes.qmax - zero, stored, smoothing)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("unet", QuantConfig(8, 8)), ("unet", STEPWISE), ("cross_unet", QuantConfig(4, 8, softmax_bits=16))],
+    ids=lambda value: getattr(value, "label", value),
+)
+def test_every_layer_and_the_network(kind: str, config: QuantConfig, make_unet: Any, make_cross_unet: Any) -> None:
+    """Each layer gives the same up to float32 rounding on the inputs that it gets; the network is as near as engines are."""
+    full = (make_unet if kind == "unet" else make_cross_unet)()
+    stepwise = set_all_stepwise_ if config.stepwise_activations else None
+    unet = prepared(copy.deepcopy(full), config, stepwise).to(DEVICE)
+    engine = open_triton(unet)
+    assert engine.one_step_a_call == bool(stepwise)
+    assert_same_in_integers(full.to(DEVICE), unet, engine, count=2)
+
+    left = [m for m in engine.session.network.modules() if isinstance(m, ResnetBlock2D | Transformer2DModel | QuantLayer)]
+    assert not left  # every block is fused
+
+    steps, seen, worst = Steps(unet.device), dict[str, tuple[Tensor, Tensor]](), 0.0
+    for name, layer in quant_layers(unet).items():
+        layer.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, (args[0], out)))
+    call(unet, inputs(unet, 1))
+    for name, layer in quant_layers(unet).items():
+        kind_ = IntegerConv2d if isinstance(layer, QuantConv2d) else IntegerLinear
+        integer = kind_(name, layer, steps.row, torch.float32)
+        x, expected = seen[name]
+        worst = max(worst, float((integer(x) - expected).norm() / expected.norm()))
+    assert worst < 1e-5
+
+
+@pytest.mark.slow
+def test_the_model_in_the_box() -> None:
+    """With real weights, and with what is not quantized in half precision too."""
+    box = load_ddim(load_config(ROOT / "configs" / "fashion_mnist.yml"), None, False)
+    unet = prepared(copy.deepcopy(box), QuantConfig(8, 8)).to(DEVICE)
+    for precision in ("fp32", "fp16"):
+        assert_same_in_integers(box.to(DEVICE), unet, open_triton(unet, precision), count=1)
+    assert all(p.dtype == torch.float32 for p in unet.parameters())
+
+
+def test_time_steps_of_a_batch_are_called_one_by_one(make_unet: Any) -> None:
+    """Each row gets the ranges of its own step."""
+    unet = prepared(make_unet(), STEPWISE, set_all_stepwise_).to(DEVICE)
+    engine, data = open_triton(unet), inputs(unet, 3)
+    together = call(engine, data)
+    for i in range(3):
+        alone = engine(data.x[i : i + 1].to(DEVICE), TIMES[i]).sample.cpu()
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+@on_gpu
+def test_a_recorded_call_takes_new_inputs(make_unet: Any) -> None:
+    unet = prepared(make_unet(), STEPWISE, set_all_stepwise_).to(DEVICE)
+    network = IntegerNetwork(unet)
+    for seed, time in ((0, 1), (1, 751), (2, 251)):
+        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        given = {"sample": x, "timestep": torch.full((4,), time, device=DEVICE)}
+        torch.testing.assert_close(network(given), network._run(given), rtol=0, atol=0)
+    assert len(network.graphs) == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 7, 5), (1, 160, 9, 9)])
+def test_group_norms(shape: tuple[int, ...]) -> None:
+    norm = nn.GroupNorm(4, shape[1]).to(DEVICE)
+    nn.init.normal_(norm.weight)
+    x = randn(*shape) * 3 + 50
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    factor, term = kernels.group_norm(rows, 4, norm.weight, norm.bias, norm.eps)
+    found = kernels.pointwise(rows, affine=(factor, term), silu=True, dtype=torch.float32).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(found, F.silu(norm(x)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 5])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_codes_of_everything_before_a_product(bits: int, smooth: bool) -> None:
+    """Doubled and padded pixels, GEGLU, parts of the channels, layer norms: as torch computes them, then rounded."""
+    codes, scale, zero = IntegerRange(bits, False), 0.11, 3
+
+    def expected(x: Tensor, factors: Tensor | None) -> Tensor:
+        """Codes less the zero point, (N, H, W, C)."""
+        x = x if factors is None else x / factors
+        return torch.clamp(torch.round(x / scale), codes.qmin - zero, codes.qmax - zero)
+
+    def check(found: Tensor, exact: Tensor, g: Grid) -> None:
+        assert found.dtype == torch.int8 and found.shape[-1] == kernels.padded_channels(exact.shape[-1])
+        apart = (found[..., : exact.shape[-1]].float() - g.zero - exact).abs()
+        assert float(apart.max()) <= 1 and float((apart > 0).float().mean()) < 1e-3
+
+    x = randn(2, 5, 4, 40)
+    factors = torch.linspace(0.5, 2, 40, device=DEVICE) if smooth else None
+    g = grid(scale, codes, zero, factors)
+    larger = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    padded = F.pad(larger, (0, 0, 1, 2, 0, 1))
+    check(kernels.pointwise(x, g, up=True, pads=(0, 1, 1, 2)), expected(padded, factors), g)
+    norm = nn.LayerNorm(40).to(DEVICE)
+    nn.init.normal_(norm.bias)
+    with torch.no_grad():
+        check(kernels.layer_norm_codes(x, g, norm.weight, norm.bias, norm.eps), expected(norm(x), factors), g)
+    some = None if factors is None else factors[:20].contiguous()
+    g = grid(scale, codes, zero, some)
+    check(kernels.pointwise(x, g, gated=True), expected(x[..., :20] * F.gelu(x[..., 20:]), some), g)
+    check(kernels.pointwise(x, g, part=slice(20, 40)), expected(x[..., 20:], some), g)
+
+
+@pytest.mark.parametrize(("length", "keys", "depth"), [(70, 70, 24), (64, 128, 16), (20, 7, 40)])
+@pytest.mark.parametrize("softmax_bits", [8, 16])
+def test_attention(length: int, keys: int, depth: int, softmax_bits: int) -> None:
+    """QuantAttnProcessor's products: numbers of keys and widths that no block fits, and wide softmax codes."""
+    codes, wide = IntegerRange(8, False), IntegerRange(softmax_bits, False)
+    processor = QuantAttnProcessor(codes, wide, "max").to(DEVICE)
+    q, k, v = randn(2, length, 3 * depth), randn(2, keys, 3 * depth), randn(2, keys, 3 * depth)
+    for quantizer, scale, zero in ((processor.q, 0.03, 120), (processor.k, 0.02, 128), (processor.v, 0.04, 100)):
+        quantizer.set_qparams(torch.tensor([scale], device=DEVICE), torch.tensor([float(zero)], device=DEVICE))
+    processor.softmax.set_qparams(torch.tensor([1 / wide.qmax], device=DEVICE), torch.zeros(1, device=DEVICE))
+    for quantizer in (processor.q, processor.k, processor.v, processor.softmax):
+        quantizer.set_stage(Stage.QUANTIZE)
+    heads = [part.unflatten(2, (3, depth)).transpose(1, 2) for part in (processor.q(q), processor.k(k), processor.v(v))]
+    expected = processor.attend(*heads, None, depth**-0.5, False).transpose(1, 2).flatten(2)
+    grids = [grid(0.03, codes, 120), grid(0.02, codes, 128), grid(0.04, codes, 100)]
+    whole = [kernels.pointwise(x[:, None], g, dtype=torch.float16)[:, 0] for x, g in zip((q, k, v), grids, strict=True)]
+    found = kernels.attend(*whole, grids, grid(1 / wide.qmax, wide, 0), 3, depth**-0.5, torch.float32)
+    one_code = float((heads[2].abs().sum(2) / wide.qmax).max())
+    assert float((found - expected).abs().max()) <= one_code
+    assert float((found - expected).norm() / expected.norm()) < (2e-3 if softmax_bits == 8 else 1e-4)
+
+
+def test_what_has_no_kernel_is_refused(make_unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="conv_in: its activations are in floating point"):
+        open_triton(prepared(make_unet(), QuantConfig(8, None)).to(DEVICE))
+    unet = prepared(make_unet(), QuantConfig(8, 8)).to(DEVICE)
+    quant_layers(unet)["conv_out"].act.set_bits(16)
+    with pytest.raises(ValueError, match="conv_out: activations of 16 bits; backend triton has kernels for up to 8"):
+        open_triton(unet)
+    with pytest.raises(ValueError, match="weights are in floating point"):
+        open_triton(quantize_(make_unet(), QuantConfig(8, 8)).to(DEVICE))
+    if DEVICE == "cuda":
+        with pytest.raises(ValueError, match="backend triton on --device cpu: allowed is cuda"):
+            open_triton(prepared(make_unet(), QuantConfig(8, 8)))
+    else:
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="there is no CUDA device"):
+            check_backend("triton")
+
+
+def test_the_original_stays_as_it_is(make_unet: Any) -> None:
+    unet = prepared(make_unet(), QuantConfig(8, 8)).to(DEVICE)
+    data = inputs(unet, 1)
+    before = call(unet, data)
+    engine = open_triton(unet, "fp16")
+    assert isinstance(engine, EngineUNet)
+    torch.testing.assert_close(call(unet, data), before, rtol=0, atol=0)
