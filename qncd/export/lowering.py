@@ -25,13 +25,22 @@ from torch import Tensor
 from qncd.export.tracing import ATTENTION, DOMAIN, LAYER
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import UNet
-from qncd.quant.layers import QuantConv2d, QuantLayer
+from qncd.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from qncd.quant.quantizers import ActQuantizer
 from qncd.quant.stepwise import StepwiseActQuantizer
 
 
 def _array(value: Tensor) -> np.ndarray:
     return np.ascontiguousarray(value.detach().cpu().numpy())
+
+
+def _only_split(value: ir.Value) -> ir.Node | None:
+    """The node that splits the last axis of a value, where nobody else wants it."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "Split" or value.shape is None:
+        return None
+    axis = uses[0].node.attributes["axis"].as_int()
+    return uses[0].node if axis in (-1, len(value.shape) - 1) else None
 
 
 class Lowering:
@@ -55,6 +64,10 @@ class Lowering:
             name, old = node.attributes["module"].as_string(), node.outputs[0]
             self.shape = old.shape
             module: Any = self.unet.get_submodule(name)
+            split = _only_split(old)
+            if split is not None and isinstance(module, QuantLinear):
+                self._layer_in_parts(name, module, node, split)
+                continue
             if node.op_type == LAYER:
                 output = self._layer(name, module, node.inputs)
             else:
@@ -66,6 +79,20 @@ class Lowering:
                 output.name, old.name = old.name, f"{old.name}_marker"
             convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
             self.graph.remove(node, safe=True)
+
+    def _layer_in_parts(self, name: str, layer: QuantLinear, node: ir.Node, split: ir.Node) -> None:
+        """A linear layer whose outputs are split next, as GEGLU's are, as a layer for each part: splitting copies them."""
+        start = 0
+        for index, old in enumerate(split.outputs):
+            assert old.shape is not None and isinstance(old.shape[-1], int)
+            self.shape, rows = old.shape, slice(start, start + old.shape[-1])
+            output = self._layer(name, layer, node.inputs, rows, f".{index}")
+            self.graph.insert_before(node, self.nodes)
+            self.nodes = []
+            convenience.replace_all_uses_with(old, output)
+            start = rows.stop
+        for part in (split, node):
+            self.graph.remove(part, safe=True)
 
     # What nodes and constants are made of.
 
@@ -182,37 +209,40 @@ class Lowering:
 
     # Weights.
 
-    def _weight(self, name: str, layer: QuantLayer, part: slice, segment: int) -> ir.Value:
-        """Input channels `part` of the weight, as a linear layer's (I, O) or a convolution's (O, I, h, w)."""
+    def _weight(self, label: str, layer: QuantLayer, rows: slice, part: slice, segment: int) -> ir.Value:
+        """Outputs `rows` and inputs `part` of the weight, as a linear layer's (I, O) or a convolution's (O, I, h, w)."""
         linear = not isinstance(layer, QuantConv2d)
-        label = f"{name}.weight" if layer.config.segments is None else f"{name}.weight.{segment}"
+        label = f"{label}.weight" if layer.config.segments is None else f"{label}.weight.{segment}"
         if layer.weight_scale is None or layer.config.weight_codes is None:
-            weight = layer.weight[:, part].float()
+            weight = layer.weight[rows, part].float()
             return self._initializer(label, _array(weight.T if linear else weight))
-        codes = layer.weight_codes()[:, part]
+        codes = layer.weight_codes()[rows, part]
         array = _array(codes.T if linear else codes)
         if layer.config.weight_codes.bits <= 4:
             packed = self._initializer(label, array.astype(ml_dtypes.int4))
             value = self._op("Cast", packed, to=int(ir.DataType.INT8))
         else:
             value = self._initializer(label, array)
-        scale = self._initializer(f"{label}.scale", _array(layer.weight_scale[:, segment].float()))
+        scale = self._initializer(f"{label}.scale", _array(layer.weight_scale[rows, segment].float()))
         zero = []  # none where it is 0: OpenVINO keeps convolutions in floating point otherwise
         if layer.weight_zero_point is not None:
-            zero = [self._constant(self._weight_zero(name, layer, segment))]
+            zero = [self._constant(self._weight_zero(label, layer, rows, segment))]
         return self._op("DequantizeLinear", value, scale, *zero, axis=1 if linear else 0)
 
     @staticmethod
-    def _weight_zero(name: str, layer: QuantLayer, segment: int) -> np.ndarray:
+    def _weight_zero(label: str, layer: QuantLayer, rows: slice, segment: int) -> np.ndarray:
         assert layer.weight_zero_point is not None and layer.config.weight_codes is not None
-        zero = layer.weight_zero_point[:, segment] + layer.config.weight_codes.qmin
+        zero = layer.weight_zero_point[rows, segment] + layer.config.weight_codes.qmin
         if not bool(((zero == zero.round()) & (zero.abs() <= 127)).all()):
-            raise ValueError(f"{name}: a weight's zero point is not a whole number from -127 to 127: it has no int8 form")
+            raise ValueError(f"{label}: a weight's zero point is not a whole number from -127 to 127: it has no int8 form")
         return _array(zero.to(torch.int8))
 
     # Layers.
 
-    def _layer(self, name: str, layer: QuantLayer, inputs: Sequence[ir.Value | None]) -> ir.Value:
+    def _layer(
+        self, name: str, layer: QuantLayer, inputs: Sequence[ir.Value | None], rows: slice = slice(None), label: str = ""
+    ) -> ir.Value:
+        """Its outputs `rows`, of which `label` tells one part from another."""
         x = inputs[0]
         assert x is not None
         sizes = layer.config.segments or (layer.weight.shape[1],)
@@ -224,8 +254,9 @@ class Lowering:
             if smoothing is not None and not isinstance(layer, QuantConv2d):
                 smoothing = smoothing.flatten()
             grid = self._act(piece, layer.act, i, smoothing)
-            weight = self._weight(name, layer, part, i)
-            output = self._product(name, layer, grid, weight, with_bias=i == 0)
+            weight = self._weight(f"{name}{label}", layer, rows, part, i)
+            bias = None if i > 0 or layer.bias is None else _array(layer.bias[rows].float())
+            output = self._product(f"{name}{label}", layer, grid, weight, bias)
             total = output if total is None else self._floats(self._op("Add", total, output))
         assert total is not None
         return total
@@ -243,10 +274,9 @@ class Lowering:
         ends = [self._constant(np.array([edge], np.int64)) for edge in edges]
         return [self._op("Slice", x, ends[i], ends[i + 1], axis) for i in range(len(sizes))]
 
-    def _product(self, name: str, layer: QuantLayer, x: ir.Value, weight: ir.Value, with_bias: bool) -> ir.Value:
+    def _product(self, name: str, layer: QuantLayer, x: ir.Value, weight: ir.Value, bias: np.ndarray | None) -> ir.Value:
         offset = None
-        if with_bias and layer.bias is not None:
-            bias = _array(layer.bias.float())
+        if bias is not None:
             late = isinstance(layer, QuantConv2d) and id(x) in self.factors  # comes after the step's scale
             offset = self._initializer(f"{name}.bias", bias.reshape(-1, 1, 1) if late else bias)
         if not isinstance(layer, QuantConv2d):

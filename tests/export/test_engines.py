@@ -40,8 +40,9 @@ def test_small_networks(kind: str, config: QuantConfig, make_unet: Any, make_cro
     export_unet(unet, tmp_path, config, "base")
     for backend in ENGINES:
         check(make(), unet, tmp_path, backend)
-    _, info = read_onnx(tmp_path)
+    model, info = read_onnx(tmp_path)
     assert info.config == config and info.base_hash == "base"
+    assert all(node.op_type != "Split" for node in model.graph)  # GEGLU's halves come from a layer each
     assert is_current(tmp_path, unet, (unet.config.in_channels, 8, 8))
 
 
