@@ -116,20 +116,17 @@ class IntegerLayer(nn.Module):
 class IntegerConv2d(IntegerLayer):
     """(N, C, H, W) in channels-last memory -> (N, O, H', W') in the same."""
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None, residual: Tensor | None = None, **before: Any) -> Tensor:
+    def forward(self, x: Tensor, **before: Any) -> Tensor:
         """`before` is what `kernels.pointwise` does first."""
-        last = None if residual is None else residual.permute(0, 2, 3, 1)
-        return self.product(self.codes(x.permute(0, 2, 3, 1), **before), embedding, last).permute(0, 3, 1, 2)
+        return self.product(self.codes(x.permute(0, 2, 3, 1), **before)).permute(0, 3, 1, 2)
 
 
 class IntegerLinear(IntegerLayer):
     """(..., C) -> (..., O)."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, **before: Any) -> Tensor:
+    def forward(self, x: Tensor, **before: Any) -> Tensor:
         """`before` is what `kernels.pointwise` does first."""
-        rows = x.reshape(1, 1, -1, x.shape[-1])
-        last = None if residual is None else residual.reshape(1, 1, rows.shape[2], -1)
-        out = self.product(self.codes(rows, **before), residual=last)
+        out = self.product(self.codes(x.reshape(1, 1, -1, x.shape[-1]), **before))
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
