@@ -205,6 +205,12 @@ def measure_simulation(args: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def _print_figures(figures: dict[str, Any]) -> None:
+    for key, value in figures.items():
+        if not isinstance(value, dict):
+            print(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}", flush=True)
+
+
 def measure_engines(args: argparse.Namespace, threads: int) -> dict[str, Any]:
     """One call of the CIFAR-10-size network, batch 4, of everybody who can take part."""
     import torch
@@ -230,9 +236,7 @@ def measure_engines(args: argparse.Namespace, threads: int) -> dict[str, Any]:
         figures["int8_over_engine_fp32"] = figures["int8_over_openvino_fp32"]
         for name, key in (("int8", "onnx_w8_over_fp32"), ("w4a8", "onnx_w4_over_fp32")):
             figures[key] = contest.sizes[name] / contest.sizes["fp32"]
-        for key, value in figures.items():
-            if not isinstance(value, dict):
-                print(f"{key} {value:.3f}")
+        _print_figures(figures)
         for note in contest.notes:
             print(f"note: {note}")
         if args.profile:
@@ -284,8 +288,7 @@ def measure_jobs(args: argparse.Namespace) -> dict[str, float]:
             for kind, times in seconds.items():
                 figures[f"{title}_{kind}_images_per_second"] = args.job_images / statistics.median(times)
             figures[f"{title}_job_speedup"] = statistics.median(seconds["fp32"]) / statistics.median(seconds["int8"])
-    for key, value in figures.items():
-        print(f"{key} {value:.3f}", flush=True)
+    _print_figures(figures)
     return figures
 
 
@@ -334,8 +337,7 @@ def measure_stable_diffusion(args: argparse.Namespace, threads: int) -> dict[str
         figures[f"sd_int8_{engine}_speedup"] = ratio(seconds, base, f"{engine} int8")
     figures["sd_int8_over_openvino_fp32"] = ratio(seconds, "openvino fp32", "openvino int8")
     figures["sd_onnx_w8_over_fp32"] = contest.sizes["int8"] / contest.sizes["fp32"]
-    for key, value in figures.items():
-        print(f"{key} {value:.3f}", flush=True)
+    _print_figures(figures)
     return figures
 
 
@@ -363,8 +365,7 @@ def measure_gpu(args: argparse.Namespace) -> dict[str, Any]:
             figures[f"gpu_{title}_int8_{precision}_speedup"] = ratio(seconds, "torch fp32", f"triton int8 beside {precision}")
         for key, name in (("fp16_graph", "torch fp16, CUDA graph"), ("compiled_fp16", "torch.compile fp16")):
             figures[f"gpu_{title}_int8_over_{key}"] = ratio(seconds, name, "triton int8 beside fp16")
-    for key, value in figures.items():
-        print(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}", flush=True)
+    _print_figures(figures)
     return figures
 
 
@@ -372,9 +373,9 @@ def main(args: argparse.Namespace) -> None:
     cli.check_counts(args, ("rounds", "job_rounds", "large_rounds", "job_images", "calibration_samples", "threads"))
     import torch
 
-    from qncd.export.packages import check_backend
-
     if set(args.parts) - {"simulation", "gpu"}:
+        from qncd.export.packages import check_backend
+
         for engine in ("onnxruntime", "openvino"):
             check_backend(engine)
     if "gpu" in args.parts and not torch.cuda.is_available():

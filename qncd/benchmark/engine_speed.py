@@ -98,7 +98,9 @@ def quantized(
     return config
 
 
-def _torch_call(network: Any, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Call:
+def torch_call(network: Any, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Call:
+    """A call of a network, or of an engine in its place, without gradients."""
+
     def call() -> None:
         with torch.no_grad():
             call_unet(network, x, t, cond)
@@ -126,7 +128,7 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
             engine = open_engine(network, path.parent, backend, threads)
             contest.calls[f"{backend} {name}"] = functools.partial(engine, x, t)
 
-    contest.calls["torch fp32"] = _torch_call(unet, x, t)
+    contest.calls["torch fp32"] = torch_call(unet, x, t)
     on_engines("fp32", unet, None)
     arrays: Arrays = {"sample": x.numpy(), "timestep": t.numpy()}
     core = require("openvino").Core()
@@ -147,7 +149,7 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
     try:
         with torch.no_grad():
             compiled(x, t)
-        contest.calls["torch.compile fp32"] = _torch_call(compiled, x, t)
+        contest.calls["torch.compile fp32"] = torch_call(compiled, x, t)
     except Exception as error:  # the compiler's own exceptions, without a common base
         contest.notes.append(f"torch.compile: {' '.join(str(error).split())[:200]}")
     session = _onnxruntime_static(folder / "fp32", folder / "onnxruntime_static", data, threads)
@@ -161,7 +163,7 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
             contest.notes.append(NOT_THERE.format(package))
             continue
         network, _ = quantize_with_peer(mode, copy.deepcopy(unet), data, 8, 8, len(data))
-        contest.calls[f"{mode} on torch"] = _torch_call(network, x, t)
+        contest.calls[f"{mode} on torch"] = torch_call(network, x, t)
     return contest
 
 
@@ -181,7 +183,7 @@ def make_large_contest(unet: UNet, data: CalibrationSet, folder: Path, threads: 
     """
     torch.set_num_threads(threads)
     contest, t = Contest(), torch.full((len(data),), TIMES[1])
-    contest.calls["torch fp32"] = _torch_call(unet, data.x, t, data.cond)
+    contest.calls["torch fp32"] = torch_call(unet, data.x, t, data.cond)
     for backend, name in (("openvino", "fp32"), ("openvino", "int8"), ("onnxruntime", "int8")):
         engine = open_engine(unet, folder / name, backend, threads)
         contest.calls[f"{backend} {name}"] = functools.partial(engine, data.x, t, data.cond)

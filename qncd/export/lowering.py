@@ -11,7 +11,6 @@ product is multiplied by the scale: the kernels are those of one range. The time
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -245,11 +244,8 @@ class Lowering:
         """Its outputs `rows`, of which `label` tells one part from another."""
         x = inputs[0]
         assert x is not None
-        sizes = layer.config.segments or (layer.weight.shape[1],)
-        edges = np.cumsum([0, *sizes]).tolist()
-        parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
         total: ir.Value | None = None
-        for i, (part, piece) in enumerate(zip(parts, self._pieces(x, sizes, edges), strict=True)):
+        for i, (part, piece) in enumerate(zip(layer.parts(), self._pieces(x, layer.parts()), strict=True)):
             smoothing = None if layer.smoothing is None else layer.smoothing[:, part]
             if smoothing is not None and not isinstance(layer, QuantConv2d):
                 smoothing = smoothing.flatten()
@@ -261,18 +257,19 @@ class Lowering:
         assert total is not None
         return total
 
-    def _pieces(self, x: ir.Value, sizes: Sequence[int], edges: Sequence[int]) -> list[ir.Value]:
+    def _pieces(self, x: ir.Value, parts: Sequence[slice]) -> list[ir.Value]:
         """The channel groups of x: the operands of the concatenation that made it, else slices."""
-        if len(sizes) == 1:
+        if len(parts) == 1:
             return [x]
+        sizes = [part.stop - part.start for part in parts]
         producer = x.producer()
         if producer is not None and producer.op_type == "Concat" and producer.attributes["axis"].as_int() == 1:
             operands = [value for value in producer.inputs if value is not None]
-            if [value.shape[1] if value.shape is not None else None for value in operands] == list(sizes):
+            if [value.shape[1] if value.shape is not None else None for value in operands] == sizes:
                 return operands
         axis = self._constant(np.array([1], np.int64))
-        ends = [self._constant(np.array([edge], np.int64)) for edge in edges]
-        return [self._op("Slice", x, ends[i], ends[i + 1], axis) for i in range(len(sizes))]
+        ends = [[self._constant(np.array([edge], np.int64)) for edge in (part.start, part.stop)] for part in parts]
+        return [self._op("Slice", x, *pair, axis) for pair in ends]
 
     def _product(self, name: str, layer: QuantLayer, x: ir.Value, weight: ir.Value, bias: np.ndarray | None) -> ir.Value:
         offset = None

@@ -35,10 +35,10 @@ class Packed:
     """
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
-        outputs, self.channels, *self.size = codes.shape
-        self.pitch = padded_channels(self.channels)
+        outputs, channels, *self.size = codes.shape
+        self.pitch = padded_channels(channels)
         filled = codes.new_zeros(outputs, *self.size, self.pitch)
-        filled[..., : self.channels] = codes.permute(0, 2, 3, 1)
+        filled[..., :channels] = codes.permute(0, 2, 3, 1)
         self.codes = filled.view(outputs, -1)
         self.sums = self.codes.sum(1, dtype=torch.int32)
         self.scale = scale.float().contiguous()

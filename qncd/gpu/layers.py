@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -23,8 +21,10 @@ Affine = tuple[Tensor, Tensor]
 Rows = Callable[[tuple[int, ...]], Tensor]  # known time steps -> () int32: which of them a call is at
 
 
-def make_grids(name: str, quantizer: ActQuantizer, rows: Rows, widest: int, smoothing: Tensor | None = None) -> list[Grid]:
-    """The grid of each segment.
+def make_grids(
+    name: str, quantizer: ActQuantizer, rows: Rows, widest: int, smoothing: Sequence[Tensor | None] = (None,)
+) -> list[Grid]:
+    """The grid of each segment, whose channels are divided by `smoothing` (C,) first.
 
     Raises:
         ValueError: activations in floating point or wider than `widest` bits, or ranges without a common whole zero point.
@@ -36,15 +36,11 @@ def make_grids(name: str, quantizer: ActQuantizer, rows: Rows, widest: int, smoo
         raise ValueError(f"{name}: activations of {codes.bits} bits; backend triton has kernels for up to {widest}")
     known = quantizer.known if isinstance(quantizer, StepwiseActQuantizer) else (0,)
     scales, zeros = (v.view(len(known), -1) for v in (quantizer.scale.float(), quantizer.zero_point))
-    edges = np.cumsum([0, *(quantizer.segments or (1,))]).tolist()
     grids = []
-    for segment, (start, stop) in enumerate(itertools.pairwise(edges)):
+    for segment, factors in enumerate(smoothing):
         zero = int(zeros[0, segment])
         if not bool((zeros[:, segment] == zero).all()) or not codes.qmin <= zero <= codes.qmax:
             raise ValueError(f"{name}: a range without 0 or with a zero point for each time step: calibrate anew")
-        factors = None if smoothing is None else smoothing.flatten().float()
-        if factors is not None and quantizer.segments:
-            factors = factors[start:stop].contiguous()
         stored = zero - codes.qmin - 128 if codes.bits == 8 else 0
         grids.append(Grid(scales[:, segment].contiguous(), rows(known), codes.qmin - zero, codes.qmax - zero, stored, factors))
     return grids
@@ -78,9 +74,11 @@ class IntegerLayer(nn.Module):
             if layer.padding_mode != "zeros":
                 raise ValueError(f"{name}: padding {layer.padding_mode!r} has no kernel in backend triton; allowed is zeros")
             self.stride, self.pads = strides.pop(), (padding[0], padding[1], padding[0], padding[1])
-        self.grids = make_grids(name, layer.act, rows, 8, layer.smoothing)
-        edges = np.cumsum([0, *(layer.config.segments or (layer.weight.shape[1],))]).tolist()
-        self.parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        self.parts = layer.parts()
+        factors = None if layer.smoothing is None else layer.smoothing.flatten().float()
+        self.grids = make_grids(
+            name, layer.act, rows, 8, [None if factors is None else factors[part].contiguous() for part in self.parts]
+        )
         codes = layer.weight_codes()
         codes = codes if codes.ndim == 4 else codes[:, :, None, None]
         self.weights = [Packed(codes[:, part], layer.weight_scale[:, i]) for i, part in enumerate(self.parts)]

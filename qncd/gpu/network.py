@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from qncd.gpu.layers import (
     IntegerResnetBlock,
     IntegerTransformer,
     IntegerUpsample,
-)  # fmt: skip
+)
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import UNet, quant_layers
 from qncd.quant.layers import QuantConv2d
@@ -67,18 +68,18 @@ class IntegerNetwork:
     """
 
     def __init__(self, unet: UNet, dtype: torch.dtype = torch.float32) -> None:
-        self.steps = Steps(unet.device)
-        self.network = self._converted(unet, dtype)
+        self.steps, self.dtype = Steps(unet.device), dtype
+        self.network = self._converted(unet)
         self.one_step_a_call = any(len(known) > 1 for known in self.steps.tables)
         self.graphs: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor]] = {}
 
-    def _converted(self, unet: UNet, dtype: torch.dtype) -> Any:
+    def _converted(self, unet: UNet) -> Any:
         shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}  # deepcopy keeps what it is told of
         network: Any = copy.deepcopy(unet, shared)
         network._forward_pre_hooks.clear()  # the time steps of a call are told on the device
         for name, layer in quant_layers(network).items():
             kind = IntegerConv2d if isinstance(layer, QuantConv2d) else IntegerLinear
-            _replace(network, name, kind(name, layer, self.steps.row, dtype))
+            _replace(network, name, kind(name, layer, self.steps.row, self.dtype))
         for name, module in list(network.named_modules()):
             new: nn.Module | None = None
             if isinstance(module, nn.GroupNorm):
@@ -87,8 +88,8 @@ class IntegerNetwork:
                 new = IntegerUpsample(module.conv)
             elif isinstance(module, Downsample2D) and isinstance(module.conv, IntegerConv2d) and module.norm is None:
                 new = IntegerDownsample(module.conv, int(module.padding))
-            elif isinstance(module, FeedForward) and _is_gated(module):
-                new = IntegerGatedFeedForward(*_gated_layers(module))
+            elif isinstance(module, FeedForward):
+                new = _gated(module)
             elif isinstance(module, Attention) and isinstance(module.processor, QuantAttnProcessor):
                 self._convert_attention(name, module)
             if new is not None:
@@ -100,7 +101,7 @@ class IntegerNetwork:
                 _replace(network, name, IntegerTransformer(module))
         for module in network.modules():  # norms and what else stays in floats; the original keeps its own
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+                setattr(module, name, nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False))
         return network
 
     def _convert_attention(self, name: str, module: Any) -> None:
@@ -127,32 +128,38 @@ class IntegerNetwork:
 
     def _recorded(self, inputs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor], Tensor]:
         places = {name: value.clone() for name, value in inputs.items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_CALLS):
-                self._run(places)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self._run(places)
+        graph, out = recorded(lambda: self._run(places))
         return graph, places, out
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         self.steps.select(inputs["timestep"])
-        dtype = next(self.network.parameters()).dtype
-        floats = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        floats = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         out: Tensor = self.network(**floats).sample
         return out.float().contiguous()
 
 
-def _gated_layers(module: FeedForward) -> tuple[Any, Any]:
-    return getattr(module.net[0], "proj", None), module.net[2]
+def recorded(call: Callable[[], Any]) -> tuple[Any, Any]:
+    """(CUDA graph, what it leaves its results in) of a call on the current device."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_CALLS):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
 
 
-def _is_gated(module: FeedForward) -> bool:
-    layers = _gated_layers(module)
-    return isinstance(module.net[0], GEGLU) and len(module.net) == 3 and all(isinstance(m, IntegerLinear) for m in layers)
+def _gated(module: FeedForward) -> IntegerGatedFeedForward | None:
+    """Its replacement, where it is GEGLU between two integer layers and nothing else."""
+    if not isinstance(module.net[0], GEGLU) or len(module.net) != 3:
+        return None
+    first, last = module.net[0].proj, module.net[2]
+    if isinstance(first, IntegerLinear) and isinstance(last, IntegerLinear):
+        return IntegerGatedFeedForward(first, last)
+    return None
 
 
 def _replace(network: nn.Module, name: str, new: nn.Module) -> None:

@@ -17,6 +17,26 @@ def rounded(values, divisor, low, high):
     return (tl.minimum(tl.maximum(values, low), high) + ROUND) - ROUND
 
 
+@triton.jit
+def divisors(scale, row, smoothing, c, real, SMOOTH: tl.constexpr):
+    """What each of the channels c is divided by."""
+    result = tl.zeros(c.shape, tl.float32) + tl.load(scale + tl.load(row))
+    if SMOOTH:
+        result *= tl.load(smoothing + c, mask=real, other=1.0)
+    return result
+
+
+@triton.jit
+def scores_of(left, rights, there, real, EVEN: tl.constexpr):
+    """Queries (M, D) by the keys at `rights` (D, N); minus infinity where there is none."""
+    if EVEN:
+        result = tl.dot(left, tl.load(rights, mask=real[:, None], other=0.0))
+    else:
+        right = tl.load(rights, mask=there[None, :] & real[:, None], other=0.0)
+        result = tl.where(there[None, :], tl.dot(left, right), float("-inf"))
+    return result
+
+
 @triton.jit(do_not_specialize=["pixels", "chunks"])
 def group_norm_sums_kernel(x, means, squares, pixels, channels, chunks, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Mean and sum of squared differences from it of each channel in each chunk of pixels."""
@@ -89,9 +109,7 @@ def pointwise_kernel(
     target = (image * out_height * out_width + p)[:, None] * out_pitch + c[None, :]
     kept = (p < out_height * out_width)[:, None] & (c < out_pitch)[None, :]
     if QUANTIZE:
-        divisor = tl.zeros([BLOCK_C], tl.float32) + tl.load(scale + tl.load(row))
-        if SMOOTH:
-            divisor *= tl.load(smoothing + c, mask=real, other=1.0)
+        divisor = divisors(scale, row, smoothing, c, real, SMOOTH)
         values = tl.where(mask, rounded(values, divisor[None, :], low, high), 0.0) + zero
     tl.store(out + target, values.to(out.dtype.element_ty), mask=kept)
 
@@ -110,9 +128,7 @@ def layer_norm_codes_kernel(
     inverse = 1.0 / tl.sqrt(tl.sum(apart * apart, 1) / channels + epsilon)
     own = tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
     values = apart * inverse[:, None] * own[None, :] + tl.load(bias + c, mask=real, other=0.0).to(tl.float32)[None, :]
-    divisor = tl.zeros([BLOCK_C], tl.float32) + tl.load(scale + tl.load(row))
-    if SMOOTH:
-        divisor *= tl.load(smoothing + c, mask=real, other=1.0)
+    divisor = divisors(scale, row, smoothing, c, real, SMOOTH)
     codes = rounded(values, divisor[None, :], low, high) + zero
     kept = (r < rows)[:, None] & (c < pitch)[None, :]
     tl.store(out + r.to(tl.int64)[:, None] * pitch + c[None, :], codes.to(out.dtype.element_ty), mask=kept)
@@ -184,13 +200,7 @@ def attend_kernel(
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, keys, BLOCK_N):
-        if EVEN:
-            right = tl.load(rights + start * width, mask=real[:, None], other=0.0)
-            scores = tl.dot(left, right)
-        else:
-            there = start + n < keys
-            right = tl.load(rights + start * width, mask=there[None, :] & real[:, None], other=0.0)
-            scores = tl.where(there[None, :], tl.dot(left, right), float("-inf"))
+        scores = scores_of(left, rights + start * width, start + n < keys, real, EVEN)
         new = tl.maximum(largest, tl.max(scores, 1))
         shift = new * factor
         total = total * tl.exp2(largest * factor - shift) + tl.sum(tl.exp2(scores * factor - shift[:, None]), 1)
@@ -200,15 +210,9 @@ def attend_kernel(
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     downs = v + (first + n)[:, None] * width + column[None, :]
     for start in range(0, keys, BLOCK_N):
-        if EVEN:
-            right = tl.load(rights + start * width, mask=real[:, None], other=0.0)
-            values = tl.load(downs + start * width, mask=real[None, :], other=0.0)
-            scores = tl.dot(left, right)
-        else:
-            there = start + n < keys
-            right = tl.load(rights + start * width, mask=there[None, :] & real[:, None], other=0.0)
-            values = tl.load(downs + start * width, mask=there[:, None] & real[None, :], other=0.0)
-            scores = tl.where(there[None, :], tl.dot(left, right), float("-inf"))
+        there = start + n < keys
+        scores = scores_of(left, rights + start * width, there, real, EVEN)
+        values = tl.load(downs + start * width, mask=real[None, :] if EVEN else there[:, None] & real[None, :], other=0.0)
         weights = tl.minimum(tl.exp2(scores * factor - shift[:, None]), high)
         weights = (weights + ROUND) - ROUND
         if WIDE:  # codes of up to 16 bits as two halves

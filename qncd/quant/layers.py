@@ -52,7 +52,8 @@ class QuantLayer(nn.Module):
         self.register_buffer("smoothing", None)
         self.train(source.training)
 
-    def _segments(self) -> Sequence[slice]:
+    def parts(self) -> Sequence[slice]:
+        """The input channels of each segment."""
         edges, start = [], 0
         for size in self.config.segments or (self.weight.shape[1],):
             edges.append(slice(start, start + size))
@@ -96,7 +97,7 @@ class QuantLayer(nn.Module):
         if not bool(torch.isfinite(self.weight).all()):
             raise ValueError("a weight is NaN or infinite")
         scales = []
-        for part in self._segments():
+        for part in self.parts():
             rows = self.weight[:, part].flatten(1).float()  # (O, K)
             if self.config.weight_range == "mse":
                 scale = search_weight_scale(rows, codes)
@@ -152,7 +153,7 @@ class QuantLayer(nn.Module):
     @torch.no_grad()
     def set_weight_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Take over `weight_codes` (shape of the weight), `weight_scale` and `weight_zero_point` (O, K) of such a layer."""
-        if codes.shape != self.weight.shape or scale.shape != (len(self.weight), len(self._segments())):
+        if codes.shape != self.weight.shape or scale.shape != (len(self.weight), len(self.parts())):
             raise ValueError(
                 f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} for a weight {tuple(self.weight.shape)}"
             )
@@ -172,7 +173,7 @@ class QuantLayer(nn.Module):
         return self._expanded(self.weight_zero_point) + self.config.weight_codes.qmin
 
     def _expanded(self, values: Tensor) -> Tensor:
-        sizes = torch.tensor([s.stop - s.start for s in self._segments()], device=values.device)
+        sizes = torch.tensor([s.stop - s.start for s in self.parts()], device=values.device)
         expanded = values.repeat_interleave(sizes, 1, output_size=self.weight.shape[1])  # (O, I)
         return expanded.view(*expanded.shape, *[1] * (self.weight.ndim - 2))
 
