@@ -20,8 +20,8 @@ import json
 import sys
 from pathlib import Path
 
-from qncd.cli import run_main
-from qncd.metrics.conventions import (
+from qncd.app.parser import run_main
+from qncd.metrics.report.conventions import (
     CLIP_METRICS,
     CONVENTIONS,
     DEFAULT_CONVENTION,
@@ -29,8 +29,8 @@ from qncd.metrics.conventions import (
     METRICS,
 )
 
-# The names of qncd.metrics.features.EXTRACTORS and qncd.metrics.text.ANTONYMS, repeated because these modules take seconds
-# to import; a test compares them.
+# The names of EXTRACTORS and ANTONYMS in qncd.metrics.networks, repeated because these modules take seconds to import; a
+# test compares them.
 FEATURES = ("inception", "fashion_mnist")
 IQA = (
     "quality", "sharpness", "noisiness", "brightness", "contrast", "colorfulness", "natural", "real", "beautiful",
@@ -121,13 +121,13 @@ def run(args: argparse.Namespace) -> None:
     if args.save_statistics is not None:
         _check_output(args.save_statistics, "--save_statistics")
 
-    from qncd.cli import choose_device
+    from qncd.app.parser import choose_device
     from qncd.distributed import start_processes
-    from qncd.metrics.evaluate import Evaluator, Settings, check_sources
-    from qncd.metrics.features import FashionMnistFeatures, InceptionFeatures
-    from qncd.metrics.report import differences, differences_to_json
-    from qncd.metrics.sources import open_source
-    from qncd.metrics.store import FeatureCache, default_cache
+    from qncd.metrics.networks.features import FashionMnistFeatures, InceptionFeatures
+    from qncd.metrics.networks.store import FeatureCache, default_cache
+    from qncd.metrics.report.evaluate import Evaluator, Settings, check_sources
+    from qncd.metrics.report.sources import open_source
+    from qncd.metrics.report.table import differences, differences_to_json
 
     convention = CONVENTIONS[args.convention or DEFAULT_CONVENTION] if args.features == "inception" else None
     real = None if args.real == "-" else open_source(args.real, network=args.features)
@@ -146,11 +146,11 @@ def run(args: argparse.Namespace) -> None:
                 extractor = InceptionFeatures(args.weights, processes.device, convention)
         clip = lpips = None
         if set(metrics) & set(CLIP_METRICS):
-            from qncd.metrics.text import DEFAULT_MODEL, DEFAULT_WEIGHTS, ClipFeatures
+            from qncd.metrics.networks.text import DEFAULT_MODEL, DEFAULT_WEIGHTS, ClipFeatures
 
             clip = ClipFeatures(args.clip_model or DEFAULT_MODEL, args.clip_weights or DEFAULT_WEIGHTS, processes.device)
         if "lpips" in metrics:
-            from qncd.metrics.paired import Lpips
+            from qncd.metrics.statistics.paired import Lpips
 
             lpips = Lpips(args.lpips_weights, processes.device)
         settings = Settings(

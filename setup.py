@@ -76,7 +76,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(where=str(ROOT), include=["qncd", "qncd.*"]),
-    package_data={"qncd": ["py.typed", "assets/**/*", "models/registry.json"]},
+    package_data={"qncd": ["py.typed", "assets/**/*", "models/files/registry.json"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={"test": TEST_REQUIRES, "export": EXPORT_REQUIRES, "peers": PEERS_REQUIRES},
 )

@@ -15,11 +15,11 @@ _PUBLIC = {
     "quantize_": "qncd.quant.convert",
     "calibrate_": "qncd.ptq.calibration",
     "CalibrationSet": "qncd.ptq.calibration",
-    "smooth_": "qncd.ptq.smoothing",
+    "smooth_": "qncd.ptq.stages.smoothing",
     "save_quantized": "qncd.ptq.checkpoint",
     "load_quantized_": "qncd.ptq.checkpoint",
     "sample_ddim": "qncd.sampling.samplers",
-    "RuntimeNoiseCorrector": "qncd.sampling.runtime_noise",
+    "RuntimeNoiseCorrector": "qncd.sampling.correctors.runtime",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -15,7 +15,7 @@ SKIP_TYPES = ("uniform", "quad")
 CONVENTIONS = ("ddim", "ldm")
 CACHES = ("fp16", "bf16", "fp32")
 WIDEST = 8  # bits of an activation: what integer kernels take
-TRACKING = "tracking"  # the offline correction of qncd.sampling.tracking
+TRACKING = "tracking"  # the offline correction of qncd.sampling.correctors.tracking
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -59,7 +59,7 @@ class QuantConfig:
             them (SmoothQuant, arXiv 2211.10438); the power that leaves the layer's output the least error is kept. Acts
             where `act_bits` is not None.
         bit_allocation: activations have widths of their own, up to 8 bits, `act_bits` in the mean over all multiplications:
-            those that leave the sample the least error (qncd.ptq.bit_allocation). Not the first and the last layer's nor the
+            those that leave the sample the least error (bit_allocation). Not the first and the last layer's nor the
             softmax output's, which `edge_bits` and `softmax_bits` say. Needs `act_bits` of 7 or fewer.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.

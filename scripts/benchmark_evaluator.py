@@ -70,10 +70,10 @@ def worker(program: str, real: str, synth: str, weights: str, threads: int) -> N
     torch.set_num_threads(threads)
     start = time.perf_counter()
     if program == "qncd":
-        from qncd.metrics.conventions import CONVENTIONS
-        from qncd.metrics.evaluate import Evaluator, Settings
-        from qncd.metrics.features import InceptionFeatures
-        from qncd.metrics.sources import open_source
+        from qncd.metrics.networks.features import InceptionFeatures
+        from qncd.metrics.report.conventions import CONVENTIONS
+        from qncd.metrics.report.evaluate import Evaluator, Settings
+        from qncd.metrics.report.sources import open_source
 
         extractor = InceptionFeatures(Path(weights), convention=CONVENTIONS["torch-fidelity"])
         result = Evaluator(open_source(real), extractor, Settings(("fid",))).judge(open_source(synth))
@@ -134,7 +134,7 @@ def frechet_alone(dimension: int, runs: int) -> dict[str, float]:
     import numpy as np
     import scipy.linalg
 
-    from qncd.metrics.statistics import FeatureStatistics, frechet_distance
+    from qncd.metrics.statistics.moments import FeatureStatistics, frechet_distance
 
     rng = np.random.default_rng(0)
     scale = np.exp(-np.arange(dimension) / (dimension / 6))
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     sys.path.insert(0, str(ROOT))
-    from qncd.cli import run_main
+    from qncd.app.parser import run_main
 
     run_main(run, args)
 

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qncd import cli
+from qncd.app import parser as cli
 from qncd.benchmark.peers import PEERS, check_peer
 from qncd.benchmark.plan import DEFAULT_MODES, MODES, UNBIASED_IMAGES, WIDTHS, Plan, can_do, corrects, make_cells
 from qncd.config import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
@@ -113,7 +113,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, str]:
     from qncd.benchmark.subjects import is_latent
     from qncd.models.loading import load_config
     from qncd.ptq.calibration import CalibrationCollector
-    from qncd.sampling.runtime_noise import check_table_images, is_due
+    from qncd.sampling.correctors.runtime import check_table_images, is_due
 
     model_config = load_config(args.config)
     if args.scale is not None and not is_latent(model_config):

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qncd import cli
+from qncd.app import parser as cli
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,7 +166,7 @@ def _times(
     block: BlockData, layers: Mapping[str, Any], config: ReconstructionConfig, rounds: int
 ) -> tuple[list[float], list[float]]:
     """Seconds of an iteration, ours and published, in alternating runs."""
-    from qncd.ptq.reconstruction import _optimize
+    from qncd.ptq.stages.reconstruction import _optimize
     from qncd.quant.rounding import LearnedRounding
 
     times: tuple[list[float], list[float]] = ([], [])
@@ -214,7 +214,7 @@ def quality(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """Held-out error of chosen blocks against iterations, for each of the settings."""
     from qncd.config import QuantConfig
     from qncd.ptq.blocks import execution_order, open_layers, reconstruction_units
-    from qncd.ptq.reconstruction import _optimize
+    from qncd.ptq.stages.reconstruction import _optimize
     from qncd.quant.convert import quantize_
     from qncd.quant.rounding import LearnedRounding
 
@@ -267,8 +267,8 @@ def steps(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
 
     from qncd.benchmark.plan import parse_width
     from qncd.config import QuantConfig, ReconstructionConfig
-    from qncd.ptq.activation_steps import learn_steps_
     from qncd.ptq.calibration import calibrate_, call_unet, correct_biases_
+    from qncd.ptq.stages.activation_steps import learn_steps_
     from qncd.quant.convert import quantize_
 
     plain, data = load(model, args.inputs)

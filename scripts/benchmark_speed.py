@@ -32,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qncd import cli
+from qncd.app import parser as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 CALIBRATION_BATCH = 32
@@ -63,8 +63,8 @@ def parse_args() -> argparse.Namespace:
 def _cifar_unet() -> Any:
     import torch
 
-    from qncd.models.ddim import build_ddim_unet
     from qncd.models.loading import load_config
+    from qncd.models.original.ddim import build_ddim_unet
 
     torch.manual_seed(0)
     return build_ddim_unet(load_config(ROOT / "configs" / "cifar10.yml")).eval().requires_grad_(False)
@@ -91,7 +91,7 @@ def _quantized(unet: Any, bits: int = 8) -> Any:
     """W`bits`A8 with every part of the method that a step pays for: smoothing, split, attention."""
     from qncd.config import QuantConfig
     from qncd.ptq.calibration import calibrate_
-    from qncd.ptq.smoothing import smooth_, smoothing_factors
+    from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
     from qncd.quant.convert import quantize_
 
     config = QuantConfig(weight_bits=bits, weight_range="max", act_range="max")
@@ -296,8 +296,8 @@ def _stable_diffusion() -> tuple[Any, Any]:
     """The UNet and what a guided call gets."""
     import torch
 
-    from qncd.models.ldm import build_ldm_unet
     from qncd.models.loading import load_config
+    from qncd.models.original.ldm import build_ldm_unet
     from qncd.ptq.calibration import CalibrationSet
 
     torch.manual_seed(0)
@@ -374,7 +374,7 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     if set(args.parts) - {"simulation", "gpu"}:
-        from qncd.export.packages import check_backend
+        from qncd.engines.packages import check_backend
 
         for engine in ("onnxruntime", "openvino"):
             check_backend(engine)

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qncd import cli
+from qncd.app import parser as cli
 from qncd.config import WEIGHT_RANGES, CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,9 +82,9 @@ def build(args: argparse.Namespace) -> Any:
     """The diffusion with a UNet of fresh weights, the same ones each time; its activations stay near 1."""
     import torch
 
-    from qncd.latent_jobs import latent_lane
-    from qncd.models.ldm import build_ldm_unet, ldm_betas
+    from qncd.app.latent_jobs import latent_lane
     from qncd.models.loading import load_config
+    from qncd.models.original.ldm import build_ldm_unet, ldm_betas
     from qncd.ptq.pipeline import Diffusion
 
     config = load_config(args.config)
@@ -147,7 +147,7 @@ def load_and_sample(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     """In a process of its own: a fresh base model takes the checkpoint and samples one image. Returns the figures."""
     from qncd.models.loading import state_dict_hash
     from qncd.ptq.checkpoint import load_quantized_
-    from qncd.sampling.runtime_noise import RuntimeNoiseCorrector
+    from qncd.sampling.correctors.runtime import RuntimeNoiseCorrector
 
     phase = Phases()
     with phase("load into a fresh base model"):

@@ -16,7 +16,7 @@ import random
 import shutil
 from pathlib import Path
 
-from qncd import cli
+from qncd.app import parser as cli
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qncd.cli import make_parser, run_main
+from qncd.app.parser import make_parser, run_main
 
 MARKER = "converted.json"
 
@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     import json
 
     from qncd import __version__
-    from qncd.models.diffusers_folders import whole_folder
+    from qncd.models.files.diffusers_folders import whole_folder
     from qncd.models.latent import load_latent_model, save_latent_model
     from qncd.models.loading import load_config, load_ddim, save_ddim, state_dict_hash
 

@@ -16,7 +16,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qncd import cli
+from qncd.app import parser as cli
 
 if TYPE_CHECKING:
     from qncd.quant.convert import UNet
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
 
 def load_unet(args: argparse.Namespace) -> UNet:
     """The full-precision network that --config, --ckpt and --use_pretrained name. Raises ValueError where they name none."""
-    from qncd import latent_jobs
+    from qncd.app import latent_jobs
     from qncd.models.latent import load_latent_model
     from qncd.models.loading import load_config, load_ddim
 
@@ -51,9 +51,9 @@ def load_unet(args: argparse.Namespace) -> UNet:
 
 
 def main(args: argparse.Namespace) -> None:
-    from qncd import jobs
-    from qncd.export.onnx_model import export_unet
-    from qncd.export.packages import require
+    from qncd.app import jobs
+    from qncd.engines.onnx.model import export_unet
+    from qncd.engines.packages import require
     from qncd.models.loading import state_dict_hash
     from qncd.ptq.checkpoint import load_quantized_
 

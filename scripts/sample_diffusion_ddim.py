@@ -17,7 +17,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qncd import cli, options
+from qncd.app import options
+from qncd.app import parser as cli
 
 if TYPE_CHECKING:
     from qncd.distributed import Processes
@@ -37,7 +38,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from qncd import jobs
+    from qncd.app import jobs
 
     processes = jobs.start_job(args)
     with processes.quiet_failure():
@@ -46,10 +47,10 @@ def main(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace, processes: Processes) -> None:
     """The run, in each of the processes."""
-    from qncd import jobs, preparation
+    from qncd.app import jobs, preparation
     from qncd.io.runs import open_run
-    from qncd.models.ddim import ddim_key_table
     from qncd.models.loading import load_config, load_ddim, state_dict_hash
+    from qncd.models.original.ddim import ddim_key_table
     from qncd.ptq.pipeline import Diffusion
     from qncd.sampling.schedule import betas_of
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qncd import cli
+from qncd.app import parser as cli
 from qncd.config import SamplerConfig
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def chosen_classes(text: str | None, n_classes: int) -> list[int]:
 
 
 def main(args: argparse.Namespace) -> None:
-    from qncd import jobs
+    from qncd.app import jobs
 
     processes = jobs.start_job(args)
     with processes.quiet_failure():
@@ -83,9 +83,9 @@ def main(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace, processes: Processes) -> None:
     """The run, in each of the processes."""
-    from qncd import jobs, latent_jobs, preparation
+    from qncd.app import jobs, latent_jobs, preparation
     from qncd.io.runs import open_run
-    from qncd.models.conditioning import ClassConditioner, TextConditioner
+    from qncd.models.original.conditioning import ClassConditioner, TextConditioner
     from qncd.sampling.guidance import Conditions
 
     cli.check_counts(args, ("n_samples", "batch_size", "lane", "custom_steps", "cali_n", "cali_st", "cali_batch_size"))

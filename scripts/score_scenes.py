@@ -15,7 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
-from qncd import cli
+from qncd.app import parser as cli
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     import numpy as np
     from PIL import Image
 
-    from qncd.metrics.scene_classifier import caption_accuracy
+    from qncd.metrics.networks.scene_classifier import caption_accuracy
 
     paths, captions = read_run(args.folder, args.images)
     pictures = [np.asarray(Image.open(path).convert("RGB")) for path in paths]

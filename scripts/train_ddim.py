@@ -35,10 +35,10 @@ def main() -> None:
     import yaml
 
     from qncd.io.fashion_mnist import load_fashion_mnist
-    from qncd.models.ddim import build_ddim_unet
     from qncd.models.loading import load_unet_folder
+    from qncd.models.original.ddim import build_ddim_unet
     from qncd.sampling.schedule import alphas_cumprod, betas_of
-    from qncd.training import NoisePrediction, TrainingSettings, fit
+    from qncd.training.diffusion import NoisePrediction, TrainingSettings, fit
 
     config = yaml.safe_load(args.config.read_text())
     section = {**config["training"], **config["optim"], "ema_rate": config["model"]["ema_rate"]}

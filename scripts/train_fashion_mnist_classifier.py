@@ -47,9 +47,9 @@ def train(args: argparse.Namespace) -> None:
     """Train, measure the accuracy of the half-precision weights on the test split, write them."""
     import torch
 
-    from qncd.classifier_training import save_classifier, train_classifier_
     from qncd.io.fashion_mnist import load_fashion_mnist
-    from qncd.metrics.fashion_mnist_classifier import FashionMnistClassifier
+    from qncd.metrics.networks.fashion_mnist_classifier import FashionMnistClassifier
+    from qncd.training.classifiers import save_classifier, train_classifier_
 
     torch.manual_seed(args.seed)
     images, labels = (torch.from_numpy(array) for array in load_fashion_mnist("train", args.data))
@@ -75,9 +75,9 @@ def write_statistics(args: argparse.Namespace) -> None:
     import torch
 
     from qncd.io.fashion_mnist import load_fashion_mnist
-    from qncd.metrics.features import FashionMnistFeatures
-    from qncd.metrics.sources import SavedStatistics
-    from qncd.metrics.statistics import StatisticsAccumulator
+    from qncd.metrics.networks.features import FashionMnistFeatures
+    from qncd.metrics.report.sources import SavedStatistics
+    from qncd.metrics.statistics.moments import StatisticsAccumulator
 
     extractor = FashionMnistFeatures(args.out / "fashion_mnist_classifier.safetensors")
     features, spatial = StatisticsAccumulator(), StatisticsAccumulator()

@@ -33,8 +33,8 @@ def main() -> None:
     import yaml
 
     from qncd.io.datasets import load_conditioned
-    from qncd.models.autoencoders import build_first_stage
-    from qncd.training import Reconstruction, TrainingSettings, fit, images_to_float
+    from qncd.models.original.autoencoders import build_first_stage
+    from qncd.training.diffusion import Reconstruction, TrainingSettings, fit, images_to_float
 
     config = yaml.safe_load(args.config.read_text())
     section = config["training"]["first_stage"]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from qncd.models.autoencoders import FirstStage
+    from qncd.models.original.autoencoders import FirstStage
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def cached_latents(first_stage: FirstStage, images: torch.Tensor, path: Path) ->
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from qncd.training import images_to_float
+    from qncd.training.diffusion import images_to_float
 
     digest = hashlib.sha256(f"{first_stage.scale} {tuple(images.shape)}".encode())
     for tensor in (images, *first_stage.model.state_dict().values()):
@@ -70,8 +70,8 @@ def load_autoencoder(folder: Path, config: dict) -> FirstStage:
         FileNotFoundError: there is none yet.
         ValueError: it is of another kind than the config's, or damaged.
     """
-    from qncd.models.autoencoders import FirstStage, build_first_stage, scale_factor
-    from qncd.models.diffusers_folders import load_component
+    from qncd.models.files.diffusers_folders import load_component
+    from qncd.models.original.autoencoders import FirstStage, build_first_stage, scale_factor
 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no autoencoder; run scripts/train_first_stage.py with the same --config and --out")
@@ -88,11 +88,11 @@ def main() -> None:
     from safetensors.torch import save_file
 
     from qncd.io.datasets import load_conditioned
-    from qncd.models.compvis import build_conditioner, original_state_dict
-    from qncd.models.conditioning import TextConditioner
-    from qncd.models.ldm import build_ldm_unet, ldm_betas
+    from qncd.models.original.compvis import build_conditioner, original_state_dict
+    from qncd.models.original.conditioning import TextConditioner
+    from qncd.models.original.ldm import build_ldm_unet, ldm_betas
     from qncd.sampling.schedule import alphas_cumprod
-    from qncd.training import NoisePrediction, TrainingSettings, condition_tensor, fit
+    from qncd.training.diffusion import NoisePrediction, TrainingSettings, condition_tensor, fit
 
     config = yaml.safe_load(args.config.read_text())
     section = config["training"]["diffusion"]

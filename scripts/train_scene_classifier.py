@@ -59,7 +59,7 @@ def through_first_stage(images: torch.Tensor, folder: Path, latent_noise: float)
     """uint8 NHWC images, encoded, disturbed by noise of `latent_noise` standard deviations of the latents, decoded."""
     import torch
 
-    from qncd.models.diffusers_folders import load_component
+    from qncd.models.files.diffusers_folders import load_component
 
     autoencoder = load_component(folder, ("AutoencoderKL",))
     parts = []
@@ -87,9 +87,9 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from qncd.classifier_training import save_classifier, train_classifier_
     from qncd.io.scenes import parse_caption, scene_dataset
-    from qncd.metrics.scene_classifier import SceneClassifier, caption_accuracy, scene_targets
+    from qncd.metrics.networks.scene_classifier import SceneClassifier, caption_accuracy, scene_targets
+    from qncd.training.classifiers import save_classifier, train_classifier_
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

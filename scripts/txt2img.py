@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qncd import cli
+from qncd.app import parser as cli
 from qncd.config import SamplerConfig
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def latent_shape(args: argparse.Namespace, model: LatentModel) -> tuple[int, int
 
 
 def main(args: argparse.Namespace) -> None:
-    from qncd import jobs
+    from qncd.app import jobs
 
     processes = jobs.start_job(args)
     with processes.quiet_failure():
@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace, processes: Processes) -> None:
     """The run, in each of the processes."""
-    from qncd import jobs, latent_jobs, preparation
+    from qncd.app import jobs, latent_jobs, preparation
     from qncd.io.runs import open_run
     from qncd.models.safety import image_finishers
     from qncd.sampling.guidance import Conditions

@@ -24,14 +24,11 @@ LAYERS = (
     ("io",),
     ("models", "metrics"),
     ("quant",),
-    ("sampling", "gpu"),
+    ("sampling",),
     ("ptq", "training"),
-    ("classifier_training", "export"),
+    ("engines",),
     ("modes",),
-    ("cli", "options"),
-    ("preparation",),
-    ("jobs",),
-    ("latent_jobs",),
+    ("app",),
     ("benchmark",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -42,14 +39,13 @@ ONLY = {
     "metrics": {"config", "distributed", "rng", "io"},
     "quant": {"config", "rng"},
     "sampling": {"config", "rng"},
-    "gpu": {"quant"},
 }
 
 # Modules that meet in a protocol only.
-STRANGERS = ("qncd.sampling.samplers", "qncd.sampling.runtime_noise")
+STRANGERS = ("qncd.sampling.samplers", "qncd.sampling.correctors.runtime")
 
 # Everything that `--help` imports; yaml takes 20 ms, torch seconds.
-LIGHT_MODULES = ("qncd", "qncd.config", "qncd.modes", "qncd.cli")
+LIGHT_MODULES = ("qncd", "qncd.config", "qncd.modes", "qncd.app.parser")
 LIGHT_THIRD_PARTY = {"yaml"}
 HEAVY = (
     "torch",
@@ -180,8 +176,8 @@ def test_layering(name: str) -> None:
         ("qncd.rng", "from qncd.config import Seed", True),
         ("qncd.config", "import qncd.io.images", False),
         ("qncd.io.images", "from qncd.models import registry", False),
-        ("qncd.models.ddim", "from qncd.io.images import save", True),
-        ("qncd.models.ddim", "from qncd.metrics.fid import fid", False),
+        ("qncd.models.original.ddim", "from qncd.io.images import save", True),
+        ("qncd.models.original.ddim", "from qncd.metrics.fid import fid", False),
         ("qncd.metrics.fid", "from ..models import ddim", False),
         ("qncd.quant.affine", "import torch", True),
         ("qncd.quant.affine", "from . import observers", True),
@@ -190,18 +186,18 @@ def test_layering(name: str) -> None:
         ("qncd.quant.affine", "if TYPE_CHECKING:\n    from qncd.ptq import smoothing", False),
         ("qncd.sampling.samplers", "from qncd.rng import generators", True),
         ("qncd.sampling.samplers", "from qncd.quant.affine import fake_quantize", False),
-        ("qncd.sampling.samplers", "from qncd.sampling.correctors import Corrector", True),
-        ("qncd.sampling.samplers", "from qncd.sampling.runtime_noise import RuntimeNoise", False),
-        ("qncd.sampling.samplers", "from . import RuntimeNoise", False),
-        ("qncd.sampling.runtime_noise", "from .samplers import ddim", False),
-        ("qncd.ptq.smoothing", "from qncd.quant.layers import QuantLinear\nfrom qncd.models import ddim", True),
-        ("qncd.ptq.smoothing", "from qncd import cli", False),
-        ("qncd.ptq.smoothing", "from qncd import quantize_", False),
-        ("qncd.ptq.smoothing", "from qncd import __version__", True),
-        ("qncd.ptq.smoothing", 'importlib.import_module("qncd.cli")', False),
-        ("qncd.cli", "from qncd.ptq import smoothing", True),
+        ("qncd.sampling.samplers", "from qncd.sampling.corrector import Corrector", True),
+        ("qncd.sampling.samplers", "from qncd.sampling.correctors.runtime import RuntimeNoise", False),
+        ("qncd.sampling.samplers", "from .correctors.runtime import RuntimeNoise", False),
+        ("qncd.sampling.correctors.runtime", "from ..samplers import ddim", False),
+        ("qncd.ptq.stages.smoothing", "from qncd.quant.layers import QuantLinear\nfrom qncd.models import ddim", True),
+        ("qncd.ptq.stages.smoothing", "from qncd import app", False),
+        ("qncd.ptq.stages.smoothing", "from qncd import quantize_", False),
+        ("qncd.ptq.stages.smoothing", "from qncd import __version__", True),
+        ("qncd.ptq.stages.smoothing", 'importlib.import_module("qncd.app.parser")', False),
+        ("qncd.app.parser", "from qncd.ptq import smoothing", True),
         ("qncd.misc", "", False),
-        ("qncd.ptq.smoothing", "from qncd.misc import helper", False),
+        ("qncd.ptq.stages.smoothing", "from qncd.misc import helper", False),
     ],
 )
 def test_layering_rules(name: str, source: str, allowed: bool) -> None:

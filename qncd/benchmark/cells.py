@@ -17,19 +17,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qncd import cli
+from qncd.app import parser as cli
 from qncd.benchmark.peers import quantize_with_peer
 from qncd.benchmark.plan import ERROR_IMAGES, FULL, PART, Cell, Plan, parse_width
 from qncd.benchmark.subjects import Subject
 from qncd.io.runs import Run
-from qncd.metrics.statistics import mse_to_psnr, paired_mse
+from qncd.metrics.statistics.moments import mse_to_psnr, paired_mse
 from qncd.ptq.calibration import CalibrationSet, load_calibration, save_calibration
 from qncd.ptq.evaluation import NoiseErrorRecorder, sample_images
 from qncd.ptq.pipeline import Diffusion, quantize_with_, record_offline, sample_calibration
-from qncd.sampling.correctors import Corrector
+from qncd.sampling.corrector import Corrector
+from qncd.sampling.correctors.registry import offline_corrector
+from qncd.sampling.correctors.runtime import NoiseTable, RuntimeNoiseCorrector
 from qncd.sampling.guidance import Conditions
-from qncd.sampling.offline import offline_corrector
-from qncd.sampling.runtime_noise import NoiseTable, RuntimeNoiseCorrector
 
 log = logging.getLogger("qncd")
 WHOLE = "whole.json"  # in the folder of a reconstruction: it is finished

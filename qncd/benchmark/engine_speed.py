@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from qncd.benchmark.peers import quantize_with_peer
 from qncd.config import QuantConfig, SmoothingConfig
-from qncd.export.engines import Arrays, ArraySession, open_engine, openvino_options
-from qncd.export.onnx_model import FILE, export_unet
-from qncd.export.openvino_graph import read_network
-from qncd.export.packages import require
-from qncd.ptq.bit_allocation import free_quantizers
+from qncd.engines.engine import Arrays, ArraySession, open_engine, openvino_options
+from qncd.engines.onnx.model import FILE, export_unet
+from qncd.engines.openvino_graph import read_network
+from qncd.engines.packages import require
 from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet
-from qncd.ptq.smoothing import smooth_, smoothing_factors
-from qncd.ptq.temporal import set_all_stepwise_
+from qncd.ptq.stages.bit_allocation import free_quantizers
+from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
+from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.quant.convert import UNet, quantize_, set_act_bits_
 
 TIMES = (1, 251, 501, 751)

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qncd.app.latent_jobs import PromptEncoder, class_conditions, make_decoder, model_hashes, recommended_scale
 from qncd.config import SamplerConfig
 from qncd.io.images import to_uint8
 from qncd.io.scenes import all_scenes, caption_of, is_held_out, scene_dataset
-from qncd.latent_jobs import PromptEncoder, class_conditions, make_decoder, model_hashes, recommended_scale
-from qncd.metrics.features import FashionMnistFeatures
-from qncd.metrics.scene_classifier import SceneClassifier, caption_accuracy, load_scene_classifier
-from qncd.metrics.sources import FASHION_MNIST_STATISTICS, SavedStatistics
-from qncd.metrics.statistics import FeatureStatistics, StatisticsAccumulator, frechet_distance
-from qncd.models.conditioning import ClassConditioner
+from qncd.metrics.networks.features import FashionMnistFeatures
+from qncd.metrics.networks.scene_classifier import SceneClassifier, caption_accuracy, load_scene_classifier
+from qncd.metrics.report.sources import FASHION_MNIST_STATISTICS, SavedStatistics
+from qncd.metrics.statistics.moments import FeatureStatistics, StatisticsAccumulator, frechet_distance
 from qncd.models.latent import load_latent_model
 from qncd.models.loading import load_ddim, state_dict_hash
+from qncd.models.original.conditioning import ClassConditioner
 from qncd.ptq.pipeline import Diffusion
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.schedule import betas_of

@@ -14,12 +14,12 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from qncd.models import loading
-from qncd.models.autoencoders import FirstStage
-from qncd.models.compvis import Conditioner, check_config, networks_of
-from qncd.models.conditioning import ClassConditioner, TextConditioner, load_text_folder
-from qncd.models.diffusers_folders import UNETS, load_component, load_unet_folder, local_path, read_json, save_component
-from qncd.models.ldm import LdmUNet, build_ldm_unet, ldm_betas
-from qncd.models.registry import fetch, load_registry
+from qncd.models.files.diffusers_folders import UNETS, load_component, load_unet_folder, local_path, read_json, save_component
+from qncd.models.files.registry import fetch, load_registry
+from qncd.models.original.autoencoders import FirstStage
+from qncd.models.original.compvis import Conditioner, check_config, networks_of
+from qncd.models.original.conditioning import ClassConditioner, TextConditioner, load_text_folder
+from qncd.models.original.ldm import LdmUNet, build_ldm_unet, ldm_betas
 
 # LDM's own noise schedule where a scheduler's config does not name it, by diffusers' defaults.
 _SCHEDULER_DEFAULTS = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}

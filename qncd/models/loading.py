@@ -14,11 +14,11 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qncd.models.ddim import build_ddim_unet, convert_ddim_state_dict, ddim_unet_config, ddim_weights
-from qncd.models.diffusers_folders import load_unet_folder, local_path, save_component
-from qncd.models.key_tables import network_with_weights
-from qncd.models.registry import fetch, load_registry
-from qncd.models.unpickle import load_checkpoint
+from qncd.models.files.diffusers_folders import load_unet_folder, local_path, save_component
+from qncd.models.files.registry import fetch, load_registry
+from qncd.models.files.unpickle import load_checkpoint
+from qncd.models.original.ddim import build_ddim_unet, convert_ddim_state_dict, ddim_unet_config, ddim_weights
+from qncd.models.original.key_tables import network_with_weights
 
 __all__ = ["load_config", "load_ddim", "load_unet_folder", "save_ddim", "state_dict_hash"]
 

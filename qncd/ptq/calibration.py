@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qncd.config import check_int
-from qncd.models.unpickle import load_checkpoint
+from qncd.models.files.unpickle import load_checkpoint
 from qncd.quant.convert import UNet, act_quantizers, observing, quant_layers, set_stage
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.sampling.samplers import StepState

@@ -37,10 +37,10 @@ from qncd.quant.convert import (
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer, make_stepwise, select_steps_on_call
-from qncd.sampling.offline import OfflineRecord
-from qncd.sampling.offline_noise import OfflineStatistics
-from qncd.sampling.runtime_noise import NoiseTable
-from qncd.sampling.tracking import TrackingFilters
+from qncd.sampling.correctors.offline_noise import OfflineStatistics
+from qncd.sampling.correctors.registry import OfflineRecord
+from qncd.sampling.correctors.runtime import NoiseTable
+from qncd.sampling.correctors.tracking import TrackingFilters
 
 FORMAT = "qncd-1"
 OFFLINE: dict[str, type[OfflineRecord]] = {"offline": OfflineStatistics, "tracking": TrackingFilters}  # by their prefixes

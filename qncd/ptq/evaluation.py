@@ -12,7 +12,7 @@ from torch import Tensor
 from qncd.config import check_int
 from qncd.io.images import to_uint8
 from qncd.ptq.pipeline import Diffusion
-from qncd.sampling.correctors import Corrector
+from qncd.sampling.corrector import Corrector
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.samplers import StepState
 

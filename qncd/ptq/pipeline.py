@@ -24,8 +24,6 @@ from qncd.config import (
     check_choice,
 )
 from qncd.distributed import Processes
-from qncd.ptq.activation_steps import learn_steps_
-from qncd.ptq.bit_allocation import allocate_bits_
 from qncd.ptq.calibration import (
     CalibrationCollector,
     CalibrationSet,
@@ -35,21 +33,23 @@ from qncd.ptq.calibration import (
     call_unet,
     correct_biases_,
 )
-from qncd.ptq.compensation import compensate_
-from qncd.ptq.reconstruction import BlockProgress, reconstruct_
-from qncd.ptq.smoothing import smooth_, smoothing_factors
-from qncd.ptq.smoothing_search import search_smoothing_
-from qncd.ptq.temporal import reconstruct_temporal_, set_all_stepwise_, set_stepwise_ranges_, temporal_layers
+from qncd.ptq.stages.activation_steps import learn_steps_
+from qncd.ptq.stages.bit_allocation import allocate_bits_
+from qncd.ptq.stages.compensation import compensate_
+from qncd.ptq.stages.reconstruction import BlockProgress, reconstruct_
+from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
+from qncd.ptq.stages.smoothing_search import search_smoothing_
+from qncd.ptq.stages.temporal import reconstruct_temporal_, set_all_stepwise_, set_stepwise_ranges_, temporal_layers
 from qncd.quant.convert import UNet, quantize_
 from qncd.quant.layers import QuantLayer
-from qncd.sampling.correctors import Corrector, Denoiser
+from qncd.sampling.corrector import Corrector, Denoiser
+from qncd.sampling.correctors.offline_noise import OfflineRecorder, OfflineStatistics
+from qncd.sampling.correctors.registry import OfflineRecord
+from qncd.sampling.correctors.runtime import NoiseRecorder, NoiseTable
+from qncd.sampling.correctors.tracking import TrackingFilters, TrackingFitter
 from qncd.sampling.guidance import Conditions, guide
-from qncd.sampling.offline import OfflineRecord
-from qncd.sampling.offline_noise import OfflineRecorder, OfflineStatistics
-from qncd.sampling.runtime_noise import NoiseRecorder, NoiseTable
 from qncd.sampling.samplers import Callback, StepState, sample
 from qncd.sampling.schedule import Step, alphas_cumprod, make_steps
-from qncd.sampling.tracking import TrackingFilters, TrackingFitter
 
 # Seeds of calibration images: far from those that users number their images with.
 CALIBRATION_SEED_BASE = 1 << 40
@@ -224,7 +224,7 @@ def record_offline(
     """What an offline correction needs to know, by runs of both models.
 
     Args:
-        kind: of `qncd.sampling.offline.KINDS`.
+        kind: of `qncd.sampling.correctors.registry.KINDS`.
         reference: the full-precision model.
         quantized: the same with the quantized network.
         conditions: one for each of the `config.samples` calibration trajectories.

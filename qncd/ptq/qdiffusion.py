@@ -23,7 +23,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from qncd.config import QuantConfig
-from qncd.models.key_tables import Layout, refuse
+from qncd.models.original.key_tables import Layout, refuse
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import UNet, act_quantizers, quant_layers, quantize_, restored_on_error, set_stage, skip_boundaries

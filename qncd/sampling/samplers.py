@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qncd.config import SamplerConfig
 from qncd.rng import ImageNoise
-from qncd.sampling.correctors import Corrected, Corrector, Denoiser, Tentative
+from qncd.sampling.corrector import Corrected, Corrector, Denoiser, Tentative
 from qncd.sampling.schedule import Step
 
 

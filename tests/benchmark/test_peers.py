@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qncd.benchmark.peers import PEERS, check_peer, quantize_with_peer
 from qncd.benchmark.plan import FULL, WIDTHS, Cell, make_cells
-from qncd.models.ddim import build_ddim_unet
+from qncd.models.original.ddim import build_ddim_unet
 from qncd.ptq.calibration import CalibrationSet, call_unet
 from qncd.quant.convert import UNet
 

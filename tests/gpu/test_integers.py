@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qncd.config import QuantConfig
-from qncd.export.engines import EngineUNet, open_triton
-from qncd.export.packages import check_backend
+from qncd.engines.engine import EngineUNet, open_triton
+from qncd.engines.packages import check_backend
 from qncd.models.loading import load_config, load_ddim
-from qncd.ptq.temporal import set_all_stepwise_
+from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import quant_layers, quantize_
@@ -26,10 +26,10 @@ from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.quantizers import Stage
 
 pytest.importorskip("triton")
-from qncd.gpu import kernels
-from qncd.gpu.kernels import Grid
-from qncd.gpu.layers import IntegerConv2d, IntegerLinear
-from qncd.gpu.network import IntegerNetwork, Steps
+from qncd.engines.triton import kernels
+from qncd.engines.triton.kernels import Grid
+from qncd.engines.triton.layers import IntegerConv2d, IntegerLinear
+from qncd.engines.triton.network import IntegerNetwork, Steps
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

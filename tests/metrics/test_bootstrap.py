@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from qncd.metrics.bootstrap import Interval, interval, resampled_shifts
-from qncd.metrics.influence import frechet_influence, score_influence
-from qncd.metrics.kernel_distance import kernel_distance, kernel_influence, squared_mmd
-from qncd.metrics.manifold import precision_recall, precision_recall_influence
-from qncd.metrics.statistics import FeatureStatistics, features_to_statistics, frechet_distance, inception_score
-from qncd.metrics.store import FeatureWriter, Rows
+from qncd.metrics.networks.store import FeatureWriter, Rows
+from qncd.metrics.statistics.bootstrap import Interval, interval, resampled_shifts
+from qncd.metrics.statistics.influence import frechet_influence, score_influence
+from qncd.metrics.statistics.kernel_distance import kernel_distance, kernel_influence, squared_mmd
+from qncd.metrics.statistics.manifold import precision_recall, precision_recall_influence
+from qncd.metrics.statistics.moments import FeatureStatistics, features_to_statistics, frechet_distance, inception_score
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import evaluator
-from qncd.metrics.features import EXTRACTORS, FashionMnistFeatures
-from qncd.metrics.sources import DATASET_NAMES, FASHION_MNIST_STATISTICS
-from qncd.metrics.statistics import features_to_statistics, frechet_distance, inception_score
-from qncd.metrics.text import ANTONYMS
+from qncd.metrics.networks.features import EXTRACTORS, FashionMnistFeatures
+from qncd.metrics.networks.text import ANTONYMS
+from qncd.metrics.report.sources import DATASET_NAMES, FASHION_MNIST_STATISTICS
+from qncd.metrics.statistics.moments import features_to_statistics, frechet_distance, inception_score
 
 ROOT = Path(__file__).parents[2]
 COUNT = 12
@@ -267,7 +267,7 @@ def test_metrics_are_chosen(capsys, folders):
 
 def test_data_sets_by_name(capsys, tmp_path):
     from qncd.io.fashion_mnist import DEBIAN_PATH
-    from qncd.metrics.sources import open_source
+    from qncd.metrics.report.sources import open_source
 
     assert {"fashion_mnist", "fashion_mnist_test", "scenes", "scenes_test"} <= set(DATASET_NAMES)
     scenes = open_source("scenes_test")

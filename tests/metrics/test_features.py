@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 
 from qncd.io.fashion_mnist import DEBIAN_PATH, load_fashion_mnist
-from qncd.metrics.conventions import CONVENTIONS, DEFAULT_CONVENTION, METRICS, Convention
-from qncd.metrics.fashion_mnist_classifier import CLASSIFIER_PATH, load_classifier
-from qncd.metrics.features import EXTRACTORS, FashionMnistFeatures, InceptionFeatures
-from qncd.metrics.saved_statistics import SavedStatistics
-from qncd.metrics.sources import FASHION_MNIST_STATISTICS
-from qncd.metrics.weights import INCEPTION
+from qncd.metrics.networks.fashion_mnist_classifier import CLASSIFIER_PATH, load_classifier
+from qncd.metrics.networks.features import EXTRACTORS, FashionMnistFeatures, InceptionFeatures
+from qncd.metrics.networks.weights import INCEPTION
+from qncd.metrics.report.conventions import CONVENTIONS, DEFAULT_CONVENTION, METRICS, Convention
+from qncd.metrics.report.sources import FASHION_MNIST_STATISTICS
+from qncd.metrics.statistics.saved_statistics import SavedStatistics
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 

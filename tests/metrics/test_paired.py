@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qncd.metrics.paired import Lpips, paired_ssim
+from qncd.metrics.statistics.paired import Lpips, paired_ssim
 
 
 def images(channels: int = 3, size: tuple[int, int] = (24, 31)) -> tuple[np.ndarray, np.ndarray]:

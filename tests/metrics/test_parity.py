@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 import evaluator
-from qncd.metrics.conventions import CONVENTIONS
-from qncd.metrics.extraction import extract
-from qncd.metrics.features import InceptionFeatures
-from qncd.metrics.kernel_distance import kernel_distance
-from qncd.metrics.sources import open_source
-from qncd.metrics.statistics import features_to_statistics, frechet_distance
-from qncd.metrics.store import FeatureCache, Rows, default_cache
+from qncd.metrics.networks.extraction import extract
+from qncd.metrics.networks.features import InceptionFeatures
+from qncd.metrics.networks.store import FeatureCache, Rows, default_cache
+from qncd.metrics.report.conventions import CONVENTIONS
+from qncd.metrics.report.sources import open_source
+from qncd.metrics.statistics.kernel_distance import kernel_distance
+from qncd.metrics.statistics.moments import features_to_statistics, frechet_distance
 
 COUNT = 10
 DIMENSIONS = 192  # of those that the packages' own formulas are given: their square roots take half a minute at 2048

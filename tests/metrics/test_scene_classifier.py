@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qncd.io.scenes import Scene, SceneObject, canonical, caption_of, scene_dataset
-from qncd.metrics.scene_classifier import (
+from qncd.metrics.networks.scene_classifier import (
     CLASSIFIER_PATH,
     Reading,
     SceneClassifier,

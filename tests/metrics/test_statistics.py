@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qncd.metrics.manifold import neighbour_radii, precision_recall
-from qncd.metrics.statistics import (
+from qncd.metrics.statistics.manifold import neighbour_radii, precision_recall
+from qncd.metrics.statistics.moments import (
     FeatureStatistics,
     StatisticsAccumulator,
     covariance_factor,

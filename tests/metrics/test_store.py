@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from qncd.metrics.extraction import extract, rows_to_statistics
-from qncd.metrics.features import FashionMnistFeatures
-from qncd.metrics.prefetch import LOOKAHEAD, prepared_batches
-from qncd.metrics.sources import open_source
-from qncd.metrics.store import FeatureCache, FeatureWriter, Rows
+from qncd.metrics.networks.extraction import extract, rows_to_statistics
+from qncd.metrics.networks.features import FashionMnistFeatures
+from qncd.metrics.networks.prefetch import LOOKAHEAD, prepared_batches
+from qncd.metrics.networks.store import FeatureCache, FeatureWriter, Rows
+from qncd.metrics.report.sources import open_source
 
 
 class Counting(FashionMnistFeatures):

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import evaluator
-from qncd.metrics.sources import ImageFolder, open_source
-from qncd.metrics.text import ANTONYMS, ClipFeatures, clip_iqa, find_prompts
+from qncd.metrics.networks.text import ANTONYMS, ClipFeatures, clip_iqa, find_prompts
+from qncd.metrics.report.sources import ImageFolder, open_source
 
 PROMPTS = ("a red ball", "two cats on a sofa", "a red ball", "rain")
 

@@ -5,7 +5,7 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from qncd.metrics.weights import INCEPTION, LPIPS_BACKBONES, find_weights
+from qncd.metrics.networks.weights import INCEPTION, LPIPS_BACKBONES, find_weights
 
 
 def test_weights_are_looked_for_in_order(tmp_path, monkeypatch):

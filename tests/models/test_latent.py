@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from qncd.models import loading
-from qncd.models.autoencoders import FirstStage, build_first_stage
-from qncd.models.compvis import build_conditioner, original_state_dict
-from qncd.models.conditioning import ClassConditioner, TextConditioner
 from qncd.models.latent import LatentModel, load_latent_model, save_latent_model
-from qncd.models.ldm import build_ldm_unet
 from qncd.models.loading import load_config, state_dict_hash
+from qncd.models.original.autoencoders import FirstStage, build_first_stage
+from qncd.models.original.compvis import build_conditioner, original_state_dict
+from qncd.models.original.conditioning import ClassConditioner, TextConditioner
+from qncd.models.original.ldm import build_ldm_unet
 
 NEAR = Path(__file__).resolve().parents[1] / "data" / "golden"
 FAR = Path(__file__).resolve().parents[3] / "shared" / "golden"  # data too large for the repository
@@ -419,8 +419,8 @@ def test_parity_with_text(golden: Any) -> None:
 
 def test_the_configs_of_the_published_models() -> None:
     root = Path(__file__).resolve().parents[2] / "configs"
-    from qncd.models.compvis import check_config
-    from qncd.models.registry import load_registry
+    from qncd.models.files.registry import load_registry
+    from qncd.models.original.compvis import check_config
 
     for name in ("cin256-v2", "lsun_beds256", "lsun_churches256", "celebahq256", "ffhq256", "sd-v1-inference"):
         config = load_config(root / f"{name}.yaml")
@@ -431,7 +431,7 @@ def test_the_configs_of_the_published_models() -> None:
 @pytest.mark.parametrize("manifest", ["ldm_cin256_v2", "ldm_lsun_beds256_released", "sd_v1"])
 def test_every_key_of_the_published_models_is_known(manifest: str) -> None:
     """What the networks' own tables do not hold is the noise schedule and averaged weights."""
-    from qncd.models import compvis
+    from qncd.models.original import compvis
 
     keys = json.loads((NEAR / f"manifest_{manifest}.json").read_text())
     networks = (compvis._UNET, compvis._FIRST_STAGE, compvis._CONDITION)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qncd.models import loading
-from qncd.models.ddim import build_ddim_unet, to_ddim_state_dict
 from qncd.models.loading import load_config, load_ddim, load_unet_folder, state_dict_hash
+from qncd.models.original.ddim import build_ddim_unet, to_ddim_state_dict
 
 CONFIG: dict[str, Any] = {
     "data": {"dataset": "CIFAR10", "image_size": 8},

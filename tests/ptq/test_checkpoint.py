@@ -18,9 +18,9 @@ from qncd.ptq import checkpoint
 from qncd.ptq.calibration import CalibrationSet, calibrate_, correct_biases_
 from qncd.ptq.checkpoint import load_quantized_, pack4, peek_quantized, save_quantized, unpack4
 from qncd.ptq.pipeline import Diffusion, weight_correction
-from qncd.ptq.smoothing import smooth_, smoothing_factors
+from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
 from qncd.quant.convert import quant_layers, quantize_
-from qncd.sampling.runtime_noise import TABLE_TENSORS, NoiseTable
+from qncd.sampling.correctors.runtime import TABLE_TENSORS, NoiseTable
 from qncd.sampling.schedule import linear_betas
 
 HASH = "0123456789abcdef" * 4

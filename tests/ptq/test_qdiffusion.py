@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from qncd.config import QuantConfig
-from qncd.models.compvis import load_ldm_unet
-from qncd.models.ddim import ddim_key_table
-from qncd.models.ldm import ldm_unet_key_map
+from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.loading import load_config, load_ddim
-from qncd.models.unpickle import load_checkpoint
+from qncd.models.original.compvis import load_ldm_unet
+from qncd.models.original.ddim import ddim_key_table
+from qncd.models.original.ldm import ldm_unet_key_map
 from qncd.ptq.calibration import call_unet
 from qncd.ptq.checkpoint import load_quantized_, save_quantized
 from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_

@@ -9,7 +9,7 @@ import torch
 
 from qncd.config import QuantConfig
 from qncd.ptq.calibration import CalibrationSet, calibrate_
-from qncd.ptq.temporal import set_all_stepwise_
+from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.quant.affine import IntegerRange
 from qncd.quant.convert import act_quantizers, quantize_
 from qncd.quant.quantizers import ActQuantizer, Stage

@@ -18,9 +18,9 @@ from torch import Tensor
 from qncd.config import SamplerConfig
 from qncd.models.loading import load_ddim
 from qncd.rng import CORRECTOR_STREAM, ImageNoise
-from qncd.sampling.correctors import Advance, Corrected, Denoiser
+from qncd.sampling.corrector import Advance, Corrected, Denoiser
+from qncd.sampling.correctors.runtime import estimate_noise, is_due
 from qncd.sampling.guidance import guide
-from qncd.sampling.runtime_noise import estimate_noise, is_due
 from qncd.sampling.samplers import (
     StepState,
     ddim_step,

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from qncd.models.autoencoders import FirstStage, build_first_stage
-from qncd.models.compvis import build_conditioner
 from qncd.models.latent import LatentModel, save_latent_model
-from qncd.models.ldm import build_ldm_unet, ldm_betas
+from qncd.models.original.autoencoders import FirstStage, build_first_stage
+from qncd.models.original.compvis import build_conditioner
+from qncd.models.original.ldm import build_ldm_unet, ldm_betas
 
 ROOT = Path(__file__).resolve().parents[2]
 RunScript = Callable[..., str]

@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from qncd import cli
-from qncd.models.ddim import build_ddim_unet
+from qncd.app import parser as cli
+from qncd.models.original.ddim import build_ddim_unet
 from qncd.ptq.evaluation import NoiseErrorRecorder
 from qncd.sampling.samplers import StepState
 from qncd.sampling.schedule import Step

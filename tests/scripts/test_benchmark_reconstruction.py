@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from qncd.config import QuantConfig, ReconstructionConfig
-from qncd.ptq import reconstruction
 from qncd.ptq.blocks import open_layers
 from qncd.ptq.calibration import CalibrationSet
+from qncd.ptq.stages import reconstruction
 from qncd.quant.convert import quantize_
 from qncd.quant.rounding import LearnedRounding
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 
-from qncd.models.autoencoders import FirstStage, build_first_stage
-from qncd.models.compvis import original_state_dict
-from qncd.models.ddim import build_ddim_unet, to_ddim_state_dict
 from qncd.models.latent import load_latent_model
-from qncd.models.ldm import build_ldm_unet
 from qncd.models.loading import load_ddim, state_dict_hash
+from qncd.models.original.autoencoders import FirstStage, build_first_stage
+from qncd.models.original.compvis import original_state_dict
+from qncd.models.original.ddim import build_ddim_unet, to_ddim_state_dict
+from qncd.models.original.ldm import build_ldm_unet
 
 from .conftest import run_in_process
 

@@ -29,7 +29,7 @@ QUANTIZED = ("--ptq", "--weight_bit", "4", "--act_bit", "4", "--recon", "--cali_
 @pytest.fixture(scope="module")
 def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments that name a random model, and few steps and images."""
-    from qncd.models.ddim import build_ddim_unet
+    from qncd.models.original.ddim import build_ddim_unet
 
     folder = tmp_path_factory.mktemp("model")
     (folder / "tiny.yml").write_text(yaml.safe_dump(CONFIG))

@@ -28,7 +28,7 @@ CONFIG = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny.yml and a random UNet in unet/."""
-    from qncd.models.ddim import build_ddim_unet
+    from qncd.models.original.ddim import build_ddim_unet
 
     folder = tmp_path_factory.mktemp("model")
     (folder / "tiny.yml").write_text(yaml.safe_dump(CONFIG))
@@ -164,7 +164,7 @@ def test_files_that_do_not_belong(model: Path, tmp_path: Path) -> None:
     other = run(model, tmp_path / "b", "--ptq", "--weight_bit", "4", "--cali_ckpt", str(checkpoint), status=2)
     assert "weight_bits 8 there, 4 asked for" in other
 
-    from qncd.models.ddim import build_ddim_unet
+    from qncd.models.original.ddim import build_ddim_unet
 
     torch.manual_seed(1)
     build_ddim_unet(CONFIG).save_pretrained(tmp_path / "other")
@@ -179,7 +179,7 @@ def test_files_that_do_not_belong(model: Path, tmp_path: Path) -> None:
 
 
 def test_nan_weights_are_refused(model: Path, tmp_path: Path) -> None:
-    from qncd.models.ddim import build_ddim_unet
+    from qncd.models.original.ddim import build_ddim_unet
 
     unet = build_ddim_unet(CONFIG)
     unet.conv_in.weight.data[0, 0, 0, 0] = float("nan")

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from qncd.metrics.fashion_mnist_classifier import FashionMnistClassifier
-from qncd.metrics.scene_classifier import SceneClassifier
-from qncd.metrics.sources import SavedStatistics
+from qncd.metrics.networks.fashion_mnist_classifier import FashionMnistClassifier
+from qncd.metrics.networks.scene_classifier import SceneClassifier
+from qncd.metrics.report.sources import SavedStatistics
 
 
 def read(path: Path) -> tuple[set[str], dict[str, str]]:

@@ -1,0 +1,185 @@
+"""The exported network as a file: build it, write it with what made it, read that back.
+
+`DIR/model.onnx` is a standard ONNX model in QDQ form (opset 21): inputs `sample` (N, C, H, W) float32, `timestep` (N,) int64
+and, where the network takes one, `encoder_hidden_states` (N, L, D) float32 or `class_labels` (N,) int64; output `noise`. The
+model's metadata_props say how it was quantized and from which weights. Where activations have a range for each time step,
+that of a call's first input chooses for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qncd import __version__
+from qncd.config import QuantConfig
+from qncd.engines.packages import require
+from qncd.models.loading import state_dict_hash
+from qncd.quant.convert import UNet, act_quantizers, quant_layers
+from qncd.quant.quantizers import Stage
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FILE, DATA = "model.onnx", "model.onnx.data"
+FORMAT = "qncd-onnx-1"
+LARGEST_FILE = 1_900_000_000  # bytes of weights above which they go beside the model: a protobuf message ends at 2 GiB
+
+
+@dataclass(frozen=True)
+class OnnxInfo:
+    """What an exported model says of itself.
+
+    Attributes:
+        config: of the quantization; None for a full-precision network.
+        base_hash: SHA-256 of the full-precision weights that it comes from.
+        network_hash: SHA-256 of the network's state as it was exported: weights on their grid, scales, zero points.
+        settings: what else is known of the calibration, as plain JSON values.
+    """
+
+    config: QuantConfig | None
+    base_hash: str
+    network_hash: str
+    settings: dict[str, Any]
+
+    def to_metadata(self) -> dict[str, str]:
+        """As metadata_props."""
+        return {
+            "qncd.format": FORMAT,
+            "qncd.version": __version__,
+            "qncd.config": json.dumps(self.config and dataclasses.asdict(self.config)),
+            "qncd.base_hash": self.base_hash,
+            "qncd.network_hash": self.network_hash,
+            "qncd.settings": json.dumps(self.settings),
+        }
+
+    @property
+    def one_step_a_call(self) -> bool:
+        """Whether all inputs of a call need the same time step, because its ranges are chosen for the call."""
+        return self.config is not None and (self.config.stepwise_activations or self.config.stepwise_embedding)
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str], source: Path) -> OnnxInfo:
+        """Raises ValueError for a model that this package did not export."""
+        if metadata.get("qncd.format") != FORMAT:
+            raise ValueError(
+                f"{source}: format {metadata.get('qncd.format')!r}; allowed is {FORMAT}, as scripts/export.py writes it"
+            )
+        try:
+            config = json.loads(metadata["qncd.config"])
+            settings = json.loads(metadata["qncd.settings"])
+            quantized = None if config is None else QuantConfig(**config)
+            return cls(quantized, metadata["qncd.base_hash"], metadata["qncd.network_hash"], settings)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{source}: damaged metadata: {error}") from None
+
+
+def build_onnx(unet: UNet, info: OnnxInfo | None = None, shape: tuple[int, int, int] | None = None) -> ir.Model:
+    """The network as an ONNX model in memory.
+
+    Args:
+        unet: in floating point, or quantized and calibrated.
+        shape: (C, H, W) of one sample; by default the network's own.
+
+    Raises:
+        ValueError: a package is missing, the model is not calibrated, or a part of it has no form in ONNX.
+    """
+    if any(quantizer.stage is not Stage.QUANTIZE for quantizer in act_quantizers(unet).values()):
+        raise ValueError("only a calibrated model can be exported")
+    if any(layer.config.weight_codes is not None and layer.weight_scale is None for layer in quant_layers(unet).values()):
+        raise ValueError("only a calibrated model can be exported: its weights are not rounded yet")
+    require("onnxscript")
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+
+    from qncd.engines.onnx.lowering import lower_
+    from qncd.engines.onnx.tracing import trace
+
+    model = trace(unet, shape)
+    lower_(model, unet)
+    RemoveUnusedNodesPass()(model)
+    ClearMetadataAndDocStringPass()(model)
+    model.producer_name, model.producer_version = "qncd", __version__
+    if info is not None:
+        model.metadata_props.update(info.to_metadata())
+    return model
+
+
+def save_onnx(model: ir.Model, folder: Path) -> Path:
+    """Write DIR/model.onnx, atomically; weights beyond 1.9 GB lie beside it. Raises OSError where it can't be written."""
+    import onnx_ir as ir
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path, partial = folder / FILE, folder / f".{FILE}.{os.getpid()}.part"
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    try:
+        ir.save(model, partial, external_data=DATA if weights > LARGEST_FILE else None)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def export_unet(
+    unet: UNet,
+    folder: Path,
+    config: QuantConfig | None,
+    base_hash: str,
+    settings: dict[str, Any] | None = None,
+    shape: tuple[int, int, int] | None = None,
+) -> Path:
+    """Write the network to DIR/model.onnx; returns the path. Raises as `build_onnx` and `save_onnx`.
+
+    Args:
+        config: of the quantization; None for a full-precision network.
+        base_hash: SHA-256 of the full-precision weights (`qncd.models.loading.state_dict_hash`).
+    """
+    info = OnnxInfo(config, base_hash, state_dict_hash(unet), settings or {})
+    return save_onnx(build_onnx(unet, info, shape), folder)
+
+
+def read_onnx(folder: Path) -> tuple[ir.Model, OnnxInfo]:
+    """The model of DIR/model.onnx and what it says of itself.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is cut off, or another package's.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such model; scripts/export.py writes it")
+    require("onnxscript")
+    import onnx_ir as ir
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = ir.load(path)
+    except DecodeError as error:
+        raise ValueError(f"{path}: not a whole ONNX model (cut off or of another kind): {error}") from None
+    return model, OnnxInfo.from_metadata(model.metadata_props, path)
+
+
+def check_fits(folder: Path, unet: UNet, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless DIR/model.onnx was exported from exactly this network, for samples (C, H, W) of this shape."""
+    model, info = read_onnx(folder)
+    own, there = state_dict_hash(unet), tuple(model.graph.inputs[0].shape or ())[1:]
+    if info.network_hash != own:
+        raise ValueError(
+            f"{folder / FILE}: exported from another network: its hash is {info.network_hash[:12]}, this one's {own[:12]}"
+        )
+    if there != shape:
+        raise ValueError(
+            f"{folder / FILE}: exported for samples {'x'.join(map(str, there))}, this run has {'x'.join(map(str, shape))}"
+        )
+
+
+def is_current(folder: Path, unet: UNet, shape: tuple[int, int, int]) -> bool:
+    """Whether DIR/model.onnx is there and fits."""
+    try:
+        check_fits(folder, unet, shape)
+    except (ValueError, OSError):
+        return False
+    return True

@@ -1,0 +1,167 @@
+"""A calibrated UNet in integers on a GPU: every layer on int8 codes, and each shape of a call recorded as a CUDA graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from qncd.engines.triton.layers import (
+    ChannelsLastGroupNorm,
+    IntegerAttnProcessor,
+    IntegerConv2d,
+    IntegerDownsample,
+    IntegerGatedFeedForward,
+    IntegerLayer,
+    IntegerLinear,
+    IntegerResnetBlock,
+    IntegerTransformer,
+    IntegerUpsample,
+)
+from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.convert import UNet, quant_layers
+from qncd.quant.layers import QuantConv2d
+
+WARM_UP_CALLS = 2  # before a call is recorded
+
+
+class Steps:
+    """Which of the time steps that have ranges a call is at, on the device, for each table of steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def row(self, known: tuple[int, ...]) -> Tensor:
+        """() int32, which `select` sets."""
+        if known not in self.tables:
+            times = torch.tensor(known, device=self.device)
+            self.tables[known] = times, torch.zeros((), dtype=torch.int32, device=self.device)
+        return self.tables[known][1]
+
+    def select(self, timesteps: Tensor) -> None:
+        """The step nearest to the first of `timesteps` (N,)."""
+        for times, row in self.tables.values():
+            if len(times) > 1:
+                row.copy_((times - timesteps[0]).abs().argmin())
+
+
+class IntegerNetwork:
+    """A calibrated UNet whose layers multiply int8 codes.
+
+    Args:
+        unet: calibrated; it stays as it is, and its weights are not needed any more.
+        dtype: float32 or float16, of what is not quantized.
+
+    Raises:
+        ValueError: naming a layer that has no integer kernel.
+    """
+
+    def __init__(self, unet: UNet, dtype: torch.dtype = torch.float32) -> None:
+        self.steps, self.dtype = Steps(unet.device), dtype
+        self.network = self._converted(unet)
+        self.one_step_a_call = any(len(known) > 1 for known in self.steps.tables)
+        self.graphs: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor]] = {}
+
+    def _converted(self, unet: UNet) -> Any:
+        shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}  # deepcopy keeps what it is told of
+        network: Any = copy.deepcopy(unet, shared)
+        network._forward_pre_hooks.clear()  # the time steps of a call are told on the device
+        for name, layer in quant_layers(network).items():
+            kind = IntegerConv2d if isinstance(layer, QuantConv2d) else IntegerLinear
+            _replace(network, name, kind(name, layer, self.steps.row, self.dtype))
+        for name, module in list(network.named_modules()):
+            new: nn.Module | None = None
+            if isinstance(module, nn.GroupNorm):
+                new = ChannelsLastGroupNorm.from_norm(module)
+            elif isinstance(module, Upsample2D) and isinstance(module.conv, IntegerConv2d) and module.norm is None:
+                new = IntegerUpsample(module.conv)
+            elif isinstance(module, Downsample2D) and isinstance(module.conv, IntegerConv2d) and module.norm is None:
+                new = IntegerDownsample(module.conv, int(module.padding))
+            elif isinstance(module, FeedForward):
+                new = _gated(module)
+            elif isinstance(module, Attention) and isinstance(module.processor, QuantAttnProcessor):
+                self._convert_attention(name, module)
+            if new is not None:
+                _replace(network, name, new)
+        for name, module in list(network.named_modules()):
+            if isinstance(module, ResnetBlock2D) and IntegerResnetBlock.fits(module):
+                _replace(network, name, IntegerResnetBlock(module))
+            elif isinstance(module, Transformer2DModel) and IntegerTransformer.fits(module):
+                _replace(network, name, IntegerTransformer(module))
+        for module in network.modules():  # norms and what else stays in floats; the original keeps its own
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False))
+        return network
+
+    def _convert_attention(self, name: str, module: Any) -> None:
+        layers = (module.to_q, module.to_k, module.to_v, module.to_out[0])
+        norms = (module.spatial_norm, module.norm_q, module.norm_k)
+        if not all(isinstance(layer, IntegerLayer) for layer in layers) or any(norm is not None for norm in norms):
+            raise ValueError(f"{name}: attention with norms of its own or layers in floating point has no kernel")
+        module.set_processor(IntegerAttnProcessor(name, module.processor, module, self.steps.row))
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        """`sample` (N, C, H, W) float32, `timestep` (N,) int64 and the condition, on the device -> noise (N, C, H, W) float32."""
+        if inputs["sample"].device.type != "cuda":
+            return self._run(inputs)
+        key = tuple((name, value.shape) for name, value in inputs.items())
+        with torch.cuda.device(inputs["sample"].device):
+            if key not in self.graphs:
+                self.graphs[key] = self._recorded(inputs)
+            graph, places, out = self.graphs[key]
+            for name, value in inputs.items():
+                places[name].copy_(value)
+            graph.replay()
+            return out.clone()
+
+    def _recorded(self, inputs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor], Tensor]:
+        places = {name: value.clone() for name, value in inputs.items()}
+        graph, out = recorded(lambda: self._run(places))
+        return graph, places, out
+
+    def _run(self, inputs: dict[str, Tensor]) -> Tensor:
+        self.steps.select(inputs["timestep"])
+        floats = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        out: Tensor = self.network(**floats).sample
+        return out.float().contiguous()
+
+
+def recorded(call: Callable[[], Any]) -> tuple[Any, Any]:
+    """(CUDA graph, what it leaves its results in) of a call on the current device."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_CALLS):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
+
+
+def _gated(module: FeedForward) -> IntegerGatedFeedForward | None:
+    """Its replacement, where it is GEGLU between two integer layers and nothing else."""
+    if not isinstance(module.net[0], GEGLU) or len(module.net) != 3:
+        return None
+    first, last = module.net[0].proj, module.net[2]
+    if isinstance(first, IntegerLinear) and isinstance(last, IntegerLinear):
+        return IntegerGatedFeedForward(first, last)
+    return None
+
+
+def _replace(network: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, new)

@@ -1,0 +1,224 @@
+"""The Triton code behind `qncd.engines.triton.kernels`, which says what the arguments are.
+
+Products are summed in int32 and leave as floats. What a time step chooses is read on the device. Numbers that change from
+layer to layer without changing the code are not specialized for: each would be compiled anew.
+"""
+
+import triton
+import triton.language as tl
+
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it off rounds |x| < 2^22 to even
+
+
+@triton.jit
+def rounded(values, divisor, low, high):
+    """The nearest code, from the zero point. A product with the reciprocal: half as many instructions as the quotient."""
+    values = values * (1.0 / divisor)
+    return (tl.minimum(tl.maximum(values, low), high) + ROUND) - ROUND
+
+
+@triton.jit
+def divisors(scale, row, smoothing, c, real, SMOOTH: tl.constexpr):
+    """What each of the channels c is divided by."""
+    result = tl.zeros(c.shape, tl.float32) + tl.load(scale + tl.load(row))
+    if SMOOTH:
+        result *= tl.load(smoothing + c, mask=real, other=1.0)
+    return result
+
+
+@triton.jit
+def scores_of(left, rights, there, real, EVEN: tl.constexpr):
+    """Queries (M, D) by the keys at `rights` (D, N); minus infinity where there is none."""
+    if EVEN:
+        result = tl.dot(left, tl.load(rights, mask=real[:, None], other=0.0))
+    else:
+        right = tl.load(rights, mask=there[None, :] & real[:, None], other=0.0)
+        result = tl.where(there[None, :], tl.dot(left, right), float("-inf"))
+    return result
+
+
+@triton.jit(do_not_specialize=["pixels", "chunks"])
+def group_norm_sums_kernel(x, means, squares, pixels, channels, chunks, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mean and sum of squared differences from it of each channel in each chunk of pixels."""
+    image, chunk = tl.program_id(0), tl.program_id(1)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = chunk * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = (p < pixels)[:, None] & (c < channels)[None, :]
+    rows = image.to(tl.int64) * pixels + p
+    values = tl.load(x + rows[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    count = tl.minimum(pixels - chunk * BLOCK_P, BLOCK_P).to(tl.float32)
+    mean = tl.sum(values, 0) / count
+    apart = tl.where(inside, values - mean[None, :], 0.0)
+    place = (image * chunks + chunk) * channels + c
+    tl.store(means + place, mean, mask=c < channels)
+    tl.store(squares + place, tl.sum(apart * apart, 0), mask=c < channels)
+
+
+@triton.jit(do_not_specialize=["pixels", "chunks", "block"])
+def group_norm_affine_kernel(
+    means, squares, weight, bias, factor, term, pixels, channels, chunks, size, epsilon, block,
+    CHUNKS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """What the norm multiplies each channel of each image by, and adds."""
+    image, group = tl.program_id(0), tl.program_id(1)
+    k, i = tl.arange(0, CHUNKS), tl.arange(0, SIZE)
+    c = group * size + i
+    inside = (k < chunks)[:, None] & (i < size)[None, :]
+    place = (image * chunks + k)[:, None] * channels + c[None, :]
+    mean = tl.load(means + place, mask=inside, other=0.0)
+    square = tl.load(squares + place, mask=inside, other=0.0)
+    count = tl.where(inside, tl.minimum(pixels - k * block, block).to(tl.float32)[:, None], 0.0)
+    total = (pixels * size).to(tl.float32)
+    center = tl.sum(tl.sum(mean * count, 1), 0) / total
+    apart = mean - center
+    variance = tl.sum(tl.sum(square + count * apart * apart, 1), 0) / total
+    inverse = 1.0 / tl.sqrt(variance + epsilon)
+    own = tl.load(weight + c, mask=i < size, other=0.0).to(tl.float32) * inverse
+    offset = tl.load(bias + c, mask=i < size, other=0.0).to(tl.float32) - center * own
+    tl.store(factor + image * channels + c, own, mask=i < size)
+    tl.store(term + image * channels + c, offset, mask=i < size)
+
+
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "top", "left"])
+def pointwise_kernel(
+    x, out, factor, term, smoothing, scale, row, zero, low, high,
+    height, width, pitch, first, channels, out_height, out_width, out_pitch, top, left,
+    NORM: tl.constexpr, SILU: tl.constexpr, GATED: tl.constexpr, SMOOTH: tl.constexpr, QUANTIZE: tl.constexpr, UP: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """What stands between two products: norm, SiLU or GEGLU, upsampling, padding, smoothing and rounding, in one pass."""
+    image = tl.program_id(0).to(tl.int64)
+    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = c < channels
+    i, j = p // out_width - top, p % out_width - left
+    inside = (i >= 0) & (i < height * UP) & (j >= 0) & (j < width * UP)
+    source = (image * height + i // UP) * width + j // UP
+    mask = inside[:, None] & real[None, :]
+    place = x + source[:, None] * pitch + (first + c)[None, :]
+    values = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        gate = tl.load(place + channels, mask=mask, other=0.0).to(tl.float32)
+        values = values * gate * (0.5 + 0.5 * tl.erf(gate * 0.7071067811865476))
+    if NORM:
+        total = image * pitch + first + c
+        values = values * tl.load(factor + total, mask=real, other=0.0)[None, :]
+        values = values + tl.load(term + total, mask=real, other=0.0)[None, :]
+    if SILU:
+        values = values / (1.0 + tl.exp(-values))
+    target = (image * out_height * out_width + p)[:, None] * out_pitch + c[None, :]
+    kept = (p < out_height * out_width)[:, None] & (c < out_pitch)[None, :]
+    if QUANTIZE:
+        divisor = divisors(scale, row, smoothing, c, real, SMOOTH)
+        values = tl.where(mask, rounded(values, divisor[None, :], low, high), 0.0) + zero
+    tl.store(out + target, values.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def layer_norm_codes_kernel(
+    x, out, weight, bias, smoothing, scale, row, zero, low, high, rows, channels, pitch, epsilon,
+    SMOOTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Whole rows at a time."""
+    r, c = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
+    real = c < channels
+    mask = (r < rows)[:, None] & real[None, :]
+    values = tl.load(x + r.to(tl.int64)[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    apart = tl.where(mask, values - (tl.sum(values, 1) / channels)[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(apart * apart, 1) / channels + epsilon)
+    own = tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
+    values = apart * inverse[:, None] * own[None, :] + tl.load(bias + c, mask=real, other=0.0).to(tl.float32)[None, :]
+    divisor = divisors(scale, row, smoothing, c, real, SMOOTH)
+    codes = rounded(values, divisor[None, :], low, high) + zero
+    kept = (r < rows)[:, None] & (c < pitch)[None, :]
+    tl.store(out + r.to(tl.int64)[:, None] * pitch + c[None, :], codes.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["zero", "rows", "height", "width", "out_height", "out_width"])
+def convolve_kernel(
+    x, weight, out, weight_scale, weight_sum, scale, row, zero, bias, embedding, residual, out_scale, out_row, low, high,
+    rows, outputs, pitch, height, width, out_height, out_width, stride, columns, taps,
+    BIAS: tl.constexpr, EMBEDDING: tl.constexpr, RESIDUAL: tl.constexpr, ROUND_OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Codes (N, H, W, pitch) by codes (O, taps * pitch), padded already: no bounds are checked along the sums."""
+    count_m, count_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
+    program = tl.program_id(0)
+    wave = GROUP * count_n  # neighbours share weights in the second-level cache
+    start = (program // wave) * GROUP
+    size = tl.minimum(count_m - start, GROUP)
+    block_m, block_n = start + (program % wave) % size, (program % wave) // size
+    m, n = block_m * BLOCK_M + tl.arange(0, BLOCK_M), block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    plane = out_height * out_width
+    image, pixel = (m % rows) // plane, (m % rows) % plane
+    corner = (image.to(tl.int64) * height + (pixel // out_width) * stride) * width + (pixel % out_width) * stride
+    left = x + corner[:, None] * pitch + k[None, :]
+    right = weight + (n % outputs).to(tl.int64)[None, :] * (taps * pitch) + k[:, None]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    parts = pitch // BLOCK_K
+    for i in range(taps * parts):
+        tap = i // parts
+        shift = ((tap // columns) * width + tap % columns) * pitch + (i % parts) * BLOCK_K
+        total = tl.dot(tl.load(left + shift), tl.load(right + i * BLOCK_K), total, out_dtype=tl.int32)
+    inside = n < outputs
+    step = tl.load(weight_scale + n, mask=inside, other=0.0) * tl.load(scale + tl.load(row))
+    values = (total - zero * tl.load(weight_sum + n, mask=inside, other=0)[None, :]).to(tl.float32) * step[None, :]
+    if BIAS:
+        values += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+    kept = (m < rows)[:, None] & inside[None, :]
+    if EMBEDDING:
+        values += tl.load(embedding + image[:, None] * outputs + n[None, :], mask=kept, other=0.0).to(tl.float32)
+    place = m.to(tl.int64)[:, None] * outputs + n[None, :]
+    if RESIDUAL:
+        values += tl.load(residual + place, mask=kept, other=0.0).to(tl.float32)
+    if ROUND_OUT:
+        values = rounded(values, tl.load(out_scale + tl.load(out_row)), low, high)
+    tl.store(out + place, values.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["length", "keys"])
+def attend_kernel(
+    q, k, v, out, q_scale, q_row, k_scale, k_row, w_scale, w_row, v_scale, v_row, gain, high, heads, length, keys, units,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Attention on codes, whole numbers in half precision, whose products the matrix units sum in float32.
+
+    The weights are rounded after they are normalized, so the keys are visited twice: for the sums, and for the result.
+    """
+    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    m, d, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    depth = units * UNIT  # so that the compiler knows what divides it
+    width = heads * depth
+    column, real = head * depth + d, d < depth
+    queries, first = image.to(tl.int64) * length + m, image.to(tl.int64) * keys
+    kept = (m < length)[:, None] & real[None, :]
+    left = tl.load(q + queries[:, None] * width + column[None, :], mask=kept, other=0.0)
+    rights = k + (first + n)[None, :] * width + column[:, None]
+    factor = tl.load(q_scale + tl.load(q_row)) * tl.load(k_scale + tl.load(k_row)) * gain * 1.4426950408889634
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, keys, BLOCK_N):
+        scores = scores_of(left, rights + start * width, start + n < keys, real, EVEN)
+        new = tl.maximum(largest, tl.max(scores, 1))
+        shift = new * factor
+        total = total * tl.exp2(largest * factor - shift) + tl.sum(tl.exp2(scores * factor - shift[:, None]), 1)
+        largest = new
+    step = tl.load(w_scale + tl.load(w_row))
+    shift = largest * factor + tl.log2(total * step)  # exp2(scores * factor - shift) are weights in steps
+    result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    downs = v + (first + n)[:, None] * width + column[None, :]
+    for start in range(0, keys, BLOCK_N):
+        there = start + n < keys
+        scores = scores_of(left, rights + start * width, there, real, EVEN)
+        values = tl.load(downs + start * width, mask=real[None, :] if EVEN else there[:, None] & real[None, :], other=0.0)
+        weights = tl.minimum(tl.exp2(scores * factor - shift[:, None]), high)
+        weights = (weights + ROUND) - ROUND
+        if WIDE:  # codes of up to 16 bits as two halves
+            upper = (weights * 0.00390625 - 0.498046875 + ROUND) - ROUND  # floor(weights / 256)
+            result += tl.dot(upper.to(tl.float16), values) * 256.0
+            weights = weights - upper * 256.0
+        result = tl.dot(weights.to(tl.float16), values, result)
+    result = result * (step * tl.load(v_scale + tl.load(v_row)))
+    tl.store(out + queries[:, None] * width + column[None, :], result.to(out.dtype.element_ty), mask=kept)

@@ -1,0 +1,264 @@
+"""Judge synthetic images: distribution metrics, CLIP metrics and paired figures, each where the sources allow it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qncd.distributed import OneProcess, Processes
+from qncd.metrics.networks.extraction import Progress, Side, extract
+from qncd.metrics.networks.features import FashionMnistFeatures, InceptionFeatures
+from qncd.metrics.networks.prefetch import prepared_batches
+from qncd.metrics.networks.store import FeatureCache
+from qncd.metrics.networks.text import ANTONYMS, ClipFeatures, clip_iqa, clip_scores, find_prompts
+from qncd.metrics.report.conventions import PAIRED_METRICS, Convention
+from qncd.metrics.report.sources import ImageFolder, Source
+from qncd.metrics.report.table import Result, Score, mean_score
+from qncd.metrics.statistics.distribution import Question, distribution_scores
+from qncd.metrics.statistics.moments import mse_to_psnr, paired_mse
+from qncd.metrics.statistics.paired import SSIM_WINDOW, Lpips, paired_ssim
+from qncd.metrics.statistics.saved_statistics import SavedStatistics
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is computed, and how.
+
+    Attributes:
+        metrics: names of `conventions.METRICS`; PSNR, MSE and SSIM come as soon as both sides have the same file names.
+        batch_size: images in a network at once; changes results by rounding only.
+        splits: equal parts of the inception score.
+        bootstrap: resamples of the intervals, 0 for none.
+        prompts: see `find_prompts`.
+        iqa: keys of ANTONYMS.
+    """
+
+    metrics: tuple[str, ...]
+    batch_size: int = 50
+    splits: int = 10
+    bootstrap: int = 0
+    prompts: Path | None = None
+    iqa: tuple[str, ...] = ("quality",)
+
+
+def check_sources(real: Source, synthetic: Source, network: str, convention: Convention | None = None) -> None:
+    """Refuse, before a network is loaded, what cannot give a single number.
+
+    Raises:
+        ValueError: statistics of another network or convention, or a single image that has no partner.
+    """
+    for source in (real, synthetic):
+        if not isinstance(source, SavedStatistics):
+            continue
+        if source.network not in (None, network):
+            raise ValueError(
+                f"{source.path}: statistics of the features {source.network}, not {network}: add --features {source.network}"
+            )
+        if convention is not None and source.preprocessing not in (None, convention.preprocessing):
+            raise ValueError(
+                f"{source.path}: statistics after another resize ({source.preprocessing}) than that of the convention "
+                f"{convention.name} ({convention.preprocessing})"
+            )
+    if 1 in (real.count, synthetic.count) and not _common_names(real, synthetic):
+        single = real if real.count == 1 else synthetic
+        raise ValueError(f"{single.path}: 1 image: FID needs at least 2, and paired figures the same names on both sides")
+
+
+def _common_names(real: Source, synthetic: Source) -> tuple[str, ...]:
+    """The file names, if both sides are folders and hold the same ones."""
+    if isinstance(real, ImageFolder) and isinstance(synthetic, ImageFolder) and real.names == synthetic.names:
+        return real.names
+    return ()
+
+
+def _pairs_of_batches(
+    real: ImageFolder, synthetic: ImageFolder, channels: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    batches = (prepared_batches(source, batch_size, channels) for source in (real, synthetic))
+    return zip(*batches, strict=True)
+
+
+def paired_scores(
+    real: ImageFolder, synthetic: ImageFolder, channels: int, batch_size: int = 50, lpips: Lpips | None = None
+) -> list[Score]:
+    """PSNR, SSIM, MSE and, with its network, LPIPS over two folders with the same names.
+
+    Raises:
+        ValueError: the names or the sizes differ.
+    """
+    if real.names != synthetic.names:
+        raise ValueError(f"{real.path} and {synthetic.path} do not hold the same file names")
+    mixed = real.other_size or synthetic.other_size
+    if mixed:
+        raise ValueError(f"images of more than one size: {mixed}")
+    if (real.height, real.width) != (synthetic.height, synthetic.width):
+        raise ValueError(f"{real.width}x{real.height} against {synthetic.width}x{synthetic.height} pixels")
+    values: dict[str, list[np.ndarray]] = {"mse": [], "ssim": [], "lpips": []}
+    for a, b in _pairs_of_batches(real, synthetic, channels, batch_size):
+        values["mse"].append(paired_mse(a, b))
+        if min(real.height, real.width) >= SSIM_WINDOW:
+            values["ssim"].append(paired_ssim(a, b))
+        if lpips is not None:
+            values["lpips"].append(lpips(*(np.repeat(side, 3, 3) if channels == 1 else side for side in (a, b))))
+    whole = {name: np.concatenate(parts) for name, parts in values.items() if parts}
+    over = f"mean over {real.count} pairs of the same name"
+    scores = [mean_score("psnr", "PSNR", mse_to_psnr(whole["mse"]), f"peak 255, {over}", unit=" dB")]
+    if "ssim" in whole:
+        scores.append(mean_score("ssim", "SSIM", whole["ssim"], f"Gaussian window 11x11, sigma 1.5, mean of channels, {over}"))
+    scores.append(mean_score("mse", "MSE", whole["mse"], f"scale 0 to 255, {over}"))
+    if lpips is not None:
+        scores.append(mean_score("lpips", "LPIPS", whole["lpips"], f"{lpips.description}, {over}"))
+    return scores
+
+
+class Evaluator:
+    """Judges sets of synthetic images against one real set.
+
+    Args:
+        real: from `open_source`; None where only CLIP metrics are wanted.
+        extractor: the network of the distribution metrics, None where none of these is wanted.
+        settings: what is computed.
+        cache: of features; in a temporary folder by default.
+        processes: who shares the work.
+        clip: the network of the CLIP metrics, None where none of these is wanted.
+        lpips: the network of LPIPS, None where it is not wanted.
+        progress: called with a label, images done and images in all.
+    """
+
+    def __init__(
+        self,
+        real: Source | None,
+        extractor: InceptionFeatures | FashionMnistFeatures | None,
+        settings: Settings,
+        cache: FeatureCache | None = None,
+        processes: Processes | None = None,
+        clip: ClipFeatures | None = None,
+        lpips: Lpips | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.real, self.extractor, self.settings = real, extractor, settings
+        self.cache, self.processes = cache or FeatureCache(None), processes or OneProcess()
+        self.clip, self.lpips, self.progress = clip, lpips, progress
+        self.preset = extractor.preset if isinstance(extractor, InceptionFeatures) else None
+        self._real_side: Side | None = None
+
+    def _side(self, source: Source) -> Side:
+        assert self.extractor is not None
+        if isinstance(source, SavedStatistics):
+            if source.features.dimension != self.extractor.dimension:
+                raise ValueError(
+                    f"{source.path}: statistics of {source.features.dimension} dimensions, "
+                    f"the features {self.extractor.name} have {self.extractor.dimension}"
+                )
+            return Side(source, None)
+        features = extract(source, self.extractor, self.cache, self.settings.batch_size, self.processes, self.progress)
+        return Side(source, features)
+
+    def real_side(self) -> Side:
+        """The real images' features or statistics, computed once."""
+        if self._real_side is None:
+            assert self.real is not None
+            self._real_side = self._side(self.real)
+        return self._real_side
+
+    def save_statistics(self, path: Path) -> None:
+        """Write the real set's statistics, which can stand in for it in later calls."""
+        side = self.real_side()
+        if not self.processes.is_first:
+            return
+        assert self.extractor is not None
+        features = side.statistics("features")
+        if features is None:
+            raise ValueError(f"{side.path}: 1 image has no statistics to save")
+        preprocessing = None if self.preset is None else self.preset.preprocessing
+        SavedStatistics(side.path, features, side.statistics("spatial"), self.extractor.name, preprocessing).save(path)
+
+    def judge(self, synthetic: Source) -> Result | None:
+        """All figures that the two sources allow; None in all but the first process.
+
+        Raises:
+            ValueError: statistics of another network, convention or dimension, or images that a network cannot take.
+        """
+        settings = self.settings
+        prompts = self._prompts(synthetic)
+        scores: list[Score] = []
+        notes: list[str] = []
+        if self.real is not None and self.extractor is not None:
+            check_sources(self.real, synthetic, self.extractor.name, self.preset)
+            question = Question(settings.metrics, self.extractor.convention, self.preset, settings.splits, settings.bootstrap > 0)
+            real_side, side = self.real_side(), self._side(synthetic)
+            if self.processes.is_first:
+                scores, notes = distribution_scores(real_side, side, question)
+                notes += self._doubts(self.real, synthetic)
+        scores += self._clip_scores(synthetic, prompts)
+        if not self.processes.is_first:
+            return None
+        paired, remarks = self._paired_scores(synthetic)
+        names = "none", "no features"
+        if self.extractor is not None:
+            names = self.extractor.name, self.extractor.convention
+        return Result(
+            *names,
+            None if self.real is None else self.real.count,
+            synthetic.count,
+            tuple(scores + paired),
+            settings.splits if any(score.key == "inception_score_mean" for score in scores) else None,
+            synthetic.count or 0 if paired else 0,
+            synthetic.names if isinstance(synthetic, ImageFolder) else None,
+            settings.bootstrap,
+            tuple(notes + remarks),
+        )
+
+    def _doubts(self, *sources: Source) -> list[str]:
+        """Notes on statistics that do not say how they were made."""
+        if self.preset is None:
+            return []
+        unsaid = [source for source in sources if isinstance(source, SavedStatistics) and source.preprocessing is None]
+        taken = f"convention {self.preset.name} is taken for granted"
+        return [f"{source.path} does not say how its statistics were made: {taken}" for source in unsaid]
+
+    def _paired_scores(self, synthetic: Source) -> tuple[list[Score], list[str]]:
+        real = self.real
+        if isinstance(real, ImageFolder) and isinstance(synthetic, ImageFolder):
+            if _common_names(real, synthetic):
+                channels = 3 if self.extractor is None else self.extractor.channels
+                try:
+                    return paired_scores(real, synthetic, channels, self.settings.batch_size, self.lpips), []
+                except ValueError as error:
+                    return [], [f"no paired figures: {error}"]
+            if shared := len(set(real.names) & set(synthetic.names)):
+                return [], [f"no paired figures: {shared} names of {real.count} and {synthetic.count} are the same, not all"]
+        if set(self.settings.metrics) & set(PAIRED_METRICS):
+            return [], ["no paired figures: they need two folders with the same file names"]
+        return [], []
+
+    def _prompts(self, synthetic: Source) -> list[str]:
+        """The prompts, before anything is computed."""
+        if self.clip is None:
+            return []
+        if isinstance(synthetic, SavedStatistics):
+            raise ValueError(f"{synthetic.path}: CLIP metrics need images, not statistics")
+        return find_prompts(synthetic, self.settings.prompts) if "clip_score" in self.settings.metrics else []
+
+    def _clip_scores(self, synthetic: Source, prompts: list[str]) -> list[Score]:
+        if self.clip is None or isinstance(synthetic, SavedStatistics):
+            return []
+        wanted = self.settings.metrics
+        features = extract(synthetic, self.clip, self.cache, self.settings.batch_size, self.processes, self.progress)
+        if features is None:
+            return []
+        images = features.layers["embedding"].read()
+        over = f"mean over {synthetic.count} images; {self.clip.convention}"
+        scores = []
+        if "clip_score" in wanted:
+            values = clip_scores(images, self.clip.embed_texts(prompts))
+            scores.append(mean_score("clip_score", "CLIP", values, f"100 max(cos, 0) of image and prompt, {over}"))
+        for name in self.settings.iqa if "clip_iqa" in wanted else ():
+            good, bad = self.clip.embed_texts(ANTONYMS[name])
+            key, label = ("clip_iqa", "CLIP-IQA") if name == "quality" else (f"clip_iqa_{name}", f"IQA {name}")
+            how = f'probability of "{ANTONYMS[name][0]}" against "{ANTONYMS[name][1]}", at the model\'s own size, {over}'
+            scores.append(mean_score(key, label, clip_iqa(images, good, bad), how))
+        return scores

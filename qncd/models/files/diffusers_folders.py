@@ -1,0 +1,234 @@
+"""Networks in folders as diffusers saves them: read with every fault named, written whole or not at all, fetched from the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+
+from qncd.models.files.unpickle import load_checkpoint
+from qncd.models.original.key_tables import network_with_weights
+
+KINDS: Mapping[str, type[nn.Module]] = {
+    kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel, VQModel, AutoencoderKL)
+}
+UNETS = ("UNet2DModel", "UNet2DConditionModel")
+
+# Attention layers under the names that diffusers gave them before 0.17, as the google/ddpm-* files still have them.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers' and transformers' weights
+_SUBFOLDERS = ("", "unet/", "vqvae/", "vae/", "text_encoder/", "class_embedder/")
+
+
+def weight_files(stem: str = "diffusion_pytorch_model") -> tuple[str, ...]:
+    """The names that a network's weights may have, in the order of preference."""
+    return tuple(f"{stem}{variant}.{suffix}" for suffix in ("safetensors", "bin") for variant in ("", ".fp16"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def read_weights(root: Path, stem: str = "diffusion_pytorch_model") -> tuple[str, dict[str, Any]]:
+    """(the file, its state dict) of the weights in a folder; those in several parts are put together by their index.
+
+    Raises:
+        ValueError: there are none, or they are damaged.
+    """
+    for index in (root / f"{stem}.safetensors.index.json", root / f"{stem}.bin.index.json"):
+        if index.is_file() and not any((root / name).is_file() for name in weight_files(stem)):
+            parts = sorted(set(read_json(index).get("weight_map", {}).values()))
+            if not parts or any(Path(part).name != part for part in parts):
+                raise ValueError(f"{index}: names no files of this folder")
+            return str(index), {key: value for part in parts for key, value in _state_dict(root / part).items()}
+    path = next((root / name for name in weight_files(stem) if (root / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"{root}: no weights (looked for {', '.join(weight_files(stem))})")
+    return str(path), _state_dict(path)
+
+
+def _state_dict(path: Path) -> dict[str, Any]:
+    state = load_checkpoint(path)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    return dict(state)
+
+
+def drain(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The items of a state dict, each taken out of it, so that its memory goes with the last user."""
+    while state:
+        yield state.popitem()
+
+
+def load_component(root: Path, allowed: Sequence[str]) -> Any:
+    """A network saved by diffusers, weights of any float dtype cast to float32; eval mode, on the CPU, no gradients.
+
+    Args:
+        root: the folder with config.json and the weights.
+        allowed: class names, of `KINDS`.
+
+    Raises:
+        ValueError: the folder holds no such network, or its weights do not fit its config or are not finite.
+    """
+    config_file = root / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{root}: not a diffusers folder (no config.json in it)")
+    settings = read_json(config_file)
+    kind = settings.get("_class_name")
+    if kind not in allowed:
+        raise ValueError(f"{config_file}: the model is a {kind}, expected a {' or '.join(allowed)}")
+
+    def build() -> nn.Module:
+        try:
+            return KINDS[str(kind)].from_config(settings)  # type: ignore[attr-defined]
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{config_file}: no {kind} can be built from it: {reason}") from None
+
+    with torch.device("meta"):
+        build()  # a faulty config is said before gigabytes are read
+    source, state = read_weights(root)
+    return network_with_weights(build, ((_current_name(key), value) for key, value in drain(state)), source)
+
+
+def load_unet_folder(folder: str | Path, allowed: Sequence[str] = UNETS) -> Any:
+    """A UNet saved by diffusers (unconditional, or with cross-attention, SDXL's included), as `load_component`.
+
+    Args:
+        folder: with config.json and the weights, or a pipeline that has them in `unet/`.
+        allowed: class names.
+
+    Raises:
+        ValueError: as `load_component`.
+    """
+    folder = Path(folder)
+    root = folder / "unet" if (folder / "unet").is_dir() else folder
+    if not (root / "config.json").is_file():
+        raise ValueError(f"{folder}: not a diffusers folder (no config.json in it or in its unet/)")
+    return load_component(root, allowed)
+
+
+def _current_name(key: str) -> str:
+    parts = key.split(".")
+    if "attentions" in parts and len(parts) >= 2 and parts[-2] in _OLD_ATTENTION:
+        parts[-2] = _OLD_ATTENTION[parts[-2]]
+    return ".".join(parts)
+
+
+def local_path(source: str) -> Path:
+    """The path that a source means; a hub id that is no path here is downloaded.
+
+    Raises:
+        FileNotFoundError: it is a hub id, and the folder cannot be had.
+    """
+    path = Path(source)
+    if not path.exists() and _HUB_ID.fullmatch(source) and path.suffix not in _CHECKPOINT_SUFFIXES:
+        return _download_hub_folder(source)
+    return path
+
+
+def _download_hub_folder(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    settings = ["model_index.json", "scheduler/*.json", "tokenizer/*", *(f"{sub}config.json" for sub in _SUBFOLDERS)]
+
+    def weights(suffix: str) -> list[str]:
+        names = [name for stem in _STEMS for name in weight_files(stem) if name.endswith(suffix) and ".fp16." not in name]
+        names += [name + ".index.json" for name in names]
+        names += [f"{stem}-*-of-*{suffix}" for stem in _STEMS]  # the parts of large ones
+        return [sub + name for sub in _SUBFOLDERS for name in names]
+
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=settings + weights(".safetensors")))
+        if not any(folder.glob("**/*.safetensors")):
+            folder = Path(snapshot_download(repository, allow_patterns=settings + weights(".bin")))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"{repository}: no such path here, and not to be had from the hub ({reason}): "
+            "download its folder and name that with --ckpt PATH"
+        ) from None
+    return folder
+
+
+def cannot_tell(network: nn.Module) -> list[str]:
+    """What a network computes with and its diffusers config does not tell: modules that the config alone builds otherwise.
+
+    Such a network must not be saved as a folder: diffusers would load another one from it.
+    """
+    with torch.device("meta"):
+        plain = dict(type(network).from_config(network.config).named_modules())  # type: ignore[attr-defined]
+
+    def facts(module: Any) -> tuple[Any, ...]:
+        shapes = tuple((key, value.shape) for key, value in module.named_parameters(recurse=False))
+        return (getattr(module, "heads", None), shapes)
+
+    return [name for name, module in network.named_modules() if name not in plain or facts(module) != facts(plain[name])]
+
+
+def save_component(network: nn.Module, folder: Path) -> None:
+    """Save a network as diffusers does, if its config tells all that it computes.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if hidden := cannot_tell(network):
+        raise ValueError(
+            f"diffusers' {type(network).__name__} cannot be told how {hidden[0]} ({len(hidden)} such modules) is made: "
+            "this model runs from its original checkpoint, and has no diffusers folder"
+        )
+    network.save_pretrained(folder)  # type: ignore[operator]
+
+
+def contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors writes them: contiguous, none sharing memory with another."""
+    return {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+
+
+@contextmanager
+def whole_folder(folder: str | Path, marker: str) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` at the end of the block, and leaves it as it was where the block fails.
+
+    What stands at `folder` may be nothing, an empty folder, or one that has a file named `marker`; that is replaced.
+
+    Raises:
+        ValueError: something else is there.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, expected a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise ValueError(f"{folder}: not empty, and not made by this command (no {marker} in it): name another folder")
+    part, old = (folder.with_name(folder.name + suffix) for suffix in (".part", ".old"))
+    for rest in (part, old):  # of a run that was cut off
+        if rest.exists():
+            shutil.rmtree(rest)
+    part.mkdir(parents=True)
+    try:
+        yield part
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,234 @@
+"""Whole checkpoints of CompVis' LatentDiffusion: which key belongs where, which weights are used, what may be left over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qncd.models.files.unpickle import load_checkpoint
+from qncd.models.original.autoencoders import FirstStage, build_first_stage, first_stage_key_map, scale_factor
+from qncd.models.original.conditioning import (
+    ClassConditioner,
+    TextConditioner,
+    bare_text_key,
+    build_class_conditioner,
+    build_text_model,
+    class_key_map,
+    finish_text_model,
+    text_key_map,
+)
+from qncd.models.original.key_tables import (
+    KeyTable,
+    check_original,
+    from_original,
+    network_with_weights,
+    refuse_in,
+    shapes_of,
+    to_original,
+)
+from qncd.models.original.ldm import LdmUNet, build_ldm_unet, ldm_betas, ldm_unet_key_map
+
+logger = logging.getLogger(__name__)
+
+Conditioner = ClassConditioner | TextConditioner
+Network = TypeVar("Network", bound=nn.Module)
+
+_UNET, _EMA, _FIRST_STAGE, _CONDITION = "model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model."
+_TEXT = "transformer."  # below cond_stage_model., in front of the text model's keys
+_UNCONDITIONAL = "__is_unconditional__"
+
+# Keys that may be there and are not used; anything else that is left over is an error.
+_SCHEDULE_BUFFERS = frozenset((
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights",
+))  # fmt: skip
+_TRAINING_ONLY = frozenset(("logvar", "scale_factor"))  # the weights of the loss; the factor is read, see `_scale`
+_TRAINING_ONLY_PREFIXES = (
+    "model_ema.",  # where the raw weights are used: the average, its decay and its count of updates
+    "loss.",
+    "first_stage_model.loss.",  # discriminator and LPIPS
+    "first_stage_model.model_ema.",
+)
+_NO_WEIGHTS = "position_ids"  # 0, 1, 2, ..., which transformers saved before 4.31
+
+
+def read_state_dict(path: Path) -> dict[str, Any]:
+    """The state dict of a checkpoint file, bare or below `state_dict`. Raises ValueError where there is none."""
+    checkpoint = load_checkpoint(path)
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, expected a state dict or a checkpoint with one")
+    return dict(state)
+
+
+def uses_ema(config: Mapping[str, Any]) -> bool:
+    """Whether the original samples with the averaged weights: `use_ema` of its yaml, true by default.
+
+    The LSUN, CelebA-HQ and FFHQ models do; cin256-v2 and Stable Diffusion v1 say false.
+    """
+    return bool(config["model"]["params"].get("use_ema", True))
+
+
+def load_ldm_unet(config: Mapping[str, Any], ckpt: str | Path) -> LdmUNet:
+    """The UNet alone of an original checkpoint, as `load_latent_model` loads it. Keys of other networks are not looked at.
+
+    Raises:
+        ValueError: weights and config do not fit.
+        FileNotFoundError: there is no such file.
+    """
+    return _unet(read_state_dict(Path(ckpt)), config, str(ckpt))
+
+
+def _part(state: dict[str, Any], prefix: str, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Take the keys with this prefix out of the state dict, and the prefix off them."""
+    found = [key for key in state if key.startswith(prefix) and not key.startswith(but)]
+    return {key.removeprefix(prefix): state.pop(key) for key in found}
+
+
+def _network(build: Callable[[], Network], part: dict[str, Any], table: KeyTable, prefix: str, source: str) -> Network:
+    try:
+        check_original(part, table, shapes_of(build), f"model ({prefix.rstrip('.')})")
+    except ValueError as error:
+        raise ValueError(f"{source}: {prefix.rstrip('.')}: {error}") from None
+    return network_with_weights(build, from_original(part, table), source)
+
+
+def _unet(state: dict[str, Any], config: Mapping[str, Any], source: str) -> LdmUNet:
+    table = ldm_unet_key_map(config)
+    averaged = {key: f"{_EMA}diffusion_model{key.replace('.', '')}" for key in table}  # as LitEma names its buffers
+    raw, prefix = _part(state, _UNET), _UNET
+    if uses_ema(config) and any(key in state for key in averaged.values()):
+        raw, prefix = {key: state.pop(name) for key, name in averaged.items() if name in state}, _EMA
+        extra = [key for key in state if key.startswith(f"{_EMA}diffusion_model")]
+        refuse_in(source, "averaged weights that a model of this config lacks", extra)
+    elif uses_ema(config):
+        logger.info("%s has no averaged weights (model_ema.*): the raw ones are used", source)
+    return _network(lambda: build_ldm_unet(config), raw, table, prefix, source)
+
+
+def _scale(state: Mapping[str, Any], config: Mapping[str, Any]) -> float:
+    """With `scale_by_std` the factor was measured in training and is in the checkpoint, else it is the yaml's."""
+    stored = state.get("scale_factor")
+    if config["model"]["params"].get("scale_by_std", False) and isinstance(stored, Tensor) and stored.numel() == 1:
+        return float(stored)
+    return scale_factor(config)
+
+
+def _condition_section(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """(class name, params) of cond_stage_config; ("", {}) for an unconditional model."""
+    section = config["model"]["params"].get("cond_stage_config", _UNCONDITIONAL)
+    if section in (None, _UNCONDITIONAL):
+        return "", {}
+    if not isinstance(section, Mapping) or "target" not in section:
+        raise ValueError(f"cond_stage_config {section!r}: expected a target with params, or {_UNCONDITIONAL}")
+    return str(section["target"]).rpartition(".")[2], section.get("params") or {}
+
+
+def build_conditioner(config: Mapping[str, Any]) -> Conditioner | None:
+    """The conditioning of a latent diffusion yaml with fresh weights, None for an unconditional model.
+
+    `text_config` in the params of a FrozenCLIPEmbedder (not in the original, which has CLIP ViT-L/14) holds fields of
+    transformers' CLIPTextConfig.
+
+    Raises:
+        ValueError: another kind of conditioning.
+    """
+    kind, params = _condition_section(config)
+    if not kind:
+        return None
+    if kind == "ClassEmbedder":
+        return build_class_conditioner(params)
+    if kind == "FrozenCLIPEmbedder":
+        return TextConditioner(build_text_model(params.get("text_config")))
+    raise ValueError(f"cond_stage_config.target {kind} is not supported: allowed are ClassEmbedder, FrozenCLIPEmbedder")
+
+
+def _conditioner(state: dict[str, Any], config: Mapping[str, Any], source: str) -> Conditioner | None:
+    kind, params = _condition_section(config)
+    if not kind:
+        return None
+    part = {key: value for key, value in _part(state, _CONDITION).items() if not key.endswith(_NO_WEIGHTS)}
+    if kind == "ClassEmbedder":
+        return _network(lambda: build_class_conditioner(params), part, class_key_map(), _CONDITION, source)
+    fields = params.get("text_config")
+    # Some Stable Diffusion files were saved by a transformers that has no text_model. in front.
+    part = {f"{_TEXT}text_model.{bare_text_key(key.removeprefix(_TEXT))}": value for key, value in part.items()}
+    table = {f"{_TEXT}{key}": layout for key, layout in text_key_map(fields).items()}
+    text_model = _network(lambda: build_text_model(fields), part, table, _CONDITION, source)
+    return TextConditioner(finish_text_model(text_model)).eval()
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where the yaml describes a model that is not supported, before any file is read."""
+    ldm_betas(config)
+    with torch.device("meta"):
+        unet, autoencoder, conditioner = build_ldm_unet(config), build_first_stage(config), build_conditioner(config)
+    params, channels = config["model"]["params"], FirstStage(autoencoder).latent_channels
+    if params.get("parameterization", "eps") != "eps":
+        raise ValueError(f"parameterization {params['parameterization']!r} is not supported: allowed is eps")
+    if (conditioner is None) != (unet.config.get("cross_attention_dim") is None):
+        raise ValueError("cond_stage_config and the UNet's context_dim need one another")
+    if params.get("conditioning_key") not in (None, "crossattn"):
+        raise ValueError(f"conditioning_key {params['conditioning_key']!r} is not supported: allowed is crossattn")
+    if unet.config["in_channels"] != channels or unet.config["out_channels"] != channels:
+        raise ValueError(f"the UNet has {unet.config['in_channels']} channels, the first stage's latents have {channels}")
+    if not unet.config["sample_size"]:
+        raise ValueError("the config has no model.params.image_size, the side of the latent")
+
+
+def networks_of(path: Path, config: Mapping[str, Any]) -> tuple[LdmUNet, FirstStage, Conditioner | None]:
+    """The networks of an original checkpoint, all of whose keys are accounted for.
+
+    Raises:
+        ValueError: a key is missing, left over or of another shape, a value is not finite, or the file's noise schedule is
+            not the config's.
+        FileNotFoundError: there is no such file.
+    """
+    check_config(config)
+    source, state = str(path), read_state_dict(path)
+    betas = state.get("betas")
+    if isinstance(betas, Tensor):
+        expected = ldm_betas(config)
+        if betas.numel() != len(expected) or not np.allclose(betas.double().numpy().ravel(), expected, rtol=1e-4, atol=0):
+            raise ValueError(f"{source}: its noise schedule (betas) is not the config's")
+    unet = _unet(state, config, source)
+    scale, table = _scale(state, config), first_stage_key_map(config)
+    part = _part(state, _FIRST_STAGE, but=_TRAINING_ONLY_PREFIXES)
+    autoencoder = _network(lambda: build_first_stage(config), part, table, _FIRST_STAGE, source)
+    autoencoder.register_to_config(scaling_factor=scale)
+    conditioner = _conditioner(state, config, source)
+    known = _SCHEDULE_BUFFERS | _TRAINING_ONLY
+    extra = [key for key in state if key not in known and not key.startswith(_TRAINING_ONLY_PREFIXES)]
+    refuse_in(source, "keys belong to no network of this config", extra)
+    return unet, FirstStage(autoencoder, scale), conditioner
+
+
+def original_state_dict(
+    config: Mapping[str, Any], unet: LdmUNet, first_stage: FirstStage, conditioner: Conditioner | None
+) -> dict[str, Tensor]:
+    """The networks' weights as one state dict in the original's keys and layouts: the inverse of `networks_of`.
+
+    Raises:
+        ValueError: a network is not the config's.
+    """
+    parts: list[tuple[str, nn.Module, KeyTable]] = [
+        (_UNET, unet, ldm_unet_key_map(config)),
+        (_FIRST_STAGE, first_stage.model, first_stage_key_map(config)),
+    ]
+    if isinstance(conditioner, ClassConditioner):
+        parts.append((_CONDITION, conditioner, class_key_map()))
+    elif conditioner is not None:
+        fields = _condition_section(config)[1].get("text_config")
+        parts.append((f"{_CONDITION}{_TEXT}", conditioner.text_model, text_key_map(fields)))
+    return {
+        prefix + key: value
+        for prefix, network, table in parts
+        for key, value in to_original(network.state_dict(), table, f"model ({prefix.rstrip('.')})").items()
+    }

@@ -1,0 +1,256 @@
+"""What latent diffusion UNets are conditioned on: class embeddings, and CLIP's text model with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qncd.models.files.diffusers_folders import contiguous, drain, read_json, read_weights
+from qncd.models.original.key_tables import KeyTable, Renamed, network_with_weights
+
+logger = logging.getLogger(__name__)
+
+# Fields of OpenAI's CLIP ViT-L/14 text model, the one of Stable Diffusion v1.
+CLIP_VIT_L_14: Mapping[str, Any] = {
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407,
+}  # fmt: skip
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_MERGES = 49152 - 256 - 2  # what CLIP uses of the merges in its file
+
+
+class ClassConditioner(nn.Module):
+    """LDM's ClassEmbedder: one vector for each class. The last class stands for none.
+
+    Args:
+        n_classes: the one for none included.
+        embed_dim: D.
+    """
+
+    def __init__(self, n_classes: int, embed_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_classes, embed_dim)
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes, the last, which stands for none, included."""
+        return self.embedding.num_embeddings
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Labels (N,) int64 -> contexts (N, 1, D). Raises ValueError for a label that is no class."""
+        if labels.numel() and not ((labels >= 0) & (labels < self.n_classes)).all():
+            raise ValueError(f"classes {labels.tolist()}: allowed are 0 to {self.n_classes - 1}")
+        return self.embedding(labels.to(self.embedding.weight.device))[:, None]
+
+    def unconditional(self, n: int) -> Tensor:
+        """Contexts (n, 1, D) of no class."""
+        return self(torch.full((n,), self.n_classes - 1))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and the weights as safetensors."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "_class_name": "ClassEmbedder",
+            "n_classes": self.n_classes,
+            "embed_dim": self.embedding.embedding_dim,
+            "unconditional_class": self.n_classes - 1,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(contiguous(self.state_dict()), folder / "diffusion_pytorch_model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ClassConditioner:
+        """What `save_pretrained` wrote. Raises ValueError where it is something else."""
+        folder = Path(folder)
+        config = read_json(folder / "config.json")
+        try:
+            classes, width = int(config["n_classes"]), int(config["embed_dim"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{folder / 'config.json'}: holds no n_classes and embed_dim") from None
+        source, state = read_weights(folder)
+        return network_with_weights(lambda: cls(classes, width), drain(state), source)
+
+
+def build_class_conditioner(params: Mapping[str, Any]) -> ClassConditioner:
+    """A ClassConditioner with fresh weights for the params of LDM's ClassEmbedder. Raises ValueError where they make none."""
+    try:
+        classes, width = int(params.get("n_classes", 1000)), int(params["embed_dim"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("cond_stage_config of a ClassEmbedder needs embed_dim and n_classes") from None
+    if classes < 2 or width < 1:
+        raise ValueError(
+            f"cond_stage_config: n_classes {classes}, embed_dim {width}: allowed are 2 classes and 1 channel or more"
+        )
+    return ClassConditioner(classes, width)
+
+
+def class_key_map() -> KeyTable:
+    """The one key below `cond_stage_model.`."""
+    return {"embedding.weight": Renamed("embedding.weight")}
+
+
+@lru_cache(maxsize=1)
+def _clip_bpe() -> tuple[dict[str, int], list[Any]]:
+    """CLIP's vocabulary (token -> id) and merges, from the file that open_clip brings along."""
+    import gzip
+
+    from open_clip.tokenizer import bytes_to_unicode, default_bpe
+
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as stream:
+        lines = stream.read().split("\n")[1 : _MERGES + 1]
+    merges = [(first, second) for first, second in (line.split() for line in lines)]
+    letters: list[str] = list(bytes_to_unicode().values())
+    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges] + [_START, _END]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def clip_tokenizer() -> Any:
+    """transformers' CLIPTokenizer with CLIP's vocabulary of 49,408 tokens, as in Stable Diffusion v1; no download."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = _clip_bpe()
+    return CLIPTokenizer(
+        vocab=dict(vocabulary), merges=list(merges), unk_token=_END, bos_token=_START, eos_token=_END, pad_token=_END,
+        model_max_length=77,
+    )  # fmt: skip
+
+
+class TextConditioner(nn.Module):
+    """CLIP's text model and tokenizer, as Stable Diffusion v1 uses them: prompts -> contexts.
+
+    Args:
+        text_model: transformers' CLIPTextModel.
+        tokenizer: a CLIPTokenizer of transformers; CLIP's own where there is none.
+    """
+
+    def __init__(self, text_model: nn.Module, tokenizer: Any | None = None) -> None:
+        super().__init__()
+        self.text_model = text_model
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, made on first use: that takes half a second."""
+        if self._tokenizer is None:
+            self._tokenizer = clip_tokenizer()
+        return self._tokenizer
+
+    @property
+    def length(self) -> int:
+        """Tokens of a context, 77 in CLIP."""
+        return int(self.text_model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> ids (N, 77) int64: start, text, end, and the end again up to the length.
+
+        Longer texts are cut so that the end stays; a warning says what was cut.
+
+        Raises:
+            ValueError: the tokenizer has more tokens than the text model.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("prompts: expected a sequence of texts, not one text")
+        ids = self.tokenizer(list(prompts), add_special_tokens=True)["input_ids"] if prompts else []
+        known = int(self.text_model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        if len(self.tokenizer) > known:
+            raise ValueError(f"the tokenizer has {len(self.tokenizer)} tokens, the text model knows {known}: give it ids instead")
+        end, rows = self.tokenizer.eos_token_id, []
+        for prompt, row in zip(prompts, ids, strict=True):
+            if len(row) > self.length:
+                lost = self.tokenizer.decode(row[self.length - 1 : -1])
+                logger.warning("the prompt %r is longer than %d tokens; cut off: %r", prompt, self.length, lost)
+                row = [*row[: self.length - 1], end]
+            rows.append([*row, *[end] * (self.length - len(row))])
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
+
+    @torch.no_grad()
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Ids (N, 77) int64 -> contexts (N, 77, D): the last hidden state after the final layer norm."""
+        device = next(self.text_model.parameters()).device
+        return self.text_model(input_ids=tokens.to(device)).last_hidden_state
+
+    def forward(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> contexts (N, 77, D)."""
+        return self.encode(self.tokenize(prompts))
+
+    def unconditional(self, n: int) -> Tensor:
+        """Contexts (n, 77, D) of the empty prompt."""
+        return self([""]).expand(n, -1, -1)
+
+
+def build_text_model(fields: Mapping[str, Any] | None = None) -> nn.Module:
+    """CLIPTextModel with fresh weights.
+
+    Args:
+        fields: of CLIPTextConfig; those that are absent are CLIP ViT-L/14's.
+
+    Raises:
+        ValueError: they make no text model.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    try:
+        return CLIPTextModel(CLIPTextConfig(**{**CLIP_VIT_L_14, **(fields or {})}))
+    except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"text_config makes no CLIP text model: {reason}") from None
+
+
+def bare_text_key(key: str) -> str:
+    """A text model's key without `text_model.`: transformers before version 5 and Stable Diffusion have that in front."""
+    return key.removeprefix("text_model.")
+
+
+def text_key_map(fields: Mapping[str, Any] | None = None) -> KeyTable:
+    """Every key below `cond_stage_model.transformer.` -> its key in `build_text_model(fields)`; `position_ids` is no weight."""
+    with torch.device("meta"):
+        names = build_text_model(fields).state_dict()
+    return {f"text_model.{bare_text_key(name)}": Renamed(name) for name in names}
+
+
+def finish_text_model(text_model: nn.Module) -> nn.Module:
+    """Fill the buffers that a state dict does not hold, which a model built without memory lacks."""
+    for module in text_model.modules():
+        positions = module._buffers.get("position_ids")
+        if positions is not None and positions.is_meta:
+            module._buffers["position_ids"] = torch.arange(positions.shape[-1]).expand(1, -1)
+    return text_model
+
+
+def load_text_folder(folder: Path, tokenizer_folder: Path) -> TextConditioner:
+    """The text model and tokenizer of a Stable Diffusion pipeline's folder (`text_encoder/`, `tokenizer/`), as float32.
+
+    Raises:
+        ValueError: the folder holds no CLIP text model or tokenizer, or the weights do not fit.
+    """
+    from transformers import CLIPTokenizer
+
+    settings = read_json(folder / "config.json")
+    kinds = settings.get("architectures") or ["CLIPTextModel"]
+    if kinds != ["CLIPTextModel"]:
+        raise ValueError(f"{folder / 'config.json'}: the model is a {kinds[0]}, expected a CLIPTextModel")
+    fields = {key: value for key, value in settings.items() if key not in ("architectures", "model_type", "torch_dtype", "dtype")}
+    source, state = read_weights(folder, "model" if any(folder.glob("model*.safetensors*")) else "pytorch_model")
+    with torch.device("meta"):
+        names: dict[str, str] = {bare_text_key(name): name for name in build_text_model(fields).state_dict()}
+    state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
+    weights = ((names.get(bare_text_key(key), key), value) for key, value in drain(state))
+    build: Callable[[], nn.Module] = lambda: build_text_model(fields)  # noqa: E731
+    text_model = finish_text_model(network_with_weights(build, weights, source))
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{tokenizer_folder}: no tokenizer of CLIP ({reason})") from None
+    return TextConditioner(text_model, tokenizer)

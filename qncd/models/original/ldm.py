@@ -1,0 +1,334 @@
+"""The UNets of CompVis' latent-diffusion and Stable Diffusion v1 as diffusers models: settings from the yaml, keys, betas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
+
+from qncd.models.original.key_tables import FusedHeads, KeyTable, Layout, Pointwise, Renamed
+
+LdmUNet = UNet2DModel | UNet2DConditionModel
+
+# Names inside a module: original -> diffusers.
+_TOP = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",  # only where a block changes the number of channels
+}
+
+# Parameters of UNetModel that change nothing here.
+_IGNORED = {"use_checkpoint", "use_fp16", "legacy", "image_size"}
+# Parameters of UNetModel that must have one of these values, or be absent.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "dims": (2,),
+    "conv_resample": (True,),
+    "num_classes": (None,),
+    "n_embed": (None,),
+    "disable_self_attentions": (None,),
+    "num_attention_blocks": (None,),
+    "disable_middle_self_attn": (False,),
+}
+_READ = {
+    "in_channels", "out_channels", "model_channels", "attention_resolutions", "num_res_blocks", "channel_mult", "dropout",
+    "num_heads", "num_head_channels", "num_heads_upsample", "use_scale_shift_norm", "resblock_updown", "num_groups",
+    "use_new_attention_order", "use_spatial_transformer", "transformer_depth", "context_dim", "use_linear_in_transformer",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """UNetModel's parameters, checked; level i works on widths[i] channels."""
+
+    image_size: int | None
+    in_channels: int
+    out_channels: int
+    widths: tuple[int, ...]
+    blocks: int
+    attends: tuple[bool, ...]
+    heads: tuple[int, ...]  # of each level, also where it has no attention
+    head_channels: int  # of the original; -1: the number of heads is fixed instead
+    groups: int
+    dropout: float
+    scale_shift: bool
+    resblock_updown: bool
+    heads_first: bool  # the rows of qkv are grouped by head, then by q, k, v
+    context_dim: int | None  # with cross-attention
+    depth: int
+    linear_projection: bool
+
+
+def _unet_params(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        unet = config["model"]["params"]["unet_config"]
+        target, params = str(unet.get("target", "UNetModel")), unet["params"]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("the config has no model.params.unet_config.params: not the yaml of a latent diffusion model") from None
+    if target.rpartition(".")[2] != "UNetModel":
+        raise ValueError(f"unet_config.target {target}: allowed is ldm.modules.diffusionmodules.openaimodel.UNetModel")
+    if not isinstance(params, Mapping):
+        raise ValueError(f"unet_config.params is a {type(params).__name__}, expected a mapping")
+    return params
+
+
+def _architecture(config: Mapping[str, Any]) -> _Architecture:
+    params = _unet_params(config)
+    if unknown := sorted(map(str, params.keys() - _READ - _IGNORED - _FIXED.keys())):
+        raise ValueError(f"unet_config has parameters that are not supported: {', '.join(unknown)}")
+    for name, allowed in _FIXED.items():
+        if params.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"unet_config.{name} {params[name]} is not supported: allowed is {allowed[0]}")
+    try:
+        base, multipliers = int(params["model_channels"]), [int(m) for m in params.get("channel_mult", (1, 2, 4, 8))]
+        resolutions = {int(r) for r in params["attention_resolutions"]}
+        widths = tuple(base * m for m in multipliers)
+        spatial, depth = bool(params.get("use_spatial_transformer", False)), int(params.get("transformer_depth", 1))
+        heads, head_channels = int(params.get("num_heads", -1)), int(params.get("num_head_channels", -1))
+        upsample_heads, context = int(params.get("num_heads_upsample", -1)), params.get("context_dim")
+        attends = tuple(2**i in resolutions for i in range(len(widths)))
+        image_size = config["model"]["params"].get("image_size", params.get("image_size"))
+        result = _Architecture(
+            image_size=None if image_size is None else int(image_size),
+            in_channels=int(params["in_channels"]),
+            out_channels=int(params["out_channels"]),
+            widths=widths,
+            blocks=int(params["num_res_blocks"]),
+            attends=attends,
+            heads=tuple(max(1, heads if head_channels == -1 else width // head_channels) for width in widths),
+            head_channels=head_channels,
+            groups=int(params.get("num_groups", 32)),
+            dropout=float(params.get("dropout", 0.0)),
+            scale_shift=bool(params.get("use_scale_shift_norm", False)),
+            resblock_updown=bool(params.get("resblock_updown", False)),
+            heads_first=not params.get("use_new_attention_order", False),
+            context_dim=None if context is None else int(context),
+            depth=depth,
+            linear_projection=bool(params.get("use_linear_in_transformer", False)),
+        )
+    except KeyError as error:
+        raise ValueError(f"unet_config has no {error.args[0]!r}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"unet_config does not hold what a UNetModel of latent-diffusion takes: {error}") from None
+    if heads == -1 and head_channels == -1:
+        raise ValueError("unet_config has neither num_heads nor num_head_channels")
+    if not widths or result.blocks < 1 or min(widths) < 1:
+        raise ValueError(
+            f"unet_config: widths {list(widths)} and {result.blocks} num_res_blocks: allowed are whole numbers from 1"
+        )
+    if multipliers[0] != 1:
+        raise ValueError(f"channel_mult {multipliers}: allowed are lists that begin with 1 (the original fails on others)")
+    if heads < 1 and head_channels < 1:
+        raise ValueError(f"unet_config.num_heads {heads}, num_head_channels {head_channels}: allowed are whole numbers from 1")
+    if spatial != (context is not None):
+        raise ValueError("unet_config: use_spatial_transformer and context_dim need one another")
+    if spatial and result.resblock_updown:
+        raise ValueError("unet_config.resblock_updown with use_spatial_transformer is not supported: allowed is false")
+    if upsample_heads not in (-1, heads) and head_channels == -1 and not spatial:
+        raise ValueError(f"unet_config.num_heads_upsample {upsample_heads} is not supported: allowed is num_heads, {heads}")
+    if any(width % result.groups for width in widths):
+        raise ValueError(f"num_groups {result.groups} must divide every width: {list(widths)}")
+    for width, n, attention in zip(widths, result.heads, (*attends[:-1], True), strict=True):  # the middle attends always
+        if attention and (width % n if head_channels == -1 else width % head_channels):
+            what = f"num_heads {n}" if head_channels == -1 else f"num_head_channels {head_channels}"
+            raise ValueError(f"unet_config.{what} must divide the width of each level with attention: {width}")
+    return result
+
+
+def unet_settings(config: Mapping[str, Any]) -> tuple[type[UNet2DModel] | type[UNet2DConditionModel], dict[str, Any]]:
+    """The diffusers class and settings that compute what CompVis' `UNetModel` computes with this yaml.
+
+    `unet_config.params.num_groups` (not in the original, which has 32) sets the number of GroupNorm groups.
+
+    Raises:
+        ValueError: a setting is missing, contradictory or not supported.
+    """
+    a = _architecture(config)
+    settings: dict[str, Any] = {
+        "sample_size": a.image_size,
+        "in_channels": a.in_channels,
+        "out_channels": a.out_channels,
+        "block_out_channels": a.widths,
+        "layers_per_block": a.blocks,
+        "dropout": a.dropout,
+        "norm_num_groups": a.groups,
+        "norm_eps": 1e-5,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+        "act_fn": "silu",
+        "resnet_time_scale_shift": "scale_shift" if a.scale_shift else "default",
+    }
+    if a.context_dim is not None:
+        return UNet2DConditionModel, settings | {
+            "down_block_types": tuple("CrossAttnDownBlock2D" if at else "DownBlock2D" for at in a.attends),
+            "up_block_types": tuple("CrossAttnUpBlock2D" if at else "UpBlock2D" for at in reversed(a.attends)),
+            "cross_attention_dim": a.context_dim,
+            "attention_head_dim": a.heads[0] if len(set(a.heads)) == 1 else a.heads,  # the NUMBER of heads, despite its name
+            "transformer_layers_per_block": a.depth,
+            "use_linear_projection": a.linear_projection,
+        }
+    plain_down, plain_up = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if a.resblock_updown else ("DownBlock2D", "UpBlock2D")
+    )
+    return UNet2DModel, settings | {
+        "down_block_types": tuple("AttnDownBlock2D" if at else plain_down for at in a.attends),
+        "up_block_types": tuple("AttnUpBlock2D" if at else plain_up for at in reversed(a.attends)),
+        "attention_head_dim": _channels_per_head(a),
+        "attn_norm_num_groups": a.groups,  # without it, scale-shift drops the middle attention's GroupNorm
+        "downsample_type": "resnet" if a.resblock_updown else "conv",
+        "upsample_type": "resnet" if a.resblock_updown else "conv",
+    }
+
+
+def _channels_per_head(a: _Architecture) -> int | None:
+    """UNet2DModel's `attention_head_dim`: one number for all levels, or None for one head in each."""
+    if a.head_channels != -1:
+        return a.head_channels
+    sizes = {w // n for w, n, at in zip(a.widths, a.heads, (*a.attends[:-1], True), strict=True) if at}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def build_ldm_unet(config: Mapping[str, Any]) -> LdmUNet:
+    """The UNet of a latent diffusion yaml with fresh weights. Raises ValueError as `unet_settings`.
+
+    UNet2DModel's config holds the channels of a head, not the number of heads. Where a yaml fixes the number (`num_heads`)
+    for levels of several widths, as LSUN churches does, the heads are set in the network and its config does not tell.
+    """
+    kind, settings = unet_settings(config)
+    unet = kind(**settings)
+    if kind is UNet2DModel and settings["attention_head_dim"] is None:
+        set_heads_(unet, _architecture(config).heads[0])
+    return unet
+
+
+def set_heads_(network: nn.Module, heads: int) -> None:
+    """Divide the channels of each attention layer in the network among this many heads."""
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.heads = module.sliceable_head_dim = heads
+            module.scale = (module.inner_dim // heads) ** -0.5
+
+
+def ldm_betas(config: Mapping[str, Any]) -> np.ndarray:
+    """The variances (T,) float64 of the config's noise schedule.
+
+    LDM's "linear" is linear in the square root: beta_t = linspace(sqrt(start), sqrt(end), T)^2, `scaled_linear` in diffusers.
+
+    Raises:
+        ValueError: another schedule, or numbers that make none.
+    """
+    try:
+        params = config["model"]["params"]
+        schedule = str(params.get("beta_schedule", "linear"))
+        start, end = float(params.get("linear_start", 1e-4)), float(params.get("linear_end", 2e-2))
+        steps = int(params.get("timesteps", 1000))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ValueError("the config's model.params does not hold the schedule of a latent diffusion model") from None
+    if schedule != "linear":
+        raise ValueError(f"beta_schedule {schedule!r} is not supported: allowed is linear")
+    if not (0 < start < 1 and 0 < end < 1 and steps >= 1):
+        raise ValueError(
+            f"linear_start {start}, linear_end {end}, timesteps {steps}: allowed are variances in (0, 1), steps from 1"
+        )
+    return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
+
+
+def _module_map(a: _Architecture) -> tuple[dict[str, str], dict[str, str]]:
+    """Original module -> diffusers module: (layers and residual blocks, attention blocks)."""
+    modules, attentions = dict(_TOP), {}
+
+    def resnet(original: str, ours: str) -> None:
+        modules.update({f"{original}.{old}": f"{ours}.{new}" for old, new in _RESNET.items()})
+
+    def resample(original: str, ours: str, convolution: str) -> None:
+        if a.resblock_updown:
+            resnet(original, ours)
+        else:
+            modules[f"{original}.{convolution}"] = f"{ours}.conv"
+
+    levels, per_level = len(a.widths), a.blocks + 1
+    for i in range(levels):
+        for j in range(a.blocks):
+            block = f"input_blocks.{1 + i * per_level + j}"
+            resnet(f"{block}.0", f"down_blocks.{i}.resnets.{j}")
+            if a.attends[i]:
+                attentions[f"{block}.1"] = f"down_blocks.{i}.attentions.{j}"
+        if i < levels - 1:
+            resample(f"input_blocks.{(i + 1) * per_level}.0", f"down_blocks.{i}.downsamplers.0", "op")
+    resnet("middle_block.0", "mid_block.resnets.0")
+    attentions["middle_block.1"] = "mid_block.attentions.0"
+    resnet("middle_block.2", "mid_block.resnets.1")
+    for u, attends in enumerate(reversed(a.attends)):
+        for j in range(per_level):
+            block = f"output_blocks.{u * per_level + j}"
+            resnet(f"{block}.0", f"up_blocks.{u}.resnets.{j}")
+            if attends:
+                attentions[f"{block}.1"] = f"up_blocks.{u}.attentions.{j}"
+        if u < levels - 1:
+            resample(f"output_blocks.{(u + 1) * per_level - 1}.{2 if attends else 1}", f"up_blocks.{u}.upsamplers.0", "conv")
+    return modules, attentions
+
+
+def ldm_unet_key_map(config: Mapping[str, Any]) -> dict[str, Layout]:
+    """Every key of the original UNetModel's state dict -> where its tensor goes in `build_ddim_unet(config)`; one to one.
+
+    The names inside a SpatialTransformer are the same in both; an AttentionBlock's fused `qkv` becomes three layers.
+
+    Raises:
+        ValueError: as `unet_settings`.
+    """
+    a = _architecture(config)
+    with torch.device("meta"):
+        parameters = build_ldm_unet(config).state_dict().keys()
+    modules, attentions = _module_map(a)
+    table: dict[str, Layout] = {}
+    for old, new in modules.items():
+        table.update({f"{old}.{kind}": Renamed(f"{new}.{kind}") for kind in ("weight", "bias") if f"{new}.{kind}" in parameters})
+    for old, new in attentions.items():
+        if a.context_dim is None:
+            width = a.widths[-1] if new.startswith("mid") else a.widths[_level(new, len(a.widths))]
+            table.update(_attention_block(old, new, _heads_at(a, width)))
+        else:
+            inside = [key.removeprefix(f"{new}.") for key in parameters if key.startswith(f"{new}.")]
+            table.update({f"{old}.{name}": Renamed(f"{new}.{name}") for name in inside})
+    return table
+
+
+def _level(module: str, levels: int) -> int:
+    side, index = module.split(".")[:2]
+    return int(index) if side == "down_blocks" else levels - 1 - int(index)
+
+
+def _heads_at(a: _Architecture, width: int) -> int:
+    return (a.heads[0] if a.head_channels == -1 else width // a.head_channels) if a.heads_first else 1
+
+
+def _attention_block(old: str, new: str, heads: int) -> KeyTable:
+    def qkv(kind: str) -> Sequence[str]:
+        return tuple(f"{new}.to_{x}.{kind}" for x in "qkv")
+
+    return {
+        f"{old}.norm.weight": Renamed(f"{new}.group_norm.weight"),
+        f"{old}.norm.bias": Renamed(f"{new}.group_norm.bias"),
+        f"{old}.qkv.weight": FusedHeads(tuple(qkv("weight")), heads),
+        f"{old}.qkv.bias": FusedHeads(tuple(qkv("bias")), heads),
+        f"{old}.proj_out.weight": Pointwise(f"{new}.to_out.0.weight", dims=1),
+        f"{old}.proj_out.bias": Renamed(f"{new}.to_out.0.bias"),
+    }

@@ -1,0 +1,287 @@
+"""Activations with widths of their own, the configured one in the mean (`QuantConfig.bit_allocation`; not in the paper).
+
+What rounding an activation a does to the sample x_0 is, to first order, its error d_t at every step t times the derivative of
+the sample by it. With v a vector of random signs,
+
+    e = sum over t of < d(v . x_0) / d a_t, d_t >,    E[e^2] = squared error of the sample.
+
+One back-propagation through the whole run of the sampler gives e for every activation, at as many widths as there are. Steps
+add up before the square: an error that points the same way at all of them counts as that, one that later steps undo does not,
+and guidance weighs its two halves as it does. The error of single noise predictions knows nothing of this.
+
+Widths are then given out where a bit saves most of the error for the multiplications that it widens.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qncd.config import WIDEST, QuantConfig
+from qncd.ptq.calibration import CalibrationSet, Progress, hooked, named, observe_
+from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.convert import EDGE_LAYERS, act_quantizers, quant_layers, set_act_bits_
+from qncd.quant.quantizers import ActQuantizer, Stage
+from qncd.quant.stepwise import StepwiseActQuantizer
+from qncd.sampling.corrector import Denoiser
+from qncd.sampling.guidance import Conditions
+
+if TYPE_CHECKING:
+    from qncd.ptq.pipeline import Diffusion
+
+INPUTS = 160  # of the calibration set that ranges are found over
+SAMPLES = 32  # runs of the sampler at most; no more than the calibration set has trajectories
+PROBES = 2  # vectors v for each
+NARROWER = 2  # bits below `act_bits` that the narrowest may have, and never fewer than 2
+SEED_BASE = 1 << 42  # far from the seeds of calibration and tracking
+
+Trials = Mapping[str, Mapping[int, ActQuantizer]]  # by name and width
+
+
+def allocate_bits_(
+    diffusion: Diffusion,
+    config: QuantConfig,
+    data: CalibrationSet,
+    conditions: Conditions | None = None,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> dict[str, int]:
+    """Give every activation quantizer its width, in place. Returns the widths by quantizer.
+
+    Takes at most SAMPLES * PROBES runs of the sampler with back-propagation, `batch_size` samples at a time, and memory for the
+    activations of one step of them.
+
+    Args:
+        diffusion: its network prepared by `quantize_`, stepwise or not, nothing calibrated yet.
+        config: with `bit_allocation`.
+        data: calibration inputs, for the ranges.
+        conditions: of calibration trajectories, where the network takes some.
+
+    Raises:
+        ValueError: an activation is NaN or infinite; the quantizer is named. FloatingPointError: a sample is.
+    """
+    assert config.act_bits is not None
+    widths = range(max(2, config.act_bits - NARROWER), WIDEST + 1)
+    trials = _trials(diffusion.unet, config, data.spread(INPUTS), widths, batch_size)
+    samples = min(SAMPLES, len(data) // len(data.t.unique()))
+    errors, multiplications = sample_errors(diffusion, trials, conditions, batch_size, samples, PROBES, progress)
+    # In parts of what each sample loses at one width for all: the few samples that lose most do not decide for all.
+    lost = torch.stack([by_width[config.act_bits].square() for by_width in errors.values()]).sum(0).clamp(min=1e-30)
+    shares = {
+        name: {width: float((error.square() / lost).mean()) for width, error in by_width.items()}
+        for name, by_width in errors.items()
+    }
+    bits = best_widths(shares, multiplications, config.act_bits)
+    set_act_bits_(diffusion.unet, bits)
+    return bits
+
+
+def free_quantizers(unet: nn.Module, config: QuantConfig) -> dict[str, ActQuantizer]:
+    """Those that have `act_bits`: no edge layer with bits of its own, no softmax output, no range known from elsewhere."""
+    set_apart = {f"{name}.act" for name in EDGE_LAYERS} if config.edge_bits is not None else set()
+    return {
+        name: quantizer
+        for name, quantizer in act_quantizers(unet).items()
+        if name not in set_apart
+        and not name.endswith(".softmax")
+        and not (isinstance(quantizer, StepwiseActQuantizer) and quantizer.fixed)
+    }
+
+
+def _trials(unet: Any, config: QuantConfig, data: CalibrationSet, widths: Sequence[int], batch_size: int) -> Trials:
+    """Calibrated copies of the free quantizers, for each width; the network is left as it was."""
+    free = free_quantizers(unet, config)
+    trials: dict[str, dict[int, ActQuantizer]] = {}
+    for name, quantizer in observe_(unet, data, batch_size).items():
+        if name in free:
+            trials[name] = {width: _trial(name, quantizer, width) for width in widths}
+        quantizer.observers = []
+    return trials
+
+
+def _trial(name: str, quantizer: ActQuantizer, width: int) -> ActQuantizer:
+    trial = copy.deepcopy(quantizer)
+    trial.set_bits(width)
+    named(name, trial.finish_observing)
+    trial.set_stage(Stage.QUANTIZE)
+    return trial
+
+
+def sample_errors(
+    diffusion: Diffusion,
+    trials: Trials,
+    conditions: Conditions | None = None,
+    batch_size: int = 32,
+    samples: int = 32,
+    probes: int = 2,
+    progress: Progress | None = None,
+) -> tuple[dict[str, dict[int, Tensor]], dict[str, int]]:
+    """What each quantizer alone does to samples, by first order, and how many multiplications take what it gives.
+
+    Args:
+        diffusion: with the network in floating point.
+        trials: calibrated quantizers to try in the place of those of the same names.
+        conditions: are used in turn, as many as there are.
+        samples: seeds that are sampled.
+        probes: random directions v for each.
+
+    Returns:
+        e, (samples * probes,) float64, by name and width: the mean of e^2 is the squared error of the sample, summed over its
+        elements; and multiplications of one input of the network by name.
+    """
+    unet = diffusion.unet
+    size = min(batch_size, diffusion.lane)
+    small = dataclasses.replace(diffusion, lane=size)
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, dict[int, list[Tensor]]] = {name: {width: [] for width in trials[name]} for name in trials}
+    counts: dict[str, int] = {}
+    for probe in range(probes):
+        for start in range(0, samples, size):
+            count = min(size, samples - start)
+            rows = [i % len(conditions) for i in range(start, start + count)] if conditions else []
+            sums: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64, device=unet.device))
+            with _frozen(unet), _counting(unet, counts), _watching(unet, trials, sums, size):
+                seeds = range(SEED_BASE + start, SEED_BASE + start + count)
+                x0 = small.sample(seeds, None, None, _step_by_step, conditions[rows] if conditions else None, gradients=True)
+                signs = torch.randint(0, 2, x0.shape, generator=generator) * 2.0 - 1
+                x0.backward(signs.to(x0))
+            for name, by_width in found.items():
+                for width, parts in by_width.items():
+                    parts.append(sums[name, width][:count].cpu())
+            if progress:
+                progress(probe * samples + start + count, probes * samples)
+    errors = {name: {width: torch.cat(parts) for width, parts in by_width.items()} for name, by_width in found.items()}
+    return errors, {name: counts[name] for name in trials}
+
+
+def _step_by_step(denoise: Denoiser) -> Denoiser:
+    """The denoiser, whose activations are computed anew when its gradients are: those of one step are held at a time."""
+
+    def checkpointed(x: Tensor, t: int) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()  # the first: a re-entrant checkpoint needs one that does
+        result: Tensor = checkpoint(denoise, x, t, use_reentrant=True)
+        return result
+
+    return checkpointed
+
+
+@contextmanager
+def _frozen(unet: nn.Module) -> Iterator[None]:
+    """Within it, no gradients of parameters."""
+    learning = [p for p in unet.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _watching(unet: nn.Module, trials: Trials, sums: dict[tuple[str, int], Tensor], lane: int) -> Iterator[None]:
+    """While gradients flow, add <gradient, rounding error> of each sample (lane,) to `sums`."""
+
+    def watch(name: str) -> Callable[[ActQuantizer, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def hook(quantizer: ActQuantizer, _: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():  # a checkpoint's first pass
+                return None
+            # A tensor of its own: layers that share an input would see the sum of their gradients.
+            own = out.view_as(out) if out.requires_grad else out.detach().requires_grad_()
+            x, step = out.detach(), quantizer.rows if isinstance(quantizer, StepwiseActQuantizer) else None
+
+            def add(gradient: Tensor) -> None:
+                for width, trial in trials[name].items():
+                    if isinstance(trial, StepwiseActQuantizer) and step is not None:
+                        trial.select(step)
+                    products = ((trial(x) - x) * gradient).flatten(1).sum(1).double()
+                    sums[name, width] += products.view(-1, lane).sum(0)  # with guidance both halves are the same samples
+
+            own.register_hook(add)
+            return own
+
+        return hook
+
+    quantizers = act_quantizers(unet)
+    with hooked([quantizers[name].register_forward_hook(watch(name)) for name in trials]):
+        yield
+
+
+@contextmanager
+def _counting(unet: nn.Module, counts: dict[str, int]) -> Iterator[None]:
+    """Multiplications that take each activation, of one input of the network."""
+
+    def layer_hook(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        def hook(layer: Any, _: tuple[Tensor, ...], out: Tensor) -> None:
+            counts[f"{name}.act"] = out[0].numel() * layer.weight[0].numel()
+
+        return hook
+
+    def product_hook(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        """The keys are quantized after the queries: q k^T multiplies each query by each key, and so do the products with v."""
+
+        def hook(_: Any, __: tuple[Tensor, ...], keys: Tensor) -> None:
+            heads, length, width = keys.shape[1:]
+            count = heads * queries[name] * length * width
+            counts.update({f"{name}.{operand}": count for operand in ("q", "k", "v")})
+
+        return hook
+
+    queries: dict[str, int] = {}
+    processors = {name: module for name, module in unet.named_modules() if isinstance(module, QuantAttnProcessor)}
+    handles = [layer.register_forward_hook(layer_hook(name)) for name, layer in quant_layers(unet).items()]
+    for name, processor in processors.items():
+        seen = lambda _, __, out, name=name: queries.update({name: out.shape[2]})  # noqa: E731
+        handles += [processor.q.register_forward_hook(seen), processor.k.register_forward_hook(product_hook(name))]
+    with hooked(handles):
+        yield
+
+
+def best_widths(errors: Mapping[str, Mapping[int, float]], costs: Mapping[str, int], mean: float) -> dict[str, int]:
+    """Widths of least total error whose mean, weighted by `costs`, is at most `mean`.
+
+    Every quantizer starts at its narrowest; steps to wider ones are taken in the order of what they save for their cost, along
+    the lower convex hull of each one's errors (the optimum, but for the last step that fits).
+
+    Args:
+        errors: by name and width.
+        costs: by name, above 0.
+    """
+    steps = []
+    for name, by_width in errors.items():
+        hull = _hull(by_width)
+        for (narrow, high), (wide, low) in itertools.pairwise(hull):
+            steps.append(((high - low) / (costs[name] * (wide - narrow)), name, narrow, wide))
+    steps.sort(key=lambda step: -step[0])
+    chosen = {name: min(by_width) for name, by_width in errors.items()}
+    room = sum(costs[name] * (mean - width) for name, width in chosen.items())
+    for _, name, narrow, wide in steps:
+        cost = costs[name] * (wide - narrow)
+        if chosen[name] == narrow and cost <= room:
+            chosen[name], room = wide, room - cost
+    return chosen
+
+
+def _hull(errors: Mapping[int, float]) -> list[tuple[int, float]]:
+    """The (width, error) that no mixture of others beats, errors falling."""
+    hull: list[tuple[int, float]] = []
+    for point in sorted(errors.items()):
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-1], point) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(one: tuple[int, float], other: tuple[int, float]) -> float:
+    return (other[1] - one[1]) / (other[0] - one[0])

@@ -1,0 +1,86 @@
+"""How strongly to smooth each layer, searched (`QuantConfig.smoothing_search`).
+
+A range that has to hold a few wide channels has few codes for all others. Dividing channel k by S_k evens them out; the weights
+take S_k over and become harder to round. With S_k = (max |x_k| / max |w_k|)^a, SmoothQuant (arXiv 2211.10438) is a = 0.5. Which
+a is best follows from neither side alone: GPTQ solves the layer for each, with the ranges that it would have, and the a
+whose output is the nearest to the full-precision one stays. Layers are looked at on the full-precision network's
+activations, so none depends on what is chosen for another.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qncd.ptq.calibration import CalibrationSet, find_ranges_, hooked, run_over
+from qncd.ptq.stages.compensation import solutions
+from qncd.ptq.stages.smoothing import smooth_
+from qncd.quant.convert import UNet, quant_layers
+from qncd.quant.layers import QuantConv2d
+
+STRENGTHS = (0.0, 0.25, 0.5)  # a; the first wins ties
+INPUTS = 80  # of the calibration set that are looked at
+ROWS = 3  # as compensation's, of which it takes more: comparing needs fewer than solving
+SMALLEST = 1e-3  # of the widest channel: narrower ones count as this wide
+
+
+@torch.no_grad()
+def search_smoothing_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> dict[str, float]:
+    """Smooth every layer as strongly as leaves its output the least error, in place. Returns the strengths by layer.
+
+    Args:
+        unet: prepared by `quantize_` (and smoothed by the embedding or not), activation quantizers in their places, nothing
+            calibrated yet.
+        data: calibration inputs.
+
+    Raises:
+        ValueError: a weight or an activation is NaN or infinite; the layer is named.
+    """
+    part = data.spread(INPUTS)
+    ratios = channel_ratios(unet, part, batch_size)
+    unchanged = {id(parameter): parameter for parameter in unet.parameters()}
+    least: dict[str, tuple[float, float]] = {}  # misfit and strength
+    for strength in STRENGTHS:
+        trial = copy.deepcopy(unet, dict(unchanged))  # the same weights: smoothing puts others in their place
+        if strength:
+            smooth_(trial, {name: ratio**strength for name, ratio in ratios.items()})
+        find_ranges_(trial, part, batch_size)
+        for name, solution in solutions(trial, part, batch_size, ROWS, (1.0,)).items():
+            if name not in least or solution.misfit < least[name][0]:
+                least[name] = solution.misfit, strength
+    chosen = {name: strength for name, (_, strength) in least.items() if name in ratios}
+    smooth_(unet, {name: ratios[name] ** strength for name, strength in chosen.items() if strength})
+    return chosen
+
+
+def channel_ratios(unet: UNet, data: CalibrationSet, batch_size: int) -> dict[str, Tensor]:
+    """Largest magnitude of each input channel over that of its weights, (C,) with geometric mean 1, by layer.
+
+    Layers are left out whose inputs or weights are all 0, or not finite.
+    """
+    layers = quant_layers(unet)
+    largest: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = layers[name].act(args[0], layers[name].smoothing)
+            channel = 1 if isinstance(layers[name], QuantConv2d) else x.ndim - 1
+            found = x.abs().amax([d for d in range(x.ndim) if d != channel])
+            largest[name] = torch.maximum(largest[name], found) if name in largest else found
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    with hooked(handles):
+        run_over(unet, data, batch_size)
+    ratios = {}
+    for name, inputs in largest.items():
+        weights = layers[name].weight.transpose(0, 1).flatten(1).abs().amax(1)
+        sides = [side.clamp(min=SMALLEST * side.max()) for side in (inputs, weights)]
+        if all(bool(torch.isfinite(side).all() and (side > 0).all()) for side in sides):
+            ratio = sides[0] / sides[1]
+            ratios[name] = ratio / ratio.log().mean().exp()
+    return ratios

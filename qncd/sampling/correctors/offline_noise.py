@@ -1,0 +1,145 @@
+"""Offline noise correction, the peers of QNCD: PTQD (arXiv 2305.10657) and D2-DPM (arXiv 2501.08180).
+
+Both compare the quantized network with the full-precision one at the same inputs, step by step along calibration
+trajectories, and correct by what they saw. Symbols: e full-precision prediction, e~ the quantized network's,
+d = e~ - e.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qncd.config import check_choice
+from qncd.sampling.corrector import Advance, Corrected, Denoiser
+from qncd.sampling.samplers import StepState
+from qncd.sampling.schedule import Step
+
+KINDS = ("ptqd", "d2dpm")
+OUTLIERS = 4.0  # D2-DPM leaves out pairs further than so many standard deviations from their mean
+LARGEST_CORRELATION = 0.9999
+FIELDS = ("slope", "bias", "residual", "mean_e", "mean_d", "std_e", "std_d", "correlation")
+
+
+@dataclass(frozen=True)
+class OfflineStatistics:
+    """What quantization did to the noise prediction at each of S steps.
+
+    Attributes:
+        slope: (S,) least-squares slope of d - mean(d) on e - mean(e): PTQD's k, before it is cut at 0.
+        bias: (S, C) channel means of d - k e with that k, cut.
+        residual: (S,) standard deviation of (d - k e)/(1 + k), channel means taken out.
+        mean_e, mean_d, std_e, std_d, correlation: (S,) the 2-D Gaussian of (e~, d), outliers left out.
+        images: how many they were made from.
+    """
+
+    slope: Tensor
+    bias: Tensor
+    residual: Tensor
+    mean_e: Tensor
+    mean_d: Tensor
+    std_e: Tensor
+    std_d: Tensor
+    correlation: Tensor
+    images: int
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], str]:
+        """The tensors by name, and the rest as JSON: what a safetensors file holds."""
+        return {name: getattr(self, name).contiguous() for name in FIELDS}, json.dumps({"images": self.images})
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], head: str) -> OfflineStatistics:
+        """The inverse of `to_tensors`. Raises KeyError or JSONDecodeError for something else."""
+        return cls(**{name: tensors[name] for name in FIELDS}, images=json.loads(head)["images"])
+
+
+class OfflineRecorder:
+    """A sampler callback that keeps pairs (e~, e) at every step of the full-precision model's trajectories.
+
+    Args:
+        quantized: the quantized network with the conditions of the batch that is sampled; set anew for each batch.
+        keep: pixels of each image kept for the 2-D Gaussian, evenly spread, which bounds the memory.
+    """
+
+    def __init__(self, keep: int = 4096) -> None:
+        self.quantized: Denoiser | None = None
+        self.keep = keep
+        self.pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, state: StepState) -> None:
+        if self.quantized is None:
+            raise ValueError("the recorder has no quantized network")
+        rough = self.quantized(state.x, state.step.t).flatten(2)  # (N, C, H W)
+        exact = state.eps.flatten(2)
+        stride = max(1, exact.shape[1] * exact.shape[2] // self.keep)
+        pair = (rough[..., ::stride].cpu(), exact[..., ::stride].cpu())
+        self.pairs.setdefault(state.step.index, []).append(pair)
+
+    def statistics(self) -> OfflineStatistics:
+        """Of everything seen. Raises ValueError where nothing was, or steps are missing."""
+        if not self.pairs or sorted(self.pairs) != list(range(len(self.pairs))):
+            raise ValueError("the recorder has not seen every step")
+        rows = []
+        for index in range(len(self.pairs)):
+            rough = torch.cat([pair[0] for pair in self.pairs[index]]).double()  # (N, C, P)
+            exact = torch.cat([pair[1] for pair in self.pairs[index]]).double()
+            rows.append(_ptqd_row(rough, exact) | _gaussian_row(rough, rough - exact))
+        stacked = {name: torch.stack([row[name] for row in rows]).float() for name in FIELDS}
+        return OfflineStatistics(**stacked, images=sum(len(pair[0]) for pair in self.pairs[0]))
+
+
+def _ptqd_row(rough: Tensor, exact: Tensor) -> dict[str, Tensor]:
+    error = rough - exact
+    centred = exact - exact.mean()
+    slope = (centred * (error - error.mean())).sum() / centred.square().sum().clamp(min=1e-30)
+    k = slope.clamp(min=0)
+    rest = error - k * exact  # (N, C, P)
+    bias = rest.mean((0, 2))
+    return {"slope": slope, "bias": bias, "residual": ((rest - bias[:, None]) / (1 + k)).std()}
+
+
+def _gaussian_row(rough: Tensor, error: Tensor) -> dict[str, Tensor]:
+    e, d = rough.flatten(), error.flatten()
+    inside = ((e - e.mean()).abs() <= OUTLIERS * e.std()) & ((d - d.mean()).abs() <= OUTLIERS * d.std())
+    e, d = e[inside], d[inside]
+    std_e, std_d = e.std(), d.std()
+    covariance = ((e - e.mean()) * (d - d.mean())).mean()
+    correlation = covariance / (std_e * std_d).clamp(min=1e-30)
+    return {
+        "mean_e": e.mean(), "mean_d": d.mean(), "std_e": std_e, "std_d": std_d,
+        "correlation": correlation.clamp(-LARGEST_CORRELATION, LARGEST_CORRELATION),
+    }  # fmt: skip
+
+
+class OfflineCorrector:
+    """Corrects every prediction by the statistics of its step; costs no network call.
+
+    ptqd   e' = (e~ - b)/(1 + k), k = max(k, 0); the rest has the variance residual^2 (PTQD, eq. 8 to 12)
+    d2dpm  e' = e~ - m, m = mu_d + rho (sd_d/sd_e)(e~ - mu_e); the rest has sd_d^2 (1 - rho^2) (D2-DPM, eq. 10)
+
+    Args:
+        kind: "ptqd" or "d2dpm".
+        statistics: of the same time steps.
+    """
+
+    def __init__(self, kind: str, statistics: OfflineStatistics) -> None:
+        check_choice("kind", kind, KINDS)
+        self.kind, self.statistics = kind, statistics
+
+    def begin(self, seeds: Sequence[int], device: str) -> None:
+        """Nothing: the statistics hold for every image."""
+
+    def correct(self, step: Step, x: Tensor, eps: Tensor, denoise: Denoiser, advance: Advance) -> Corrected:
+        s, i = self.statistics, step.index
+        if i >= len(s.slope):
+            raise ValueError(f"the offline statistics have {len(s.slope)} steps, none for step {i}: made for another sampler")
+        if self.kind == "ptqd":
+            k = s.slope[i].clamp(min=0).to(eps)
+            return Corrected((eps - s.bias[i].to(eps).view(1, -1, 1, 1)) / (1 + k), s.residual[i].square().to(eps))
+        gain = (s.correlation[i] * s.std_d[i] / s.std_e[i].clamp(min=1e-12)).to(eps)
+        mean = s.mean_d[i].to(eps) + gain * (eps - s.mean_e[i].to(eps))
+        return Corrected(eps - mean, (s.std_d[i].square() * (1 - s.correlation[i].square())).to(eps))

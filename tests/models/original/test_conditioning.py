@@ -1,0 +1,149 @@
+"""Contexts: class embeddings, CLIP's tokens and text model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode, default_bpe
+
+from qncd.models.original.conditioning import (
+    ClassConditioner,
+    TextConditioner,
+    build_class_conditioner,
+    build_text_model,
+    load_text_folder,
+    text_key_map,
+)
+
+SMALL = {"vocab_size": 49408, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+PROMPTS = [
+    "", "a photo of a cat", "A  RED circle,\tabove 3 blue squares!", "isn't it the dog's café?", "naïve 你好 😀 x=1.5; (a)[b]",
+    "supercalifragilisticexpialidocious " * 3, "hello " * 100,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text() -> TextConditioner:
+    torch.manual_seed(0)
+    return TextConditioner(build_text_model(SMALL)).eval().requires_grad_(False)
+
+
+def test_tokens_are_those_of_clip(text: TextConditioner) -> None:
+    reference, end = SimpleTokenizer(), 49407
+    found = text.tokenize(PROMPTS)
+    assert found.shape == (len(PROMPTS), 77)
+    assert found.dtype == torch.int64
+    for prompt, row in zip(PROMPTS, found.tolist(), strict=True):
+        ids = [49406, *reference.encode(prompt)][:76]
+        assert row == ids + [end] * (77 - len(ids)), prompt
+
+
+def test_tokens_are_those_of_transformers_from_files(text: TextConditioner, tmp_path: Path) -> None:
+    """A CLIPTokenizer that reads vocab.json and merges.txt, as those of the published pipelines do."""
+    import gzip
+
+    from transformers import CLIPTokenizer
+
+    lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    letters = list(bytes_to_unicode().values())
+    names = letters + [x + "</w>" for x in letters] + ["".join(line.split()) for line in lines]
+    names += ["<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}))
+    other = TextConditioner(text.text_model, CLIPTokenizer.from_pretrained(tmp_path))
+    assert torch.equal(other.tokenize(PROMPTS), text.tokenize(PROMPTS))
+
+
+def test_a_prompt_that_is_cut_is_said(text: TextConditioner, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="qncd"):
+        text.tokenize(["a cat " * 30])
+        assert caplog.records == []
+        text.tokenize(["cat " * 75 + "dog bird"])
+    assert [record.getMessage().endswith("cut off: 'dog bird'") for record in caplog.records] == [True]
+
+
+def test_contexts(text: TextConditioner) -> None:
+    contexts = text(["a cat", ""])
+    assert contexts.shape == (2, 77, 8)
+    assert torch.allclose(text.unconditional(3), contexts[1:].expand(3, -1, -1), atol=1e-6)
+    assert torch.equal(contexts, text.encode(text.tokenize(["a cat", ""])))
+    assert contexts.mean(-1).abs().max() < 1e-5  # after the final layer norm
+    assert text.tokenize([]).shape == (0, 77)
+    with pytest.raises(ValueError, match="expected a sequence of texts"):
+        text.tokenize("a cat")
+
+
+def test_a_text_model_of_few_tokens_takes_ids_alone() -> None:
+    small = TextConditioner(
+        build_text_model({**SMALL, "vocab_size": 10, "bos_token_id": 8, "eos_token_id": 9, "pad_token_id": 9})
+    )
+    assert small.encode(torch.zeros(1, 77, dtype=torch.int64)).shape == (1, 77, 8)
+    with pytest.raises(ValueError, match="the tokenizer has 49408 tokens, the text model knows 10"):
+        small(["a"])
+    with pytest.raises(ValueError, match="text_config makes no CLIP text model"):
+        build_text_model({"hidden_size": 7, "num_attention_heads": 2})
+
+
+def test_the_default_is_vit_l_14() -> None:
+    with torch.device("meta"):
+        model = build_text_model()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 123_060_480
+    near = Path(__file__).resolve().parents[2] / "data" / "golden"
+    manifest = json.loads((near / "manifest_sd_v1.json").read_text())
+    prefix = "cond_stage_model.transformer."
+    expected = {key.removeprefix(prefix): shape for key, shape in manifest.items() if key.startswith(prefix)}
+    del expected["text_model.embeddings.position_ids"]
+    own = model.state_dict()
+    assert {old: list(own[layout.names[0]].shape) for old, layout in text_key_map().items()} == expected
+
+
+def test_text_folders(text: TextConditioner, tmp_path: Path) -> None:
+    text.text_model.save_pretrained(tmp_path / "text_encoder")
+    text.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = load_text_folder(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    assert torch.equal(loaded(PROMPTS[:3]), text(PROMPTS[:3]))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    # Older folders: half precision, a prefix on each key, position_ids among the weights, a pickle.
+    state = {f"text_model.{key}": value.half() for key, value in text.text_model.state_dict().items()}
+    state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    (tmp_path / "text_encoder" / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "text_encoder" / "pytorch_model.bin")
+    loaded = load_text_folder(tmp_path / "text_encoder", tmp_path / "tokenizer")
+    assert (loaded(["a"]) - text(["a"])).abs().max() < 1e-2
+    del state["text_model.final_layer_norm.bias"]
+    torch.save(state, tmp_path / "text_encoder" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: 1 keys are missing: .*final_layer_norm\.bias"):
+        load_text_folder(tmp_path / "text_encoder", tmp_path / "tokenizer")
+
+
+def test_classes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    classes = build_class_conditioner({"n_classes": 5, "embed_dim": 3, "key": "class_label"}).requires_grad_(False)
+    labels = torch.tensor([0, 4, 2])
+    table = classes.state_dict()["embedding.weight"]
+    assert torch.equal(classes(labels), table[labels][:, None])
+    assert torch.equal(classes.unconditional(2), table[[4, 4]][:, None])
+    assert classes.n_classes == 5
+    for wrong in (-1, 5):
+        with pytest.raises(ValueError, match=rf"classes \[{wrong}\]: allowed are 0 to 4"):
+            classes(torch.tensor([wrong]))
+    classes.save_pretrained(tmp_path / "class_embedder")
+    loaded = ClassConditioner.from_pretrained(tmp_path / "class_embedder")
+    assert torch.equal(loaded(labels), classes(labels))
+    (tmp_path / "class_embedder" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no n_classes and embed_dim"):
+        ClassConditioner.from_pretrained(tmp_path / "class_embedder")
+
+
+@pytest.mark.parametrize(
+    ("params", "message"), [({"n_classes": 5}, "needs embed_dim"), ({"n_classes": 1, "embed_dim": 3}, "n_classes 1, embed_dim 3")]
+)
+def test_class_config_errors(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_class_conditioner(params)
