@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it; imported on first use, so that `import qncd` stays quick.
 _PUBLIC = {
-    "QuantConfig": "qncd.config",
-    "SmoothingConfig": "qncd.config",
-    "CorrectionConfig": "qncd.config",
+    "QuantConfig": "qncd.recipe",
+    "SmoothingConfig": "qncd.recipe",
+    "CorrectionConfig": "qncd.recipe",
     "quantize_": "qncd.quant.convert",
     "calibrate_": "qncd.ptq.calibration",
     "CalibrationSet": "qncd.ptq.calibration",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qncd.config import TRACKING, WIDEST, QuantConfig
+from qncd.recipe import TRACKING, WIDEST, QuantConfig
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from qncd.app import parser as cli
 from qncd.benchmark.peers import PEERS, check_peer
 from qncd.benchmark.plan import DEFAULT_MODES, MODES, UNBIASED_IMAGES, WIDTHS, Plan, can_do, corrects, make_cells
-from qncd.config import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
+from qncd.recipe import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
 
 log = logging.getLogger("qncd")
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,9 +28,9 @@ from qncd.app import parser as cli
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qncd.config import ReconstructionConfig
     from qncd.ptq.blocks import BlockData
     from qncd.ptq.calibration import CalibrationSet
+    from qncd.recipe import ReconstructionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"ddim": "fashion_mnist.yml", "ldm": "fashion_mnist_ldm.yaml"}
@@ -121,9 +121,9 @@ def published_loop(
 def load(model: str, inputs: int, seed: int = 0) -> tuple[Any, CalibrationSet]:
     """The network of a model in the box, and `inputs` calibration inputs along its own trajectories of 20 steps."""
     from qncd.benchmark.subjects import is_latent, load_subject
-    from qncd.config import CalibrationConfig, SamplerConfig
     from qncd.models.loading import load_config
     from qncd.ptq.pipeline import sample_calibration
+    from qncd.recipe import CalibrationConfig, SamplerConfig
 
     config = load_config(ROOT / "configs" / MODELS[model])
     sampler = SamplerConfig(timesteps=20, convention="ldm" if is_latent(config) else "ddim")
@@ -135,18 +135,18 @@ def load(model: str, inputs: int, seed: int = 0) -> tuple[Any, CalibrationSet]:
 
 
 def block_data(unet: Any, reference: Any, name: str, data: CalibrationSet, files: str) -> BlockData:
-    from qncd.config import ReconstructionConfig
     from qncd.distributed import OneProcess
     from qncd.ptq.blocks import collect
+    from qncd.recipe import ReconstructionConfig
 
     return collect(unet, reference, name, data, ReconstructionConfig(), Path(files), OneProcess())
 
 
 def time_model(model: str, rounds: int) -> dict[str, Any]:
     """Seconds of one iteration of every block, ours and published, and their ratio."""
-    from qncd.config import QuantConfig, ReconstructionConfig
     from qncd.ptq.blocks import execution_order, open_layers, reconstruction_units
     from qncd.quant.convert import quantize_
+    from qncd.recipe import QuantConfig, ReconstructionConfig
 
     unet, data = load(model, TIMED_INPUTS)
     quantize_(unet, QuantConfig(4, 8))
@@ -186,7 +186,7 @@ def _times(
 
 def settings_of(name: str, iterations: int) -> ReconstructionConfig:
     """The configuration of "default" or LR:BATCH. Raises ValueError for another text."""
-    from qncd.config import ReconstructionConfig
+    from qncd.recipe import ReconstructionConfig
 
     if name == "default":
         return ReconstructionConfig(iterations)
@@ -212,11 +212,11 @@ def runs_of(settings: list[str], iterations: list[int]) -> list[tuple[int, str]]
 
 def quality(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """Held-out error of chosen blocks against iterations, for each of the settings."""
-    from qncd.config import QuantConfig
     from qncd.ptq.blocks import execution_order, open_layers, reconstruction_units
     from qncd.ptq.stages.reconstruction import _optimize
     from qncd.quant.convert import quantize_
     from qncd.quant.rounding import LearnedRounding
+    from qncd.recipe import QuantConfig
 
     unet, data = load(model, args.inputs)
     quantize_(unet, QuantConfig(4, 8))
@@ -266,10 +266,10 @@ def steps(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     import torch
 
     from qncd.benchmark.plan import parse_width
-    from qncd.config import QuantConfig, ReconstructionConfig
     from qncd.ptq.calibration import calibrate_, call_unet, correct_biases_
     from qncd.ptq.stages.activation_steps import learn_steps_
     from qncd.quant.convert import quantize_
+    from qncd.recipe import QuantConfig, ReconstructionConfig
 
     plain, data = load(model, args.inputs)
     _, unseen = load(model, args.inputs // 2, 1)

@@ -89,10 +89,10 @@ def _inputs(unet: Any, count: int) -> Any:
 
 def _quantized(unet: Any, bits: int = 8) -> Any:
     """W`bits`A8 with every part of the method that a step pays for: smoothing, split, attention."""
-    from qncd.config import QuantConfig
     from qncd.ptq.calibration import calibrate_
     from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
     from qncd.quant.convert import quantize_
+    from qncd.recipe import QuantConfig
 
     config = QuantConfig(weight_bits=bits, weight_range="max", act_range="max")
     factors = smoothing_factors(unet, range(0, 1000, 10))
@@ -131,9 +131,9 @@ def calibration_run(kind: str, samples: int, threads: int | None, queue: Any) ->
     """In a process of its own: a full-precision pass ("fp") or a calibration; puts seconds and MiB of peak growth."""
     import torch
 
-    from qncd.config import QuantConfig
     from qncd.ptq.calibration import calibrate_, call_unet, correct_biases_
     from qncd.quant.convert import quantize_
+    from qncd.recipe import QuantConfig
 
     if threads:
         torch.set_num_threads(threads)

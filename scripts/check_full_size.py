@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qncd.app import parser as cli
-from qncd.config import WEIGHT_RANGES, CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
+from qncd.recipe import WEIGHT_RANGES, CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 2.0  # times the float32 weights

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qncd.app import parser as cli
-from qncd.config import SamplerConfig
+from qncd.recipe import SamplerConfig
 
 if TYPE_CHECKING:
     from qncd.distributed import Processes

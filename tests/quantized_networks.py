@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qncd.config import QuantConfig, SmoothingConfig
 from qncd.ptq.calibration import CalibrationSet, calibrate_
 from qncd.ptq.pipeline import weight_correction
 from qncd.ptq.stages.bit_allocation import free_quantizers
 from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
 from qncd.ptq.stages.smoothing_search import search_smoothing_
 from qncd.quant.convert import quant_layers, quantize_, set_act_bits_
+from qncd.recipe import QuantConfig, SmoothingConfig
 
 TIMES = [1, 251, 501, 751]
 

@@ -20,7 +20,7 @@ MAX_LINES = 400
 
 # From low to high: a module imports from its own layer or from lower ones.
 LAYERS = (
-    ("config", "distributed", "progress", "rng"),
+    ("recipe", "distributed", "progress", "rng"),
     ("io",),
     ("models", "metrics"),
     ("quant",),
@@ -35,17 +35,17 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # Layers that may import less than what lies below them.
 ONLY = {
-    "models": {"config", "rng", "io"},
-    "metrics": {"config", "distributed", "rng", "io"},
-    "quant": {"config", "rng"},
-    "sampling": {"config", "rng"},
+    "models": {"recipe", "rng", "io"},
+    "metrics": {"recipe", "distributed", "rng", "io"},
+    "quant": {"recipe", "rng"},
+    "sampling": {"recipe", "rng"},
 }
 
 # Modules that meet in a protocol only.
 STRANGERS = ("qncd.sampling.samplers", "qncd.sampling.correctors.runtime")
 
 # Everything that `--help` imports; yaml takes 20 ms, torch seconds.
-LIGHT_MODULES = ("qncd", "qncd.config", "qncd.modes", "qncd.app.parser")
+LIGHT_MODULES = ("qncd", "qncd.recipe", "qncd.modes", "qncd.app.parser")
 LIGHT_THIRD_PARTY = {"yaml"}
 HEAVY = (
     "torch",
@@ -173,8 +173,8 @@ def test_layering(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "source", "allowed"),
     [
-        ("qncd.rng", "from qncd.config import Seed", True),
-        ("qncd.config", "import qncd.io.images", False),
+        ("qncd.rng", "from qncd.recipe import Seed", True),
+        ("qncd.recipe", "import qncd.io.images", False),
         ("qncd.io.images", "from qncd.models import registry", False),
         ("qncd.models.original.ddim", "from qncd.io.images import save", True),
         ("qncd.models.original.ddim", "from qncd.metrics.fid import fid", False),

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qncd.config import SamplerConfig
 from qncd.io.images import to_uint8
 from qncd.models.latent import LatentModel, load_latent_model
 from qncd.models.loading import load_config, state_dict_hash
@@ -21,6 +20,7 @@ from qncd.models.original.key_tables import KeyTable
 from qncd.models.original.ldm import ldm_unet_key_map
 from qncd.models.safety import Finisher
 from qncd.ptq.pipeline import Diffusion, fill_up
+from qncd.recipe import SamplerConfig
 from qncd.sampling.guidance import Conditions
 
 log = logging.getLogger("qncd")

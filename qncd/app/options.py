@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from qncd.app import parser as cli
-from qncd.config import TRACKING, CorrectionConfig, QuantConfig, ReconstructionConfig, SamplerConfig, SmoothingConfig
 from qncd.modes import QUANT_MODES
+from qncd.recipe import TRACKING, CorrectionConfig, QuantConfig, ReconstructionConfig, SamplerConfig, SmoothingConfig
 
 RECONSTRUCTION_FLAGS = {
     "iterations": "cali_iters", "lr": "recon_lr", "inputs": "recon_inputs", "memory_gb": "recon_memory", "cache": "recon_cache",

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qncd.config import (
+from qncd.engines.packages import BACKENDS, PRECISIONS
+from qncd.modes import QUANT_MODES
+from qncd.progress import progress_bar as progress_bar  # scripts know it as cli.progress_bar
+from qncd.recipe import (
     CACHES,
     SAMPLE_TYPES,
     SKIP_TYPES,
@@ -21,9 +24,6 @@ from qncd.config import (
     CorrectionConfig,
     ReconstructionConfig,
 )
-from qncd.engines.packages import BACKENDS, PRECISIONS
-from qncd.modes import QUANT_MODES
-from qncd.progress import progress_bar as progress_bar  # scripts know it as cli.progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,6 @@ from typing import Any
 
 from qncd.app import options
 from qncd.app import parser as cli
-from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, ReconstructionConfig, SmoothingConfig
 from qncd.distributed import OneProcess, Processes
 from qncd.engines.packages import check_backend
 from qncd.models.files.unpickle import load_checkpoint
@@ -31,6 +30,7 @@ from qncd.ptq.pipeline import (
 )
 from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_
 from qncd.ptq.stages.bit_allocation import allocate_bits_
+from qncd.recipe import CalibrationConfig, CorrectionConfig, QuantConfig, ReconstructionConfig, SmoothingConfig
 from qncd.sampling.corrector import Corrector
 from qncd.sampling.correctors.registry import OfflineRecord, fits, offline_corrector
 from qncd.sampling.correctors.runtime import NoiseTable, RuntimeNoiseCorrector

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from qncd.benchmark.peers import quantize_with_peer
-from qncd.config import QuantConfig, SmoothingConfig
 from qncd.engines.engine import Arrays, ArraySession, open_engine, openvino_options
 from qncd.engines.onnx.model import FILE, export_unet
 from qncd.engines.openvino_graph import read_network
@@ -31,6 +30,7 @@ from qncd.ptq.stages.bit_allocation import free_quantizers
 from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
 from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.quant.convert import UNet, quantize_, set_act_bits_
+from qncd.recipe import QuantConfig, SmoothingConfig
 
 TIMES = (1, 251, 501, 751)
 NOT_THERE = "{} is not installed: pip install -e '.[peers]'"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qncd.benchmark.peers import PEERS, Peer
-from qncd.config import (
+from qncd.modes import QUANT_MODES, Mode
+from qncd.recipe import (
     TRACKING,
     CalibrationConfig,
     CorrectionConfig,
@@ -21,7 +22,6 @@ from qncd.config import (
     SamplerConfig,
     SmoothingConfig,
 )
-from qncd.modes import QUANT_MODES, Mode
 
 if TYPE_CHECKING:
     from qncd.benchmark.subjects import Subject

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from qncd.app.latent_jobs import PromptEncoder, class_conditions, make_decoder, model_hashes, recommended_scale
-from qncd.config import SamplerConfig
 from qncd.io.images import to_uint8
 from qncd.io.scenes import all_scenes, caption_of, is_held_out, scene_dataset
 from qncd.metrics.networks.features import FashionMnistFeatures
@@ -22,6 +21,7 @@ from qncd.models.latent import load_latent_model
 from qncd.models.loading import load_ddim, state_dict_hash
 from qncd.models.original.conditioning import ClassConditioner
 from qncd.ptq.pipeline import Diffusion
+from qncd.recipe import SamplerConfig
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.schedule import betas_of
 

@@ -14,7 +14,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qncd.config import ReconstructionConfig
 from qncd.distributed import Processes
 from qncd.ptq.activation_store import DTYPES, ActivationStore, CallStore
 from qncd.ptq.calibration import CalibrationSet, call_unet, hooked
@@ -22,6 +21,7 @@ from qncd.quant.convert import UNet
 from qncd.quant.layers import QuantLayer
 from qncd.quant.rounding import reconstruction_loss
 from qncd.quant.stepwise import select_steps
+from qncd.recipe import ReconstructionConfig
 
 BLOCKS = (ResnetBlock2D, Attention, BasicTransformerBlock)  # reconstructed as a whole; other layers one by one
 HELD_OUT = 8  # one input in so many is kept out of the optimization, to judge it by

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qncd.config import check_int
 from qncd.models.files.unpickle import load_checkpoint
 from qncd.quant.convert import UNet, act_quantizers, observing, quant_layers, set_stage
 from qncd.quant.quantizers import ActQuantizer, Stage
+from qncd.recipe import check_int
 from qncd.sampling.samplers import StepState
 
 Progress = Callable[[int, int], None]

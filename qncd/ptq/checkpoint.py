@@ -24,7 +24,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qncd.config import QuantConfig
 from qncd.quant.convert import (
     UNet,
     act_quantizers,
@@ -37,6 +36,7 @@ from qncd.quant.convert import (
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer, make_stepwise, select_steps_on_call
+from qncd.recipe import QuantConfig
 from qncd.sampling.correctors.offline_noise import OfflineStatistics
 from qncd.sampling.correctors.registry import OfflineRecord
 from qncd.sampling.correctors.runtime import NoiseTable

@@ -13,16 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qncd.config import (
-    TRACKING,
-    CalibrationConfig,
-    CorrectionConfig,
-    QuantConfig,
-    ReconstructionConfig,
-    SamplerConfig,
-    SmoothingConfig,
-    check_choice,
-)
 from qncd.distributed import Processes
 from qncd.ptq.calibration import (
     CalibrationCollector,
@@ -42,6 +32,16 @@ from qncd.ptq.stages.smoothing_search import search_smoothing_
 from qncd.ptq.stages.temporal import reconstruct_temporal_, set_all_stepwise_, set_stepwise_ranges_, temporal_layers
 from qncd.quant.convert import UNet, quantize_
 from qncd.quant.layers import QuantLayer
+from qncd.recipe import (
+    TRACKING,
+    CalibrationConfig,
+    CorrectionConfig,
+    QuantConfig,
+    ReconstructionConfig,
+    SamplerConfig,
+    SmoothingConfig,
+    check_choice,
+)
 from qncd.sampling.corrector import Corrector, Denoiser
 from qncd.sampling.correctors.offline_noise import OfflineRecorder, OfflineStatistics
 from qncd.sampling.correctors.registry import OfflineRecord

@@ -22,13 +22,13 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from qncd.config import QuantConfig
 from qncd.models.original.key_tables import Layout, refuse
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import UNet, act_quantizers, quant_layers, quantize_, restored_on_error, set_stage, skip_boundaries
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import ActQuantizer, Stage
+from qncd.recipe import QuantConfig
 
 _QUANTIZER = re.compile(r"(.+)\.(weight_quantizer|act_quantizer)(_0)?\.(delta|zero_point|alpha)")
 _OPERAND = re.compile(r"(.+?)(\.attention\.[^.]+)?\.act_quantizer_([qkvw])\.(delta|zero_point)")

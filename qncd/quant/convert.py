@@ -13,11 +13,11 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from qncd.config import QuantConfig
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor, check_supported
 from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
 from qncd.quant.quantizers import ActQuantizer, Stage
+from qncd.recipe import QuantConfig
 
 UNet = UNet2DModel | UNet2DConditionModel
 EDGE_LAYERS = ("conv_in", "conv_out")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qncd.config import check_int
 from qncd.quant.layers import QuantLayer
+from qncd.recipe import check_int
 
 ZETA, GAMMA = 1.1, -0.1  # the rectified sigmoid reaches 0 and 1 at finite alpha
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qncd.config import SamplerConfig
+from qncd.recipe import SamplerConfig
 from qncd.rng import ImageNoise
 from qncd.sampling.corrector import Corrected, Corrector, Denoiser, Tentative
 from qncd.sampling.schedule import Step

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qncd.config import SamplerConfig, check_choice
+from qncd.recipe import SamplerConfig, check_choice
 
 
 def linear_betas(beta_start: float, beta_end: float, num_train_timesteps: int) -> np.ndarray:

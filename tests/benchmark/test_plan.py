@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qncd.benchmark.plan import Cell, Plan
-from qncd.config import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
+from qncd.recipe import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
 
 
 def plan(out: Path) -> Plan:

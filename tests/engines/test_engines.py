@@ -11,7 +11,6 @@ import pytest
 import torch
 from quantized_networks import TIMES, assert_same_in_integers, call, inputs, prepared
 
-from qncd.config import QuantConfig
 from qncd.engines.engine import open_engine, openvino_options
 from qncd.engines.onnx.model import FILE, check_fits, export_unet, is_current, read_onnx
 from qncd.engines.openvino_graph import expand_group_norms_, multiply_codes_, raise_scalars_, read_network
@@ -20,6 +19,7 @@ from qncd.models.loading import load_config, load_ddim
 from qncd.ptq.calibration import CalibrationSet
 from qncd.ptq.stages.temporal import set_all_stepwise_, set_stepwise_ranges_
 from qncd.quant.convert import act_quantizers, quantize_
+from qncd.recipe import QuantConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("onnxruntime", "openvino")

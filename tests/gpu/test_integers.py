@@ -14,7 +14,6 @@ from quantized_networks import TIMES, assert_same_in_integers, call, inputs, pre
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qncd.config import QuantConfig
 from qncd.engines.engine import EngineUNet, open_triton
 from qncd.engines.packages import check_backend
 from qncd.models.loading import load_config, load_ddim
@@ -24,6 +23,7 @@ from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import quant_layers, quantize_
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.quantizers import Stage
+from qncd.recipe import QuantConfig
 
 pytest.importorskip("triton")
 from qncd.engines.triton import kernels

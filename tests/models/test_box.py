@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from qncd.benchmark.subjects import load_subject
-from qncd.config import SamplerConfig
 from qncd.models.loading import load_config
 from qncd.ptq.evaluation import sample_images
+from qncd.recipe import SamplerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "qncd" / "assets"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qncd.config import CalibrationConfig, QuantConfig, SamplerConfig
 from qncd.ptq.calibration import (
     CalibrationCollector,
     CalibrationSet,
@@ -21,6 +20,7 @@ from qncd.ptq.calibration import (
 from qncd.ptq.pipeline import Diffusion, sample_calibration
 from qncd.quant.convert import act_quantizers, quant_layers, quantize_
 from qncd.quant.quantizers import Stage
+from qncd.recipe import CalibrationConfig, QuantConfig, SamplerConfig
 from qncd.sampling.samplers import StepState
 from qncd.sampling.schedule import Step, linear_betas
 

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qncd.config import QuantConfig, SamplerConfig
 from qncd.ptq import checkpoint
 from qncd.ptq.calibration import CalibrationSet, calibrate_, correct_biases_
 from qncd.ptq.checkpoint import load_quantized_, pack4, peek_quantized, save_quantized, unpack4
 from qncd.ptq.pipeline import Diffusion, weight_correction
 from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
 from qncd.quant.convert import quant_layers, quantize_
+from qncd.recipe import QuantConfig, SamplerConfig
 from qncd.sampling.correctors.runtime import TABLE_TENSORS, NoiseTable
 from qncd.sampling.schedule import linear_betas
 

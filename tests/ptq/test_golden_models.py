@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qncd.config import SamplerConfig
 from qncd.models.latent import LatentModel, load_latent_model
 from qncd.models.loading import load_config
 from qncd.models.original.conditioning import ClassConditioner, TextConditioner
 from qncd.ptq.pipeline import Diffusion
+from qncd.recipe import SamplerConfig
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.samplers import StepState, sample_ddim, sample_plms
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qncd.config import CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
 from qncd.ptq.calibration import CalibrationSet
 from qncd.ptq.pipeline import Diffusion, quantize_with_, record_noise_table, sample_calibration
 from qncd.quant.convert import act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
+from qncd.recipe import CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
 from qncd.sampling.correctors.runtime import TABLE_TENSORS, NoiseTable, RuntimeNoiseCorrector
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.schedule import linear_betas

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qncd.config import QuantConfig
 from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.loading import load_config, load_ddim
 from qncd.models.original.compvis import load_ldm_unet
@@ -23,6 +22,7 @@ from qncd.ptq.checkpoint import load_quantized_, save_quantized
 from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_
 from qncd.quant.convert import act_quantizers, quant_layers, set_stage
 from qncd.quant.quantizers import Stage
+from qncd.recipe import QuantConfig
 
 from ..conftest import FAR
 

@@ -12,11 +12,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from qncd.config import QuantConfig
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import act_quantizers, observing, quant_layers, quantize_, set_stage, skip_boundaries
 from qncd.quant.layers import QuantConv2d, QuantLinear
 from qncd.quant.quantizers import Stage
+from qncd.recipe import QuantConfig
 
 MAX = {"weight_range": "max", "act_range": "max"}
 

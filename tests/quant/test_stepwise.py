@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from qncd.config import QuantConfig
 from qncd.ptq.calibration import CalibrationSet, calibrate_
 from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.quant.affine import IntegerRange
 from qncd.quant.convert import act_quantizers, quantize_
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer, interpolated, make_stepwise, nearest_steps, select_steps_on_call
+from qncd.recipe import QuantConfig
 
 CODES = IntegerRange(8, False)
 TIMES = torch.tensor([0, 100, 200, 400])

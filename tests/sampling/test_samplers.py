@@ -15,8 +15,8 @@ import yaml
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from qncd.config import SamplerConfig
 from qncd.models.loading import load_ddim
+from qncd.recipe import SamplerConfig
 from qncd.rng import CORRECTOR_STREAM, ImageNoise
 from qncd.sampling.corrector import Advance, Corrected, Denoiser
 from qncd.sampling.correctors.runtime import estimate_noise, is_due

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qncd.config import SamplerConfig
+from qncd.recipe import SamplerConfig
 from qncd.sampling.samplers import ddim_step, ddpm_step
 from qncd.sampling.schedule import alphas_cumprod, betas_of, ddim_timesteps, linear_betas, make_steps
 

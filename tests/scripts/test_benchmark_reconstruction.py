@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from qncd.config import QuantConfig, ReconstructionConfig
 from qncd.ptq.blocks import open_layers
 from qncd.ptq.calibration import CalibrationSet
 from qncd.ptq.stages import reconstruction
 from qncd.quant.convert import quantize_
 from qncd.quant.rounding import LearnedRounding
+from qncd.recipe import QuantConfig, ReconstructionConfig
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_reconstruction.py"
 

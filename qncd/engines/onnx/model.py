@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qncd import __version__
-from qncd.config import QuantConfig
 from qncd.engines.packages import require
 from qncd.models.loading import state_dict_hash
 from qncd.quant.convert import UNet, act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
+from qncd.recipe import QuantConfig
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,7 +51,7 @@ class OnnxInfo:
         return {
             "qncd.format": FORMAT,
             "qncd.version": __version__,
-            "qncd.config": json.dumps(self.config and dataclasses.asdict(self.config)),
+            "qncd.recipe": json.dumps(self.config and dataclasses.asdict(self.config)),
             "qncd.base_hash": self.base_hash,
             "qncd.network_hash": self.network_hash,
             "qncd.settings": json.dumps(self.settings),
@@ -70,7 +70,7 @@ class OnnxInfo:
                 f"{source}: format {metadata.get('qncd.format')!r}; allowed is {FORMAT}, as scripts/export.py writes it"
             )
         try:
-            config = json.loads(metadata["qncd.config"])
+            config = json.loads(metadata["qncd.recipe"])
             settings = json.loads(metadata["qncd.settings"])
             quantized = None if config is None else QuantConfig(**config)
             return cls(quantized, metadata["qncd.base_hash"], metadata["qncd.network_hash"], settings)

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qncd.config import ReconstructionConfig
 from qncd.distributed import OneProcess, Processes
 from qncd.ptq.blocks import BlockData, collect, execution_order, multiplications, reconstruction_units
 from qncd.ptq.calibration import CalibrationSet
@@ -27,6 +26,7 @@ from qncd.quant.convert import UNet
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.rounding import backpropagate
 from qncd.quant.stepwise import StepwiseActQuantizer
+from qncd.recipe import ReconstructionConfig
 
 NORM = 2.4  # exponent of the loss, as in Q-Diffusion's code
 CHECKS = 10  # times that the held-out error is looked at on the way

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qncd.config import WIDEST, QuantConfig
 from qncd.ptq.calibration import CalibrationSet, Progress, hooked, named, observe_
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.convert import EDGE_LAYERS, act_quantizers, quant_layers, set_act_bits_
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer
+from qncd.recipe import WIDEST, QuantConfig
 from qncd.sampling.corrector import Denoiser
 from qncd.sampling.guidance import Conditions
 

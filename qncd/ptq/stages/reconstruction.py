@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qncd.config import ReconstructionConfig
 from qncd.distributed import OneProcess, Processes
 from qncd.ptq.blocks import (
     BlockData,
@@ -37,6 +36,7 @@ from qncd.ptq.calibration import CalibrationSet
 from qncd.quant.convert import UNet, quant_layers
 from qncd.quant.layers import QuantLayer
 from qncd.quant.rounding import LearnedRounding, learn_roundings_
+from qncd.recipe import ReconstructionConfig
 
 BlockProgress = Callable[[int, int, float], None]  # (blocks done, blocks in all, seconds left)
 ACT_FIELDS = ("act_iterations", "act_lr")  # of ReconstructionConfig: no part of what the weights depend on

@@ -17,9 +17,9 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from qncd.config import SmoothingConfig
 from qncd.quant.convert import UNet
 from qncd.quant.layers import QuantLayer
+from qncd.recipe import SmoothingConfig
 
 
 def normalized_embedding(emb: Tensor, groups: int, eps: float) -> Tensor:

@@ -13,12 +13,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qncd.config import ReconstructionConfig
 from qncd.ptq.stages.smoothing import time_embeddings
 from qncd.quant.convert import UNet, replace_quantizers_
 from qncd.quant.layers import QuantLayer
 from qncd.quant.rounding import LearnedRounding, learn_roundings_, reconstruction_loss
 from qncd.quant.stepwise import StepwiseActQuantizer, make_stepwise, select_steps_on_call
+from qncd.recipe import ReconstructionConfig
 
 
 class TemporalPath(nn.Module):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qncd.config import check_choice
+from qncd.recipe import check_choice
 from qncd.sampling.corrector import Advance, Corrected, Denoiser
 from qncd.sampling.samplers import StepState
 from qncd.sampling.schedule import Step

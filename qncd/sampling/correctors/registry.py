@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from qncd.config import TRACKING, check_choice
+from qncd.recipe import TRACKING, check_choice
 from qncd.sampling.corrector import Corrector
 from qncd.sampling.correctors import offline_noise
 from qncd.sampling.correctors.offline_noise import OfflineCorrector, OfflineStatistics

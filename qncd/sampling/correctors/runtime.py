@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qncd.config import CorrectionConfig
+from qncd.recipe import CorrectionConfig
 from qncd.rng import CORRECTOR_STREAM, ImageNoise
 from qncd.sampling.corrector import Advance, Corrected, Denoiser
 from qncd.sampling.schedule import Step

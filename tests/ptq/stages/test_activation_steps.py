@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qncd.config import QuantConfig, ReconstructionConfig, SamplerConfig
 from qncd.ptq.calibration import CalibrationSet, calibrate_
 from qncd.ptq.checkpoint import load_quantized_, save_quantized
 from qncd.ptq.pipeline import Diffusion, quantize_with_
@@ -20,6 +19,7 @@ from qncd.quant.affine import IntegerRange
 from qncd.quant.convert import act_quantizers, quantize_
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer
+from qncd.recipe import QuantConfig, ReconstructionConfig, SamplerConfig
 from qncd.sampling.schedule import linear_betas
 
 FAST = ReconstructionConfig(iterations=1, batch_size=16, inputs=None, act_iterations=100)

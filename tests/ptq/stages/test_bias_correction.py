@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qncd.config import QuantConfig
 from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet, correct_biases_
 from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.quant.convert import quant_layers, quantize_
+from qncd.recipe import QuantConfig
 
 CONFIG = QuantConfig(3, 4, act_range="max", weight_range="max")
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qncd.config import QuantConfig, SamplerConfig
 from qncd.ptq.calibration import CalibrationSet, hooked
 from qncd.ptq.checkpoint import load_quantized_, peek_quantized, save_quantized
 from qncd.ptq.pipeline import Diffusion, quantize_with_, set_stepwise_
@@ -20,6 +19,7 @@ from qncd.ptq.stages import bit_allocation
 from qncd.ptq.stages.bit_allocation import SEED_BASE, allocate_bits_, best_widths, free_quantizers, sample_errors
 from qncd.quant.convert import act_quantizers, quant_layers, quantize_, set_act_bits_
 from qncd.quant.quantizers import ActQuantizer
+from qncd.recipe import QuantConfig, SamplerConfig
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.schedule import linear_betas
 

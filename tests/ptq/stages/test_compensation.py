@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qncd.config import QuantConfig, ReconstructionConfig, SamplerConfig
 from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet, correct_biases_
 from qncd.ptq.pipeline import Diffusion, quantize_with_, weight_correction
 from qncd.ptq.stages import compensation
@@ -17,6 +16,7 @@ from qncd.ptq.stages.compensation import compensate_
 from qncd.quant.affine import IntegerRange
 from qncd.quant.convert import quant_layers, quantize_
 from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLinear
+from qncd.recipe import QuantConfig, ReconstructionConfig, SamplerConfig
 from qncd.sampling.schedule import linear_betas
 
 CONFIG = QuantConfig(3, 4, gptq=True)

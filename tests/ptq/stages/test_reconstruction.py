@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qncd.config import QuantConfig, ReconstructionConfig
 from qncd.ptq.activation_store import ActivationStore
 from qncd.ptq.blocks import execution_order, multiplications, reconstruction_units
 from qncd.ptq.calibration import CalibrationSet
 from qncd.ptq.stages.reconstruction import TimeLeft, reconstruct_
 from qncd.quant.convert import quant_layers, quantize_
+from qncd.recipe import QuantConfig, ReconstructionConfig
 
 FAST = ReconstructionConfig(iterations=60, batch_size=16, inputs=None)
 

@@ -22,11 +22,11 @@ def reconstruct(folder: Path, devices: int, broken: bool) -> None:
     """Quantize a tiny network with both phases and write codes, scales and errors; run by every process."""
     from diffusers.models.unets.unet_2d import UNet2DModel
 
-    from qncd.config import QuantConfig, ReconstructionConfig
     from qncd.ptq.calibration import CalibrationSet, calibrate_
     from qncd.ptq.stages.activation_steps import learn_steps_
     from qncd.ptq.stages.reconstruction import reconstruct_
     from qncd.quant.convert import act_quantizers, quant_layers, quantize_
+    from qncd.recipe import QuantConfig, ReconstructionConfig
 
     processes = start_processes("cpu", devices)
     torch.manual_seed(0)

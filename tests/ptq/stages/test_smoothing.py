@@ -11,11 +11,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from torch.nn import functional as F
 
-from qncd.config import QuantConfig, SmoothingConfig
 from qncd.ptq.stages.smoothing import additive_factors, normalized_embedding, scale_shift_factors, smooth_, smoothing_factors
 from qncd.quant.affine import IntegerRange
 from qncd.quant.convert import quant_layers, quantize_
 from qncd.quant.layers import LayerConfig, QuantConv2d
+from qncd.recipe import QuantConfig, SmoothingConfig
 
 TIMES = list(range(0, 1000, 90))
 KINDS = {"additive": "default", "scale_shift": "scale_shift"}

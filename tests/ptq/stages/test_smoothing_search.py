@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from qncd.config import QuantConfig
 from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet
 from qncd.ptq.stages import smoothing_search
 from qncd.ptq.stages.compensation import compensate_
 from qncd.ptq.stages.smoothing import smooth_
 from qncd.ptq.stages.smoothing_search import STRENGTHS, channel_ratios, search_smoothing_
 from qncd.quant.convert import quant_layers, quantize_
+from qncd.recipe import QuantConfig
 
 from .test_compensation import errors, inputs
 

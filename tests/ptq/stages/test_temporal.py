@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from qncd.config import CalibrationConfig, QuantConfig, ReconstructionConfig, SamplerConfig
 from qncd.ptq.calibration import CalibrationSet, calibrate_
 from qncd.ptq.checkpoint import load_quantized_, save_quantized
 from qncd.ptq.pipeline import Diffusion, quantize_with_, sample_calibration
 from qncd.ptq.stages.temporal import TemporalPath, reconstruct_temporal_, set_stepwise_ranges_, temporal_layers
 from qncd.quant.convert import quant_layers, quantize_
 from qncd.quant.stepwise import StepwiseActQuantizer
+from qncd.recipe import CalibrationConfig, QuantConfig, ReconstructionConfig, SamplerConfig
 from qncd.sampling.schedule import linear_betas
 
 TIMES = [1, 201, 401, 601, 801]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qncd.config import SamplerConfig
+from qncd.recipe import SamplerConfig
 from qncd.rng import ImageNoise
 from qncd.sampling.correctors.offline_noise import KINDS, OfflineCorrector, OfflineRecorder, OfflineStatistics
 from qncd.sampling.samplers import reduced_sigma, sample_ddim

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qncd.config import CorrectionConfig, SamplerConfig
+from qncd.recipe import CorrectionConfig, SamplerConfig
 from qncd.rng import CORRECTOR_STREAM, ImageNoise
 from qncd.sampling.corrector import Corrected, Tentative
 from qncd.sampling.correctors.runtime import (

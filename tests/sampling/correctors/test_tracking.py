@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qncd.config import SamplerConfig
+from qncd.recipe import SamplerConfig
 from qncd.sampling.correctors.registry import offline_corrector
 from qncd.sampling.correctors.tracking import SURE, TrackingCorrector, TrackingFilters, TrackingFitter, filtered, fit_filter
 from qncd.sampling.samplers import sample
