@@ -247,3 +247,18 @@ class CalibrationConfig:
         for name in ("samples", "steps", "batch_size"):
             check_int(name, getattr(self, name), 1)
         check_int("seed", self.seed, 0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    mode: str = "qncd"
+    quant: QuantConfig = QuantConfig()
+    smoothing: SmoothingConfig | None = None
+    reconstruction: ReconstructionConfig | None = None
+    correction: CorrectionConfig | None = None
+    offline: str | None = None
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    @property
+    def controlled(self) -> CorrectionConfig | None:
+        return self.correction if self.correction and (self.correction.control or self.correction.shrink) else None

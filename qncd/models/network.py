@@ -29,8 +29,8 @@ FAMILIES: dict[str, str] = {
 }
 TIME_NAMES = ("timestep", "timesteps", "t", "time")  # of the argument that a network's forward has for the time step
 PLAIN = (
-    "%s has no family here: its convolutions and linear layers are quantized one by one, without shortcut splits, embedding-derived "
-    "smoothing, quantized attention products or blocks that are reconstructed as a whole"
+    "%s has no family here: its convolutions and linear layers are quantized one by one, without shortcut splits, smoothing by "
+    "the embedding, quantized attention products or blocks that are reconstructed as a whole"
 )
 
 
@@ -65,7 +65,7 @@ class TimePath:
     module: nn.Module
     embedding: Any
     nonlinearity: Any
-    projections: dict[str, nn.Module]
+    projections: Mapping[str, nn.Module]
 
     def sinusoid(self, times: Sequence[int]) -> Tensor:
         """(S,) -> (S, C) on the network's device, in its dtype."""
@@ -174,7 +174,7 @@ class Network:
             else:
                 other.append(f"{name} ({type(layer).__name__})")
         if other:
-            log.warning("%d layers compute what is not known here and stay in floating point: %s", len(other), _few(other))
+            log.warning("%d layers compute what is not known here and stay in floating point: %s", len(other), few(other))
         return found
 
     def edges(self) -> tuple[str, ...]:
@@ -292,5 +292,5 @@ def _nested(inputs: Inputs) -> dict[str, Any]:
     return {name: listed(value) for name, value in nest.items()}
 
 
-def _few(names: Sequence[str], most: int = 5) -> str:
+def few(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

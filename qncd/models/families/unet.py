@@ -1,4 +1,4 @@
-"""diffusers' UNet2DModel and UNet2DConditionModel: residual blocks that the time embedding enters, skip concatenations, attention."""
+"""diffusers' UNet2DModel and UNet2DConditionModel: residual blocks with a time embedding, skip concatenations, attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from qncd.models.network import Inputs, Network, TimePath, _few
+from qncd.models.network import Inputs, Network, TimePath, few
 from qncd.models.stretch import additive_factors, scale_shift_factors
 
 log = logging.getLogger("qncd")
@@ -93,7 +93,7 @@ class UNet(Network):
                 other.append(f"{name} ({type(processor).__name__})")
         if other:
             log.warning(
-                "%d attention products compute what is not known here and stay in floating point: %s", len(other), _few(other)
+                "%d attention products compute what is not known here and stay in floating point: %s", len(other), few(other)
             )
         return found
 
