@@ -213,7 +213,7 @@ class CalibrationCollector:
         # The middle of each of `steps` equal parts: neither end of the trajectory is favoured.
         self.kept = {(2 * i + 1) * total_steps // (2 * steps) for i in range(steps)}
         self.inputs: dict[int, list[Tensor]] = {}  # by the step's index: spacings may visit a time step twice
-        self.times: dict[int, int] = {}
+        self.times: dict[int, float] = {}
 
     def __call__(self, state: StepState) -> None:
         if state.step.index in self.kept:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +14,16 @@ from torch import Tensor
 from qncd.models.network import Network
 from qncd.ptq.context import Monitor, copied, silent
 from qncd.ptq.data import CalibrationCollector, CalibrationSet
-from qncd.recipe import CalibrationConfig
+from qncd.recipe import CalibrationConfig, SamplerConfig
 from qncd.sampling.corrector import Corrector, Denoiser, Recorder, See
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.samplers import Callback, StepState
+from qncd.sampling.scheduler import process_of
 
 # Seeds of calibration images: far from those that users number their images with.
 CALIBRATION_SEED_BASE = 1 << 40
+STEPS = 20  # of a bare denoiser's scheduler, where nobody says
 TRACKING_SEED_BASE = 1 << 41  # and from calibration's: what a network was fitted to says less about its errors
 
 
@@ -55,7 +59,7 @@ class DiffusionRuns:
         return self.diffusion.network
 
     @property
-    def times(self) -> tuple[int, ...]:
+    def times(self) -> tuple[float, ...]:
         """The time steps that the sampler visits."""
         return tuple(self.diffusion.times)
 
@@ -142,3 +146,72 @@ class DiffusionRuns:
                     begin(part)
                 diffusion.sample(range(first, first + count), corrector, callback, conditions=part)
                 update(start + count, self.config.samples)
+
+
+class BareRuns:
+    """Runs of a bare denoiser whose inputs are given; with a scheduler, our DDIM at its time steps makes the runs.
+
+    Implements `qncd.ptq.pipeline.CalibrationRuns`. Conditions are those of the given inputs, as far as they are one for each
+    trajectory.
+
+    Args:
+        network: full precision.
+        data: the calibration set.
+        config: how large the batches are.
+        scheduler: of diffusers; None for none.
+        steps: of the scheduler; by default 20.
+    """
+
+    def __init__(
+        self, network: Network, data: CalibrationSet, config: CalibrationConfig, scheduler: Any = None, steps: int | None = None
+    ) -> None:
+        self.network, self.data, self.samples = network, data, min(config.samples, len(data))
+        self.diffusion: Diffusion | None = None
+        self.conditions: Conditions | None = None
+        self.times: tuple[float, ...] = tuple(dict.fromkeys(sorted(data.t.tolist(), reverse=True)))
+        self._runs: DiffusionRuns | None = None
+        if scheduler is None:
+            return
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(steps or STEPS)
+        process = process_of(scheduler)
+        if process is None or process.times is None:
+            raise ValueError(
+                f"{type(scheduler).__name__}: says no noise levels; allowed are schedulers with alphas_cumprod or flow"
+            )
+        self.times = process.times
+        rows = {name: value[torch.arange(self.samples) % len(value)] for name, value in data.inputs.items()}
+        self.conditions = Conditions(rows) if rows else None
+        lane = min(16, self.samples)
+        self.diffusion = Diffusion(network, process, SamplerConfig(), tuple(data.x.shape[1:]), lane)
+        size = config.batch_size or lane
+        self._runs = DiffusionRuns(
+            self.diffusion, dataclasses.replace(config, samples=self.samples, batch_size=size), self.conditions
+        )
+
+    def calibration_set(self, recorder: Recorder | None = None, model_hash: str | None = None) -> CalibrationSet:
+        """The given one; `recorder` watches a run."""
+        if recorder is not None:
+            self.record(recorder)
+        return self.data
+
+    def keep_reference(self) -> None:
+        """Keep the full-precision network, before it is quantized."""
+        self._made().keep_reference()
+
+    def record(self, recorder: Recorder) -> None:
+        self._made().record(recorder)
+
+    def compare(self, see: See) -> None:
+        self._made().compare(see)
+
+    def trajectory(self, samples: int) -> list[Tensor]:
+        return self._made().trajectory(samples)
+
+    def follow(self, corrector: Corrector, samples: int) -> None:
+        self._made().follow(corrector, samples)
+
+    def _made(self) -> DiffusionRuns:
+        if self._runs is None:
+            raise ValueError("a bare denoiser has no sampler: give scheduler=")
+        return self._runs

@@ -12,7 +12,7 @@ from qncd.recipe import Recipe
 from qncd.sampling.schedule import Step
 
 # A network call: x (N, C, H, W) and a time step -> noise prediction (N, C, H, W).
-Denoiser = Callable[[Tensor, int], Tensor]
+Denoiser = Callable[[Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Diffusion:
         return make_steps(self.config, self.process)
 
     @property
-    def times(self) -> list[int]:
+    def times(self) -> list[float]:
         """The time steps that it visits, the noisiest first."""
         return [step.t for step in self.steps]
 
@@ -75,12 +75,12 @@ class Diffusion:
             half_uncond, half_cond = network.predict(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
             return guide(half_uncond, half_cond, part.scale)
 
-        def denoise(x: Tensor, t: int) -> Tensor:
+        def denoise(x: Tensor, t: float) -> Tensor:
             with torch.autocast(x.device.type, enabled=self.precision == "autocast"):
                 output = in_lanes(x, t).float()
             return output if network.prediction == "epsilon" else noise_of(network.prediction, output, x, *self.process.at(t))
 
-        def in_lanes(x: Tensor, t: int) -> Tensor:
+        def in_lanes(x: Tensor, t: float) -> Tensor:
             filler = -len(x) % lane
             padded, all_of = fill_up(x, filler), None if given is None else _filled(given[: len(x)], filler)
             times = torch.full((lane,), t, device=x.device)

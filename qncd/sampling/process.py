@@ -22,11 +22,13 @@ class Process:
     Attributes:
         alpha, sigma: (T,) float64.
         betas: (T,) variances of a variance-preserving process, where it was given by them; else None.
+        times: time steps that a scheduler visits, the noisiest first, where that decides and not a sampler's configuration.
     """
 
     alpha: np.ndarray
     sigma: np.ndarray
     betas: np.ndarray | None = None
+    times: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.alpha)
@@ -52,8 +54,8 @@ class Process:
 
     @classmethod
     def rectified_flow(cls, steps: int = 1000) -> Process:
-        """alpha = 1 - t, sigma = t with t = (i + 1) / T (rectified flow, arXiv 2209.03003)."""
-        t = np.arange(1, steps + 1, dtype=np.float64) / steps
+        """alpha = 1 - t / T, sigma = t / T for the time steps t = 0 to T (rectified flow, arXiv 2209.03003)."""
+        t = np.arange(steps + 1, dtype=np.float64) / steps
         return cls(1 - t, t)
 
     def at(self, t: float) -> tuple[float, float]:

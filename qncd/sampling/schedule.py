@@ -76,8 +76,8 @@ class Step:
     """
 
     index: int
-    t: int
-    t_prev: int
+    t: float
+    t_prev: float
     alpha: float
     noise: float
     alpha_prev: float
@@ -102,8 +102,12 @@ def make_steps(config: SamplerConfig, process: Process) -> list[Step]:
     DDIM: sigma = eta (sigma_p / sigma_t) sqrt(sigma_t^2 - r^2 sigma_p^2), r = alpha_t / alpha_p (arXiv 2010.02502, eq. 16).
     DDPM: sigma^2 = 1 - abar_t/abar_p (the "fixed large" variance), 0 at t = 0; of variance-preserving processes.
     """
-    times = ddim_timesteps(config.skip_type, config.timesteps, len(process), config.convention)
-    end, steps = 0 if config.convention == "ldm" else -1, []
+    if process.times is not None:
+        times: list[float] = sorted(set(process.times))
+    else:
+        times = [*ddim_timesteps(config.skip_type, config.timesteps, len(process), config.convention)]
+    end = 0 if config.convention == "ldm" and process.times is None else -1
+    steps: list[Step] = []
     for index, (t, t_prev) in enumerate(zip(reversed(times), reversed([end, *times[:-1]]), strict=True)):
         (alpha, noise), (alpha_prev, noise_prev) = process.at(t), process.at(t_prev)
         step = Step(index, t, t_prev, alpha, noise, alpha_prev, noise_prev, 0.0, 0.0)

@@ -173,7 +173,7 @@ def sample_errors(
 def _step_by_step(denoise: Denoiser) -> Denoiser:
     """The denoiser, whose activations are computed anew when its gradients are: those of one step are held at a time."""
 
-    def checkpointed(x: Tensor, t: int) -> Tensor:
+    def checkpointed(x: Tensor, t: float) -> Tensor:
         x = x if x.requires_grad else x.detach().requires_grad_()  # the first: a re-entrant checkpoint needs one that does
         result: Tensor = checkpoint(denoise, x, t, use_reentrant=True)
         return result
