@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from qncd.app import console
+
 ROOT = Path(__file__).resolve().parents[1]
+COMMAND = rf"(?:python (?:scripts/\w+|tools/\w+|evaluator)\.py|qncd (?:{'|'.join(console.COMMANDS)}) )[^\n`|]*"
 
 
 def commands() -> list[str]:
     found = []
     for path in [ROOT / "README.md", *sorted((ROOT / "configs").iterdir())]:
         text = re.sub(r"\\\n[# ]*", " ", path.read_text())
-        for match in re.finditer(r"python (?:scripts/\w+|evaluator)\.py[^\n`|]*", text):
-            found += [part.strip() for part in match[0].split("&&") if part.strip().startswith("python ")]
+        for match in re.finditer(COMMAND, text):
+            found += [part.strip() for part in match[0].split("&&") if re.match(COMMAND, part.strip())]
     return sorted(set(found))
 
 
@@ -31,6 +34,9 @@ def test_the_readme_has_commands() -> None:
 @pytest.mark.parametrize("command", commands())
 def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command)[1:]
+    if command.startswith("qncd "):
+        console.parse(words)
+        return
     script = ROOT / words[0]
     assert script.is_file(), words[0]
     monkeypatch.setattr(sys, "argv", words)

@@ -129,8 +129,11 @@ class SamplingJob:
         grid: bool = True,
         key_table: KeyTable | None = None,
     ) -> None:
-        """The whole run: the full-precision images where they are compared with, the quantized ones, sheets and figures."""
-        if args.compare_fp:
+        """The whole run: the full-precision images where they are compared with, the quantized ones, sheets and figures.
+
+        Without images in the plan it ends with the quantized network.
+        """
+        if args.compare_fp and self.plan.count:
             self.sample_images(diffusion, "fp", None, "FP32")
         corrector = None
         if wanted.quant:
@@ -138,6 +141,10 @@ class SamplingJob:
                 args, wanted, diffusion, base_hash, self.run.folder, calibration_conditions, key_table, self.processes
             )
             self.figures["calibration_seconds"] = seconds
+        if not self.plan.count:
+            if self.processes.is_first:
+                self.run.finish(**self.figures)
+            return
         if args.backend != "torch":
             start = time.perf_counter()
             diffusion = on_engine(args, wanted, diffusion, base_hash, self.run.folder / "onnx")

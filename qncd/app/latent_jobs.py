@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qncd.io.images import to_uint8
+from qncd.models.configs import config_beside
 from qncd.models.latent import LatentModel, load_latent_model
 from qncd.models.loading import load_config, state_dict_hash
 from qncd.models.original.conditioning import ClassConditioner, TextConditioner
@@ -47,12 +48,7 @@ def find_model(config: Path | None, ckpt: str | None, default_config: Path) -> t
         if not path.is_dir() and path.suffix in (".ckpt", ".pt", ".pth", ".safetensors"):
             raise FileNotFoundError(f"{ckpt}: no such checkpoint")
         return None, ckpt
-    candidates = (
-        [path.with_name("config.yaml")] if path.with_name("config.yaml").is_file() else sorted(path.parent.glob("*.yaml"))
-    )
-    if len(candidates) != 1:
-        raise ValueError(f"{path}: which yaml describes it? {len(candidates)} lie beside it: name one with --config")
-    return load_config(candidates[0]), str(path)
+    return load_config(config_beside(path)), str(path)
 
 
 def load_model(args: argparse.Namespace, default_config: Path, device: str) -> tuple[LatentModel, dict[str, Any] | None]:

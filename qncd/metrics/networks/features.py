@@ -146,7 +146,7 @@ class FashionMnistFeatures:
     Its numbers compare models of this data set with each other; they are not on the scale of Inception's.
 
     Args:
-        weights: a file of `scripts/train_fashion_mnist_classifier.py`; by default the one in the box.
+        weights: a file of `tools/train_fashion_mnist_classifier.py`; by default the one in the box.
         device: where the network runs.
 
     Raises:

@@ -65,7 +65,7 @@ def load_scene_classifier(path: Path | None = None) -> tuple[SceneClassifier, di
     """The classifier in evaluation mode, in float32, and the metadata of its file (accuracies in per cent).
 
     Args:
-        path: a safetensors file written by `scripts/train_scene_classifier.py`; by default the one in the box.
+        path: a safetensors file written by `tools/train_scene_classifier.py`; by default the one in the box.
 
     Raises:
         FileNotFoundError: there is no such file.

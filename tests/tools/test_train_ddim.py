@@ -1,4 +1,4 @@
-"""scripts/train_ddim.py: trains, goes on from its snapshot, and writes weights that the sampler loads."""
+"""tools/train_ddim.py: trains, goes on from its snapshot, and writes weights that the sampler loads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 
 from qncd.models.loading import load_config, load_ddim
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_ddim.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "train_ddim.py"
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the Fashion-MNIST classifier that the evaluator uses for --features fashion_mnist.
 
-    python scripts/train_fashion_mnist_classifier.py --out qncd/assets
+    python tools/train_fashion_mnist_classifier.py --out qncd/assets
 
 Some minutes on one CPU core. Writes two files into OUT: fashion_mnist_classifier.safetensors (half precision, with its
 test accuracy in the metadata) and fashion_mnist_statistics.npz (its features over the 60,000 training images).

@@ -20,7 +20,7 @@ from qncd.quant.convert import quantize_
 from qncd.quant.rounding import LearnedRounding
 from qncd.recipe import QuantConfig, ReconstructionConfig
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_reconstruction.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "benchmark_reconstruction.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the UNet of a latent model in the box, with its class embedding or its CLIP text model, and write the model.
 
-    python scripts/train_latent_diffusion.py --config configs/scenes.yaml --out runs/scenes
+    python tools/train_latent_diffusion.py --config configs/scenes.yaml --out runs/scenes
 
 Comes after `train_first_stage.py` with the same --config and --out. The latents of all images are computed once and
 kept in `OUT/latents.safetensors`. Run the same line again after an interruption: it goes on from the last snapshot. Ends
@@ -74,7 +74,7 @@ def load_autoencoder(folder: Path, config: dict) -> FirstStage:
     from qncd.models.original.autoencoders import FirstStage, build_first_stage, scale_factor
 
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no autoencoder; run scripts/train_first_stage.py with the same --config and --out")
+        raise FileNotFoundError(f"{folder}: no autoencoder; run tools/train_first_stage.py with the same --config and --out")
     kind = type(build_first_stage(config)).__name__
     return FirstStage(load_component(folder, (kind,)), scale_factor(config))
 
@@ -88,13 +88,14 @@ def main() -> None:
     from safetensors.torch import save_file
 
     from qncd.io.datasets import load_conditioned
+    from qncd.models.configs import find_config
     from qncd.models.original.compvis import build_conditioner, original_state_dict
     from qncd.models.original.conditioning import TextConditioner
     from qncd.models.original.ldm import build_ldm_unet, ldm_betas
     from qncd.sampling.schedule import alphas_cumprod
     from qncd.training.diffusion import NoisePrediction, TrainingSettings, condition_tensor, fit
 
-    config = yaml.safe_load(args.config.read_text())
+    config = yaml.safe_load(find_config(args.config).read_text())
     section = config["training"]["diffusion"]
     settings = TrainingSettings.from_section(section, args.max_steps)
     first_stage = load_autoencoder(args.first_stage or args.out / "first_stage", config)

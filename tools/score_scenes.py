@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """How often pictures of the text-to-image model in the box show what their captions say, by the classifier in the box.
 
-    python scripts/score_scenes.py --write_captions held_out.txt -n 200
+    python tools/score_scenes.py --write_captions held_out.txt -n 200
     python scripts/txt2img.py --plms --from_file held_out.txt --outdir out/scenes
-    python scripts/score_scenes.py out/scenes
+    python tools/score_scenes.py out/scenes
 
 The first line draws captions of scenes that training never saw. The last one reads the folder's prompts.jsonl; --images fp
 scores the full-precision pictures of a run with --compare_fp.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the DDIM model in the box on Fashion-MNIST (Lightning, EMA, resumable).
 
-    python scripts/train_ddim.py --config configs/fashion_mnist.yml --out runs/fashion_mnist
+    python tools/train_ddim.py --config configs/fashion_mnist.yml --out runs/fashion_mnist
 
 Run the same line again after an interruption: it goes on from the last snapshot. Ends by writing the EMA weights
 as a diffusers folder, `OUT/unet`, in half precision.
@@ -35,12 +35,13 @@ def main() -> None:
     import yaml
 
     from qncd.io.fashion_mnist import load_fashion_mnist
+    from qncd.models.configs import find_config
     from qncd.models.loading import load_unet_folder
     from qncd.models.original.ddim import build_ddim_unet
     from qncd.sampling.schedule import alphas_cumprod, betas_of
     from qncd.training.diffusion import NoisePrediction, TrainingSettings, fit
 
-    config = yaml.safe_load(args.config.read_text())
+    config = yaml.safe_load(find_config(args.config).read_text())
     section = {**config["training"], **config["optim"], "ema_rate": config["model"]["ema_rate"]}
     settings = TrainingSettings.from_section(section, args.max_steps)
     pl.seed_everything(args.seed)

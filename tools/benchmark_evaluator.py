@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and memory of the evaluator against torch-fidelity and pytorch-fid, on the same images and random weights.
 
-    python scripts/benchmark_evaluator.py --json evaluator_speed.json
+    python tools/benchmark_evaluator.py --json evaluator_speed.json
 
 Each measurement is a process of its own, so that its peak memory is its own; the programs take turns. Ratios are of medians
 within this run; below 1 means that the evaluator needs less. Nothing is downloaded.

@@ -1,4 +1,4 @@
-"""scripts/score_scenes.py: draws held-out captions, and scores a folder as txt2img.py leaves it."""
+"""tools/score_scenes.py: draws held-out captions, and scores a folder as txt2img.py leaves it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from qncd.io.images import save_png
 from qncd.io.scenes import is_held_out, parse_caption, render_scene
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "score_scenes.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "score_scenes.py"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

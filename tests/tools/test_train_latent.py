@@ -41,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
         fixed = ["--config", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "run"), "--data", str(data)]
         fixed += ["--images", "48", "--precision", "32-true"]
         monkeypatch.setattr(sys, "argv", [name, *fixed, *arguments])
-        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
 
     return script
 
@@ -67,7 +67,7 @@ def test_train_resume_and_load(name: str, run: Run, tmp_path: Path, capsys: pyte
     config = tiny(name)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "run"
-    with pytest.raises(FileNotFoundError, match=r"run scripts/train_first_stage.py"):
+    with pytest.raises(FileNotFoundError, match=r"run tools/train_first_stage.py"):
         run("train_latent_diffusion", "--max_steps", "2")
 
     run("train_first_stage", "--max_steps", "3")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Show that a model of full size is quantized, saved, loaded and sampled within twice the memory of its float32 weights.
 
-    python scripts/check_full_size.py --json full_size.json
+    python tools/check_full_size.py --json full_size.json
 
 Takes Stable Diffusion v1's UNet (860 M parameters) with random weights at 512x512, guidance included: 2 PLMS steps, a tiny
 calibration set along its own trajectory, smoothing, bias correction and the noise table. Quantizing and using the checkpoint
@@ -26,16 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from qncd.app import parser as cli
+from qncd.models.configs import CONFIGS
 from qncd.recipe import WEIGHT_RANGES, CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 2.0  # times the float32 weights
 GB = 1e9
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__ or "")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "sd-v1-inference.yaml", help="yaml of a latent model")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "sd-v1-inference.yaml", help="yaml of a latent model")
     parser.add_argument("--size", type=int, default=512, help="side of the image in pixels (default 512)")
     parser.add_argument("--steps", type=int, default=2, help="PLMS steps (default 2)")
     parser.add_argument("--scale", type=float, default=7.5, help="guidance (default 7.5; 1: none, half the inputs a call)")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the autoencoder (first stage) of a latent model in the box: VQ or KL, as its config says.
 
-    python scripts/train_first_stage.py --config configs/scenes.yaml --out runs/scenes
+    python tools/train_first_stage.py --config configs/scenes.yaml --out runs/scenes
 
 Run the same line again after an interruption: it goes on from the last snapshot. Ends by writing the EMA weights as a
 diffusers folder, `OUT/first_stage`, and printing the error of the reconstructions of images that it has not seen and
@@ -33,10 +33,11 @@ def main() -> None:
     import yaml
 
     from qncd.io.datasets import load_conditioned
+    from qncd.models.configs import find_config
     from qncd.models.original.autoencoders import build_first_stage
     from qncd.training.diffusion import Reconstruction, TrainingSettings, fit, images_to_float
 
-    config = yaml.safe_load(args.config.read_text())
+    config = yaml.safe_load(find_config(args.config).read_text())
     section = config["training"]["first_stage"]
     settings = TrainingSettings.from_section(section, args.max_steps)
     pl.seed_everything(args.seed)

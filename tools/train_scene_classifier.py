@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train the classifier that reads pictures of scenes, to measure how often the text-to-image model in the box is right.
 
-    python scripts/train_scene_classifier.py --first_stage runs/scenes/first_stage
+    python tools/train_scene_classifier.py --first_stage runs/scenes/first_stage
 
 About 3 minutes on one CPU core. Half of the pictures that it learns from are blurred and noisy, and with --first_stage a
 third has been through that autoencoder, with a little noise on the latents, as generated pictures have. Writes

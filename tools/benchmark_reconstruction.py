@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measure what reconstructing weights costs and brings, against the published loop, side by side in one run.
 
-    python scripts/benchmark_reconstruction.py --json reconstruction.json
-    python scripts/benchmark_reconstruction.py --quality --iterations 100 300 1000 3000 --json quality.json \\
+    python tools/benchmark_reconstruction.py --json reconstruction.json
+    python tools/benchmark_reconstruction.py --quality --iterations 100 300 1000 3000 --json quality.json \\
         --settings published default published@20000 0.007:32@4000
 
 Without --quality: the time of one iteration, summed over all blocks of the models in the box, of this package and of a plain
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from qncd.ptq.calibration import CalibrationSet
     from qncd.recipe import ReconstructionConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"ddim": "fashion_mnist.yml", "ldm": "fashion_mnist_ldm.yaml"}
 BLOCKS = {
     "ddim": ("down_blocks.2.resnets.0", "up_blocks.1.resnets.0"),
@@ -121,11 +120,12 @@ def published_loop(
 def load(model: str, inputs: int, seed: int = 0) -> tuple[Any, CalibrationSet]:
     """The network of a model in the box, and `inputs` calibration inputs along its own trajectories of 20 steps."""
     from qncd.benchmark.subjects import is_latent, load_subject
+    from qncd.models.configs import CONFIGS
     from qncd.models.loading import load_config
     from qncd.ptq.pipeline import sample_calibration
     from qncd.recipe import CalibrationConfig, SamplerConfig
 
-    config = load_config(ROOT / "configs" / MODELS[model])
+    config = load_config(CONFIGS / MODELS[model])
     sampler = SamplerConfig(timesteps=20, convention="ldm" if is_latent(config) else "ddim")
     subject = load_subject(config, None, sampler, None, "cpu")
     samples = max(1, inputs // (16 if subject.calibration_conditions else 8))  # guidance doubles the inputs
