@@ -52,7 +52,7 @@ def load_unet(args: argparse.Namespace) -> UNet:
 
 def main(args: argparse.Namespace) -> None:
     from qncd.app import jobs
-    from qncd.engines.onnx.model import export_unet
+    from qncd.engines.engine import export
     from qncd.engines.packages import require
     from qncd.models.loading import state_dict_hash
     from qncd.ptq.checkpoint import load_quantized_
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
     if args.cali_ckpt:
         info, _ = load_quantized_(unet, args.cali_ckpt, base_hash)
         quant, settings = info.config, info.settings
-    path = export_unet(unet, args.out, quant, base_hash, settings)
+    path = export(unet, args.out, quant, base_hash, settings)
     size = sum(part.stat().st_size for part in args.out.glob(f"{path.name}*"))
     label = quant.label if quant else "full precision"
     log.info("%s: %s, %.1f MB, %.3f of the float32 weights", path, label, size / 1e6, size / full)
