@@ -83,29 +83,26 @@ class ImagePlan:
 def on_engine(args: argparse.Namespace, wanted: Quantization, diffusion: Diffusion, base_hash: str, folder: Path) -> Diffusion:
     """The same with the network on --backend: from --onnx, else exported to `folder` unless it lies there already.
 
-    Triton needs no file.
+    An engine that runs no file needs none.
 
     Raises:
         ValueError: --onnx holds another network, or one for samples of another shape.
         FileNotFoundError: --onnx holds none.
     """
-    from qncd.engines.engine import open_engine, open_triton
-    from qncd.engines.onnx.model import FILE, check_fits, export_unet, is_current
+    from qncd.engines.engine import engine_of, export, open_engine
+    from qncd.engines.onnx.model import FILE, check_fits, is_current
 
-    unet: Any
-    if args.backend == "triton":
-        log.info("triton runs the network on %s", diffusion.unet.device)
-        unet = open_triton(diffusion.unet, args.engine_precision)
-        return dataclasses.replace(diffusion, unet=unet)
-    if args.onnx is None:
-        if not is_current(folder, diffusion.unet, diffusion.shape):
-            path = export_unet(diffusion.unet, folder, wanted.quant, base_hash, shape=diffusion.shape)
-            log.info("exported %s: %.1f MB", path, path.stat().st_size / 1e6)
-    else:
+    if not engine_of(args.backend).file:
+        log.info("%s runs the network on %s", args.backend, diffusion.unet.device)
+    elif args.onnx is not None:
         folder = args.onnx
         check_fits(folder, diffusion.unet, diffusion.shape)
-    log.info("%s runs %s", args.backend, folder / FILE)
-    unet = open_engine(diffusion.unet, folder, args.backend)
+    elif not is_current(folder, diffusion.unet, diffusion.shape):
+        path = export(diffusion.unet, folder, wanted.quant, base_hash, shape=diffusion.shape)
+        log.info("exported %s: %.1f MB", path, path.stat().st_size / 1e6)
+    if engine_of(args.backend).file:
+        log.info("%s runs %s", args.backend, folder / FILE)
+    unet: Any = open_engine(diffusion.unet, folder, args.backend, args.engine_precision)
     return dataclasses.replace(diffusion, unet=unet)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from qncd.engines.packages import BACKENDS, PRECISIONS
+from qncd.engines.registry import PRECISIONS, TORCH, engine_names
 from qncd.modes import QUANT_MODES
 from qncd.progress import progress_bar as progress_bar  # scripts know it as cli.progress_bar
 from qncd.recipe import (
@@ -280,7 +280,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """--backend, --engine_precision and --onnx."""
     group = parser.add_argument_group("engine")
     group.add_argument(
-        "--backend", choices=BACKENDS, default="torch",
+        "--backend", choices=engine_names(), default=TORCH,
         help="what runs the network: torch in floating point on the integers' grid (default), the others in integers; "
         "triton on a GPU",
     )  # fmt: skip

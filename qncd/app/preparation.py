@@ -15,7 +15,8 @@ from typing import Any
 from qncd.app import options
 from qncd.app import parser as cli
 from qncd.distributed import OneProcess, Processes
-from qncd.engines.packages import check_backend
+from qncd.engines.engine import check_engine, file_engines
+from qncd.engines.registry import TORCH
 from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.original.key_tables import KeyTable
 from qncd.ptq.calibration import CalibrationSet, calibrate_, load_calibration, save_calibration
@@ -62,10 +63,10 @@ def check_quantization_arguments(args: argparse.Namespace) -> None:
     for name in ("resume", "resume_w"):
         if getattr(args, name) and (args.cali_ckpt is None or not args.cali_ckpt.is_file()):
             raise FileNotFoundError(f"--{name} needs a quantized checkpoint: --cali_ckpt {args.cali_ckpt} is none")
-    check_backend(args.backend, args.engine_precision)
-    if args.onnx and args.backend in ("torch", "triton"):
-        raise ValueError(f"--onnx needs --backend onnxruntime, openvino or tensorrt: {args.backend} does not run it")
-    if args.backend != "torch" and getattr(args, "precision", "full") != "full":
+    check_engine(args.backend, args.engine_precision)
+    if args.onnx and args.backend not in file_engines():
+        raise ValueError(f"--onnx needs --backend {' or '.join(file_engines())}: {args.backend} does not run it")
+    if args.backend != TORCH and getattr(args, "precision", "full") != "full":
         raise ValueError(f"--precision {args.precision} is torch's: with --backend {args.backend} there is --engine_precision")
 
 
@@ -119,7 +120,7 @@ class Quantization:
             "offline_correction": self.offline,
             "calibration": calibration if self.quant else None,
             "batch": batch_size if self.correction and self.correction.statistics == "batch" else None,
-            **({} if args.backend == "torch" else {"backend": args.backend}),
+            **({} if args.backend == TORCH else {"backend": args.backend}),
             **({} if args.engine_precision == "fp32" else {"engine_precision": args.engine_precision}),
         }
 

@@ -136,14 +136,19 @@ class Network:
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         return torch.as_tensor(given[self.time_name])
 
-    def predict(self, x: Tensor, t: Tensor | int, inputs: Inputs | None = None, **constants: Any) -> Tensor:
-        """The network's prediction at `x` (N, ...) and `t` (N,), same shape; a learned variance is dropped."""
+    def call(self, x: Tensor, t: Tensor | int, inputs: Inputs | None = None, **constants: Any) -> Tensor:
+        """The module's output at `x` (N, ...) and `t` (N,): the prediction, and beside it a learned variance if there is one."""
         arguments = _nested(inputs or {})
         for name, value in constants.items():
             arguments[name] = {**value, **arguments[name]} if isinstance(arguments.get(name), dict) else value
         arguments.pop("return_dict", None)
         out = self.module(**{self.sample_name: x, self.time_name: t}, **arguments)
-        out = out[0] if isinstance(out, tuple) else out.sample
+        whole: Tensor = out[0] if isinstance(out, tuple) else out.sample
+        return whole
+
+    def predict(self, x: Tensor, t: Tensor | int, inputs: Inputs | None = None, **constants: Any) -> Tensor:
+        """The network's prediction at `x` (N, ...) and `t` (N,), same shape; a learned variance is dropped."""
+        out = self.call(x, t, inputs, **constants)
         if out.ndim > 1 and x.ndim == out.ndim and out.shape[1] == 2 * x.shape[1] and out.shape[2:] == x.shape[2:]:
             out = out.chunk(2, 1)[0]
         return out
@@ -236,6 +241,9 @@ def network_of(module: nn.Module | Network, prediction: str | None = None) -> Ne
     """
     if isinstance(module, Network):
         return module
+    own = getattr(module, "_qncd_network", None)  # of a module that stands in for another one, as on an engine
+    if isinstance(own, Network):
+        return own
     for kind in type(module).__mro__:
         if kind.__name__ in FAMILIES:
             room, _, name = FAMILIES[kind.__name__].partition(":")
