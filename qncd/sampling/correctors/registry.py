@@ -39,5 +39,6 @@ def corrector_of(recipe: Recipe, record: Record | None) -> Corrector | None:
     if kind is None:
         return None
     if not fits(kind, recipe, record):
-        raise ValueError(f"{type(kind).__name__}: made for another correction ({type(record).__name__})")
+        name = next(name for name, known in CORRECTORS.items() if known is kind)
+        raise ValueError(f"{name}: made for another correction ({type(record).__name__})")
     return kind.corrector(recipe, record)
