@@ -53,10 +53,10 @@ def main(args: argparse.Namespace) -> None:
     from qncd.benchmark import speed
 
     if set(args.parts) - {"simulation", "gpu"}:
-        from qncd.engines.packages import check_backend
+        from qncd.engines.engine import check_engine
 
         for engine in ("onnxruntime", "openvino"):
-            check_backend(engine)
+            check_engine(engine)
     if "gpu" in args.parts and not torch.cuda.is_available():
         raise ValueError("--parts gpu: there is no CUDA device; allowed here are " + ", ".join(PARTS[:-1]))
     if args.threads:

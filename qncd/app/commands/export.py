@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from qncd.app import parser as cli
 
 if TYPE_CHECKING:
-    from qncd.quant.convert import UNet
+    from torch import nn
 
 log = logging.getLogger("qncd")
 
@@ -34,9 +34,9 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     return parser
 
 
-def load_unet(args: argparse.Namespace) -> UNet:
+def load_unet(args: argparse.Namespace) -> nn.Module:
     """The full-precision network that --config, --ckpt and --use_pretrained name. Raises ValueError where they name none."""
-    from qncd.app import latent_jobs
+    from qncd.app import latent
     from qncd.models.latent import load_latent_model
     from qncd.models.loading import load_config, load_ddim
 
@@ -45,27 +45,29 @@ def load_unet(args: argparse.Namespace) -> UNet:
     config = load_config(args.config) if args.config else None
     if config is not None and "target" not in config["model"]:
         return load_ddim(config, args.ckpt, args.use_pretrained)
-    config, ckpt = latent_jobs.find_model(args.config, args.ckpt, Path())
+    config, ckpt = latent.find_model(args.config, args.ckpt, Path())
     return load_latent_model(config, ckpt, args.use_pretrained).unet
 
 
 def main(args: argparse.Namespace) -> None:
-    from qncd.app import jobs
-    from qncd.engines.onnx.model import export_unet
+    from qncd.app import job
+    from qncd.engines.engine import export
     from qncd.engines.packages import require
     from qncd.models.loading import state_dict_hash
+    from qncd.models.network import network_of
     from qncd.ptq.checkpoint import load_quantized_
 
-    jobs.set_up_logging("info")
+    job.set_up_logging("info")
     for package in ("onnx", "onnxscript"):
         require(package)
     unet = load_unet(args)
+    network = network_of(unet)
     base_hash, quant, settings = state_dict_hash(unet), None, {}
     full = sum(parameter.numel() * 4 for parameter in unet.parameters())
     if args.cali_ckpt:
-        info, _ = load_quantized_(unet, args.cali_ckpt, base_hash)
+        info = load_quantized_(network, args.cali_ckpt, base_hash)
         quant, settings = info.config, info.settings
-    path = export_unet(unet, args.out, quant, base_hash, settings)
+    path = export(network, args.out, quant, base_hash, settings)
     size = sum(part.stat().st_size for part in args.out.glob(f"{path.name}*"))
     label = quant.label if quant else "full precision"
     log.info("%s: %s, %.1f MB, %.3f of the float32 weights", path, label, size / 1e6, size / full)

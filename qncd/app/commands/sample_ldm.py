@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qncd.app import flags
 from qncd.app import parser as cli
 from qncd.models.configs import CONFIGS
 from qncd.recipe import SamplerConfig
@@ -37,7 +38,7 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     group.add_argument("-v", "--vanilla_sample", action="store_true", help="DDPM over all of the model's time steps")
     group.add_argument("--dpm", action="store_true", help="DPM-Solver++ instead of DDIM")
     group.add_argument("--skip_type", choices=("uniform", "quad"), default="uniform", help="spacing of the time steps")
-    group.add_argument("--seed", type=int, default=1234, help="image i has the seed SEED + i (default 1234)")
+    group.add_argument("--seed", type=cli.seed, default=1234, help="image i has the seed SEED + i (default 1234)")
     group.add_argument("--batch_size", type=int, default=16, help="images at a time (default 16); changes no image")
     group.add_argument("--scale", type=float, help=f"classifier-free guidance (default {GUIDANCE:g}; 1 for none)")
     group.add_argument("--classes", help="comma-separated class numbers, repeated over the images (default: all in turn)")
@@ -79,65 +80,65 @@ def main(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The same for 0 images too: the network is quantized and nothing is sampled."""
-    from qncd.app import jobs
+    from qncd.app import job
 
-    processes = jobs.start_job(args)
+    processes = job.start_job(args)
     with processes.quiet_failure():
         sample(args, processes)
 
 
 def sample(args: argparse.Namespace, processes: Processes) -> None:
     """The run, in each of the processes."""
-    from qncd.app import jobs, latent_jobs, preparation
+    from qncd.app import job, latent, quantizing
     from qncd.io.runs import open_run
     from qncd.models.original.conditioning import ClassConditioner, TextConditioner
     from qncd.sampling.guidance import Conditions
 
     cli.check_counts(args, ("batch_size", "lane", "custom_steps", "cali_n", "cali_st", "cali_batch_size"))
-    wanted = preparation.Quantization.of(args)
-    preparation.check_quantization_arguments(args)
+    recipe = flags.recipe_of(args)
+    quantizing.check_quantization_arguments(args)
     device = str(processes.device)
-    model, config = latent_jobs.load_model(args, DEFAULT_CONFIG, device)
+    model, config = latent.load_model(args, DEFAULT_CONFIG, device)
     if isinstance(model.conditioner, TextConditioner):
         raise ValueError(f"{model.source} takes prompts: scripts/txt2img.py samples it")
     if model.conditioner is None and (args.cond or args.classes):
         raise ValueError(f"{model.source} is unconditional: allowed without --cond and --classes")
     # Latents have more channels and attention than images: a quarter of the side for the same memory.
-    args.cali_batch_size = args.cali_batch_size or cli.default_calibration_batch(4 * model.latent_shape[1])
-    scale = latent_jobs.check_guidance(model, args.scale, latent_jobs.recommended_scale(config, GUIDANCE))
+    recipe = recipe.with_batch_size(cli.default_calibration_batch(4 * model.latent_shape[1])) if recipe else None
+    scale = latent.check_guidance(model, args.scale, latent.recommended_scale(config, GUIDANCE))
     sampler = sampler_config(args, len(model.betas))
-    diffusion = latent_jobs.build_diffusion(model, sampler, model.latent_shape, args.lane, scale != 1, "full")
+    diffusion = latent.build_diffusion(model, sampler, model.latent_shape, args.lane, scale != 1, "full")
     classes: list[int] = []
     conditions = calibration_conditions = None
     columns = 8
     if isinstance(model.conditioner, ClassConditioner):
         classes = chosen_classes(args.classes, model.conditioner.n_classes)
         columns = len(classes) if len(classes) <= 10 else 8
-        # Calibration sees every class, whichever ones are to be sampled.
-        every = chosen_classes(None, model.conditioner.n_classes)
-        spread = [every[i * len(every) // args.cali_n % len(every)] for i in range(args.cali_n)]
-        calibration_conditions = latent_jobs.class_conditions(model, spread, scale)
+        if recipe:  # calibration sees every class, whichever ones are to be sampled
+            every, samples = chosen_classes(None, model.conditioner.n_classes), recipe.calibration.samples
+            spread = [every[i * len(every) // samples % len(every)] for i in range(samples)]
+            calibration_conditions = latent.class_conditions(model, spread, scale)
 
         def conditions(indices: Sequence[int]) -> Conditions:
-            return latent_jobs.class_conditions(model, [classes[i % len(classes)] for i in indices], scale)
+            return latent.class_conditions(model, [classes[i % len(classes)] for i in indices], scale)
 
     settings = {
-        **latent_jobs.model_hashes(model),
+        **latent.model_hashes(model),
         "seed": args.seed,
         "classes": classes,
         "guidance": scale,
         "lane": diffusion.lane,
         "sampler": dataclasses.asdict(sampler),
-        **wanted.settings(args, args.batch_size),
+        **quantizing.run_settings(recipe, args, args.batch_size),
     }
     side = model.latent_shape[1] * model.first_stage.factor
     needed = 12 * args.n_samples * side * side
-    run = processes.first(lambda: open_run(args.logdir, settings, jobs.environment(args, device, args.batch_size), needed))
-    decode = latent_jobs.make_decoder(model, diffusion.lane)
-    plan = jobs.ImagePlan(args.n_samples, lambda i: args.seed + i, conditions, decode, columns)
+    run = processes.first(lambda: open_run(args.logdir, settings, job.environment(args, device, args.batch_size), needed))
+    decode = latent.make_decoder(model, diffusion.lane)
+    plan = job.ImagePlan(args.n_samples, lambda i: args.seed + i, conditions, decode, columns)
     if classes and processes.is_first:
         rows = [f"{plan.path(Path(), i)},{classes[i % len(classes)]}" for i in range(args.n_samples)]
         (run.folder / "labels.csv").write_text("\n".join(["file,class", *rows]) + "\n", encoding="utf-8")
-    job = jobs.SamplingJob(run, plan, args.batch_size, processes)
-    table = latent_jobs.original_names(config)
-    job.sample_and_finish(args, wanted, diffusion, settings["model"], calibration_conditions, key_table=table)
+    table = latent.original_names(config)
+    task = job.Task(diffusion, settings["model"], recipe, calibration_conditions, table)
+    job.SamplingJob(run, plan, args.batch_size, processes).sample_and_finish(args, task)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qncd.app import flags
 from qncd.app import parser as cli
 from qncd.models.configs import CONFIGS
 from qncd.recipe import SamplerConfig
@@ -51,7 +52,7 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     group.add_argument("--ddim_steps", type=int, default=50, help="time steps of whichever sampler (default 50)")
     group.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM (default 0)")
     group.add_argument("--scale", type=float, help=f"classifier-free guidance (default: the yaml's, else {GUIDANCE})")
-    group.add_argument("--seed", type=int, default=42, help="image i has the seed SEED + i (default 42)")
+    group.add_argument("--seed", type=cli.seed, default=42, help="image i has the seed SEED + i (default 42)")
     group.add_argument("--fixed_code", action="store_true", help="every --n_samples images start from the same noises")
     group.add_argument("--H", type=int, help="height in pixels (default: the model's)")
     group.add_argument("--W", type=int, help="width in pixels (default: the model's)")
@@ -127,16 +128,16 @@ def main(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The same for 0 images too: the network is quantized and nothing is sampled."""
-    from qncd.app import jobs
+    from qncd.app import job
 
-    processes = jobs.start_job(args)
+    processes = job.start_job(args)
     with processes.quiet_failure():
         sample(args, processes)
 
 
 def sample(args: argparse.Namespace, processes: Processes) -> None:
     """The run, in each of the processes."""
-    from qncd.app import jobs, latent_jobs, preparation
+    from qncd.app import job, latent, quantizing
     from qncd.io.runs import open_run
     from qncd.models.safety import image_finishers
     from qncd.sampling.guidance import Conditions
@@ -147,20 +148,20 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
         raise ValueError(f"--begin_data {args.begin_data}: allowed are whole numbers, 0 or more")
     if args.skip_grid and args.skip_save:
         raise ValueError("--skip_grid and --skip_save together leave nothing to look at")
-    wanted = preparation.Quantization.of(args)
-    preparation.check_quantization_arguments(args)
+    recipe = flags.recipe_of(args)
+    quantizing.check_quantization_arguments(args)
     kind = "plms" if args.plms else "dpm_solver" if args.dpm else "generalized"
     sampler = SamplerConfig(kind, "uniform", args.ddim_steps, args.ddim_eta, "ldm")
     prompts = read_prompts(args)
     device = str(processes.device)
     finishers = image_finishers(args.safety_checker, args.watermark, device)
-    model, config = latent_jobs.load_model(args, DEFAULT_CONFIG, device)
-    scale = latent_jobs.check_guidance(model, args.scale, latent_jobs.recommended_scale(config, GUIDANCE))
-    encode = latent_jobs.PromptEncoder(model, scale)
+    model, config = latent.load_model(args, DEFAULT_CONFIG, device)
+    scale = latent.check_guidance(model, args.scale, latent.recommended_scale(config, GUIDANCE))
+    encode = latent.PromptEncoder(model, scale)
     shape = latent_shape(args, model)
     # Latents have more channels and attention than images: a quarter of the side for the same memory.
-    args.cali_batch_size = args.cali_batch_size or cli.default_calibration_batch(4 * max(shape[1:]))
-    diffusion = latent_jobs.build_diffusion(model, sampler, shape, args.lane, scale != 1, args.precision)
+    recipe = recipe.with_batch_size(cli.default_calibration_batch(4 * max(shape[1:]))) if recipe else None
+    diffusion = latent.build_diffusion(model, sampler, shape, args.lane, scale != 1, args.precision)
     rounds = len(prompts) if args.from_file else args.n_samples
     count = args.n_iter * rounds
 
@@ -174,7 +175,7 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
         return encode([prompts[prompt_of(i)] for i in indices])
 
     settings = {
-        **latent_jobs.model_hashes(model),
+        **latent.model_hashes(model),
         "seed": args.seed,
         "fixed_code": args.n_samples if args.fixed_code else None,
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
@@ -185,14 +186,14 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
         "lane": diffusion.lane,
         "sampler": dataclasses.asdict(sampler),
         "finish": [args.safety_checker, args.watermark],
-        **wanted.settings(args, args.n_samples),
+        **quantizing.run_settings(recipe, args, args.n_samples),
     }
     height, width = (side * model.first_stage.factor for side in shape[1:])
-    needed, environment = 12 * count * height * width, jobs.environment(args, device, args.n_samples)
+    needed, environment = 12 * count * height * width, job.environment(args, device, args.n_samples)
     run = processes.first(lambda: open_run(args.outdir, settings, environment, needed))
-    decode = latent_jobs.make_decoder(model, diffusion.lane, finishers)
+    decode = latent.make_decoder(model, diffusion.lane, finishers)
     columns = args.n_rows or (8 if args.from_file else args.n_samples)
-    plan = jobs.ImagePlan(count, seed_of, conditions, decode, columns)
+    plan = job.ImagePlan(count, seed_of, conditions, decode, columns)
     if processes.is_first:
         with (run.folder / "prompts.jsonl").open("w", encoding="utf-8") as stream:
             for i in range(count):
@@ -200,9 +201,10 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
                 line = {"index": i, "file": name, "seed": seed_of(i), "prompt_index": number, "prompt": prompts[prompt_of(i)]}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     # Prompts spread over the whole file; where there are fewer, they are taken several times with other noise.
-    spread = [prompts[i * len(prompts) // args.cali_n] for i in range(args.cali_n)] if wanted.quant else []
-    job = jobs.SamplingJob(run, plan, args.n_samples, processes)
-    calibration, table = encode(spread) if spread else None, latent_jobs.original_names(config)
-    job.sample_and_finish(args, wanted, diffusion, settings["model"], calibration, not args.skip_grid, table)
+    samples = recipe.calibration.samples if recipe else 0
+    spread = [prompts[i * len(prompts) // samples] for i in range(samples)]
+    calibration, table = encode(spread) if spread else None, latent.original_names(config)
+    task = job.Task(diffusion, settings["model"], recipe, calibration, table)
+    job.SamplingJob(run, plan, args.n_samples, processes).sample_and_finish(args, task, not args.skip_grid)
     if args.skip_save and count and processes.is_first:
         shutil.rmtree(run.folder / "images")

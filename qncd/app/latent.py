@@ -1,4 +1,4 @@
-"""What the scripts of latent models share: find model and yaml, conditions of images, latents to pictures."""
+"""What the commands for latent models share: find model and yaml, conditions of images, latents to pictures."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from qncd.io.images import to_uint8
 from qncd.models.configs import config_beside
 from qncd.models.latent import LatentModel, load_latent_model
 from qncd.models.loading import load_config, state_dict_hash
+from qncd.models.network import network_of
 from qncd.models.original.conditioning import ClassConditioner, TextConditioner
 from qncd.models.original.key_tables import KeyTable
 from qncd.models.original.ldm import ldm_unet_key_map
 from qncd.models.safety import Finisher
-from qncd.ptq.pipeline import Diffusion, fill_up
 from qncd.recipe import SamplerConfig
+from qncd.sampling.diffusion import Diffusion, fill_up
 from qncd.sampling.guidance import Conditions
+from qncd.sampling.process import Process
 
 log = logging.getLogger("qncd")
+CONTEXT = "encoder_hidden_states"  # the networks' name for it
 TEXT_LANE = 16  # prompts that the text model sees at a time, always exactly
 
 
@@ -91,7 +94,8 @@ def build_diffusion(
     model: LatentModel, sampler: SamplerConfig, shape: tuple[int, int, int], lane: int | None, guided: bool, precision: str
 ) -> Diffusion:
     """The model's UNet with its schedule and the sampler. Raises ValueError for steps that the schedule does not have."""
-    diffusion = Diffusion(model.unet, model.betas, sampler, shape, lane or latent_lane(max(shape[1:]), guided), precision)
+    lane = lane or latent_lane(max(shape[1:]), guided)
+    diffusion = Diffusion(network_of(model.unet), Process.from_betas(model.betas), sampler, shape, lane, precision)
     log.debug("%d steps: %s", len(diffusion.steps), [s.t for s in diffusion.steps])
     return diffusion
 
@@ -125,13 +129,18 @@ def check_guidance(model: LatentModel, scale: float | None, default: float) -> f
     return chosen
 
 
+def in_context(cond: Tensor, uncond: Tensor | None, scale: float) -> Conditions:
+    """Contexts (N, L, D), and one (1, L, D) of "nothing", as what a network with cross-attention is conditioned on."""
+    return Conditions({CONTEXT: cond}, None if uncond is None else {CONTEXT: uncond}, scale)
+
+
 def class_conditions(model: LatentModel, labels: Sequence[int], scale: float) -> Conditions:
     """Contexts of class labels with guidance."""
     conditioner = model.conditioner
     assert isinstance(conditioner, ClassConditioner)
     with torch.no_grad():
         uncond = conditioner.unconditional(1) if scale != 1 else None
-        return Conditions(conditioner(torch.tensor(list(labels))), uncond, scale)
+        return in_context(conditioner(torch.tensor(list(labels))), uncond, scale)
 
 
 class PromptEncoder:
@@ -145,7 +154,7 @@ class PromptEncoder:
 
     def __call__(self, prompts: Sequence[str]) -> Conditions:
         """Contexts (N, 77, D) of N prompts with guidance."""
-        return Conditions(self._encode(prompts), self.uncond, self.scale)
+        return in_context(self._encode(prompts), self.uncond, self.scale)
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""One run of a sampling script: sample what is missing, write images, sheets and figures."""
+"""One run of a sampling command: sample what is missing, write images, sheets and figures."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from qncd.app import parser as cli
-from qncd.app.preparation import Quantization, is_quiet, prepare_quantized
+from qncd.app.quantizing import Files, is_quiet, quantized
 from qncd.distributed import OneProcess, Processes, start_processes
+from qncd.engines.registry import TORCH
 from qncd.io.images import contact_sheet, image_name, save_npz, save_png, to_uint8
 from qncd.io.runs import Run
 from qncd.metrics.statistics.moments import mse_to_psnr, paired_mse
+from qncd.models.network import network_of
 from qncd.models.original.key_tables import KeyTable
-from qncd.ptq.pipeline import Diffusion
+from qncd.progress import progress_bar
+from qncd.recipe import Recipe
 from qncd.sampling.corrector import Corrector
+from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
 
 log = logging.getLogger("qncd")
@@ -80,7 +84,7 @@ class ImagePlan:
         return folder / image_name(index, self.seed_of(index))
 
 
-def on_engine(args: argparse.Namespace, wanted: Quantization, diffusion: Diffusion, base_hash: str, folder: Path) -> Diffusion:
+def on_engine(args: argparse.Namespace, recipe: Recipe | None, diffusion: Diffusion, base_hash: str, folder: Path) -> Diffusion:
     """The same with the network on --backend: from --onnx, else exported to `folder` unless it lies there already.
 
     An engine that runs no file needs none.
@@ -92,18 +96,38 @@ def on_engine(args: argparse.Namespace, wanted: Quantization, diffusion: Diffusi
     from qncd.engines.engine import engine_of, export, open_engine
     from qncd.engines.onnx.model import FILE, check_fits, is_current
 
+    network = diffusion.network
     if not engine_of(args.backend).file:
-        log.info("%s runs the network on %s", args.backend, diffusion.unet.device)
+        log.info("%s runs the network on %s", args.backend, network.device)
     elif args.onnx is not None:
         folder = args.onnx
-        check_fits(folder, diffusion.unet, diffusion.shape)
-    elif not is_current(folder, diffusion.unet, diffusion.shape):
-        path = export(diffusion.unet, folder, wanted.quant, base_hash, shape=diffusion.shape)
+        check_fits(folder, network, diffusion.shape)
+    elif not is_current(folder, network, diffusion.shape):
+        path = export(network, folder, recipe and recipe.quant, base_hash, shape=diffusion.shape)
         log.info("exported %s: %.1f MB", path, path.stat().st_size / 1e6)
     if engine_of(args.backend).file:
         log.info("%s runs %s", args.backend, folder / FILE)
-    unet: Any = open_engine(diffusion.unet, folder, args.backend, args.engine_precision)
-    return dataclasses.replace(diffusion, unet=unet)
+    opened = open_engine(network, folder, args.backend, args.engine_precision)
+    return dataclasses.replace(diffusion, network=network_of(opened))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run samples with.
+
+    Attributes:
+        diffusion: in full precision.
+        base_hash: of its weights.
+        recipe: of the quantization; None for full precision.
+        conditions: of the calibration trajectories.
+        key_table: names of the original model's layers, where they are known.
+    """
+
+    diffusion: Diffusion
+    base_hash: str
+    recipe: Recipe | None = None
+    conditions: Conditions | None = None
+    key_table: KeyTable | None = None
 
 
 class SamplingJob:
@@ -116,42 +140,34 @@ class SamplingJob:
         self.run, self.plan, self.batch_size, self.processes = run, plan, batch_size, processes or OneProcess()
         self.figures: dict[str, Any] = {}
 
-    def sample_and_finish(
-        self,
-        args: argparse.Namespace,
-        wanted: Quantization,
-        diffusion: Diffusion,
-        base_hash: str,
-        calibration_conditions: Conditions | None = None,
-        grid: bool = True,
-        key_table: KeyTable | None = None,
-    ) -> None:
+    def sample_and_finish(self, args: argparse.Namespace, task: Task, grid: bool = True) -> None:
         """The whole run: the full-precision images where they are compared with, the quantized ones, sheets and figures.
 
         Without images in the plan it ends with the quantized network.
         """
+        diffusion, recipe = task.diffusion, task.recipe
+        label = recipe.label if recipe else "FP32"
         if args.compare_fp and self.plan.count:
             self.sample_images(diffusion, "fp", None, "FP32")
         corrector = None
-        if wanted.quant:
-            corrector, seconds = prepare_quantized(
-                args, wanted, diffusion, base_hash, self.run.folder, calibration_conditions, key_table, self.processes
-            )
+        if recipe:
+            files = Files.of(args, self.run.folder, task.key_table)
+            corrector, seconds = quantized(recipe, diffusion, task.base_hash, files, task.conditions, self.processes)
             self.figures["calibration_seconds"] = seconds
         if not self.plan.count:
             if self.processes.is_first:
                 self.run.finish(**self.figures)
             return
-        if args.backend != "torch":
+        if args.backend != TORCH:
             start = time.perf_counter()
-            diffusion = on_engine(args, wanted, diffusion, base_hash, self.run.folder / "onnx")
+            diffusion = on_engine(args, recipe, diffusion, task.base_hash, self.run.folder / "onnx")
             self.figures["engine_seconds"] = time.perf_counter() - start
-        self.sample_images(diffusion, "images", corrector, wanted.label)
+        self.sample_images(diffusion, "images", corrector, label)
         if not self.processes.is_first:
             return
         if args.sequence:
             self.write_sequence(diffusion, corrector)
-        self.finish(wanted.label, args.compare_fp, args.savez, grid)
+        self.finish(label, args.compare_fp, args.savez, grid)
 
     def sample_images(self, diffusion: Diffusion, subfolder: str, corrector: Corrector | None, label: str) -> None:
         """Sample what is missing of the plan's images into a subfolder, batch by batch."""
@@ -163,7 +179,7 @@ class SamplingJob:
             log.info("%s: %d of %d images are there already", folder, plan.count - len(missing), plan.count)
         start = time.perf_counter()
         error = None
-        with cli.progress_bar(f"sampling {label}", "image", is_quiet()) as bar:
+        with progress_bar(f"sampling {label}", "image", is_quiet()) as bar:
             try:
                 for first in range(self.processes.rank * self.batch_size, len(missing), self.processes.world * self.batch_size):
                     indices = missing[first : first + self.batch_size]
