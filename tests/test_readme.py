@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import re
 import runpy
 import shlex
@@ -64,9 +63,9 @@ def test_the_readme_is_short_and_installs_and_tests() -> None:
 def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(command)
     if words[0] == "qncd":
-        if importlib.util.find_spec("qncd.app.console") is None:
+        if not (ROOT / "qncd" / "app" / "console.py").is_file():
             pytest.skip("this checkout has no console command")
-        importlib.import_module("qncd.app.console").parse_args(words[1:])
+        importlib.import_module("qncd.app.console").parse(words[1:])
     else:
         words = words[1:]
         script = ROOT / words[0]
@@ -96,7 +95,7 @@ def test_python_in_documents_is_python_and_uses_what_there_is() -> None:
             node.attr for node in ast.walk(ast.parse(block))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "qncd"
         }  # fmt: skip
-    if importlib.util.find_spec("qncd.api") is not None:
+    if (ROOT / "qncd" / "api.py").is_file():
         import qncd
 
         assert names <= set(qncd.__all__)
