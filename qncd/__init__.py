@@ -9,17 +9,22 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it; imported on first use, so that `import qncd` stays quick.
 _PUBLIC = {
+    "load": "qncd.api",
+    "quantize": "qncd.api",
+    "save": "qncd.api",
+    "load_quantized": "qncd.api",
+    "export": "qncd.api",
+    "open_engine": "qncd.api",
+    "Report": "qncd.api",
+    "Recipe": "qncd.recipe",
     "QuantConfig": "qncd.recipe",
     "SmoothingConfig": "qncd.recipe",
+    "ReconstructionConfig": "qncd.recipe",
     "CorrectionConfig": "qncd.recipe",
-    "quantize_": "qncd.quant.convert",
-    "calibrate_": "qncd.ptq.calibration",
-    "CalibrationSet": "qncd.ptq.calibration",
-    "smooth_": "qncd.ptq.stages.smoothing",
-    "save_quantized": "qncd.ptq.checkpoint",
-    "load_quantized_": "qncd.ptq.checkpoint",
-    "sample_ddim": "qncd.sampling.samplers",
-    "RuntimeNoiseCorrector": "qncd.sampling.correctors.runtime",
+    "CalibrationConfig": "qncd.recipe",
+    "CalibrationSet": "qncd.ptq.data",
+    "Network": "qncd.models.network",
+    "network_of": "qncd.models.network",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qncd.modes import MODES, TRACKING, WIDEST, changes_of, compose, parse_width
+from qncd.modes import MODES, WIDEST, changes_of, compose, parse_width
 from qncd.options import RecipeError, check_options, option, options_of, read_tree, read_yaml, section, sections_of
 from qncd.options import check_choice as check_choice
 from qncd.options import check_int as check_int
@@ -20,7 +20,6 @@ WEIGHT_RANGES = ("mse", "max")
 ACT_RANGES = ("mse", "max", "running")
 TARGETS = ("consistent", "paper")
 STATISTICS = ("sample", "batch", "channel")
-OFFLINE = ("ptqd", "d2dpm", TRACKING)
 SAMPLE_TYPES = ("generalized", "ddpm_noisy", "dpm_solver", "plms")
 DETERMINISTIC = ("dpm_solver", "plms")
 SKIP_TYPES = ("uniform", "quad")
@@ -260,7 +259,8 @@ class Recipe:
     Attributes:
         mode: what it started from, a name in MODES; the other fields say what it came to.
         correction: noise correction while sampling; excludes `offline`.
-        offline: correction of each prediction by what calibration runs have shown: "ptqd", "d2dpm" or "tracking".
+        offline: correction of each prediction by what calibration runs have shown: "ptqd", "d2dpm", "tracking", or another name
+            of `qncd.sampling.correctors.registry.CORRECTORS`.
     """
 
     mode: str = option(
@@ -276,7 +276,7 @@ class Recipe:
         "learn the rounding of the weights block by block: minutes to hours",
     )  # fmt: skip
     correction: CorrectionConfig | None = section(CorrectionConfig, "noise correction (inter noise)")
-    offline: str | None = option(None, choices=OFFLINE, optional=True)
+    offline: str | None = option(None, optional=True)  # a name in qncd.sampling.correctors.registry
     calibration: CalibrationConfig = section(CalibrationConfig, "calibration", optional=False)
 
     def __post_init__(self) -> None:

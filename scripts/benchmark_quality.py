@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure what quantization costs a model in the box, and what each part of QNCD gives back.
+"""Measure what quantization costs a bundled model, and what each part of QNCD gives back.
 
     python scripts/benchmark_quality.py --out runs/quality
     python scripts/benchmark_quality.py --out runs/quality --widths W4A8 --modes linear qncd --seeds 1

@@ -5,7 +5,7 @@
     python scripts/sample_diffusion_ldm.py -n 40 -e 0 -c 20 -l out/ldm_w4a8 --ptq --weight_bit 4 --compare_fp
     python scripts/sample_diffusion_ldm.py -r models/ldm/lsun_beds256/model.ckpt -n 8 -e 1 -c 200 -l out/beds
 
-Without -r and --config it samples the class-conditional model in the box (configs/fashion_mnist_ldm.yaml). The output
+Without -r and --config it samples the bundled class-conditional model (configs/fashion_mnist_ldm.yaml). The output
 folder holds images/ (named by index and seed), labels.csv, contact_sheet.png and run.json; the same command line goes
 on with a run that was cut off.
 """

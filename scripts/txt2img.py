@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Text to image with Stable Diffusion or the small model in the box, in full precision or quantized (--ptq).
+"""Text to image with Stable Diffusion or the small bundled model, in full precision or quantized (--ptq).
 
     python scripts/txt2img.py --plms --prompt "a large red circle above a small blue square" --outdir out/txt2img
     python scripts/txt2img.py --plms --cond --ptq --weight_bit 8 --quant_mode qncd --quant_act --act_bit 8 \\
@@ -7,7 +7,7 @@
         --reverse_interval 10 --running_stat --sm_abit 16 --from_file val_ann.txt --n_samples 2
     python scripts/txt2img.py --config configs/sd-v1-inference.yaml --ckpt sd-v1-4.ckpt --plms --prompt "a cat" --outdir out/sd
 
-Without --config and --ckpt it samples the model in the box (configs/scenes.yaml). The output folder holds images/,
+Without --config and --ckpt it samples the bundled model (configs/scenes.yaml). The output folder holds images/,
 prompts.jsonl (which image has which prompt and seed), contact_sheet.png and run.json; the same command line goes on
 with a run that was cut off.
 """

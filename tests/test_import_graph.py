@@ -21,14 +21,14 @@ MAX_SCRIPT_LINES = 60
 
 # From low to high: a module imports from its own layer or from lower ones.
 LAYERS = (
-    ("recipe", "distributed", "progress", "rng"),
+    ("recipe", "modes", "options", "distributed", "progress", "rng"),
     ("io",),
     ("models", "metrics"),
     ("quant",),
     ("sampling",),
     ("ptq", "training"),
     ("engines",),
-    ("modes",),
+    ("api",),
     ("app",),
     ("benchmark",),
     ("commands",),
@@ -41,7 +41,8 @@ ONLY = {
     "models": {"recipe", "rng", "io"},
     "metrics": {"recipe", "distributed", "rng", "io"},
     "quant": {"recipe", "rng"},
-    "sampling": {"recipe", "rng"},
+    "sampling": {"recipe", "rng", "models"},
+    "engines": {"recipe", "models", "quant"},
 }
 
 # Modules that meet in a protocol only.
@@ -49,7 +50,7 @@ STRANGERS = ("qncd.sampling.samplers", "qncd.sampling.correctors.runtime")
 
 # Everything that `--help` imports; yaml takes 20 ms, torch seconds.
 LIGHT_MODULES = (
-    "qncd", "qncd.recipe", "qncd.modes", "qncd.models.configs", "qncd.app.parser", "qncd.app.console",
+    "qncd", "qncd.options", "qncd.modes", "qncd.recipe", "qncd.models.configs", "qncd.app.flags", "qncd.app.parser", "qncd.app.console",
     *(f"qncd.app.commands.{path.stem}" for path in sorted((PACKAGE / "app" / "commands").glob("[!_]*.py"))),
 )  # fmt: skip
 LIGHT_THIRD_PARTY = {"yaml"}
@@ -237,6 +238,58 @@ def test_light_modules_import_nothing_heavy(name: str) -> None:
             else:
                 light = top in sys.stdlib_module_names or top in LIGHT_THIRD_PARTY
                 assert light, f"{module}:{line}: imports {target} when {name} is imported: import it where it is used"
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import one another in a circle: what is left when those without imports are taken away again and again."""
+    left = {name: set(targets) for name, targets in graph.items()}
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    return [sorted(left)] if left else []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports under TYPE_CHECKING and inside functions count too."""
+    graph = {
+        name: {target_module(module, attribute) for _, module, attribute in imports_of(name, parse(name))}
+        & MODULES.keys() - {name}
+        for name in MODULES
+    }
+    assert not circles(graph), circles(graph)
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()})
+    assert not circles({"a": {"b"}, "b": {"c"}, "c": set()})
+
+
+def test_quantization_knows_no_architecture() -> None:
+    for name in MODULES:
+        if name.startswith("qncd.quant"):
+            assert not any(module.startswith("diffusers") for _, module, _ in imports_of(name, parse(name))), name
+
+
+def test_arguments_of_the_command_line_stay_in_the_app() -> None:
+    for name in MODULES:
+        reads = any(module == "argparse" for _, module, _ in imports_of(name, parse(name)))
+        assert not reads or name.startswith("qncd.app"), f"{name} imports argparse: below qncd/app there is no command line"
+
+
+MAX_PARAMETERS = 8
+KERNELS = "qncd.engines.triton"  # kernels take every stride
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return len(given) - (bool(given) and given[0].arg in ("self", "cls"))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith(KERNELS)])
+def test_functions_take_few_parameters(name: str) -> None:
+    for node in ast.walk(parse(name)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            count = parameters(node)
+            assert count <= MAX_PARAMETERS, (
+                f"{name}:{node.lineno}: {node.name} has {count} parameters, allowed are {MAX_PARAMETERS}"
+            )
 
 
 @pytest.mark.parametrize("name", MODULES)

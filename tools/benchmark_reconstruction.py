@@ -5,7 +5,7 @@
     python tools/benchmark_reconstruction.py --quality --iterations 100 300 1000 3000 --json quality.json \\
         --settings published default published@20000 0.007:32@4000
 
-Without --quality: the time of one iteration, summed over all blocks of the models in the box, of this package and of a plain
+Without --quality: the time of one iteration, summed over all blocks of the bundled models, of this package and of a plain
 transcription of BRECQ's loop as Q-Diffusion publishes it; medians of alternating runs. With it: the held-out error of blocks
 against iterations (W4), relative to rounding to nearest, and the seconds that they took. With --steps: the error of the noise
 prediction on trajectories of other seeds, relative to its mean square, before and after the activation scales are learned.
@@ -42,7 +42,7 @@ TIMED_INPUTS, TIMED_ITERATIONS = 64, 5
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__ or "")
-    parser.add_argument("--model", choices=MODELS, action="append", help="of the models in the box (default: both)")
+    parser.add_argument("--model", choices=MODELS, action="append", help="of the bundled models (default: both)")
     parser.add_argument("--rounds", type=int, default=5, help=f"alternating runs of {TIMED_ITERATIONS} iterations (default 5)")
     parser.add_argument("--quality", action="store_true", help="error against iterations instead of the time of an iteration")
     parser.add_argument("--steps", action="store_true", help="what learning activation scales brings (--recon_act)")
@@ -118,7 +118,7 @@ def published_loop(
 
 
 def load(model: str, inputs: int, seed: int = 0) -> tuple[Any, CalibrationSet]:
-    """The network of a model in the box, and `inputs` calibration inputs along its own trajectories of 20 steps."""
+    """The network of a bundled model, and `inputs` calibration inputs along its own trajectories of 20 steps."""
     from qncd.benchmark.subjects import is_latent, load_subject
     from qncd.models.configs import CONFIGS
     from qncd.models.loading import load_config

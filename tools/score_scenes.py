@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How often pictures of the text-to-image model in the box show what their captions say, by the classifier in the box.
+"""How often pictures of the bundled text-to-image model show what their captions say, by the bundled classifier.
 
     python tools/score_scenes.py --write_captions held_out.txt -n 200
     python scripts/txt2img.py --plms --from_file held_out.txt --outdir out/scenes
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
     if len(shapes := {picture.shape for picture in pictures}) > 1:
         raise ValueError(f"{args.folder}: pictures of several sizes: {sorted(shapes)}")
     scores = dataclasses.asdict(caption_accuracy(np.stack(pictures), captions))
-    print(f"{scores['count']} pictures of {args.folder / args.images}, per cent right by the classifier in the box:")
+    print(f"{scores['count']} pictures of {args.folder / args.images}, per cent right by the bundled classifier:")
     for name, value in scores.items():
         if name != "count":
             print(f"  {name:12}{100 * value:6.1f}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the DDIM model in the box on Fashion-MNIST (Lightning, EMA, resumable).
+"""Train the bundled DDIM model on Fashion-MNIST (Lightning, EMA, resumable).
 
     python tools/train_ddim.py --config configs/fashion_mnist.yml --out runs/fashion_mnist
 

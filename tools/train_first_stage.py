@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the autoencoder (first stage) of a latent model in the box: VQ or KL, as its config says.
+"""Train the autoencoder (first stage) of a bundled latent model: VQ or KL, as its config says.
 
     python tools/train_first_stage.py --config configs/scenes.yaml --out runs/scenes
 

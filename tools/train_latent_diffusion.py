@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Train the UNet of a latent model in the box, with its class embedding or its CLIP text model, and write the model.
+"""Train the UNet of a bundled latent model, with its class embedding or its CLIP text model, and write the model.
 
     python tools/train_latent_diffusion.py --config configs/scenes.yaml --out runs/scenes
 
 Comes after `train_first_stage.py` with the same --config and --out. The latents of all images are computed once and
 kept in `OUT/latents.safetensors`. Run the same line again after an interruption: it goes on from the last snapshot. Ends
 by writing the whole model with EMA weights, `OUT/model.safetensors`, in the original's checkpoint layout and half
-precision: for the model in the box, copy it to `qncd/assets` under the name in the config's `model.weights`.
+precision: for the bundled model, copy it to `qncd/assets` under the name in the config's `model.weights`.
 """
 
 from __future__ import annotations

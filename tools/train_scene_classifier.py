@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the classifier that reads pictures of scenes, to measure how often the text-to-image model in the box is right.
+"""Train the classifier that reads pictures of scenes, to measure how often the bundled text-to-image model is right.
 
     python tools/train_scene_classifier.py --first_stage runs/scenes/first_stage
 

@@ -1,4 +1,4 @@
-"""Running the cells of a quality benchmark, after what they share, in one process or in several."""
+"""Run the cells of a quality benchmark in one process or several, after computing what they share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WHOLE = "whole.json"  # in the folder of a reconstruction: it is finished
 
 
 def compute(run: Run, plan: Plan, cells: Sequence[Cell], workers: int | None = None) -> None:
-    """Run the cells that are not there, after what they share, in `workers` processes (default: one a core)."""
+    """Run the unfinished cells in `workers` processes (default: one a core), after computing what they share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = workers or (1 if plan.device.startswith("cuda") else cores)
     threads = max(1, cores // jobs)
@@ -138,7 +138,7 @@ def full_precision_images(plan: Plan) -> np.ndarray:
 
 
 def sample_calibration_set(plan: Plan, seed: int) -> None:
-    """Calibration set and noise table of one repetition, into the cache; the set last, as the sign that both are there."""
+    """Calibration set and noise table of one repetition, into the cache; the set is written last and marks both as complete."""
     config = dataclasses.replace(plan.calibration, seed=seed)
     subject, correction = plan.subject(), plan.correction if plan.controlled else None
     conditions = _conditions(plan, seed, subject)
@@ -164,7 +164,7 @@ def load_calibration_set(plan: Plan, seed: int) -> tuple[CalibrationSet, NoiseTa
 
 
 def reconstruct_weights(plan: Plan, cell: Cell) -> None:
-    """The blocks that a cell and others with the same weights share, into the cache; a file WHOLE says that all are there."""
+    """Reconstruct the blocks that cells with the same weights share, into the cache; a file WHOLE marks them as complete."""
     folder = cell.reconstruction_folder(plan)
     assert folder is not None
     data, _ = load_calibration_set(plan, cell.seed)
@@ -174,7 +174,7 @@ def reconstruct_weights(plan: Plan, cell: Cell) -> None:
 
 
 def _quantize_(plan: Plan, cell: Cell, subject: Subject, data: CalibrationSet) -> float:
-    """The network quantized as the cell says, in place, around the blocks that are there; returns the seconds taken."""
+    """Quantize the network as the cell says, in place, with the blocks reconstructed so far; returns the seconds taken."""
     assert cell.quant is not None
     return quantize_with_(
         subject.diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size,

@@ -121,7 +121,7 @@ def count_integer(peer: Peer, unet: UNet, data: CalibrationSet) -> dict[str, int
 
     weights = peer.integer_weights(unet)
     probe = data.subset(torch.arange(PROBE) % len(data))
-    # A time step of its own for each input: with few of them, time embeddings would look quantized.
+    # A different time step for each input: with few of them, time embeddings would look quantized.
     probe = dataclasses.replace(probe, t=torch.linspace(0, 999, PROBE).long())
     inputs = _integer_inputs(unet, probe) if peer.calibrated else weights
     return {"layers": len(_layers(unet)), "weights": weights, "inputs": inputs}

@@ -18,7 +18,7 @@ BANDED_MODES = 4  # with more of them the bands cover one another
 
 
 def draw_errors(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Noise-prediction error by step: a panel for each width, a line for each mode, of few the spread over seeds as a band."""
+    """Noise-prediction error by step: a panel for each width, a line for each mode, a band over seeds if the modes are few."""
     rows = [row for row in rows if "noise_error_per_step" in row]
     widths, modes = _widths(rows), _modes(rows)
     if not rows:

@@ -76,7 +76,7 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 def caption(
     command: str, plan: Plan, seeds: int, convention: str, rows: Sequence[dict[str, Any]], commits: Sequence[str]
 ) -> list[str]:
-    """How the numbers came about, in words."""
+    """How the figures were made, in words."""
     sampler, guidance = plan.sampler, plan.subject_settings.get("guidance")
     identical = sum(row["identical_images"] for row in rows)
     repeated = "One calibration seed; "
@@ -97,15 +97,15 @@ def caption(
         + (f"; without the {identical} images that equal it." if identical else "."),
         "Noise-prediction error: ‖ε − ε_FP‖² / ‖ε_FP‖² at the quantized model's own x_t, ε after correction, mean over the "
         f"steps, first {min(ERROR_IMAGES, plan.images)} images.",
-        "linear: min-max ranges, no split. This package's other modes: mse weight ranges, activation ranges min-max at "
-        "8 bits and mse below, split. "
-        "qncd: and bias correction; neither, smoothing only and correction only leave out the rest. qdiff, ptqd, tfmq, "
-        f"d2dpm and weights reconstructed: AdaRound, {plan.reconstruction.iterations} iterations a block; this package's "
-        "other rows round to nearest, but qncd+'s: GPTQ, a range for each time step at every activation, smoothing searched for "
-        "each layer at 4-bit activations, widths of their own for activations below 8 bits, and tracking, without smoothing by "
-        "the embedding and runtime correction. Tracking aims "
-        "at the full-precision trajectory, not at the full-precision prediction at the quantized "
-        "model's x_t: the noise-prediction error is no measure of it.",
+        "Ranges: linear has min-max ranges and no split; this package's other modes have mse weight ranges, activation ranges "
+        "that are min-max at 8 bits and mse below, and split.",
+        f"Weights: qdiff, ptqd, tfmq, d2dpm and the rows with reconstructed weights use BRECQ, {plan.reconstruction.iterations} "
+        "iterations a block; qncd+ uses GPTQ; this package's other rows round to nearest.",
+        "qncd has bias correction, smoothing by the embedding and runtime correction; other rows of its name say what differs, "
+        "and those with 'only' or 'neither' keep bias correction. qncd+ has bias correction, a range for each time step at every "
+        "activation, a smoothing search at 4-bit activations, mixed precision of activations below 8 bits, and tracking.",
+        "Tracking aims at the full-precision trajectory, not at the full-precision prediction at the quantized model's x_t: "
+        "the noise-prediction error does not measure it.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",
     ]
     if len(commits) > 1:

@@ -1,4 +1,4 @@
-"""The models in the box as subjects of a benchmark: how each makes its images, and what they are held against."""
+"""The bundled models as subjects of a benchmark: how each makes its images, and what they are compared with."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from qncd.sampling.schedule import betas_of
 
 LANE = 16  # images in each network call, always exactly
 FEATURE_BATCH = 250
-SCENES = 4000  # rendered pictures that generated ones are held against
+SCENES = 4000  # rendered pictures that generated ones are compared with
 CAPTIONS_SEED = 7  # of the order in which held-out captions are taken
 TITLES = {"class_accuracy": "class accuracy, %", "caption_accuracy": "captions right, %"}
 
@@ -71,7 +71,7 @@ def load_subject(
         scale: of guidance; None for what the yaml recommends, else 3.
 
     Raises:
-        ValueError: the model makes images that nothing in the box can score.
+        ValueError: there is no bundled classifier for the images that the model makes.
     """
     if not is_latent(config):
         return _pixel_subject(config, ckpt, sampler, device)

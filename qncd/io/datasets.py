@@ -1,4 +1,4 @@
-"""The data sets of the models in the box, by the name in a config's `data.dataset`, with what they are conditioned on."""
+"""The data sets of the bundled models, by the name in a config's `data.dataset`, with what they are conditioned on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_conditioned(
     Args:
         name: a member of DATASETS.
         split: "train" or "test"; the test captions of SCENES are scenes that its training split never shows.
-        count: the first so many images only (SCENES are drawn, so it has any number); by default all there are.
+        count: only the first `count` images (SCENES are drawn, in any number); by default all.
         root: folder of the files on disk, where the data set has some.
 
     Returns:

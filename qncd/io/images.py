@@ -1,4 +1,4 @@
-"""Images on their way to disk: uint8 conversion, PNG files named after their seed, contact sheets, ADM's npz."""
+"""Write images: uint8 conversion, PNG files named after their seed, contact sheets, ADM's npz."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
         uint8 (N, H, W, C).
 
     Raises:
-        ValueError: x is no such batch, or holds NaN.
+        ValueError: x is not such a batch, or holds NaN.
     """
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"images of shape {tuple(x.shape)} and dtype {x.dtype}, expected float (N, C, H, W)")
@@ -49,7 +49,7 @@ def save_png(array: np.ndarray, path: str | Path) -> None:
     """Write uint8 (H, W, C), C = 1 (kept grayscale) or 3, so that the file is there whole or not at all.
 
     Raises:
-        ValueError: the array is no such image.
+        ValueError: the array is not such an image.
     """
     image = _as_pil(array)
     _write_atomically(Path(path), lambda stream: image.save(stream, format="PNG"))
@@ -59,7 +59,7 @@ def save_npz(images: np.ndarray, path: str | Path) -> None:
     """Write uint8 (N, H, W, C) as ADM's sample batch: `arr_0` uint8 (N, H, W, 3), grey repeated; whole or not at all.
 
     Raises:
-        ValueError: the array is no such batch.
+        ValueError: the array is not such a batch.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise ValueError(f"images of shape {images.shape} and dtype {images.dtype}, expected uint8 (N, H, W, 1 or 3)")

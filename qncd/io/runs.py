@@ -1,4 +1,4 @@
-"""An output folder as a run: its settings beside its images, so that it is continued rightly or not at all."""
+"""An output folder as a run: its settings beside its images, so that it is resumed with equal settings or not at all."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def open_run(
     environment: Mapping[str, Any] | None = None,
     min_free_bytes: int = 0,
 ) -> Run:
-    """Start a run in a new or empty folder, or go on with the run that is in it.
+    """Start a run in a new or empty folder, or resume the run that is in it.
 
     Args:
         folder: made where it is not there.
-        settings: everything that decides what an image looks like; a run is continued with equal settings only.
-        environment: what does not (device, batch_size, max_images, verbose): written down, free to change.
+        settings: everything that decides what an image looks like; a run is resumed with equal settings only.
+        environment: everything else (device, batch_size, max_images, verbose): recorded, free to change.
         min_free_bytes: room that the run will need on the disk.
 
     Raises:

@@ -1,6 +1,6 @@
 """Captioned scenes: one or two flat shapes on a plain ground, drawn from a caption and a random generator.
 
-The text-to-image model in the box is trained on them and measured by them. Every caption follows one grammar, so a
+The bundled text-to-image model is trained on them and measured by them. Every caption follows one grammar, so a
 caption can be parsed back into the scene that it describes, and what a picture should show is known exactly:
 
     caption  = object | object " " relation " " object
@@ -47,7 +47,7 @@ class SceneObject:
         shape: a member of SHAPES.
 
     Raises:
-        ValueError: an attribute is none of these.
+        ValueError: an attribute is not one of these.
     """
 
     size: str

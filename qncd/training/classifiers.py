@@ -1,4 +1,4 @@
-"""How the two small classifiers in the box are trained and written."""
+"""How the two small bundled classifiers are trained and written."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class NoisePrediction(nn.Module):
 
     Attributes:
         unet: a UNet2DModel, or a UNet2DConditionModel where there is a conditioner.
-        conditioner: a ClassConditioner or TextConditioner, trained jointly; None for none.
+        conditioner: a ClassConditioner or TextConditioner, trained jointly; None for an unconditional model.
     """
 
     abar: torch.Tensor
@@ -107,7 +107,7 @@ class NoisePrediction(nn.Module):
         """
         Args:
             abar: alphas_cumprod, (T,).
-            condition_dropout: share of the batch whose condition is replaced by that for none, which classifier-free
+            condition_dropout: share of the batch whose condition is replaced by the empty one, which classifier-free
                 guidance needs (Ho and Salimans 2022).
         """
         super().__init__()
@@ -143,7 +143,7 @@ class NoisePrediction(nn.Module):
 def condition_tensor(
     conditioner: ClassConditioner | TextConditioner, conditions: Sequence[int] | Sequence[str] | None
 ) -> torch.Tensor:
-    """What `NoisePrediction` takes: labels int64 (N,), or the ids of captions, int64 (N, 77); one row of none for None."""
+    """What `NoisePrediction` takes: labels int64 (N,) or caption ids int64 (N, 77); for None, one row that means no condition."""
     if isinstance(conditioner, TextConditioner):
         return conditioner.tokenize([""] if conditions is None else cast(Sequence[str], conditions))
     return torch.tensor([conditioner.n_classes - 1] if conditions is None else conditions)
@@ -264,7 +264,7 @@ def fit(
     precision: str = "bf16-mixed",
     compiled: Sequence[str] = (),
 ) -> nn.Module:
-    """Train, or go on from the last snapshot in `out`, and give the objective with averaged weights.
+    """Train, or resume from the last snapshot in `out`, and return the objective with averaged weights.
 
     Args:
         objective: takes a batch of the tensors, gives its loss.

@@ -85,7 +85,7 @@ def test_run_resume_report(script: ModuleType, arguments: list[str], capsys: pyt
     assert settings["quantization"]["weight_bits"] == 4 and settings["quantization"]["split"]
     assert settings["smoothing"] == {"floor": 1.0} and settings["correction"]["interval"] == 1
     text = (out / "quality.md").read_text()
-    assert "| W4A8 | linear | " in text and "| W4A8 | qncd | " in text and "Biased upwards" in text
+    assert "| W4A8 | linear | " in text and "| W4A8 | qncd (weights rounded to nearest) | " in text and "Biased upwards" in text
     assert table.startswith("| width |") and all((out / f"quality{end}.png").stat().st_size > 1000 for end in ("", "_bars"))
 
     files = sorted(path for name in ("cells", "cache") for path in (out / name).iterdir())

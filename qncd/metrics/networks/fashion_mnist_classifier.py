@@ -53,7 +53,7 @@ def load_classifier(path: Path | None = None) -> tuple[FashionMnistClassifier, d
     """The classifier in evaluation mode, in float32, and the metadata of its file (`test_accuracy` in per cent).
 
     Args:
-        path: a safetensors file written by `tools/train_fashion_mnist_classifier.py`; by default the one in the box.
+        path: a safetensors file written by `tools/train_fashion_mnist_classifier.py`; by default the bundled one.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,4 +1,4 @@
-"""Networks that turn images into features: Inception for comparable numbers, the classifier in the box for offline ones."""
+"""Networks that turn images into features: Inception for comparable numbers, the bundled classifier for offline use."""
 
 from __future__ import annotations
 
@@ -141,12 +141,12 @@ class InceptionFeatures:
 
 
 class FashionMnistFeatures:
-    """The Fashion-MNIST classifier in the box: 128 features, 256 spatial ones, 10 logits.
+    """The bundled Fashion-MNIST classifier: 128 features, 256 spatial ones, 10 logits.
 
     Its numbers compare models of this data set with each other; they are not on the scale of Inception's.
 
     Args:
-        weights: a file of `tools/train_fashion_mnist_classifier.py`; by default the one in the box.
+        weights: a file of `tools/train_fashion_mnist_classifier.py`; by default the bundled one.
         device: where the network runs.
 
     Raises:

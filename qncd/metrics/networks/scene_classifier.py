@@ -65,7 +65,7 @@ def load_scene_classifier(path: Path | None = None) -> tuple[SceneClassifier, di
     """The classifier in evaluation mode, in float32, and the metadata of its file (accuracies in per cent).
 
     Args:
-        path: a safetensors file written by `tools/train_scene_classifier.py`; by default the one in the box.
+        path: a safetensors file written by `tools/train_scene_classifier.py`; by default the bundled one.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -100,7 +100,7 @@ def read_scenes(images: np.ndarray | torch.Tensor, classifier: SceneClassifier |
 
     Args:
         images: uint8 NHWC, (N, 64, 64, 3).
-        classifier: by default the one in the box, on the CPU.
+        classifier: by default the bundled one, on the CPU.
 
     Raises:
         ValueError: images of another shape or type.
@@ -171,7 +171,7 @@ def caption_accuracy(
     Args:
         images: uint8 NHWC, (N, 64, 64, 3).
         captions: one a picture, in the grammar of `qncd.io.scenes`.
-        classifier: by default the one in the box.
+        classifier: by default the bundled one.
 
     Raises:
         ValueError: no picture, another number of captions than of pictures, a caption outside of the grammar, or images

@@ -217,7 +217,7 @@ def open_source(path: str | Path, prefer_images: bool = False, network: str | No
         path: a folder of images, a .npz with images (arr_0) or statistics (mu, sigma), or a name of DATASET_NAMES (write
             ./fashion_mnist for a folder of that name).
         prefer_images: which to take from a .npz that has both, as ADM's reference batches do.
-        network: the features in use; for those of Fashion-MNIST the name `fashion_mnist` means the statistics in the box.
+        network: the features in use; for those of Fashion-MNIST the name `fashion_mnist` means the bundled statistics.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
