@@ -40,7 +40,7 @@ INSTALL_REQUIRES = [
     "matplotlib>=3.8,<4",
     "pyyaml>=6.0.1,<7",
 ]
-EXPORT_REQUIRES = [  # scripts/export.py and --backend; exporting also needs torch 2.8 or newer
+EXPORT_REQUIRES = [  # `qncd export` and --backend; exporting also needs torch 2.8 or newer
     "onnx>=1.18,<2",
     "onnxscript>=0.5,<1",
     "onnxruntime>=1.22,<2",
@@ -58,7 +58,7 @@ TEST_REQUIRES = [
     "torchmetrics>=1.4,<2",
     "lpips>=0.1.4,<1",
 ]
-PEERS_REQUIRES = [  # other toolkits, for scripts/benchmark_quality.py; nncf and optimum-quanto compile C++ on first use
+PEERS_REQUIRES = [  # other toolkits, for `qncd benchmark quality`; nncf and optimum-quanto compile C++ on first use
     "nvidia-modelopt>=0.47,<1",
     "nncf>=3.4,<4",
     "optimum-quanto>=0.2.7,<1",
@@ -75,8 +75,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(where=str(ROOT), include=["qncd", "qncd.*"]),
-    package_data={"qncd": ["py.typed", "assets/**/*", "models/files/registry.json"]},
+    packages=[*find_packages(where=str(ROOT), include=["qncd", "qncd.*"]), "qncd.configs"],
+    package_dir={"qncd.configs": "configs"},  # the yaml files stay at the root of the repository, and go into the wheel
+    package_data={
+        "qncd": ["py.typed", "assets/**/*", "models/files/registry.json"],
+        "qncd.configs": ["*.yml", "*.yaml"],
+    },
+    entry_points={"console_scripts": ["qncd = qncd.app.console:main"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={"test": TEST_REQUIRES, "export": EXPORT_REQUIRES, "peers": PEERS_REQUIRES},
 )

@@ -9,50 +9,17 @@ The folder appears whole or not at all. An existing one is replaced only if this
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
 
-from qncd.app.parser import make_parser, run_main
+from qncd.app.commands import convert as command
+from qncd.app.parser import run_main
 
-MARKER = "converted.json"
-
-
-def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__ or "")
-    parser.add_argument("--config", type=Path, required=True, help="the model's original yaml, e.g. configs/cin256-v2.yaml")
-    parser.add_argument("--ckpt", type=Path, help="the original checkpoint (default: what the config names)")
-    parser.add_argument("--use_pretrained", action="store_true", help="take the published weights for the config")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    return parser.parse_args()
+main = command.main
 
 
-def main(args: argparse.Namespace) -> None:
-    import json
-
-    from qncd import __version__
-    from qncd.models.files.diffusers_folders import whole_folder
-    from qncd.models.latent import load_latent_model, save_latent_model
-    from qncd.models.loading import load_config, load_ddim, save_ddim, state_dict_hash
-
-    config = load_config(args.config)
-    with whole_folder(args.out, MARKER) as folder:
-        if "params" in config["model"]:
-            model = load_latent_model(config, args.ckpt, args.use_pretrained)
-            save_latent_model(model, folder)
-            unet = model.unet
-        else:
-            unet = load_ddim(config, args.ckpt, args.use_pretrained)
-            save_ddim(unet, config, folder)
-        record = {
-            "command": "scripts/convert_checkpoint.py",
-            "qncd": __version__,
-            "config": args.config.name,
-            "checkpoint": args.ckpt.name if args.ckpt else None,
-            "unet_sha256": state_dict_hash(unet),
-        }
-        (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(args.out)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return command.make_parser(__doc__ or "").parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    run_main(main, args)
+    run_main(main, parse_args())

@@ -12,66 +12,17 @@ inside, any batch size. ONNX Runtime and OpenVINO run it, and the sampling scrip
 from __future__ import annotations
 
 import argparse
-import logging
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from qncd.app import parser as cli
+from qncd.app.commands import export as command
+from qncd.app.parser import run_main
 
-if TYPE_CHECKING:
-    from qncd.quant.convert import UNet
-
-log = logging.getLogger("qncd")
+main = command.main
 
 
-def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__ or "")
-    group = parser.add_argument_group("model")
-    group.add_argument("--config", type=Path, help="yaml of the model, of DDIM or in CompVis' layout")
-    group.add_argument("--ckpt", help="weights, as the sampling scripts take them (default: what the config names)")
-    group.add_argument("--use_pretrained", action="store_true", help="take the published weights for the config's data set")
-    parser.add_argument("--cali_ckpt", type=Path, help="quantized checkpoint (default: export in full precision)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for model.onnx")
-    return parser.parse_args()
-
-
-def load_unet(args: argparse.Namespace) -> UNet:
-    """The full-precision network that --config, --ckpt and --use_pretrained name. Raises ValueError where they name none."""
-    from qncd.app import latent_jobs
-    from qncd.models.latent import load_latent_model
-    from qncd.models.loading import load_config, load_ddim
-
-    if args.config is None and args.ckpt is None:
-        raise ValueError("which model? Name it with --config, --ckpt or both")
-    config = load_config(args.config) if args.config else None
-    if config is not None and "target" not in config["model"]:
-        return load_ddim(config, args.ckpt, args.use_pretrained)
-    config, ckpt = latent_jobs.find_model(args.config, args.ckpt, Path())
-    return load_latent_model(config, ckpt, args.use_pretrained).unet
-
-
-def main(args: argparse.Namespace) -> None:
-    from qncd.app import jobs
-    from qncd.engines.onnx.model import export_unet
-    from qncd.engines.packages import require
-    from qncd.models.loading import state_dict_hash
-    from qncd.ptq.checkpoint import load_quantized_
-
-    jobs.set_up_logging("info")
-    for package in ("onnx", "onnxscript"):
-        require(package)
-    unet = load_unet(args)
-    base_hash, quant, settings = state_dict_hash(unet), None, {}
-    full = sum(parameter.numel() * 4 for parameter in unet.parameters())
-    if args.cali_ckpt:
-        info, _ = load_quantized_(unet, args.cali_ckpt, base_hash)
-        quant, settings = info.config, info.settings
-    path = export_unet(unet, args.out, quant, base_hash, settings)
-    size = sum(part.stat().st_size for part in args.out.glob(f"{path.name}*"))
-    label = quant.label if quant else "full precision"
-    log.info("%s: %s, %.1f MB, %.3f of the float32 weights", path, label, size / 1e6, size / full)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return command.make_parser(__doc__ or "").parse_args(argv)
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    cli.run_main(main, arguments)
+    run_main(main, parse_args())

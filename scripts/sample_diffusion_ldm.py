@@ -13,131 +13,17 @@ on with a run that was cut off.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qncd.app import parser as cli
-from qncd.recipe import SamplerConfig
+from qncd.app.commands import sample_ldm as command
+from qncd.app.parser import run_main
 
-if TYPE_CHECKING:
-    from qncd.distributed import Processes
-
-DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "fashion_mnist_ldm.yaml"
-GUIDANCE = 3.0  # of the published ImageNet figures
+main = command.main
 
 
-def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__ or "")
-    cli.add_latent_model_arguments(parser, "-r", "--resume_base")
-    group = parser.add_argument_group("sampling")
-    group.add_argument("-n", "--n_samples", type=int, default=64, help="images to make (default 64)")
-    group.add_argument("-c", "--custom_steps", type=int, default=50, help="time steps (default 50)")
-    group.add_argument("-e", "--eta", type=float, help="noise of DDIM (default 1, as in the original; 0 with --dpm)")
-    group.add_argument("-v", "--vanilla_sample", action="store_true", help="DDPM over all of the model's time steps")
-    group.add_argument("--dpm", action="store_true", help="DPM-Solver++ instead of DDIM")
-    group.add_argument("--skip_type", choices=("uniform", "quad"), default="uniform", help="spacing of the time steps")
-    group.add_argument("--seed", type=int, default=1234, help="image i has the seed SEED + i (default 1234)")
-    group.add_argument("--batch_size", type=int, default=16, help="images at a time (default 16); changes no image")
-    group.add_argument("--scale", type=float, help=f"classifier-free guidance (default {GUIDANCE:g}; 1 for none)")
-    group.add_argument("--classes", help="comma-separated class numbers, repeated over the images (default: all in turn)")
-    cli.add_lane_argument(group)
-    cli.add_ptq_arguments(parser)
-    group = parser.add_argument_group("output")
-    group.add_argument("-l", "--logdir", type=Path, required=True, help="output folder")
-    cli.add_output_arguments(group)
-    return parser.parse_args()
-
-
-def sampler_config(args: argparse.Namespace, train_timesteps: int) -> SamplerConfig:
-    """DDIM in latent-diffusion's convention, DPM-Solver++, or DDPM: DDIM at eta 1 over all time steps."""
-    if args.vanilla_sample:
-        if args.dpm or args.eta not in (None, 1.0):
-            raise ValueError("--vanilla_sample is DDPM: it excludes --dpm and --eta other than 1")
-        return SamplerConfig("generalized", "uniform", train_timesteps, 1.0)
-    eta = args.eta if args.eta is not None else 0.0 if args.dpm else 1.0
-    return SamplerConfig("dpm_solver" if args.dpm else "generalized", args.skip_type, args.custom_steps, eta, "ldm")
-
-
-def chosen_classes(text: str | None, n_classes: int) -> list[int]:
-    """The classes of --classes, by default all but the last, which stands for none."""
-    if text is None:
-        return list(range(n_classes - 1))
-    try:
-        classes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--classes {text}: expected whole numbers with commas between them") from None
-    if not all(0 <= c < n_classes for c in classes):
-        raise ValueError(f"--classes {text}: allowed are 0 to {n_classes - 1}")
-    return classes
-
-
-def main(args: argparse.Namespace) -> None:
-    from qncd.app import jobs
-
-    processes = jobs.start_job(args)
-    with processes.quiet_failure():
-        sample(args, processes)
-
-
-def sample(args: argparse.Namespace, processes: Processes) -> None:
-    """The run, in each of the processes."""
-    from qncd.app import jobs, latent_jobs, preparation
-    from qncd.io.runs import open_run
-    from qncd.models.original.conditioning import ClassConditioner, TextConditioner
-    from qncd.sampling.guidance import Conditions
-
-    cli.check_counts(args, ("n_samples", "batch_size", "lane", "custom_steps", "cali_n", "cali_st", "cali_batch_size"))
-    wanted = preparation.Quantization.of(args)
-    preparation.check_quantization_arguments(args)
-    device = str(processes.device)
-    model, config = latent_jobs.load_model(args, DEFAULT_CONFIG, device)
-    if isinstance(model.conditioner, TextConditioner):
-        raise ValueError(f"{model.source} takes prompts: scripts/txt2img.py samples it")
-    if model.conditioner is None and (args.cond or args.classes):
-        raise ValueError(f"{model.source} is unconditional: allowed without --cond and --classes")
-    # Latents have more channels and attention than images: a quarter of the side for the same memory.
-    args.cali_batch_size = args.cali_batch_size or cli.default_calibration_batch(4 * model.latent_shape[1])
-    scale = latent_jobs.check_guidance(model, args.scale, latent_jobs.recommended_scale(config, GUIDANCE))
-    sampler = sampler_config(args, len(model.betas))
-    diffusion = latent_jobs.build_diffusion(model, sampler, model.latent_shape, args.lane, scale != 1, "full")
-    classes: list[int] = []
-    conditions = calibration_conditions = None
-    columns = 8
-    if isinstance(model.conditioner, ClassConditioner):
-        classes = chosen_classes(args.classes, model.conditioner.n_classes)
-        columns = len(classes) if len(classes) <= 10 else 8
-        # Calibration sees every class, whichever ones are to be sampled.
-        every = chosen_classes(None, model.conditioner.n_classes)
-        spread = [every[i * len(every) // args.cali_n % len(every)] for i in range(args.cali_n)]
-        calibration_conditions = latent_jobs.class_conditions(model, spread, scale)
-
-        def conditions(indices: Sequence[int]) -> Conditions:
-            return latent_jobs.class_conditions(model, [classes[i % len(classes)] for i in indices], scale)
-
-    settings = {
-        **latent_jobs.model_hashes(model),
-        "seed": args.seed,
-        "classes": classes,
-        "guidance": scale,
-        "lane": diffusion.lane,
-        "sampler": dataclasses.asdict(sampler),
-        **wanted.settings(args, args.batch_size),
-    }
-    side = model.latent_shape[1] * model.first_stage.factor
-    needed = 12 * args.n_samples * side * side
-    run = processes.first(lambda: open_run(args.logdir, settings, jobs.environment(args, device, args.batch_size), needed))
-    decode = latent_jobs.make_decoder(model, diffusion.lane)
-    plan = jobs.ImagePlan(args.n_samples, lambda i: args.seed + i, conditions, decode, columns)
-    if classes and processes.is_first:
-        rows = [f"{plan.path(Path(), i)},{classes[i % len(classes)]}" for i in range(args.n_samples)]
-        (run.folder / "labels.csv").write_text("\n".join(["file,class", *rows]) + "\n", encoding="utf-8")
-    job = jobs.SamplingJob(run, plan, args.batch_size, processes)
-    table = latent_jobs.original_names(config)
-    job.sample_and_finish(args, wanted, diffusion, settings["model"], calibration_conditions, key_table=table)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return command.make_parser(__doc__ or "").parse_args(argv)
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    cli.run_main(main, arguments)
+    run_main(main, parse_args())

@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qncd"
 MAX_LINES = 400
+MAX_SCRIPT_LINES = 60
 
 # From low to high: a module imports from its own layer or from lower ones.
 LAYERS = (
@@ -30,7 +31,9 @@ LAYERS = (
     ("modes",),
     ("app",),
     ("benchmark",),
+    ("commands",),
 )
+COMMANDS = ("qncd.app.commands", "qncd.app.console")  # the top of the app, above the benchmarks that they run
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 # Layers that may import less than what lies below them.
@@ -45,7 +48,10 @@ ONLY = {
 STRANGERS = ("qncd.sampling.samplers", "qncd.sampling.correctors.runtime")
 
 # Everything that `--help` imports; yaml takes 20 ms, torch seconds.
-LIGHT_MODULES = ("qncd", "qncd.recipe", "qncd.modes", "qncd.app.parser")
+LIGHT_MODULES = (
+    "qncd", "qncd.recipe", "qncd.modes", "qncd.models.configs", "qncd.app.parser", "qncd.app.console",
+    *(f"qncd.app.commands.{path.stem}" for path in sorted((PACKAGE / "app" / "commands").glob("[!_]*.py"))),
+)  # fmt: skip
 LIGHT_THIRD_PARTY = {"yaml"}
 HEAVY = (
     "torch",
@@ -136,11 +142,16 @@ def target_module(module: str, name: str) -> str:
     return f"{module}.{name}" if name and f"{module}.{name}" in MODULES else module
 
 
+def layer_of(name: str) -> str:
+    """The layer of a module below qncd: its folder there, but for the commands."""
+    return "commands" if name.startswith(COMMANDS) else name.split(".")[1]
+
+
 def layering_faults(name: str, tree: ast.Module) -> list[str]:
     """One line for each import of the module that breaks the order of the layers."""
     if name in {"qncd", "qncd.__main__"}:
         return []
-    layer = name.split(".")[1]
+    layer = layer_of(name)
     if layer not in RANK:
         return [f"{name}: qncd/{layer} has no place in LAYERS (tests/test_import_graph.py)"]
     faults = []
@@ -154,7 +165,7 @@ def layering_faults(name: str, tree: ast.Module) -> list[str]:
             if attribute != "__version__":
                 faults.append(f"{name}:{line}: imports {attribute or 'qncd'} from the top package: name the module that has it")
             continue
-        other = reached.split(".")[1]
+        other = layer_of(reached)
         if other == layer:
             continue
         if other not in RANK:
@@ -196,6 +207,9 @@ def test_layering(name: str) -> None:
         ("qncd.ptq.stages.smoothing", "from qncd import __version__", True),
         ("qncd.ptq.stages.smoothing", 'importlib.import_module("qncd.app.parser")', False),
         ("qncd.app.parser", "from qncd.ptq import smoothing", True),
+        ("qncd.app.jobs", "from qncd.app.commands import sample", False),
+        ("qncd.benchmark.plan", "from qncd.app.commands import sample", False),
+        ("qncd.app.commands.sample", "from qncd.benchmark import plan\nfrom qncd.app import parser", True),
         ("qncd.misc", "", False),
         ("qncd.ptq.stages.smoothing", "from qncd.misc import helper", False),
     ],
@@ -233,7 +247,7 @@ def test_modules_stay_small(name: str) -> None:
 
 SCRIPTS = [
     path.relative_to(ROOT).as_posix()
-    for path in (*sorted((ROOT / "scripts").glob("*.py")), ROOT / "evaluator.py")
+    for path in (*sorted((ROOT / "scripts").glob("*.py")), *sorted((ROOT / "tools").glob("*.py")), ROOT / "evaluator.py")
     if path.is_file()
 ]
 
@@ -257,6 +271,13 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": search}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if not script.startswith("tools/")])
+def test_scripts_are_thin(script: str) -> None:
+    """Their bodies are in the package, so that an installed wheel has all of them."""
+    lines = len((ROOT / script).read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_SCRIPT_LINES, f"{script} has {lines} lines, allowed are {MAX_SCRIPT_LINES}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -72,7 +72,8 @@ def test_version_is_the_one_in_the_package(setup_arguments: dict[str, Any]) -> N
 
 def test_every_package_folder_is_installed(setup_arguments: dict[str, Any]) -> None:
     folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "qncd").rglob("*.py")}
-    assert set(setup_arguments["packages"]) == {folder.replace("/", ".") for folder in folders}
+    assert set(setup_arguments["packages"]) == {folder.replace("/", ".") for folder in folders} | {"qncd.configs"}
+    assert setup_arguments["package_dir"] == {"qncd.configs": "configs"}
 
 
 def test_environment_agrees_with_setup(setup_arguments: dict[str, Any]) -> None:

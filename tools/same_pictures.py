@@ -130,7 +130,7 @@ def compare(out: Path, only: Sequence[str] | None) -> bool:
     return same
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -141,7 +141,11 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="sample the second checkout anew")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--checkpoints", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     if args.worker:
         sample_all(args.old.resolve(), args.out, args.only, args.checkpoints)
         return

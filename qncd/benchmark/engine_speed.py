@@ -21,8 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from qncd.benchmark.peers import quantize_with_peer
-from qncd.engines.engine import Arrays, ArraySession, open_engine, openvino_options
-from qncd.engines.onnx.model import FILE, export_unet
+from qncd.engines.engine import export, open_engine
+from qncd.engines.onnx.engine import Arrays, ArraySession
+from qncd.engines.onnx.model import FILE
+from qncd.engines.onnxruntime import open_session
+from qncd.engines.openvino import openvino_options
 from qncd.engines.openvino_graph import read_network
 from qncd.engines.packages import require
 from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet
@@ -122,10 +125,10 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
     data = CalibrationSet(torch.randn(8, *x.shape[1:], generator=torch.Generator().manual_seed(2)), torch.tensor(TIMES * 2))
 
     def on_engines(name: str, network: UNet, config: QuantConfig | None) -> None:
-        path = export_unet(network, folder / name, config, "")
+        path = export(network, folder / name, config)
         contest.sizes[name] = file_size(path.parent)
         for backend in ("onnxruntime", "openvino"):
-            engine = open_engine(network, path.parent, backend, threads)
+            engine = open_engine(network, path.parent, backend, threads=threads)
             contest.calls[f"{backend} {name}"] = functools.partial(engine, x, t)
 
     contest.calls["torch fp32"] = torch_call(unet, x, t)
@@ -169,9 +172,9 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
 
 def export_pair(unet: UNet, data: CalibrationSet, folder: Path) -> None:
     """Write DIR/fp32 and DIR/int8 (W8A8 with everything that a step pays for); the network is quantized in place."""
-    export_unet(unet, folder / "fp32", None, "")
+    export(unet, folder / "fp32", None)
     config = quantized(unet, data)
-    export_unet(unet, folder / "int8", config, "")
+    export(unet, folder / "int8", config)
 
 
 def make_large_contest(unet: UNet, data: CalibrationSet, folder: Path, threads: int) -> Contest:
@@ -185,7 +188,7 @@ def make_large_contest(unet: UNet, data: CalibrationSet, folder: Path, threads: 
     contest, t = Contest(), torch.full((len(data),), TIMES[1])
     contest.calls["torch fp32"] = torch_call(unet, data.x, t, data.cond)
     for backend, name in (("openvino", "fp32"), ("openvino", "int8"), ("onnxruntime", "int8")):
-        engine = open_engine(unet, folder / name, backend, threads)
+        engine = open_engine(unet, folder / name, backend, threads=threads)
         contest.calls[f"{backend} {name}"] = functools.partial(engine, data.x, t, data.cond)
     contest.sizes = {name: file_size(folder / name) for name in ("fp32", "int8")}
     return contest
@@ -203,7 +206,6 @@ def _items(data: CalibrationSet) -> Iterator[Arrays]:
 
 def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, threads: int) -> ArraySession:
     """ONNX Runtime's own static quantizer, QDQ with int8 weights per channel, on its CPU kernels as it comes."""
-    import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -227,10 +229,7 @@ def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, thre
         )  # fmt: skip
     finally:
         root.setLevel(level)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(["noise"], inputs)[0]
+    return open_session(path, threads)
 
 
 def _nncf_openvino(exported: Path, data: CalibrationSet, inputs: Arrays, threads: int) -> ArraySession:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qncd.benchmark.engine_speed import TIMES, Call, Contest, quantized, torch_call
-from qncd.engines.engine import open_triton
+from qncd.engines.triton.engine import open_triton
 from qncd.engines.triton.network import recorded
 from qncd.ptq.calibration import CalibrationSet
 from qncd.quant.convert import UNet

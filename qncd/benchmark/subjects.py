@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qncd.app.latent_jobs import PromptEncoder, class_conditions, make_decoder, model_hashes, recommended_scale
+from qncd.app.latent import PromptEncoder, class_conditions, make_decoder, model_hashes, recommended_scale
 from qncd.io.images import to_uint8
 from qncd.io.scenes import all_scenes, caption_of, is_held_out, scene_dataset
 from qncd.metrics.networks.features import FashionMnistFeatures
@@ -19,10 +19,12 @@ from qncd.metrics.report.sources import FASHION_MNIST_STATISTICS, SavedStatistic
 from qncd.metrics.statistics.moments import FeatureStatistics, StatisticsAccumulator, frechet_distance
 from qncd.models.latent import load_latent_model
 from qncd.models.loading import load_ddim, state_dict_hash
+from qncd.models.network import network_of
 from qncd.models.original.conditioning import ClassConditioner
-from qncd.ptq.pipeline import Diffusion
 from qncd.recipe import SamplerConfig
+from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
+from qncd.sampling.process import Process
 from qncd.sampling.schedule import betas_of
 
 LANE = 16  # images in each network call, always exactly
@@ -74,7 +76,7 @@ def load_subject(
     if not is_latent(config):
         return _pixel_subject(config, ckpt, sampler, device)
     model = load_latent_model(config, ckpt).to(device)
-    diffusion = Diffusion(model.unet, model.betas, sampler, model.latent_shape, LANE)
+    diffusion = Diffusion(network_of(model.unet), Process.from_betas(model.betas), sampler, model.latent_shape, LANE)
     decode = make_decoder(model, LANE)
     chosen = scale if scale is not None else recommended_scale(config, 3.0)
     settings = {
@@ -131,7 +133,7 @@ def _pixel_subject(config: Mapping[str, Any], ckpt: str | None, sampler: Sampler
     features = FashionMnistFeatures()
     features.check_size(size, size)
     settings = {"model": state_dict_hash(unet), "lane": LANE, "diffusion": config["diffusion"]}
-    diffusion = Diffusion(unet, betas_of(config), sampler, (channels, size, size), LANE)
+    diffusion = Diffusion(network_of(unet), Process.from_betas(betas_of(config)), sampler, (channels, size, size), LANE)
     score = lambda images: _fashion_figures(images, device)  # noqa: E731
     return Subject(diffusion, to_uint8, None, None, score, settings, f"against the training set, {features.convention}")
 

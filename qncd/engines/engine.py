@@ -1,170 +1,108 @@
-"""Engines that run an exported network, called as the UNet itself is."""
+"""Engines: what runs a calibrated network instead of torch.
+
+An engine is a class with the attributes and methods of `Engine`, in a file of its own, and a line in
+`qncd.engines.registry.ENGINES`. One that runs the exported ONNX model derives from `qncd.engines.onnx.engine.OnnxEngine`.
+"""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-import torch
-from torch import Tensor
+from torch import nn
 
-from qncd.engines.onnx.model import FILE, read_onnx
-from qncd.engines.openvino_graph import read_network
-from qncd.engines.packages import check_backend, require
-from qncd.quant.convert import UNet
-
-Arrays = dict[str, np.ndarray]
-ArraySession = Callable[[Arrays], np.ndarray]  # named inputs -> noise
-Session = Callable[[dict[str, Tensor]], Tensor]  # the same on the UNet's device
+from qncd.engines.network import EngineNetwork
+from qncd.engines.registry import ENGINES, TORCH, engine_names
+from qncd.models.network import Network, network_of
+from qncd.recipe import QuantConfig
 
 
-@dataclass(frozen=True)
-class EngineOutput:
-    """What a UNet of diffusers returns: `sample` (N, C, H, W)."""
-
-    sample: Tensor
-
-
-class EngineUNet:
-    """A network on an engine, in place of the UNet that it was exported from.
+class Engine(Protocol):
+    """What is known of an engine.
 
     Attributes:
-        config: of that UNet.
-        device: on which inputs come and outputs go.
-        one_step_a_call: inputs of several time steps go to the engine step by step.
+        name: by which it is chosen.
+        file: whether it runs an exported file.
+        precisions: in which it can compute what is not quantized.
     """
 
-    def __init__(self, unet: UNet, session: Session, backend: str, one_step_a_call: bool = False) -> None:
-        self.config, self.device, self.dtype = unet.config, unet.device, unet.dtype
-        self.session, self.backend, self.one_step_a_call = session, backend, one_step_a_call
+    name: str
+    file: bool
+    precisions: Sequence[str]
 
-    def __call__(
-        self,
-        sample: Tensor,
-        timestep: Tensor | int,
-        encoder_hidden_states: Tensor | None = None,
-        class_labels: Tensor | None = None,
-    ) -> EngineOutput:
-        """(N, C, H, W), (N,) or a number, the network's condition -> `.sample` (N, C, H, W)."""
-        steps = torch.as_tensor(timestep).reshape(-1).expand(len(sample))
-        inputs = {"sample": sample.float(), "timestep": steps.long().to(sample.device)}
-        inputs |= {} if encoder_hidden_states is None else {"encoder_hidden_states": encoder_hidden_states.float()}
-        inputs |= {} if class_labels is None else {"class_labels": class_labels.long()}
-        inputs = {name: value.detach() for name, value in inputs.items()}
-        times = steps.unique().tolist() if self.one_step_a_call else []
-        if len(times) <= 1:
-            return EngineOutput(self.session(inputs))
-        order = [(inputs["timestep"] == time).nonzero().flatten() for time in times]
-        parts = [self.session({name: value[rows] for name, value in inputs.items()}) for rows in order]
-        return EngineOutput(torch.cat(parts)[torch.cat(order).argsort()])
+    def check(self, precision: str) -> None:
+        """Raise ValueError, in one line, where the packages or the device that it needs are not there."""
+
+    def open(self, network: Network, folder: Path | None, *, precision: str, threads: int | None) -> EngineNetwork:
+        """The network on this engine.
+
+        Args:
+            network: calibrated; it stays as it is.
+            folder: holds the exported file; None for an engine that runs none.
+            precision: one of `precisions`.
+            threads: that it may use on a CPU; None for torch's number.
+
+        Raises:
+            ValueError: the engine refuses the network.
+            FileNotFoundError: there is no such file.
+        """
 
 
-def on_tensors(session: ArraySession) -> Session:
-    """An engine that takes arrays on the CPU, called with tensors on any device."""
-
-    def run(inputs: dict[str, Tensor]) -> Tensor:
-        arrays = {name: value.cpu().contiguous().numpy() for name, value in inputs.items()}
-        return torch.from_numpy(session(arrays)).to(inputs["sample"].device)
-
-    return run
-
-
-def onnxruntime_session(folder: Path, threads: int, tensorrt: bool = False) -> ArraySession:
-    """ONNX Runtime on DIR/model.onnx: the CPU's integer kernels, or TensorRT, which takes QDQ as it is."""
-    runtime = require("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors
-    if tensorrt:
-        providers = [
-            p for p in ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
-            if p in runtime.get_available_providers()
-        ]  # fmt: skip
-        session = runtime.InferenceSession(str(folder / FILE), options, providers=providers)
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            path = integer_model(folder, Path(scratch))
-            session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(["noise"], inputs)[0]
+def engine_of(name: str) -> Engine:
+    """The engine of a name. Raises ValueError for one that is not in the registry."""
+    if name not in ENGINES:
+        raise ValueError(f"backend {name!r}: allowed are {', '.join(engine_names())}")
+    room, _, kind = ENGINES[name].partition(":")
+    engine: Engine = getattr(importlib.import_module(room), kind)()
+    return engine
 
 
-def integer_model(folder: Path, scratch: Path) -> Path:
-    """DIR/model.onnx rewritten for ONNX Runtime's integer kernels, as a file in `scratch`."""
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    from qncd.engines.onnx.integer_kernels import to_integer_kernels_
-    from qncd.engines.onnx.model import save_onnx
-
-    model, _ = read_onnx(folder)
-    to_integer_kernels_(model)
-    RemoveUnusedNodesPass()(model)
-    return save_onnx(model, scratch)
+def file_engines() -> list[str]:
+    """Names of the engines that run an exported file."""
+    return [name for name in ENGINES if engine_of(name).file]
 
 
-def openvino_options(threads: int, precision: str = "f32") -> dict[str, Any]:
-    """What OpenVINO's CPU plugin is told. Without a precision it would take bfloat16 where the CPU has it."""
-    return {
-        "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads
-    }  # fmt: skip
+def check_engine(name: str, precision: str = "fp32") -> None:
+    """Raise ValueError where an engine, or what it needs here, is not there or does not have the precision; torch always is."""
+    allowed = ("fp32",) if name == TORCH else engine_of(name).precisions
+    if precision not in allowed:
+        others = [other for other in ENGINES if precision in engine_of(other).precisions]
+        more = f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} {precision}" if others else ""
+        raise ValueError(f"engine precision {precision}: allowed with backend {name} is {', '.join(allowed)}{more}")
+    if name != TORCH:
+        engine_of(name).check(precision)
 
 
-def openvino_session(folder: Path, threads: int) -> ArraySession:
-    """OpenVINO on DIR/model.onnx, compiled anew for each shape of the inputs: fixed shapes run faster, and lanes have one."""
-    core = require("openvino").Core()
-    options = openvino_options(threads)
-    compiled: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
-
-    def run(inputs: Arrays) -> np.ndarray:
-        shapes = tuple((name, value.shape) for name, value in inputs.items())
-        if shapes not in compiled:
-            model = read_network(folder / FILE, dict(shapes))
-            compiled[shapes] = core.compile_model(model, "CPU", options)
-        return np.array(compiled[shapes](inputs)[0])  # a copy: the engine uses its buffer again
-
-    return run
-
-
-def open_engine(unet: UNet, folder: Path, backend: str, threads: int | None = None) -> EngineUNet:
-    """DIR/model.onnx on an engine, to be called instead of `unet`, from which it was exported.
+def open_engine(
+    network: Network | nn.Module, folder: Path | None, name: str, precision: str = "fp32", threads: int | None = None
+) -> EngineNetwork:
+    """A calibrated network on an engine, to be called instead of the module that it comes from, which stays as it is.
 
     Args:
-        backend: "onnxruntime", "openvino" or "tensorrt".
+        folder: holds the exported file; not needed by an engine that runs none.
+        name: of the engine.
+        precision: of what is not quantized.
         threads: default: torch's.
 
     Raises:
-        ValueError: the backend's package is not there, or the engine refuses the model.
-        FileNotFoundError: there is no such model.
+        ValueError: what the engine needs is not there, or it refuses the network.
+        FileNotFoundError: there is no exported file.
     """
-    check_backend(backend)
-    _, info = read_onnx(folder)
-    threads = threads or torch.get_num_threads()
-    try:
-        if backend == "openvino":
-            session = openvino_session(folder, threads)
-        else:
-            session = onnxruntime_session(folder, threads, backend == "tensorrt")
-    except Exception as error:  # engines have exceptions of their own, without a common base
-        raise ValueError(f"{folder / FILE}: {backend} refuses it: {' '.join(str(error).split())[:300]}") from error
-    return EngineUNet(unet, on_tensors(session), backend, info.one_step_a_call)
+    check_engine(name, precision)
+    return engine_of(name).open(network_of(network), folder, precision=precision, threads=threads)
 
 
-def open_triton(unet: UNet, precision: str = "fp32") -> EngineUNet:
-    """A calibrated UNet on its own device in integers, to be called instead of `unet`, which stays as it is.
+def export(
+    network: Network | nn.Module,
+    folder: Path,
+    config: QuantConfig | None,
+    base_hash: str = "",
+    settings: dict[str, Any] | None = None,
+    shape: Sequence[int] | None = None,
+) -> Path:
+    """Write the file that all file engines run; see `qncd.engines.onnx.model.export_network`."""
+    from qncd.engines.onnx.model import export_network
 
-    Args:
-        precision: of what is not quantized, "fp32" or "fp16".
-
-    Raises:
-        ValueError: there is no GPU, or a layer has no integer kernel.
-    """
-    check_backend("triton", precision)
-    if unet.device.type != "cuda" and torch.cuda.is_available():
-        raise ValueError(f"backend triton on --device {unet.device}: allowed is cuda")
-    from qncd.engines.triton.network import IntegerNetwork
-
-    network = IntegerNetwork(unet, {"fp32": torch.float32, "fp16": torch.float16}[precision])
-    return EngineUNet(unet, network, "triton", network.one_step_a_call)
+    return export_network(network, folder, config, base_hash, settings, shape)

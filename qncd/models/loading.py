@@ -14,6 +14,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qncd.models.configs import find_config
 from qncd.models.files.diffusers_folders import load_unet_folder, local_path, save_component
 from qncd.models.files.registry import fetch, load_registry
 from qncd.models.files.unpickle import load_checkpoint
@@ -28,13 +29,14 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 def load_config(path: str | Path) -> dict[str, Any]:
     """A model's yaml as a dict, read as CompVis' code reads it: by OmegaConf, for which 1e-05 is a number and ${a.b} a reference.
 
+    Args:
+        path: a file, or the name of one that the package carries (`find_config`).
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not yaml, or has no `model` section.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file")
+    path = find_config(path)
     try:
         config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OmegaConfBaseException as error:

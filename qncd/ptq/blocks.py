@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from qncd.distributed import Processes
+from qncd.models.network import Network
 from qncd.ptq.activation_store import DTYPES, ActivationStore, CallStore
-from qncd.ptq.calibration import CalibrationSet, call_unet, hooked
-from qncd.quant.convert import UNet
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.observing import call_on, hooked
+from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.layers import QuantLayer
 from qncd.quant.rounding import reconstruction_loss
 from qncd.quant.stepwise import select_steps
 from qncd.recipe import ReconstructionConfig
 
-BLOCKS = (ResnetBlock2D, Attention, BasicTransformerBlock)  # reconstructed as a whole; other layers one by one
 HELD_OUT = 8  # one input in so many is kept out of the optimization, to judge it by
 
 
@@ -31,20 +29,9 @@ class _Reached(Exception):
     """The forward pass has come as far as it has to."""
 
 
-def reconstruction_units(unet: nn.Module) -> dict[str, nn.Module]:
-    """The blocks by name, in the order of the modules: residual, attention and transformer blocks, and single layers."""
-    units: dict[str, nn.Module] = {}
-
-    def visit(name: str, module: nn.Module) -> None:
-        if isinstance(module, (*BLOCKS, QuantLayer)):
-            if layers_of(module):
-                units[name] = module
-            return
-        for child, part in module.named_children():
-            visit(f"{name}.{child}" if name else child, part)
-
-    visit("", unet)
-    return units
+def reconstruction_units(network: Network) -> dict[str, nn.Module]:
+    """The blocks by name, in the order of the modules: what the network's family reconstructs as a whole, and single layers."""
+    return {name: unit for name, unit in network.blocks().items() if layers_of(unit)}
 
 
 def layers_of(module: nn.Module) -> dict[str, QuantLayer]:
@@ -59,17 +46,17 @@ def open_layers(module: nn.Module, rounded: Collection[QuantLayer]) -> dict[str,
     }
 
 
-def execution_order(unet: UNet, data: CalibrationSet, units: Mapping[str, nn.Module]) -> list[str]:
+def execution_order(network: Network, data: CalibrationSet, units: Mapping[str, nn.Module]) -> list[str]:
     """Names of the units in the order in which the network runs them; those that it never runs are left out."""
     order: dict[str, None] = {}
     handles = [unit.register_forward_pre_hook(lambda *_, n=name: order.setdefault(n)) for name, unit in units.items()]
     with hooked(handles), torch.no_grad():
-        _run(unet, data.subset(torch.tensor([0])), 1)
+        _run(network, data.subset(torch.tensor([0])), 1)
     return list(order)
 
 
 @torch.no_grad()
-def multiplications(unet: UNet, data: CalibrationSet, units: Mapping[str, nn.Module]) -> dict[str, float]:
+def multiplications(network: Network, data: CalibrationSet, units: Mapping[str, nn.Module]) -> dict[str, float]:
     """Of each unit's layers for one input: weights times output positions; of attention, queries times keys on top."""
     costs = dict.fromkeys(units, 0.0)
 
@@ -85,20 +72,27 @@ def multiplications(unet: UNet, data: CalibrationSet, units: Mapping[str, nn.Mod
         part.register_forward_hook(lambda module, args, output, n=name: count(n, module, args, output))
         for name, unit in units.items()
         for part in unit.modules()
-        if isinstance(part, (QuantLayer, Attention))
+        if isinstance(part, QuantLayer) or _has_products(part)
     ]
     with hooked(handles):
-        _run(unet, data.subset(torch.tensor([0])), 1)
+        _run(network, data.subset(torch.tensor([0])), 1)
     return costs
 
 
-def _run(unet: UNet, data: CalibrationSet, batch_size: int, processes: Processes | None = None) -> None:
+def _has_products(module: nn.Module) -> bool:
+    """Whether it is an attention layer: what holds a processor, quantized or not."""
+    return isinstance(getattr(module, "processor", None), QuantAttnProcessor) or (
+        hasattr(module, "processor") and hasattr(module, "heads")
+    )
+
+
+def _run(network: Network, data: CalibrationSet, batch_size: int, processes: Processes | None = None) -> None:
     """All batches through the network; of several processes, every one takes its own."""
-    for number, (x, t, cond) in enumerate(data.batches(batch_size)):
+    for number, (x, t, inputs) in enumerate(data.batches(batch_size)):
         if processes is not None and number % processes.world != processes.rank:
             continue
         try:
-            call_unet(unet, x.to(unet.device), t.to(unet.device), None if cond is None else cond.to(unet.device))
+            call_on(network, x, t, inputs, data.constants)
         except _Reached:
             continue
 
@@ -168,8 +162,8 @@ class BlockData:
 
 
 def collect(
-    unet: UNet,
-    reference: UNet,
+    network: Network,
+    reference: Network,
     name: str,
     data: CalibrationSet,
     config: ReconstructionConfig,
@@ -206,17 +200,17 @@ def collect(
     error = None
     try:
         with torch.no_grad():
-            with hooked([unet.get_submodule(name).register_forward_pre_hook(keep_inputs, with_kwargs=True)]):
-                _run(unet, data, config.batch_size, processes)
-            with hooked([reference.get_submodule(name).register_forward_hook(keep_output)]):
+            with hooked([network.module.get_submodule(name).register_forward_pre_hook(keep_inputs, with_kwargs=True)]):
+                _run(network, data, config.batch_size, processes)
+            with hooked([reference.module.get_submodule(name).register_forward_hook(keep_output)]):
                 _run(reference, data, config.batch_size, processes)
     except (ValueError, RuntimeError) as problem:
         error = str(problem)
     processes.agree(error)
-    rows = torch.arange(data.inputs)
+    rows = torch.arange(data.passed)
     held_out, used = rows[::HELD_OUT], rows[rows % HELD_OUT != 0] if len(rows) > HELD_OUT else rows
     times = torch.cat([t for _, t, _ in data.batches(config.batch_size)])
-    return BlockData(unet.get_submodule(name), calls, stores[0], place, used, held_out, times, processes)
+    return BlockData(network.module.get_submodule(name), calls, stores[0], place, used, held_out, times, processes)
 
 
 def _places(data: CalibrationSet, batch_size: int, processes: Processes) -> Tensor:

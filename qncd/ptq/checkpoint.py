@@ -11,11 +11,10 @@ of their own, `act_bits`, the width of each quantizer.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qncd.quant.convert import (
-    UNet,
-    act_quantizers,
-    quant_layers,
-    quantize_,
-    replace_quantizers_,
-    set_act_bits_,
-    set_stage,
-)
+from qncd.models.network import Network
+from qncd.ptq.context import without_memory
+from qncd.ptq.stages.prepare import quantize_
+from qncd.quant.inspection import act_quantizers, quant_layers, replace_quantizers_, set_act_bits_, set_stage
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer, make_stepwise, select_steps_on_call
 from qncd.recipe import QuantConfig
-from qncd.sampling.correctors.offline_noise import OfflineStatistics
-from qncd.sampling.correctors.registry import OfflineRecord
-from qncd.sampling.correctors.runtime import NoiseTable
-from qncd.sampling.correctors.tracking import TrackingFilters
+from qncd.sampling.corrector import Record
+from qncd.sampling.correctors.registry import CORRECTORS
 
 FORMAT = "qncd-1"
-OFFLINE: dict[str, type[OfflineRecord]] = {"offline": OfflineStatistics, "tracking": TrackingFilters}  # by their prefixes
-CORRECTIONS = ("noise_table.", *(f"{name}." for name in OFFLINE))  # prefixes of what is no part of the network
+RECORDS: dict[str, type[Any]] = {kind.prefix: kind.record for kind in CORRECTORS.values() if kind.record is not None}
+CORRECTIONS = tuple(f"{prefix}." for prefix in RECORDS)  # in front of what is no part of the network
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class QuantizedInfo:
         smoothed: whether layers are smoothed.
         base_hash: SHA-256 of the full-precision weights (`qncd.models.loading.state_dict_hash`).
         settings: what else the calibration depended on (time steps, seeds, ...), as plain JSON values.
-        offline: what an offline correction knows, where the file has it.
+        records: what corrections know, by their prefixes, where the file has it.
         act_bits: of each activation quantizer, where they have widths of their own.
     """
 
@@ -64,7 +56,7 @@ class QuantizedInfo:
     smoothed: bool
     base_hash: str
     settings: dict[str, Any]
-    offline: OfflineRecord | None = None
+    records: dict[str, Record] = field(default_factory=dict)
     act_bits: dict[str, int] | None = None
 
 
@@ -86,7 +78,7 @@ def unpack4(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 
 def _weight_tensors(name: str, layer: QuantLayer) -> dict[str, Tensor]:
-    if layer.weight_scale is None or layer.config.weight_codes is None:
+    if layer.codes is None or layer.weight_scale is None or layer.config.weight_codes is None:
         return {f"{name}.weight": layer.weight.detach()}
     codes = layer.weight_codes()
     packed = layer.config.weight_codes.bits <= 4
@@ -96,22 +88,28 @@ def _weight_tensors(name: str, layer: QuantLayer) -> dict[str, Tensor]:
 
 
 def save_quantized(
-    unet: UNet,
+    network: Network,
     path: Path,
     config: QuantConfig,
     base_hash: str,
-    table: NoiseTable | None,
     settings: dict[str, Any],
-    offline: OfflineRecord | None = None,
+    record: Record | None = None,
 ) -> None:
     """Write the calibrated model, atomically: a full disk or a kill leaves an older file as it was.
+
+    Args:
+        config: of the quantization.
+        base_hash: of the full-precision weights.
+        settings: what else the calibration depended on, as plain JSON values.
+        record: what the correction knows.
 
     Raises:
         ValueError: the model is not calibrated.
         OSError: the file can't be written.
     """
-    layers, quantizers = quant_layers(unet), act_quantizers(unet)
-    rounded = all(layer.config.weight_codes is None or layer.weight_scale is not None for layer in layers.values())
+    module = network.module
+    layers, quantizers = quant_layers(module), act_quantizers(module)
+    rounded = all(layer.config.weight_codes is None or layer.codes is not None for layer in layers.values())
     if not layers or not rounded or any(q.stage is not Stage.QUANTIZE for q in quantizers.values()):
         raise ValueError("only a calibrated model can be saved")
     tensors: dict[str, Tensor] = {}
@@ -124,7 +122,7 @@ def save_quantized(
         if isinstance(quantizer, StepwiseActQuantizer):
             tensors[f"{name}.times"] = quantizer.times
     taken = {f"{name}.weight" for name in layers}
-    tensors |= {name: p.detach() for name, p in unet.named_parameters() if name not in taken}
+    tensors |= {name: p.detach() for name, p in module.named_parameters() if name not in taken}
     metadata = {
         "format": FORMAT,
         "config": json.dumps(dataclasses.asdict(config)),
@@ -135,12 +133,9 @@ def save_quantized(
         metadata["act_bits"] = json.dumps(
             {name: quantizer.codes.bits for name, quantizer in quantizers.items() if quantizer.codes}
         )
-    if table is not None:
-        fields, metadata["noise_table"] = table.to_tensors()
-        tensors |= {f"noise_table.{name}": value for name, value in fields.items()}
-    if offline is not None:
-        prefix = next(name for name, kind in OFFLINE.items() if isinstance(offline, kind))
-        fields, metadata[prefix] = offline.to_tensors()
+    if record is not None:
+        prefix = next(prefix for prefix, kind in RECORDS.items() if isinstance(record, kind))
+        fields, metadata[prefix] = record.to_tensors()
         tensors |= {f"{prefix}.{name}": value for name, value in fields.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -153,7 +148,7 @@ def save_quantized(
         partial.unlink(missing_ok=True)
 
 
-def peek_quantized(path: Path) -> tuple[QuantizedInfo, NoiseTable | None]:
+def peek_quantized(path: Path) -> QuantizedInfo:
     """What a quantized checkpoint says of itself, without reading its weights.
 
     Raises:
@@ -174,17 +169,15 @@ def peek_quantized(path: Path) -> tuple[QuantizedInfo, NoiseTable | None]:
     try:
         config = QuantConfig(**json.loads(metadata["config"]))
         smoothed = any(name.endswith(".smoothing") for name in names)
-        offline = table = None
-        for name, kind in OFFLINE.items():
-            if name in metadata:
-                offline = kind.from_tensors(_below(f"{name}.", fields), metadata[name])
+        records = {
+            prefix: kind.from_tensors(_below(f"{prefix}.", fields), metadata[prefix])
+            for prefix, kind in RECORDS.items()
+            if prefix in metadata
+        }
         bits = json.loads(metadata["act_bits"]) if config.bit_allocation else None
-        info = QuantizedInfo(config, smoothed, metadata["base_hash"], json.loads(metadata["settings"]), offline, bits)
-        if "noise_table" in metadata:
-            table = NoiseTable.from_tensors(_below("noise_table.", fields), metadata["noise_table"])
+        return QuantizedInfo(config, smoothed, metadata["base_hash"], json.loads(metadata["settings"]), records, bits)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged header: {error}") from None
-    return info, table
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -192,26 +185,25 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_quantized_(unet: UNet, path: Path, base_hash: str | None = None) -> tuple[QuantizedInfo, NoiseTable | None]:
-    """Turn a full-precision `unet` into the saved quantized model, in place; images come out bit-identical.
+def load_quantized_(network: Network, path: Path, base_hash: str | None = None) -> QuantizedInfo:
+    """Turn a full-precision network into the saved quantized model, in place; images come out bit-identical.
 
     Args:
-        unet: the base model, in floating point.
+        network: the base model, in floating point.
         base_hash: of its weights; refused where the file was made from others.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is cut off, of another kind, or was made from another base model. The network is then as before.
     """
-    info, table = _load_(unet, path, None, base_hash)
-    return info, table
+    return _load_(network, path, None, base_hash)
 
 
 @torch.no_grad()
-def load_weights_(unet: UNet, path: Path, config: QuantConfig, base_hash: str | None = None) -> QuantizedInfo:
-    """Prepare a full-precision `unet` for `config` and take the saved weights, biases and smoothing alone, in place.
+def load_weights_(network: Network, path: Path, config: QuantConfig, base_hash: str | None = None) -> QuantizedInfo:
+    """Prepare a full-precision network for `config` and take the saved weights, biases and smoothing alone, in place.
 
-    The activations stay in floating point: `calibrate_` finds their ranges, without another bias correction.
+    The activations stay in floating point: later stages find their ranges, without another bias correction.
 
     Args:
         config: its weights as in the file, its activations as wanted.
@@ -219,48 +211,41 @@ def load_weights_(unet: UNet, path: Path, config: QuantConfig, base_hash: str | 
     Raises:
         FileNotFoundError, ValueError: as `load_quantized_`; the file's weights were quantized otherwise.
     """
-    return _load_(unet, path, config, base_hash)[0]
+    return _load_(network, path, config, base_hash)
 
 
-def _load_(unet: UNet, path: Path, config: QuantConfig | None, base_hash: str | None) -> tuple[QuantizedInfo, NoiseTable | None]:
+def _load_(network: Network, path: Path, config: QuantConfig | None, base_hash: str | None) -> QuantizedInfo:
     """Load everything, or with `config` the weights alone."""
-    info, table = peek_quantized(path)
+    info = peek_quantized(path)
     if base_hash is not None and base_hash != info.base_hash:
         raise ValueError(f"{path}: made from a base model with weights {info.base_hash[:12]}, this one has {base_hash[:12]}")
     tensors = {key: value for key, value in load_file(path).items() if not key.startswith(CORRECTIONS)}
     # On a twin without memory first: a file that does not fit leaves the network as it was, and no second copy is held.
-    _take_over(_twin(unet), dict(tensors), info, config, path)
-    _take_over(unet, tensors, info, config, path)
-    return info, table
+    _take_over(without_memory(network), dict(tensors), info, config, path)
+    _take_over(network, tensors, info, config, path)
+    return info
 
 
-def _twin(unet: UNet) -> UNet:
-    """The network with shapes alone in the place of its weights."""
-    memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in unet.buffers()}
-    memo |= {id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in unet.parameters()}
-    return copy.deepcopy(unet, memo)
-
-
-def _take_over(unet: UNet, tensors: dict[str, Tensor], info: QuantizedInfo, config: QuantConfig | None, path: Path) -> None:
-    quantize_(unet, config or info.config)
-    if unet.device.type == "meta":
-        for quantizer in act_quantizers(unet).values():
+def _take_over(network: Network, tensors: dict[str, Tensor], info: QuantizedInfo, config: QuantConfig | None, path: Path) -> None:
+    module = quantize_(network, config or info.config).module
+    if network.device.type == "meta":
+        for quantizer in act_quantizers(module).values():
             quantizer.to_empty(device="cpu")  # they look at their numbers
     try:
-        for name, layer in quant_layers(unet).items():
+        for name, layer in quant_layers(module).items():
             _load_layer(name, layer, tensors)
         if config is None:
-            set_act_bits_(unet, info.act_bits or {})
-            _make_stepwise_(unet, tensors)
-            for name, quantizer in act_quantizers(unet).items():
+            set_act_bits_(module, info.act_bits or {})
+            _make_stepwise_(network, tensors)
+            for name, quantizer in act_quantizers(module).items():
                 quantizer.set_qparams(tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"))
         else:
             tensors = {key: value for key, value in tensors.items() if not key.endswith((".scale", ".zero_point", ".times"))}
-        for name, layer in quant_layers(unet).items():
+        for name, layer in quant_layers(module).items():
             if layer.bias is None and f"{name}.bias" in tensors:  # made by bias correction
                 layer.shift_bias_(torch.zeros(len(layer.weight)))
-        for name, parameter in unet.named_parameters():
-            if not (name.endswith(".weight") and isinstance(unet.get_submodule(name[:-7]), QuantLayer)):
+        for name, parameter in module.named_parameters():
+            if not (name.endswith(".weight") and isinstance(module.get_submodule(name[:-7]), QuantLayer)):
                 parameter.copy_(tensors.pop(name))
     except KeyError as error:
         raise ValueError(f"{path}: has no tensor {error.args[0]}: made from another architecture") from None
@@ -269,10 +254,10 @@ def _take_over(unet: UNet, tensors: dict[str, Tensor], info: QuantizedInfo, conf
     if tensors:
         raise ValueError(f"{path}: {len(tensors)} tensors that this model has no place for, {min(tensors)} among them")
     if config is None:
-        set_stage(unet, Stage.QUANTIZE)
+        set_stage(module, Stage.QUANTIZE)
 
 
-def _make_stepwise_(unet: UNet, tensors: dict[str, Tensor]) -> None:
+def _make_stepwise_(network: Network, tensors: dict[str, Tensor]) -> None:
     """Give a range for each step to the quantizers that have one in the file."""
     times = {key.removesuffix(".times"): tensors.pop(key) for key in list(tensors) if key.endswith(".times")}
 
@@ -280,8 +265,8 @@ def _make_stepwise_(unet: UNet, tensors: dict[str, Tensor]) -> None:
         return make_stepwise(quantizer, times[name]) if name in times else quantizer
 
     if times:
-        replace_quantizers_(unet, replaced)
-        select_steps_on_call(unet)
+        replace_quantizers_(network.module, replaced)
+        select_steps_on_call(network.module, network.times_of)
 
 
 def _load_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> None:

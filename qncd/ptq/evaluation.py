@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from qncd.io.images import to_uint8
-from qncd.ptq.pipeline import Diffusion
 from qncd.recipe import check_int
 from qncd.sampling.corrector import Corrector
+from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.samplers import StepState
 

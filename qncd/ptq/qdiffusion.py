@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
+from qncd.models.network import Network
 from qncd.models.original.key_tables import Layout, refuse
+from qncd.ptq.stages.prepare import quantize_, restored_on_error
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
-from qncd.quant.convert import UNet, act_quantizers, quant_layers, quantize_, restored_on_error, set_stage, skip_boundaries
+from qncd.quant.inspection import act_quantizers, quant_layers, set_stage
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.recipe import QuantConfig
@@ -50,30 +51,31 @@ def is_qdiffusion(content: Any) -> bool:
 
 
 @torch.no_grad()
-def load_qdiffusion_(unet: UNet, content: Mapping[str, Tensor], table: Mapping[str, Layout], config: QuantConfig) -> None:
-    """Turn a full-precision `unet` into the quantized model of such a file, in place.
+def load_qdiffusion_(network: Network, content: Mapping[str, Tensor], table: Mapping[str, Layout], config: QuantConfig) -> None:
+    """Turn a full-precision network into the quantized model of such a file, in place.
 
     Args:
         content: the state dict.
-        table: original key -> place in the UNet, as `qncd.models` has it for the model's family.
+        table: original key -> place in the network, as `qncd.models` has it for the model's family.
         config: bit widths, `softmax_bits` and `act_symmetric` as they were given to Q-Diffusion; `act_bits` None leaves
             activations in floating point. Ranges, split and the rest come from the file.
 
     Raises:
         ValueError: keys that fit no layer, parts that are missing, or another base model. The network is then as before.
     """
+    unet = network.module
     state = {key.removeprefix("model."): value for key, value in content.items()}
     weights, inputs, operands = _sort(state)
     plain = {key: value for key, value in state.items() if not _QUANTIZER.fullmatch(key) and not _OPERAND.fullmatch(key)}
     _check_base(unet, plain, table)
     split = any(len(parts) > 1 for parts in weights.values())
-    boundaries = skip_boundaries(unet)
+    boundaries = network.splits()
     shape = QuantConfig(
         weight_bits=config.weight_bits, act_bits=config.act_bits, softmax_bits=config.softmax_bits, edge_bits=None,
         weight_range="max", act_range="max", act_symmetric=config.act_symmetric, split=split, bias_correction=False,
     )  # fmt: skip
-    with restored_on_error(unet):
-        quantize_(unet, shape)
+    with restored_on_error(network):
+        quantize_(network, shape)
         layers = quant_layers(unet)
         covered = {ours for name in weights for ours in _layer_names(name, table)}
         refuse("layers without a weight quantizer", layers.keys() - covered)
@@ -112,7 +114,7 @@ def _sort(
     return weights, inputs, operands
 
 
-def _check_base(unet: UNet, plain: Mapping[str, Tensor], table: Mapping[str, Layout]) -> None:
+def _check_base(unet: nn.Module, plain: Mapping[str, Tensor], table: Mapping[str, Layout]) -> None:
     """Raise ValueError unless the file's floating-point tensors are the model's own."""
     own = unet.state_dict()
     refuse("keys that this model lacks", plain.keys() - table.keys())
@@ -175,7 +177,7 @@ def _set_act(quantizer: ActQuantizer, parts: list[_Part], factor: float = 1.0) -
 
 
 def _set_operand(
-    unet: UNet, name: str, scaled: bool, kind: str, part: _Part, config: QuantConfig, table: Mapping[str, Layout]
+    unet: nn.Module, name: str, scaled: bool, kind: str, part: _Part, config: QuantConfig, table: Mapping[str, Layout]
 ) -> None:
     attention: Any = unet.get_submodule(_attention_name(unet, name, table))
     processor: QuantAttnProcessor = attention.processor
@@ -190,10 +192,10 @@ def _set_operand(
     _set_act(getattr(processor, kind), [part], factor)
 
 
-def _attention_name(unet: UNet, original: str, table: Mapping[str, Layout]) -> str:
+def _attention_name(unet: nn.Module, original: str, table: Mapping[str, Layout]) -> str:
     """The attention layer in which the layers below an original name lie."""
     inside = next((layout.names[0] for key, layout in table.items() if key.startswith(f"{original}.")), "")
-    while inside and not isinstance(unet.get_submodule(inside.rpartition(".")[0]), Attention):
+    while inside and not hasattr(unet.get_submodule(inside.rpartition(".")[0]), "processor"):
         inside = inside.rpartition(".")[0]
     if not inside:
         raise ValueError(f"{original}: attention quantizers of a layer that this model lacks")

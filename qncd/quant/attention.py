@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from qncd.quant.affine import IntegerRange
@@ -31,7 +32,7 @@ class QuantAttnProcessor(nn.Module):
     # diffusers looks at the signature of __call__ itself to see which arguments a processor takes.
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -100,9 +101,3 @@ def _score_parts(query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:
         step = fitting // heads
         return [(slice(i, i + step), slice(0, heads)) for i in range(0, images, step)]
     return [(slice(i, i + 1), slice(h, h + fitting)) for i in range(images) for h in range(0, heads, fitting)]
-
-
-def check_supported(name: str, attn: Attention) -> None:
-    """Raise ValueError naming an attention layer whose computation the quantized processor does not cover."""
-    if getattr(attn, "added_kv_proj_dim", None) is not None or getattr(attn, "fused_projections", False):
-        raise ValueError(f"{name}: attention with added or fused projections is not supported; unfuse it first")

@@ -46,7 +46,8 @@ def solve_rounding(
         grids: factors of `scale` to try.
 
     Returns:
-        the weights (O, n), of the dtype of `weight`, and the factor of each row's grid (O,), of that of `gram`.
+        codes int8 (O, n) of the weights, and the factor of each row's grid (O,), of the dtype of `gram`: the weights are
+        codes * scale * factor.
 
     Raises:
         ValueError: `gram` holds NaN or infinity.
@@ -63,21 +64,26 @@ def solve_rounding(
         wanted = work @ cross[order][:, order] + ridge * work
         work = torch.cholesky_solve(wanted.T, factor).T
     steps = scale.expand_as(weight)[:, order].to(work)
-    best, chosen = work, torch.ones_like(work[:, 0])
-    least = torch.full_like(chosen, torch.inf)
+    chosen = torch.ones_like(work[:, 0])
+    best, least = torch.zeros_like(work, dtype=torch.int8), torch.full_like(chosen, torch.inf)
     for grid in grids:
-        rounded = _round_backwards(work, steps * grid, codes, factor)
-        cost = ((work - rounded) @ factor).square_().sum(1)
+        found, errors = _round_backwards(work, steps * grid, codes, factor)
+        cost = (errors @ factor).square_().sum(1)
         better = cost < least
-        best = torch.where(better[:, None], rounded, best)
+        best = torch.where(better[:, None], found, best)
         least, chosen = torch.where(better, cost, least), torch.where(better, grid, chosen)
-    result = torch.empty_like(weight)
-    result[:, order] = best.to(weight.dtype)
+    result = torch.empty_like(best)
+    result[:, order] = best
     return result, chosen
 
 
-def _round_backwards(target: Tensor, scale: Tensor, codes: IntegerRange, factor: Tensor) -> Tensor:
-    """GPTQ from the last column to the first: target and scale (O, n), factor (n, n) lower triangular."""
+def _round_backwards(target: Tensor, scale: Tensor, codes: IntegerRange, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """GPTQ from the last column to the first: target and scale (O, n), factor (n, n) lower triangular.
+
+    Returns:
+        int8 codes and what they leave of the target, (O, n) each.
+    """
+    found = torch.zeros_like(target, dtype=torch.int8)
     errors = torch.zeros_like(target)  # of the columns done
     diagonal = factor.diagonal()
     for stop in range(target.shape[1], 0, -BLOCK):
@@ -86,8 +92,9 @@ def _round_backwards(target: Tensor, scale: Tensor, codes: IntegerRange, factor:
         for j in range(stop - 1, start - 1, -1):
             inside = j - start
             aim = target[:, j] + passed_on[:, inside] / diagonal[j]
-            rounded = (aim / scale[:, j]).round_().clamp_(codes.qmin, codes.qmax).mul_(scale[:, j])
-            errors[:, j] = target[:, j] - rounded
+            code = (aim / scale[:, j]).round_().clamp_(codes.qmin, codes.qmax)
+            found[:, j] = code.to(torch.int8)
+            errors[:, j] = target[:, j] - code.mul_(scale[:, j])
             if inside:
                 passed_on[:, :inside].addr_(errors[:, j], factor[j, start:j])
-    return target - errors
+    return found, errors

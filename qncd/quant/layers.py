@@ -30,9 +30,14 @@ class LayerConfig:
 class QuantLayer(nn.Module):
     """What quantized convolutions and linear layers share.
 
-    The weight stays a float tensor, on the integer grid once `quantize_weight_` has run, so a forward pass pays
-    nothing for it. Layout of the scales: (O, K), one for each output channel and segment of input channels. Our own
-    weights are symmetric; those of Q-Diffusion's checkpoints have zero points, counted from the smallest code.
+    The weight stays a float tensor, on the integer grid once it is rounded, so a forward pass pays nothing for it; the codes
+    that it was rounded to are kept beside it. Layout of the scales: (O, K), one for each output channel and segment of input
+    channels. Our own weights are symmetric; those of Q-Diffusion's checkpoints have zero points, counted from the smallest code.
+
+    Buffers:
+        codes: int8, shape of the weight; None until the weight is rounded. No part of the state dict: it holds the weight.
+        weight_scale, weight_zero_point: (O, K) float32 or None.
+        smoothing: factors that broadcast against the input, or None.
     """
 
     weight: Any
@@ -42,6 +47,7 @@ class QuantLayer(nn.Module):
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
     smoothing: Tensor | None
+    codes: Tensor | None
 
     def _prepare(self, source: nn.Conv2d | nn.Linear, config: LayerConfig) -> None:
         self.weight, self.bias = source.weight, source.bias
@@ -50,6 +56,7 @@ class QuantLayer(nn.Module):
         self.register_buffer("weight_scale", None)
         self.register_buffer("weight_zero_point", None)
         self.register_buffer("smoothing", None)
+        self.register_buffer("codes", None, persistent=False)
         self.train(source.training)
 
     def parts(self) -> Sequence[slice]:
@@ -86,7 +93,8 @@ class QuantLayer(nn.Module):
             ValueError: the weight holds NaN or infinity.
         """
         self.search_weight_range_()
-        self.weight = nn.Parameter(self.rounded_weight(), requires_grad=False)
+        if self.config.weight_codes is not None and self.codes is None:
+            self.set_weight_codes(self.nearest_codes(), self.weight_scale)
 
     @torch.no_grad()
     def search_weight_range_(self) -> None:
@@ -107,13 +115,19 @@ class QuantLayer(nn.Module):
         self.weight_scale = torch.cat(scales, 1)
 
     @torch.no_grad()
-    def rounded_weight(self) -> Tensor:
-        """The weight on its grid, a new tensor; the weight itself where it stays in floating point."""
+    def nearest_codes(self) -> Tensor:
+        """Codes of the weight rounded to nearest, floats of the weight's shape. Raises ValueError before the ranges are known."""
         codes = self.config.weight_codes
-        if codes is None or self.weight_zero_point is not None:
+        if codes is None or self.weight_scale is None:
+            raise ValueError("the weights have no range yet")
+        return torch.div(self.weight, self.expanded_scale()).round_().clamp_(codes.qmin, codes.qmax)
+
+    @torch.no_grad()
+    def rounded_weight(self) -> Tensor:
+        """The weight on its grid, a new tensor; the weight itself where it stays in floating point or is rounded already."""
+        if self.config.weight_codes is None or self.codes is not None:
             return self.weight
-        scale = self.expanded_scale()
-        return torch.div(self.weight, scale).round_().clamp_(codes.qmin, codes.qmax).mul_(scale)
+        return self.nearest_codes().mul_(self.expanded_scale()).to(self.weight.dtype)
 
     @torch.no_grad()
     def rounding_error(self, x: Tensor) -> Tensor:
@@ -143,23 +157,24 @@ class QuantLayer(nn.Module):
         bias = shift.to(self.weight) if self.bias is None else self.bias + shift.to(self.weight)
         self.bias = nn.Parameter(bias, requires_grad=False)
 
-    @torch.no_grad()
     def weight_codes(self) -> Tensor:
-        """The weight's integer codes, int8, shape of the weight. Raises ValueError before `quantize_weight_`."""
-        if self.weight_scale is None or self.config.weight_codes is None:
+        """The weight's integer codes, int8, shape of the weight. Raises ValueError before the weight is rounded."""
+        if self.codes is None:
             raise ValueError("the weights are not quantized yet")
-        return (torch.round(self.weight / self.expanded_scale()) + self._shift()).to(torch.int8)
+        return self.codes
 
     @torch.no_grad()
-    def set_weight_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Take over `weight_codes` (shape of the weight), `weight_scale` and `weight_zero_point` (O, K) of such a layer."""
-        if codes.shape != self.weight.shape or scale.shape != (len(self.weight), len(self.parts())):
-            raise ValueError(
-                f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} for a weight {tuple(self.weight.shape)}"
-            )
-        self.weight_scale = scale.to(self.weight.device)
-        self.weight_zero_point = None if zero_point is None else zero_point.to(self.weight.device)
-        self.weight = nn.Parameter((codes.to(self.weight) - self._shift()) * self.expanded_scale(), requires_grad=False)
+    def set_weight_codes(self, codes: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> None:
+        """Take over integer `codes` (shape of the weight), `weight_scale` and `weight_zero_point` (O, K)."""
+        if scale is None or codes.shape != self.weight.shape or scale.shape != (len(self.weight), len(self.parts())):
+            shape = None if scale is None else tuple(scale.shape)
+            raise ValueError(f"codes {tuple(codes.shape)} and scales {shape} for a weight {tuple(self.weight.shape)}")
+        device, dtype = self.weight.device, self.weight.dtype
+        self.weight_scale = scale.to(device)
+        self.weight_zero_point = None if zero_point is None else zero_point.to(device)
+        self.codes = codes.to(device, torch.int8)
+        steps = self.codes.to(torch.float32) - self._shift()
+        self.weight = nn.Parameter((steps * self.expanded_scale()).to(dtype), requires_grad=False)
 
     def expanded_scale(self) -> Tensor:
         """The scales as they broadcast against the weight: (O, I, 1, ...)."""

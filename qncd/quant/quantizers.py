@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from qncd.quant.affine import IntegerRange
 from qncd.quant.observers import Observer, make_observer
 
+HALVES = (torch.float16, torch.bfloat16)
+
 
 class Stage(enum.Enum):
     """What an activation quantizer does with its input."""
@@ -135,6 +137,8 @@ class ActQuantizer(nn.Module):
     ) -> Tensor:
         """With scales (K,) and bounds of each segment."""
         # clamp(round(x/s) + z, qmin, qmax) - z = clamp(round(x/s), qmin - z, qmax - z): one pass over memory fewer.
+        if x.dtype in HALVES:  # codes of more than 8 bits, and the quotients, need more digits
+            return self._to_grid(x.float(), None if smoothing is None else smoothing.float(), True, scales, bounds).to(x.dtype)
         if self.segments is None:
             scale = scales[0]
             divisor = scale if smoothing is None else smoothing * scale
@@ -142,6 +146,8 @@ class ActQuantizer(nn.Module):
             return divided.round_().clamp_(*bounds[0]).mul_(scale)
         scale = self._expanded(scales, x)
         out = torch.div(x, scale if smoothing is None else smoothing * scale).round_()
+        if out.requires_grad:  # gradients do not flow through parts that are changed in place
+            return torch.cat([part.clamp(*limits) for part, limits in zip(self._split(out), bounds, strict=True)], 1) * scale
         for part, limits in zip(self._split(out), bounds, strict=True):
             part.clamp_(*limits)
         return out.mul_(scale)

@@ -105,7 +105,12 @@ class LearnedRounding:
     @torch.no_grad()
     def hard(self) -> Tensor:
         """The weight on the grid: rounded up where alpha >= 0."""
-        return (self.floor + (self.alpha >= 0)).clamp(self.codes.qmin, self.codes.qmax) * self.scale
+        return self.hard_codes() * self.scale
+
+    @torch.no_grad()
+    def hard_codes(self) -> Tensor:
+        """The codes of `hard`, floats of the weight's shape."""
+        return (self.floor + (self.alpha >= 0)).clamp(self.codes.qmin, self.codes.qmax)
 
 
 def backpropagate(loss: Tensor, parameters: Sequence[Tensor], average_: Callable[[Tensor], Tensor] | None) -> float:

@@ -7,7 +7,8 @@ arXiv 2211.15736; TFMQ-DM, arXiv 2311.16503, for the layers of the time embeddin
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,12 +91,12 @@ class StepwiseActQuantizer(ActQuantizer):
 
     def _selected(self, count: int, images: slice | None) -> int | Tensor:
         if self.rows is None:
-            raise ValueError("a range for each step needs the time steps: call select_steps_on_call on the UNet")
+            raise ValueError("a range for each step needs the time steps: call select_steps_on_call on the network")
         if isinstance(self.rows, int):
             return self.rows
         rows = self.rows if images is None else self.rows[images]
         if len(rows) != count:
-            raise ValueError(f"{count} inputs where the UNet was called with {len(self.rows)} time steps")
+            raise ValueError(f"{count} inputs where the network was called with {len(self.rows)} time steps")
         return rows
 
     def _observe(self, x: Tensor, more: bool, images: slice | None) -> None:
@@ -141,28 +142,46 @@ def nearest_steps(known: Sequence[int], timesteps: Tensor) -> int | Tensor:
     return (timesteps.reshape(-1, 1).cpu() - torch.tensor(known)).abs().argmin(1)
 
 
-def select_steps_on_call(unet: nn.Module) -> None:
-    """Tell every StepwiseActQuantizer of a UNet the time steps of each call, from now on. A second call changes nothing."""
-    if not _hooks(unet):
-        unet.register_forward_pre_hook(_tell_steps, with_kwargs=True)
+TimesOf = Callable[[Sequence[Any], Mapping[str, Any]], Tensor]  # arguments of a network's call -> its time steps
+
+
+def select_steps_on_call(module: nn.Module, times_of: TimesOf) -> None:
+    """Tell every StepwiseActQuantizer of a network the time steps of each call, from now on. A second call changes nothing."""
+    if not _hooks(module):
+        module.register_forward_pre_hook(_TellSteps(times_of), with_kwargs=True)
 
 
 @contextlib.contextmanager
-def steps_not_selected(unet: nn.Module) -> Iterator[None]:
-    """Within it, calls of the UNet tell nobody their time steps: for tracing, whose time steps have no values."""
-    hooks = {key: unet._forward_pre_hooks.pop(key) for key in _hooks(unet)}
+def steps_not_selected(module: nn.Module) -> Iterator[None]:
+    """Within it, calls of the network tell nobody their time steps: for tracing, whose time steps have no values.
+
+    Checks of this package that hooks make at each call stay away too.
+    """
+    ours = [key for key, hook in module._forward_pre_hooks.items() if getattr(hook, "of_qncd", False)]
+    hooks = {key: module._forward_pre_hooks.pop(key) for key in ours}
     try:
         yield
     finally:
-        unet._forward_pre_hooks.update(hooks)
+        module._forward_pre_hooks.update(hooks)
 
 
-def _hooks(unet: nn.Module) -> list[int]:
-    return [key for key, hook in unet._forward_pre_hooks.items() if getattr(hook, "__name__", "") == _tell_steps.__name__]
+def _hooks(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _TellSteps)]
 
 
-def _tell_steps(unet: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    select_steps(unet, torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"]))
+class _TellSteps:
+    """The hook: a class, by which it is found again."""
+
+    of_qncd = True
+
+    def __init__(self, times_of: TimesOf) -> None:
+        self.times_of = times_of
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        select_steps(module, self.times_of(args, kwargs))
+
+    def __deepcopy__(self, _: Any) -> _TellSteps:
+        return self  # reads arguments, and knows no module
 
 
 def select_steps(module: nn.Module, timesteps: Tensor) -> None:

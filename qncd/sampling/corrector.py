@@ -1,17 +1,18 @@
-"""What a sampler asks of a noise corrector."""
+"""What a sampler asks of a noise corrector, and what a kind of correction has to bring: record, fit, correct."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from qncd.recipe import Recipe
 from qncd.sampling.schedule import Step
 
 # A network call: x (N, C, H, W) and a time step -> noise prediction (N, C, H, W).
-Denoiser = Callable[[Tensor, int], Tensor]
+Denoiser = Callable[[Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,73 @@ class Corrector(Protocol):
 
     def correct(self, step: Step, x: Tensor, eps: Tensor, denoise: Denoiser, advance: Advance) -> Corrected:
         """Correct `eps`, the prediction at `x` and `step`; `advance(e)` takes the sampler's step with e on trial."""
+
+
+class Record(Protocol):
+    """What a correction knows, as a quantized checkpoint holds it."""
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], str]:
+        """The tensors by name, and the rest as JSON."""
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], head: str) -> Record:
+        """The inverse of `to_tensors`. Raises KeyError or JSONDecodeError for something else."""
+
+
+class Recorder(Corrector, Protocol):
+    """A corrector that corrects nothing and watches a full-precision run."""
+
+    def table(self) -> Record:
+        """What it has seen."""
+
+
+# step, x_t, the quantized network's prediction and the full-precision one's at x_t.
+See = Callable[[Step, Tensor, Tensor, Tensor], None]
+
+
+class Runs(Protocol):
+    """Calibration runs of one sampler, of the full-precision network and of the quantized one, from seeds of their own.
+
+    Attributes:
+        samples: trajectories of a run, unless another number is asked for.
+    """
+
+    samples: int
+
+    def record(self, recorder: Recorder) -> None:
+        """A full-precision run that `recorder` watches."""
+
+    def compare(self, see: See) -> None:
+        """A full-precision run, at whose every step `see` is shown what both networks predict."""
+
+    def trajectory(self, samples: int) -> list[Tensor]:
+        """A full-precision run of `samples` trajectories: (samples, ...) after each step."""
+
+    def follow(self, corrector: Corrector, samples: int) -> None:
+        """A run of the quantized network from the seeds of `trajectory`, all in one batch, corrected by `corrector`."""
+
+
+class CorrectorKind:
+    """One kind of correction, as `qncd.sampling.correctors.registry` lists it.
+
+    Attributes:
+        prefix: of the record's tensors in a quantized checkpoint.
+        record: what it knows; None for a correction that knows nothing beforehand.
+        calls_network: it calls the network while sampling.
+    """
+
+    prefix: ClassVar[str]
+    record: ClassVar[type[Any] | None]
+    calls_network: ClassVar[bool] = False
+
+    def recorder(self, recipe: Recipe) -> Recorder | None:
+        """What has to watch a full-precision run before the network is quantized; None for nothing."""
+        return None
+
+    def fit(self, runs: Runs, recipe: Recipe) -> Record | None:
+        """The record, by runs after the network is quantized; None where there is nothing to know."""
+        return None
+
+    def corrector(self, recipe: Recipe, record: Any) -> Corrector:
+        """The correction. Raises ValueError for a record that does not fit."""
+        raise NotImplementedError

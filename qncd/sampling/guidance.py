@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from qncd.models.network import Inputs, rows_of
 
 
 def guide(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
@@ -18,28 +21,46 @@ class Conditions:
     """What a batch of images is conditioned on.
 
     Attributes:
-        cond: (N, L, D) contexts of a UNet2DConditionModel, or (N,) class labels of a UNet2DModel.
-        uncond: (1, L, D), the context of "nothing", shared by all images; or None for no guidance.
+        inputs: of the network beside sample and time step, by name, (N, ...) each.
+        uncond: the same for "nothing", (1, ...) each, shared by all images, or (N, ...); None for no guidance.
         scale: of the guidance; at 1 the conditional prediction is taken alone, at half the cost.
     """
 
-    cond: Tensor
-    uncond: Tensor | None = None
+    inputs: Inputs
+    uncond: Inputs | None = None
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.uncond is not None and self.uncond.shape != (1, *self.cond.shape[1:]):
-            raise ValueError(f"uncond of shape {tuple(self.uncond.shape)}: expected {(1, *self.cond.shape[1:])}")
+        count = len(self)
+        for name, value in self.inputs.items():
+            if len(value) != count:
+                raise ValueError(f"{name} has {len(value)} rows, another input {count}")
+        for name, value in (self.uncond or {}).items():
+            given = self.inputs.get(name)
+            if given is None or value.shape[1:] != given.shape[1:] or len(value) not in (1, count):
+                expected = None if given is None else (1, *given.shape[1:])
+                raise ValueError(f"uncond {name} of shape {tuple(value.shape)}: expected {expected}")
+        if self.uncond is not None and self.uncond.keys() != self.inputs.keys():
+            raise ValueError(f"uncond has {sorted(self.uncond)}, the conditions have {sorted(self.inputs)}")
         if self.scale != 1 and self.uncond is None:
             raise ValueError(f"guidance scale {self.scale:g} needs the unconditional context; allowed without it is 1")
 
     def __len__(self) -> int:
-        return len(self.cond)
+        return len(next(iter(self.inputs.values())))
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Conditions:
-        return Conditions(self.cond[rows], self.uncond, self.scale)
+        uncond = self.uncond and {name: v if len(v) == 1 else v[rows] for name, v in self.uncond.items()}
+        return Conditions(rows_of(self.inputs, rows), uncond, self.scale)
 
     @property
     def guided(self) -> bool:
         """Whether the network is called for both halves."""
         return self.uncond is not None and self.scale != 1
+
+    def to(self, device: torch.device | str) -> Conditions:
+        """The same on a device."""
+
+        def moved(inputs: Inputs) -> Inputs:
+            return {name: value.to(device) for name, value in inputs.items()}
+
+        return Conditions(moved(self.inputs), self.uncond and moved(self.uncond), self.scale)

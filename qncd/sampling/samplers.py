@@ -16,7 +16,8 @@ from torch import Tensor
 from qncd.recipe import SamplerConfig
 from qncd.rng import ImageNoise
 from qncd.sampling.corrector import Corrected, Corrector, Denoiser, Tentative
-from qncd.sampling.schedule import Step
+from qncd.sampling.process import Process, clean_of
+from qncd.sampling.schedule import Step, make_steps
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ Callback = Callable[[StepState], None]
 
 
 def predict_x0(x: Tensor, eps: Tensor, step: Step) -> Tensor:
-    """x0-hat = (x_t - sqrt(1-abar_t) e) / sqrt(abar_t) (DDIM eq. 9)."""
-    return (x - math.sqrt(1 - step.abar) * eps) / math.sqrt(step.abar)
+    """The clean image that a noise prediction at `step` stands for."""
+    return clean_of(x, eps, step.alpha, step.noise)
 
 
 def ddim_step(x: Tensor, eps: Tensor, step: Step, noise: Tensor | None, sigma: Tensor | float) -> Tentative:
-    """x_p = sqrt(abar_p) x0-hat + sqrt(1-abar_p-step.sigma^2) e + sigma z (DDIM eq. 12); sigma may have been reduced."""
+    """x_p = alpha_p x0-hat + sqrt(sigma_p^2 - step.sigma^2) e + sigma z (DDIM eq. 12); sigma may have been reduced."""
     x0 = predict_x0(x, eps, step)
-    x_prev = math.sqrt(step.abar_prev) * x0 + math.sqrt(max(0.0, 1 - step.abar_prev - step.sigma**2)) * eps
+    x_prev = step.alpha_prev * x0 + math.sqrt(max(0.0, step.noise_prev**2 - step.sigma**2)) * eps
     if noise is not None:
         x_prev = x_prev + sigma * noise
     return Tentative(x_prev, x0)
@@ -51,8 +52,8 @@ def ddim_step(x: Tensor, eps: Tensor, step: Step, noise: Tensor | None, sigma: T
 def ddpm_step(x: Tensor, eps: Tensor, step: Step, noise: Tensor | None, sigma: Tensor | float) -> Tentative:
     """The posterior mean of DDPM (arXiv 2006.11239, eq. 7) with x0-hat clamped to [-1, 1], plus sigma z."""
     x0 = predict_x0(x, eps, step).clamp(-1, 1)
-    beta = 1 - step.abar / step.abar_prev
-    x_prev = (math.sqrt(step.abar_prev) * beta * x0 + math.sqrt(1 - beta) * (1 - step.abar_prev) * x) / (1 - step.abar)
+    beta = step.renoise**2  # 1 - abar_t / abar_p
+    x_prev = (step.alpha_prev * beta * x0 + step.kept * step.noise_prev**2 * x) / step.noise**2
     if noise is not None:
         x_prev = x_prev + sigma * noise
     return Tentative(x_prev, x0)
@@ -190,23 +191,27 @@ def sample_dpm_solver(
 
 def sample(
     config: SamplerConfig,
+    process: Process,
     denoise: Denoiser,
     shape: Sequence[int],
     seeds: Sequence[int],
-    steps: Sequence[Step],
-    betas: Sequence[float],
     device: torch.device | str = "cpu",
     corrector: Corrector | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Images for `seeds` by the sampler that `config` names: x_T and all noise from each image's own generator.
+    """Samples for `seeds` by the sampler that `config` names: x_T and all noise from each image's own generator.
 
     Args:
-        shape: (C, H, W) of one sample.
+        process: that the network was trained on.
+        shape: of one sample, (C, H, W) of images.
 
     Returns:
-        (N, C, H, W) float32 on `device`.
+        (N, *shape) float32 on `device`.
+
+    Raises:
+        ValueError: DPM-Solver++ for a process that is not given by its betas.
     """
+    steps = make_steps(config, process)
     noise = ImageNoise(seeds)
     x = noise.normal(shape, device)
     if corrector:
@@ -214,7 +219,9 @@ def sample(
     if config.sample_type == "plms":
         return sample_plms(denoise, x, steps, corrector, callback)
     if config.sample_type == "dpm_solver":
-        return sample_dpm_solver(denoise, x, steps, betas, corrector, callback)
+        if process.betas is None:
+            raise ValueError("dpm_solver: allowed for processes given by their betas")
+        return sample_dpm_solver(denoise, x, steps, list(process.betas), corrector, callback)
     step_function = ddpm_step if config.sample_type == "ddpm_noisy" else ddim_step
     return sample_ddim(denoise, x, steps, noise, corrector, callback, step_function)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qncd.recipe import SamplerConfig, check_choice
+from qncd.sampling.process import Process
 
 
 def linear_betas(beta_start: float, beta_end: float, num_train_timesteps: int) -> np.ndarray:
@@ -33,11 +36,6 @@ def betas_of(config: Mapping[str, Any]) -> np.ndarray:
     if not (0 < first <= last < 1 and count > 0):
         raise ValueError(f"beta_start {first}, beta_end {last}, num_diffusion_timesteps {count}: not a noise schedule")
     return linear_betas(first, last, count)
-
-
-def alphas_cumprod(betas: np.ndarray) -> np.ndarray:
-    """abar_t = prod_{s<=t} (1 - beta_s), float64 (T,)."""
-    return np.cumprod(1.0 - np.asarray(betas, np.float64))
 
 
 def ddim_timesteps(skip_type: str, timesteps: int, num_train_timesteps: int = 1000, convention: str = "ddim") -> list[int]:
@@ -71,39 +69,54 @@ class Step:
 
     Attributes:
         index: 0 for the first step taken, the noisiest.
-        abar, abar_prev: cumulative alphas at t and t_prev.
+        alpha, noise: levels of signal and noise at t (`qncd.sampling.process.Process`).
+        alpha_prev, noise_prev: at t_prev.
         sigma: standard deviation of the noise that the step adds.
         eps_gain: derivative of the next sample by the noise prediction (c in the variance correction).
     """
 
     index: int
-    t: int
-    t_prev: int
-    abar: float
-    abar_prev: float
+    t: float
+    t_prev: float
+    alpha: float
+    noise: float
+    alpha_prev: float
+    noise_prev: float
     sigma: float
     eps_gain: float
 
+    @property
+    def kept(self) -> float:
+        """What re-noising from t_prev to t leaves of the sample: r = alpha_t / alpha_p."""
+        return self.alpha / self.alpha_prev
 
-def make_steps(config: SamplerConfig, abar: Sequence[float] | np.ndarray) -> list[Step]:
+    @property
+    def renoise(self) -> float:
+        """Standard deviation of the noise that re-noising adds: sqrt(sigma_t^2 - r^2 sigma_p^2)."""
+        return math.sqrt(max(0.0, self.noise**2 - self.kept**2 * self.noise_prev**2))
+
+
+def make_steps(config: SamplerConfig, process: Process) -> list[Step]:
     """The steps of DDIM (`generalized`, `dpm_solver`, `plms`) or DDPM (`ddpm_noisy`), noisiest first.
 
-    Args:
-        abar: alphas_cumprod, (T,).
-
-    DDIM: sigma = eta sqrt((1-abar_t/abar_p)(1-abar_p)/(1-abar_t)) (arXiv 2010.02502, eq. 16).
-    DDPM: sigma^2 = 1 - abar_t/abar_p (the "fixed large" variance), 0 at t = 0.
+    DDIM: sigma = eta (sigma_p / sigma_t) sqrt(sigma_t^2 - r^2 sigma_p^2), r = alpha_t / alpha_p (arXiv 2010.02502, eq. 16).
+    DDPM: sigma^2 = 1 - abar_t/abar_p (the "fixed large" variance), 0 at t = 0; of variance-preserving processes.
     """
-    times = ddim_timesteps(config.skip_type, config.timesteps, len(abar), config.convention)
-    end, steps = 0 if config.convention == "ldm" else -1, []
+    if process.times is not None:
+        times: list[float] = sorted(set(process.times))
+    else:
+        times = [*ddim_timesteps(config.skip_type, config.timesteps, len(process), config.convention)]
+    end = 0 if config.convention == "ldm" and process.times is None else -1
+    steps: list[Step] = []
     for index, (t, t_prev) in enumerate(zip(reversed(times), reversed([end, *times[:-1]]), strict=True)):
-        a, p = float(abar[t]), float(abar[t_prev]) if t_prev >= 0 else 1.0
+        (alpha, noise), (alpha_prev, noise_prev) = process.at(t), process.at(t_prev)
+        step = Step(index, t, t_prev, alpha, noise, alpha_prev, noise_prev, 0.0, 0.0)
         if config.sample_type == "ddpm_noisy":
-            beta = 1 - a / p
-            sigma = float(np.sqrt(beta)) if t > 0 else 0.0
-            gain = -np.sqrt(p) * beta / (1 - a) * np.sqrt(1 / a - 1)
+            beta = step.renoise**2  # of a variance-preserving process
+            sigma = math.sqrt(beta) if t > 0 else 0.0
+            gain = -alpha_prev * beta / noise / alpha
         else:
-            sigma = float(config.eta * np.sqrt(max(0.0, (1 - a / p) * (1 - p) / (1 - a))))
-            gain = np.sqrt(max(0.0, 1 - p - sigma**2)) - np.sqrt(p * (1 - a) / a)
-        steps.append(Step(index, t, t_prev, a, p, sigma, float(gain)))
+            sigma = config.eta * noise_prev / noise * step.renoise
+            gain = math.sqrt(max(0.0, noise_prev**2 - sigma**2)) - alpha_prev * noise / alpha
+        steps.append(dataclasses.replace(step, sigma=sigma, eps_gain=gain))
     return steps

@@ -11,10 +11,11 @@ import pytest
 import torch
 from quantized_networks import TIMES, assert_same_in_integers, call, inputs, prepared
 
-from qncd.engines.engine import open_engine, openvino_options
-from qncd.engines.onnx.model import FILE, check_fits, export_unet, is_current, read_onnx
+from qncd.engines.engine import check_engine, open_engine
+from qncd.engines.onnx.model import FILE, check_fits, export_network, is_current, read_onnx
+from qncd.engines.openvino import openvino_options
 from qncd.engines.openvino_graph import expand_group_norms_, multiply_codes_, raise_scalars_, read_network
-from qncd.engines.packages import check_backend, require
+from qncd.engines.packages import require
 from qncd.models.loading import load_config, load_ddim
 from qncd.ptq.calibration import CalibrationSet
 from qncd.ptq.stages.temporal import set_all_stepwise_, set_stepwise_ranges_
@@ -37,7 +38,7 @@ def check(full: Any, unet: Any, folder: Path, backend: str) -> None:
 def test_small_networks(kind: str, config: QuantConfig, make_unet: Any, make_cross_unet: Any, tmp_path: Path) -> None:
     make = make_unet if kind == "unet" else make_cross_unet
     unet = prepared(make(), config)
-    export_unet(unet, tmp_path, config, "base")
+    export_network(unet, tmp_path, config, "base")
     for backend in ENGINES:
         check(make(), unet, tmp_path, backend)
     model, info = read_onnx(tmp_path)
@@ -46,12 +47,12 @@ def test_small_networks(kind: str, config: QuantConfig, make_unet: Any, make_cro
     assert is_current(tmp_path, unet, (unet.config.in_channels, 8, 8))
 
 
-def test_the_model_in_the_box(tmp_path: Path) -> None:
+def test_the_bundled_model(tmp_path: Path) -> None:
     """With real weights: one step of W8A8, and the file's size."""
     box = load_ddim(load_config(ROOT / "configs" / "fashion_mnist.yml"), None, False)
     unet = prepared(copy.deepcopy(box), QuantConfig(8, 8))
     full = sum(p.numel() * 4 for p in box.parameters())
-    path = export_unet(unet, tmp_path, QuantConfig(8, 8), "base")
+    path = export_network(unet, tmp_path, QuantConfig(8, 8), "base")
     assert path.stat().st_size < 0.3 * full
     for backend in ENGINES:
         check(box, unet, tmp_path, backend)
@@ -59,10 +60,12 @@ def test_the_model_in_the_box(tmp_path: Path) -> None:
 
 def test_full_precision_is_exported_too(make_unet: Any, tmp_path: Path) -> None:
     unet = make_unet()
-    export_unet(unet, tmp_path, None, "base")
+    export_network(unet, tmp_path, None, "base")
     data = inputs(unet)
     for backend in ENGINES:
-        torch.testing.assert_close(call(open_engine(unet, tmp_path, backend, 1), data), call(unet, data), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            call(open_engine(unet, tmp_path, backend, threads=1), data), call(unet, data), rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -81,12 +84,12 @@ def test_ranges_for_each_step(kind: str, config: QuantConfig, make_unet: Any, ma
     """In a call of mixed steps too; and any number of inputs goes."""
     make = make_unet if kind == "unet" else make_cross_unet
     unet = prepared(make(), config, set_all_stepwise_ if config.stepwise_activations else set_stepwise_ranges_)
-    export_unet(unet, tmp_path, config, "base")
+    export_network(unet, tmp_path, config, "base")
     for backend in ENGINES:
         check(make(), unet, tmp_path, backend)
     data = inputs(unet, 96)
     again = CalibrationSet(data.x, torch.full((96,), TIMES[1]), data.cond)
-    found, expected = (call(network, again) for network in (open_engine(unet, tmp_path, "onnxruntime", 1), unet))
+    found, expected = (call(network, again) for network in (open_engine(unet, tmp_path, "onnxruntime", threads=1), unet))
     other = call(unet, CalibrationSet(data.x, torch.full((96,), TIMES[3]), data.cond))
     assert (found - expected).square().mean() < 0.1 * (other - expected).square().mean()
 
@@ -94,26 +97,26 @@ def test_ranges_for_each_step(kind: str, config: QuantConfig, make_unet: Any, ma
 def test_what_is_refused(make_unet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = quantize_(make_unet(), QuantConfig(8, 8))
     with pytest.raises(ValueError, match="only a calibrated model"):
-        export_unet(unet, tmp_path, QuantConfig(8, 8), "base")
+        export_network(unet, tmp_path, QuantConfig(8, 8), "base")
     with pytest.raises(FileNotFoundError, match="no such model"):
         open_engine(unet, tmp_path, "openvino")
     (tmp_path / FILE).write_bytes(b"\xff\xffnot a model")
     with pytest.raises(ValueError, match="not a whole ONNX model"):
         open_engine(unet, tmp_path, "onnxruntime")
     unet = prepared(make_unet(), QuantConfig(8, 8))
-    export_unet(unet, tmp_path, QuantConfig(8, 8), "base")
+    export_network(unet, tmp_path, QuantConfig(8, 8), "base")
     with pytest.raises(ValueError, match="exported from another network"):
         check_fits(tmp_path, prepared(make_unet(seed=1), QuantConfig(8, 8)), (3, 8, 8))
     with pytest.raises(ValueError, match="exported for samples 3x8x8, this run has 3x16x16"):
         check_fits(tmp_path, unet, (3, 16, 16))
     with pytest.raises(ValueError, match="no TensorrtExecutionProvider"):
-        check_backend("tensorrt")
+        check_engine("tensorrt")
     with pytest.raises(ValueError, match="fp16: allowed with backend openvino is fp32; triton has fp16"):
-        check_backend("openvino", "fp16")
-    with pytest.raises(ValueError, match="'bf16': allowed are fp32, fp16"):
-        check_backend("openvino", "bf16")
+        check_engine("openvino", "fp16")
+    with pytest.raises(ValueError, match=r"bf16: allowed with backend openvino is fp32$"):
+        check_engine("openvino", "bf16")
     with pytest.raises(ValueError, match="'cuda': allowed are torch"):
-        check_backend("cuda")
+        check_engine("cuda")
     with pytest.raises(ValueError, match=r"no_such_package is not there.*\[export\]"):
         require("no_such_package")
     assert act_quantizers(unet)
@@ -203,7 +206,7 @@ def test_attention_in_integers_on_openvino(stepwise: Any, make_cross_unet: Any, 
     config = QuantConfig(8, 8, weight_range="max", act_range="max", stepwise_activations=stepwise is not None)
     unet = prepared(make_cross_unet(), config, stepwise)
     data = inputs(unet, 2)
-    path = export_unet(unet, tmp_path / "onnx", config, "")
+    path = export_network(unet, tmp_path / "onnx", config, "")
     assert data.cond is not None
     shapes = {"sample": data.x.shape, "timestep": data.t.shape, "encoder_hidden_states": data.cond.shape}
     compiled = openvino.Core().compile_model(read_network(path, shapes), "CPU", openvino_options(1))

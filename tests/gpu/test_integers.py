@@ -14,9 +14,10 @@ from quantized_networks import TIMES, assert_same_in_integers, call, inputs, pre
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qncd.engines.engine import EngineUNet, open_triton
-from qncd.engines.packages import check_backend
+from qncd.engines.engine import check_engine
+from qncd.engines.network import EngineNetwork
 from qncd.models.loading import load_config, load_ddim
+from qncd.models.network import network_of
 from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
@@ -27,6 +28,7 @@ from qncd.recipe import QuantConfig
 
 pytest.importorskip("triton")
 from qncd.engines.triton import kernels
+from qncd.engines.triton.engine import open_triton
 from qncd.engines.triton.kernels import Grid
 from qncd.engines.triton.layers import IntegerConv2d, IntegerLinear
 from qncd.engines.triton.network import IntegerNetwork, Steps
@@ -70,7 +72,7 @@ def test_every_layer_and_the_network(kind: str, config: QuantConfig, make_unet: 
     assert engine.one_step_a_call == bool(stepwise)
     assert_same_in_integers(full.to(DEVICE), unet, engine, count=2)
 
-    left = [m for m in engine.session.network.modules() if isinstance(m, ResnetBlock2D | Transformer2DModel | QuantLayer)]
+    left = [m for m in engine.session.network.module.modules() if isinstance(m, ResnetBlock2D | Transformer2DModel | QuantLayer)]
     assert not left  # every block is fused
 
     steps, seen, worst = Steps(unet.device), dict[str, tuple[Tensor, Tensor]](), 0.0
@@ -86,7 +88,7 @@ def test_every_layer_and_the_network(kind: str, config: QuantConfig, make_unet: 
 
 
 @pytest.mark.slow
-def test_the_model_in_the_box() -> None:
+def test_the_bundled_model() -> None:
     """With real weights, and with what is not quantized in half precision too."""
     box = load_ddim(load_config(ROOT / "configs" / "fashion_mnist.yml"), None, False)
     unet = prepared(copy.deepcopy(box), QuantConfig(8, 8)).to(DEVICE)
@@ -108,7 +110,7 @@ def test_time_steps_of_a_batch_are_called_one_by_one(make_unet: Any) -> None:
 @on_gpu
 def test_a_recorded_call_takes_new_inputs(make_unet: Any) -> None:
     unet = prepared(make_unet(), STEPWISE, set_all_stepwise_).to(DEVICE)
-    network = IntegerNetwork(unet)
+    network = IntegerNetwork(network_of(unet))
     for seed, time in ((0, 1), (1, 751), (2, 251)):
         x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
         given = {"sample": x, "timestep": torch.full((4,), time, device=DEVICE)}
@@ -197,7 +199,7 @@ def test_what_has_no_kernel_is_refused(make_unet: Any, monkeypatch: pytest.Monke
     else:
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(ValueError, match="there is no CUDA device"):
-            check_backend("triton")
+            check_engine("triton")
 
 
 def test_the_original_stays_as_it_is(make_unet: Any) -> None:
@@ -205,5 +207,5 @@ def test_the_original_stays_as_it_is(make_unet: Any) -> None:
     data = inputs(unet, 1)
     before = call(unet, data)
     engine = open_triton(unet, "fp16")
-    assert isinstance(engine, EngineUNet)
+    assert isinstance(engine, EngineNetwork)
     torch.testing.assert_close(call(unet, data), before, rtol=0, atol=0)

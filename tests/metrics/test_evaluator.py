@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import evaluator
+from qncd.app.commands import evaluate
 from qncd.metrics.networks.features import EXTRACTORS, FashionMnistFeatures
 from qncd.metrics.networks.text import ANTONYMS
 from qncd.metrics.report.sources import DATASET_NAMES, FASHION_MNIST_STATISTICS
@@ -79,7 +80,7 @@ def test_help_is_fast_and_names_all_extractors():
     start = time.monotonic()
     done = subprocess.run([sys.executable, ROOT / "evaluator.py", "--help"], capture_output=True, text=True)
     assert time.monotonic() - start < 1
-    assert done.returncode == 0 and set(evaluator.FEATURES) == set(EXTRACTORS) and set(evaluator.IQA) == set(ANTONYMS)
+    assert done.returncode == 0 and set(evaluate.FEATURES) == set(EXTRACTORS) and set(evaluate.IQA) == set(ANTONYMS)
     assert all(name in done.stdout for name in EXTRACTORS)
 
 

@@ -21,6 +21,7 @@ from qncd.rng import CORRECTOR_STREAM, ImageNoise
 from qncd.sampling.corrector import Advance, Corrected, Denoiser
 from qncd.sampling.correctors.runtime import estimate_noise, is_due
 from qncd.sampling.guidance import guide
+from qncd.sampling.process import Process
 from qncd.sampling.samplers import (
     StepState,
     ddim_step,
@@ -31,11 +32,12 @@ from qncd.sampling.samplers import (
     sample_dpm_solver,
     sample_plms,
 )
-from qncd.sampling.schedule import Step, alphas_cumprod, linear_betas, make_steps
+from qncd.sampling.schedule import Step, linear_betas, make_steps
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
 BETAS = linear_betas(1e-4, 0.02, 1000)
-ABAR = alphas_cumprod(BETAS)
+ABAR = np.cumprod(1 - BETAS)
+PROCESS = Process.from_betas(BETAS)
 TRAJECTORIES = [
     *(f"generalized_{skip}{steps}_eta{eta}" for skip in ("uniform", "quad") for steps, eta in
       [(10, "0"), (10, "0.5"), (10, "1"), (20, "0"), (20, "1"), (100, "0"), (100, "1")]),
@@ -72,7 +74,7 @@ def test_trajectories_are_the_originals(golden: Any, name: str) -> None:
     match = re.fullmatch(r"(generalized|ddpm_noisy)_(uniform|quad)(\d+)(?:_eta([\d.]+))?", name)
     assert match is not None
     sample_type, skip_type, count, eta = match.groups()
-    steps = make_steps(SamplerConfig(sample_type, skip_type, int(count), float(eta or 0)), ABAR)
+    steps = make_steps(SamplerConfig(sample_type, skip_type, int(count), float(eta or 0)), PROCESS)
     # The original draws noise at every step; ours only where it has an effect (not at repeated time steps, nor the last).
     draws = data.get(f"{name}_noise", [])
     noise = Replay([z for z, step in zip(draws, steps, strict=bool(len(draws))) if step.sigma > 0])
@@ -93,7 +95,7 @@ def test_trajectories_are_the_originals(golden: Any, name: str) -> None:
 def test_a_converted_network_follows_the_original_trajectory(golden: Any, skip_type: str) -> None:
     data = golden("ddim_unet_small_trajectory")
     unet = load_ddim(yaml.safe_load((GOLDEN / "ddim_unet_small.yml").read_text()), GOLDEN / "ddim_unet_small.ckpt")
-    steps = make_steps(SamplerConfig("generalized", skip_type, 10), ABAR)
+    steps = make_steps(SamplerConfig("generalized", skip_type, 10), PROCESS)
     assert [s.t for s in steps] == data[f"ddim10_{skip_type}_seq"].tolist()[::-1]
     seen = Collector()
     with torch.no_grad():
@@ -130,10 +132,9 @@ def test_latent_trajectories_are_the_originals(golden: Any, name: str) -> None:
     data = golden("samplers_ldm_trajectories")
     kind, count, eta, scale = re.fullmatch(r"(ddim|plms)(\d+)_eta(\d)_cfg([\d.]+)", name).groups()  # type: ignore[union-attr]
     config = SamplerConfig("plms" if kind == "plms" else "generalized", timesteps=int(count), eta=float(eta), convention="ldm")
-    abar = alphas_cumprod(SD_BETAS if kind == "plms" else LDM_BETAS)
-    steps = make_steps(config, abar)
+    steps = make_steps(config, Process.from_betas(SD_BETAS if kind == "plms" else LDM_BETAS))
     assert [s.t for s in steps] == data[f"{name}_timesteps"].tolist()[::-1]
-    for key, values in (("alphas", [s.abar for s in steps]), ("alphas_prev", [s.abar_prev for s in steps])):
+    for key, values in (("alphas", [s.alpha**2 for s in steps]), ("alphas_prev", [s.alpha_prev**2 for s in steps])):
         np.testing.assert_allclose(values[::-1], data[f"{name}_{key}"].numpy(), rtol=1e-6)
     np.testing.assert_allclose([s.sigma for s in steps][::-1], data[f"{name}_sigmas"].numpy(), atol=1e-6)
     denoise = analytic if scale == "1" else guided_analytic(data, float(scale))
@@ -167,7 +168,7 @@ class AsPublished:
 @pytest.mark.parametrize("count", [25, 50])
 def test_a_corrected_plms_trajectory_is_qncds(golden: Any, count: int) -> None:
     data = golden("qncd_plms_reverse")
-    steps = make_steps(SamplerConfig("plms", timesteps=count, convention="ldm"), alphas_cumprod(SD_BETAS))
+    steps = make_steps(SamplerConfig("plms", timesteps=count, convention="ldm"), Process.from_betas(SD_BETAS))
 
     def half(x: Tensor, t: int, c: Tensor) -> Tensor:
         e = analytic(x, t) + 0.1 * c.view(-1, 1, 1, 1) * (1 - t / 1000) * torch.cos(x)
@@ -196,7 +197,7 @@ def test_plms_averages_both_ends_of_its_first_step() -> None:
         return torch.full_like(x, 0.3)
 
     x = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    steps = make_steps(SamplerConfig("plms", timesteps=10, convention="ldm"), ABAR)
+    steps = make_steps(SamplerConfig("plms", timesteps=10, convention="ldm"), PROCESS)
     found = sample_plms(denoise, x, steps)
     assert calls == [901, 801, 801, *range(701, 0, -100)]
     torch.testing.assert_close(found, sample_ddim(lambda x, t: torch.full_like(x, 0.3), x, steps, Replay([])))  # type: ignore[arg-type]
@@ -205,7 +206,7 @@ def test_plms_averages_both_ends_of_its_first_step() -> None:
 @pytest.mark.parametrize(("skip_type", "count"), [("uniform", 10), ("uniform", 20), ("quad", 10), ("quad", 100)])
 def test_dpm_solver_is_diffusers(skip_type: str, count: int) -> None:
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    steps = make_steps(SamplerConfig("dpm_solver", skip_type, count), ABAR)
+    steps = make_steps(SamplerConfig("dpm_solver", skip_type, count), PROCESS)
     seen = Collector()
     found = sample_dpm_solver(analytic, x, steps, BETAS, callback=seen)
     scheduler = DPMSolverMultistepScheduler(trained_betas=BETAS.tolist(), algorithm_type="dpmsolver++", solver_order=2)
@@ -226,8 +227,8 @@ def test_dpm_solver_is_of_second_order() -> None:
 
     errors = []
     for count in (20, 40, 80):
-        steps = make_steps(SamplerConfig(skip_type="quad", timesteps=count), ABAR)
-        exact = x * (v / (steps[0].abar * v + 1 - steps[0].abar)) ** 0.5
+        steps = make_steps(SamplerConfig(skip_type="quad", timesteps=count), PROCESS)
+        exact = x * (v / (steps[0].alpha ** 2 * v + 1 - steps[0].alpha ** 2)) ** 0.5
         ddim = sample_ddim(denoise, x, steps, Replay([]))  # type: ignore[arg-type]
         solver = sample_dpm_solver(denoise, x, steps, BETAS)
         errors.append([float((found / exact - 1).abs().mean()) for found in (ddim, solver)])
@@ -254,10 +255,10 @@ class Recorded:
 @pytest.mark.parametrize("sample_type", ["generalized", "ddpm_noisy", "dpm_solver", "plms"])
 def test_a_corrector_that_takes_a_bias_out_gives_the_unbiased_images(sample_type: str) -> None:
     config = SamplerConfig(sample_type, timesteps=10, eta=0.5 if sample_type == "generalized" else 0.0)
-    steps, seen = make_steps(config, ABAR), Collector()
+    steps, seen = make_steps(config, PROCESS), Collector()
 
     def draw(denoise: Denoiser, corrector: Recorded | None = None) -> Tensor:
-        return sample(config, denoise, (3, 8, 8), [4, 5], steps, BETAS, corrector=corrector, callback=seen)
+        return sample(config, PROCESS, denoise, (3, 8, 8), [4, 5], corrector=corrector, callback=seen)
 
     expected = draw(analytic)
     corrector = Recorded(0.25)
@@ -276,9 +277,8 @@ def test_the_trial_step_is_the_step_taken_where_nothing_is_corrected(sample_type
     """The same noise, too: a trial draws none of its own."""
     config = SamplerConfig(sample_type, timesteps=10, eta=1.0 if sample_type == "generalized" else 0.0)
     corrector, seen = Recorded(), Collector()
-    steps = make_steps(config, ABAR)
-    with_corrector = sample(config, analytic, (3, 8, 8), [1], steps, BETAS, corrector=corrector, callback=seen)
-    assert torch.equal(with_corrector, sample(config, analytic, (3, 8, 8), [1], steps, BETAS))
+    with_corrector = sample(config, PROCESS, analytic, (3, 8, 8), [1], corrector=corrector, callback=seen)
+    assert torch.equal(with_corrector, sample(config, PROCESS, analytic, (3, 8, 8), [1]))
     for state, (_, _, trial) in zip(seen.states, corrector.calls, strict=True):
         assert torch.equal(trial, state.x_prev)
 
@@ -286,7 +286,7 @@ def test_the_trial_step_is_the_step_taken_where_nothing_is_corrected(sample_type
 def test_known_variance_is_taken_out_of_the_noise() -> None:
     """eps~ = eps + tau*xi at eta 1: with sigma' the next sample has the variance that the step was to have."""
     tau = 0.4
-    step = make_steps(SamplerConfig(timesteps=10, eta=1.0), ABAR)[5]
+    step = make_steps(SamplerConfig(timesteps=10, eta=1.0), PROCESS)[5]
     sigma = reduced_sigma(step, torch.tensor(tau**2))
     assert isinstance(sigma, Tensor) and 0 < float(sigma) < step.sigma
     generator = torch.Generator().manual_seed(0)
@@ -298,7 +298,7 @@ def test_known_variance_is_taken_out_of_the_noise() -> None:
 @pytest.mark.parametrize("sample_type", ["generalized", "ddpm_noisy"])
 def test_the_step_taken_has_the_reduced_noise(sample_type: str) -> None:
     config = SamplerConfig(sample_type, timesteps=10, eta=1.0 if sample_type == "generalized" else 0.0)
-    steps, seen = make_steps(config, ABAR), Collector()
+    steps, seen = make_steps(config, PROCESS), Collector()
     variance = torch.tensor([0.0, 0.05]).view(2, 1, 1, 1)
     x, draws = torch.randn(2, 3, 8, 8), [torch.randn(2, 3, 8, 8) for step in steps if step.sigma > 0]
     function = ddim_step if sample_type == "generalized" else ddpm_step
@@ -314,7 +314,7 @@ def test_the_step_taken_has_the_reduced_noise(sample_type: str) -> None:
 @pytest.mark.parametrize(("sample_type", "eta"), [("generalized", 0.3), ("generalized", 1.0), ("ddpm_noisy", 0.0)])
 def test_reduced_sigma_is_never_negative(sample_type: str, eta: float) -> None:
     variance = torch.tensor([0.0, 1e-6, 0.01, 1.0, 1e6]).view(-1, 1, 1, 1)
-    for step in make_steps(SamplerConfig(sample_type, "quad", 20, eta), ABAR):
+    for step in make_steps(SamplerConfig(sample_type, "quad", 20, eta), PROCESS):
         sigma = torch.as_tensor(reduced_sigma(step, variance)).expand(5, 1, 1, 1).flatten()
         assert bool(torch.isfinite(sigma).all()) and bool((sigma >= 0).all()) and bool((sigma <= step.sigma * 1.000001).all())
         assert float(sigma[0]) == pytest.approx(step.sigma) and bool((sigma.diff() <= 0).all())
@@ -322,15 +322,12 @@ def test_reduced_sigma_is_never_negative(sample_type: str, eta: float) -> None:
 
 
 def test_a_sample_that_is_no_longer_finite_stops_the_run() -> None:
-    config = SamplerConfig(timesteps=5)
-    steps = make_steps(config, ABAR)
-
     def broken(x: Tensor, t: int) -> Tensor:
         return x * (float("inf") if t == 400 else 1.0)
 
     for sample_type in ("generalized", "dpm_solver", "plms"):
         with pytest.raises(FloatingPointError, match=r"^the sample is NaN or infinite after step 3 \(time step 400\)$"):
-            sample(SamplerConfig(sample_type, timesteps=5), broken, (1, 4, 4), [0], steps, BETAS)
+            sample(SamplerConfig(sample_type, timesteps=5), PROCESS, broken, (1, 4, 4), [0])
 
 
 def test_noise_depends_on_the_seed_alone() -> None:
@@ -352,6 +349,6 @@ def test_noise_depends_on_the_seed_alone() -> None:
 def test_starting_noise_is_the_seeds_first_draw() -> None:
     config = SamplerConfig(timesteps=2)
     seen = Collector()
-    sample(config, analytic, (3, 8, 8), [6, 7], make_steps(config, ABAR), BETAS, callback=seen)
+    sample(config, PROCESS, analytic, (3, 8, 8), [6, 7], callback=seen)
     assert torch.equal(seen.states[0].x, ImageNoise([6, 7]).normal((3, 8, 8)))
-    assert np.isclose(seen.states[0].step.abar, ABAR[500])
+    assert np.isclose(seen.states[0].step.alpha ** 2, ABAR[500])

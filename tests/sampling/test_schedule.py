@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from qncd.recipe import SamplerConfig
+from qncd.sampling.process import Process
 from qncd.sampling.samplers import ddim_step, ddpm_step
-from qncd.sampling.schedule import alphas_cumprod, betas_of, ddim_timesteps, linear_betas, make_steps
+from qncd.sampling.schedule import betas_of, ddim_timesteps, linear_betas, make_steps
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
 TIMESTEPS = json.loads((GOLDEN / "samplers_timesteps.json").read_text())
-ABAR = alphas_cumprod(linear_betas(1e-4, 0.02, 1000))
+ABAR = np.cumprod(1 - linear_betas(1e-4, 0.02, 1000))
+PROCESS = Process.from_betas(linear_betas(1e-4, 0.02, 1000))
 
 
 @pytest.mark.parametrize("key", TIMESTEPS)
@@ -33,8 +36,10 @@ def test_the_schedule_is_the_originals(golden: Any) -> None:
     data = golden("samplers_schedules")
     betas = linear_betas(1e-4, 0.02, 1000)
     np.testing.assert_allclose(betas, data["ddim_betas_f64"].numpy(), rtol=1e-12)
-    np.testing.assert_allclose(alphas_cumprod(betas), data["ddim_alphas_cumprod_f64"].numpy(), rtol=1e-12)
-    np.testing.assert_allclose(alphas_cumprod(betas), data["ddim_alphas_cumprod_f32"].numpy(), atol=1e-6)
+    process = Process.from_betas(betas)
+    np.testing.assert_allclose(process.alpha**2, data["ddim_alphas_cumprod_f64"].numpy(), rtol=1e-12)
+    np.testing.assert_allclose(process.alpha**2, data["ddim_alphas_cumprod_f32"].numpy(), atol=1e-6)
+    np.testing.assert_allclose(process.alpha**2 + process.sigma**2, 1, rtol=1e-12)
     section = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": "0.02", "num_diffusion_timesteps": 1000}
     assert np.array_equal(betas_of({"diffusion": section}), betas)
 
@@ -42,14 +47,15 @@ def test_the_schedule_is_the_originals(golden: Any) -> None:
 @pytest.mark.parametrize("skip_type", ["uniform", "quad"])
 @pytest.mark.parametrize("count", [1, 7, 10, 30, 100, 1000])
 def test_steps_lead_from_noise_to_the_clean_image(skip_type: str, count: int) -> None:
-    steps = make_steps(SamplerConfig("generalized", skip_type, count, eta=0.7), ABAR)
+    steps = make_steps(SamplerConfig("generalized", skip_type, count, eta=0.7), PROCESS)
     assert [s.index for s in steps] == list(range(len(steps)))
     assert [s.t for s in steps] == ddim_timesteps(skip_type, count)[::-1]
     assert [s.t_prev for s in steps] == [*[s.t for s in steps][1:], -1]
-    assert steps[-1].abar_prev == 1 and steps[-1].sigma == 0
+    assert (steps[-1].alpha_prev, steps[-1].noise_prev) == (1, 0) and steps[-1].sigma == 0
     for step in steps:
-        assert step.abar == ABAR[step.t] and step.abar <= step.abar_prev
-        assert step.sigma >= 0 and step.sigma**2 <= 1 - step.abar_prev + 1e-12
+        assert step.alpha == math.sqrt(ABAR[step.t]) and step.alpha <= step.alpha_prev
+        assert step.noise == math.sqrt(1 - ABAR[step.t])
+        assert step.sigma >= 0 and step.sigma**2 <= 1 - step.alpha_prev**2 + 1e-12
 
 
 @pytest.mark.parametrize("skip_type", ["uniform", "quad"])
@@ -59,18 +65,18 @@ def test_steps_lead_from_noise_to_the_clean_image(skip_type: str, count: int) ->
 def test_eps_gain_is_the_derivative_of_the_next_sample(sample_type: str, eta: float, skip_type: str) -> None:
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     function = ddpm_step if sample_type == "ddpm_noisy" else ddim_step
-    for step in make_steps(SamplerConfig(sample_type, skip_type, 20, eta), ABAR):
+    for step in make_steps(SamplerConfig(sample_type, skip_type, 20, eta), PROCESS):
         small = torch.full_like(x, 1e-6)  # no x0-hat is clamped
         change = function(x, small, step, None, 0.0).x_prev - function(x, -small, step, None, 0.0).x_prev
         assert float(change) / 2e-6 == pytest.approx(step.eps_gain, rel=1e-6, abs=1e-9)
 
 
 def test_sigma_at_eta_1_is_ddpms_posterior(golden: Any) -> None:
-    for step in make_steps(SamplerConfig(timesteps=10, eta=1.0), ABAR)[:-1]:
-        beta = 1 - step.abar / step.abar_prev
-        assert step.sigma**2 == pytest.approx(beta * (1 - step.abar_prev) / (1 - step.abar), rel=1e-9)
-    for step in make_steps(SamplerConfig("ddpm_noisy", timesteps=10), ABAR)[:-1]:
-        assert step.sigma**2 == pytest.approx(1 - step.abar / step.abar_prev, rel=1e-9)
+    for step in make_steps(SamplerConfig(timesteps=10, eta=1.0), PROCESS)[:-1]:
+        beta = 1 - step.alpha**2 / step.alpha_prev**2
+        assert step.sigma**2 == pytest.approx(beta * (1 - step.alpha_prev**2) / (1 - step.alpha**2), rel=1e-9)
+    for step in make_steps(SamplerConfig("ddpm_noisy", timesteps=10), PROCESS)[:-1]:
+        assert step.sigma**2 == pytest.approx(1 - step.alpha**2 / step.alpha_prev**2, rel=1e-9)
 
 
 @pytest.mark.parametrize("count", [0, 1001])

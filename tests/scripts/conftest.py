@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from script_runs import run_in_process
 
 from qncd.models.latent import LatentModel, save_latent_model
 from qncd.models.original.autoencoders import FirstStage, build_first_stage
 from qncd.models.original.compvis import build_conditioner
 from qncd.models.original.ldm import build_ldm_unet, ldm_betas
 
-ROOT = Path(__file__).resolve().parents[2]
 RunScript = Callable[..., str]
-
-
-def run_in_process(name: str, *arguments: object, status: int = 0) -> str:
-    """Run a script in this process (importing torch anew takes seconds); returns what it wrote to stderr."""
-    script, stderr, code = ROOT / "scripts" / name, io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    assert code == status, stderr.getvalue()
-    return stderr.getvalue()
 
 
 @pytest.fixture(scope="session")

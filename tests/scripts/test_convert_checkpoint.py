@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 import yaml
+from script_runs import run_in_process
 
 from qncd.models.latent import load_latent_model
 from qncd.models.loading import load_ddim, state_dict_hash
@@ -17,8 +18,6 @@ from qncd.models.original.autoencoders import FirstStage, build_first_stage
 from qncd.models.original.compvis import original_state_dict
 from qncd.models.original.ddim import build_ddim_unet, to_ddim_state_dict
 from qncd.models.original.ldm import build_ldm_unet
-
-from .conftest import run_in_process
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_checkpoint.py"
 DDIM: dict[str, Any] = {

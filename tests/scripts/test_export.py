@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from script_runs import ROOT, run_in_process
 
-from .conftest import ROOT, run_in_process
 from .test_reconstruction_flags import pixels
 
 MODEL = ("--config", str(ROOT / "configs" / "fashion_mnist.yml"), "--device", "cpu")

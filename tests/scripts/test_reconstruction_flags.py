@@ -14,8 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-
-from .conftest import ROOT, run_in_process
+from script_runs import ROOT, run_in_process
 
 CONFIG = {
     "data": {"dataset": "NONE", "image_size": 16, "channels": 1},

@@ -12,8 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-
-from .conftest import run_in_process
+from script_runs import run_in_process
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "sample_diffusion_ddim.py"

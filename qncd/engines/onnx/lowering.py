@@ -22,8 +22,8 @@ from onnx_ir import convenience
 from torch import Tensor
 
 from qncd.engines.onnx.tracing import ATTENTION, DOMAIN, LAYER
+from qncd.models.network import Network
 from qncd.quant.attention import QuantAttnProcessor
-from qncd.quant.convert import UNet
 from qncd.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from qncd.quant.quantizers import ActQuantizer
 from qncd.quant.stepwise import StepwiseActQuantizer
@@ -45,8 +45,8 @@ def _only_split(value: ir.Value) -> ir.Node | None:
 class Lowering:
     """Replaces the markers of one graph."""
 
-    def __init__(self, graph: ir.Graph, unet: UNet) -> None:
-        self.graph, self.unet = graph, unet
+    def __init__(self, graph: ir.Graph, network: Network) -> None:
+        self.graph, self.network = graph, network
         self.nodes: list[ir.Node] = []  # of the marker that is being replaced
         self.quantized: dict[tuple[Any, ...], ir.Value] = {}  # inputs that several layers quantize alike
         self.constants: dict[tuple[Any, ...], ir.Value] = {}
@@ -62,7 +62,7 @@ class Lowering:
                 continue
             name, old = node.attributes["module"].as_string(), node.outputs[0]
             self.shape = old.shape
-            module: Any = self.unet.get_submodule(name)
+            module: Any = self.network.module.get_submodule(name)
             split = _only_split(old)
             if split is not None and isinstance(module, QuantLinear):
                 self._layer_in_parts(name, module, node, split)
@@ -182,8 +182,11 @@ class Lowering:
         assert isinstance(quantizer, StepwiseActQuantizer)
         if quantizer.known not in self.rows:
             outer, self.nodes = self.nodes, []
-            first = self._op("Gather", self.graph.inputs[1], self._scalar(0, np.int64))
-            far = self._op("Abs", self._op("Sub", self._constant(np.array(quantizer.known, np.int64)), first))
+            times = next(value for value in self.graph.inputs if value.name == self.network.time_name)
+            assert times.dtype is not None
+            first = self._op("Gather", times, self._scalar(0, np.int64))
+            known = self._constant(np.array(quantizer.known, times.dtype.numpy()))
+            far = self._op("Abs", self._op("Sub", known, first))
             self.rows[quantizer.known] = self._op("ArgMin", far, axis=0, keepdims=0)
             self.graph.insert_before(self.graph[0], self.nodes)
             self.nodes = outer
@@ -305,13 +308,13 @@ class Lowering:
         return self._scaled(self._floats(self._op("MatMul", weights, value)), weights, value)
 
 
-def lower_(model: ir.Model, unet: UNet) -> None:
-    """Replace every marker of `model`, in place, by what the module of that name in `unet` computes.
+def lower_(model: ir.Model, network: Network) -> None:
+    """Replace every marker of `model`, in place, by what the module of that name in `network` computes.
 
     Raises:
         ValueError: naming a layer that has no form in standard operators.
     """
-    Lowering(model.graph, unet).run()
+    Lowering(model.graph, network).run()
     model.opset_imports.pop(DOMAIN, None)
     used = {value.name for node in model.graph for value in node.inputs if value is not None}
     for name in [name for name in model.graph.initializers if name not in used]:

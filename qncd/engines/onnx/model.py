@@ -1,9 +1,10 @@
 """The exported network as a file: build it, write it with what made it, read that back.
 
-`DIR/model.onnx` is a standard ONNX model in QDQ form (opset 21): inputs `sample` (N, C, H, W) float32, `timestep` (N,) int64
-and, where the network takes one, `encoder_hidden_states` (N, L, D) float32 or `class_labels` (N,) int64; output `noise`. The
-model's metadata_props say how it was quantized and from which weights. Where activations have a range for each time step,
-that of a call's first input chooses for all of them.
+`DIR/model.onnx` is a standard ONNX model in QDQ form (opset 21). Its inputs are named as the arguments of the network's forward:
+of a UNet `sample` (N, C, H, W) float32, `timestep` (N,) int64 and, where the network takes one, `encoder_hidden_states` (N, L, D)
+float32 or `class_labels` (N,) int64. What lies inside a dictionary or a list has a dotted name, as `added_cond_kwargs.time_ids`.
+The output is named `noise`. The model's metadata_props say how it was quantized and from which weights. Where activations have
+a range for each time step, that of a call's first input chooses for all of them.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from qncd import __version__
+from qncd.engines.network import InputSpec
 from qncd.engines.packages import require
 from qncd.models.loading import state_dict_hash
-from qncd.quant.convert import UNet, act_quantizers, quant_layers
+from qncd.models.network import Network, network_of
+from qncd.quant.convert import act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
 from qncd.recipe import QuantConfig
 
@@ -78,19 +84,21 @@ class OnnxInfo:
             raise ValueError(f"{source}: damaged metadata: {error}") from None
 
 
-def build_onnx(unet: UNet, info: OnnxInfo | None = None, shape: tuple[int, int, int] | None = None) -> ir.Model:
+def build_onnx(network: Network, info: OnnxInfo | None = None, shape: Sequence[int] | None = None) -> ir.Model:
     """The network as an ONNX model in memory.
 
     Args:
-        unet: in floating point, or quantized and calibrated.
-        shape: (C, H, W) of one sample; by default the network's own.
+        network: in floating point, or quantized and calibrated.
+        shape: of one sample, (C, H, W); by default the network's own.
 
     Raises:
         ValueError: a package is missing, the model is not calibrated, or a part of it has no form in ONNX.
     """
-    if any(quantizer.stage is not Stage.QUANTIZE for quantizer in act_quantizers(unet).values()):
+    if any(quantizer.stage is not Stage.QUANTIZE for quantizer in act_quantizers(network.module).values()):
         raise ValueError("only a calibrated model can be exported")
-    if any(layer.config.weight_codes is not None and layer.weight_scale is None for layer in quant_layers(unet).values()):
+    if any(
+        layer.config.weight_codes is not None and layer.weight_scale is None for layer in quant_layers(network.module).values()
+    ):
         raise ValueError("only a calibrated model can be exported: its weights are not rounded yet")
     require("onnxscript")
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
@@ -98,8 +106,8 @@ def build_onnx(unet: UNet, info: OnnxInfo | None = None, shape: tuple[int, int, 
     from qncd.engines.onnx.lowering import lower_
     from qncd.engines.onnx.tracing import trace
 
-    model = trace(unet, shape)
-    lower_(model, unet)
+    model = trace(network, shape)
+    lower_(model, network)
     RemoveUnusedNodesPass()(model)
     ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "qncd", __version__
@@ -123,22 +131,25 @@ def save_onnx(model: ir.Model, folder: Path) -> Path:
     return path
 
 
-def export_unet(
-    unet: UNet,
+def export_network(
+    network: Network | nn.Module,
     folder: Path,
     config: QuantConfig | None,
     base_hash: str,
     settings: dict[str, Any] | None = None,
-    shape: tuple[int, int, int] | None = None,
+    shape: Sequence[int] | None = None,
 ) -> Path:
     """Write the network to DIR/model.onnx; returns the path. Raises as `build_onnx` and `save_onnx`.
 
     Args:
         config: of the quantization; None for a full-precision network.
         base_hash: SHA-256 of the full-precision weights (`qncd.models.loading.state_dict_hash`).
+        settings: what else is known of the calibration, as plain JSON values.
+        shape: of one sample, (C, H, W); by default the network's own.
     """
-    info = OnnxInfo(config, base_hash, state_dict_hash(unet), settings or {})
-    return save_onnx(build_onnx(unet, info, shape), folder)
+    network = network_of(network)
+    info = OnnxInfo(config, base_hash, state_dict_hash(network.module), settings or {})
+    return save_onnx(build_onnx(network, info, shape), folder)
 
 
 def read_onnx(folder: Path) -> tuple[ir.Model, OnnxInfo]:
@@ -162,24 +173,36 @@ def read_onnx(folder: Path) -> tuple[ir.Model, OnnxInfo]:
     return model, OnnxInfo.from_metadata(model.metadata_props, path)
 
 
-def check_fits(folder: Path, unet: UNet, shape: tuple[int, int, int]) -> None:
-    """Raise ValueError unless DIR/model.onnx was exported from exactly this network, for samples (C, H, W) of this shape."""
+def input_specs(model: ir.Model) -> dict[str, InputSpec]:
+    """What a model takes, by name: the sample and the time steps first."""
+    import torch
+
+    specs = {}
+    for value in model.graph.inputs:
+        assert value.name is not None and value.shape is not None and value.dtype is not None
+        dtype = getattr(torch, str(value.dtype.numpy()))
+        specs[value.name] = InputSpec(dtype, tuple(size if isinstance(size, int) else None for size in value.shape))
+    return specs
+
+
+def check_fits(folder: Path, network: Network | nn.Module, shape: Sequence[int]) -> None:
+    """Raise ValueError unless DIR/model.onnx was exported from exactly this network, for samples of this shape, (C, H, W)."""
     model, info = read_onnx(folder)
-    own, there = state_dict_hash(unet), tuple(model.graph.inputs[0].shape or ())[1:]
+    own, there = state_dict_hash(network_of(network).module), tuple(model.graph.inputs[0].shape or ())[1:]
     if info.network_hash != own:
         raise ValueError(
             f"{folder / FILE}: exported from another network: its hash is {info.network_hash[:12]}, this one's {own[:12]}"
         )
-    if there != shape:
+    if there != tuple(shape):
         raise ValueError(
             f"{folder / FILE}: exported for samples {'x'.join(map(str, there))}, this run has {'x'.join(map(str, shape))}"
         )
 
 
-def is_current(folder: Path, unet: UNet, shape: tuple[int, int, int]) -> bool:
+def is_current(folder: Path, network: Network | nn.Module, shape: Sequence[int]) -> bool:
     """Whether DIR/model.onnx is there and fits."""
     try:
-        check_fits(folder, unet, shape)
+        check_fits(folder, network, shape)
     except (ValueError, OSError):
         return False
     return True

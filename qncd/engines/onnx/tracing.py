@@ -1,4 +1,4 @@
-"""A UNet as an ONNX graph in which every quantized layer and attention product is one marker node.
+"""A network as an ONNX graph in which every quantized layer and attention product is one marker node.
 
 The markers are operators of the domain "qncd" with the module's name; `qncd.engines.onnx.lowering` replaces them
 by standard operators. Quantizers and weights never pass through the tracer: it sees shapes alone.
@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qncd.engines.packages import require
+from qncd.models.network import Network
 from qncd.quant.attention import QuantAttnProcessor
-from qncd.quant.convert import UNet, quant_layers
+from qncd.quant.convert import quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.stepwise import steps_not_selected
 
@@ -29,56 +30,33 @@ if TYPE_CHECKING:
 DOMAIN = "qncd"
 LAYER, ATTENTION = "Layer", "Attention"  # the markers' operators
 OPSET = 21  # the first with INT4 weights and 16-bit activations
-EXAMPLE_TOKENS = 7  # of a context; any number goes
+TOKENS = {"encoder_hidden_states": 1, "encoder_attention_mask": 1}  # inputs and their axis that runs over a prompt's tokens
 SMALLEST_TORCH = (2, 8)  # the first with torch.onnx.ops.symbolic
 
 
-class _Network(nn.Module):
-    """The UNet with plain tensors as inputs and output."""
+class _Traced(nn.Module):
+    """A network with plain tensors as inputs and output."""
 
-    def __init__(self, unet: UNet, condition: str | None) -> None:
+    def __init__(self, network: Network, names: Sequence[str]) -> None:
         super().__init__()
-        self.unet, self.condition = unet, condition
+        self.module, self.network, self.names = network.module, network, tuple(names)
 
-    def forward(self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
-        """(N, C, H, W), (N,), (N, ...) -> (N, C, H, W)."""
-        given = {} if self.condition is None else {self.condition: condition}
-        output: Tensor = self.unet(sample, timestep, **given).sample
-        return output
-
-
-def condition_input(unet: UNet) -> str | None:
-    """The name of the UNet's argument for conditions: a context, class labels, or None for an unconditional network."""
-    if "cross_attention_dim" in unet.config:
-        return "encoder_hidden_states"
-    return "class_labels" if getattr(unet, "class_embedding", None) is not None else None
+    def forward(self, *values: Tensor) -> Tensor:
+        """The tensors of `names`: (N, ...) samples, (N,) time steps and what else the network takes -> (N, ...)."""
+        x, t, *others = values
+        return self.network.call(x, t, dict(zip(self.names[2:], others, strict=True)))
 
 
-def example_inputs(unet: UNet, batch: int, shape: tuple[int, int, int] | None = None) -> dict[str, Tensor]:
-    """Zeros in the shape of one call, by the name of the input: sample, timestep and the condition if there is one.
-
-    Args:
-        shape: (C, H, W) of one sample; by default the network's own.
-
-    Raises:
-        ValueError: the network takes an embedding that no script of this package gives it.
-    """
-    config: Any = unet.config
-    if getattr(config, "addition_embed_type", None) or getattr(unet, "encoder_hid_proj", None) is not None:
-        raise ValueError("networks with added embeddings (SDXL, image prompts) are not exported")
-    if shape is None:
-        size = config.sample_size
-        shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
-    inputs = {
-        "sample": torch.zeros(batch, *shape, device=unet.device),
-        "timestep": torch.zeros(batch, dtype=torch.int64, device=unet.device),
-    }
-    name = condition_input(unet)
-    if name == "encoder_hidden_states":
-        inputs[name] = torch.zeros(batch, EXAMPLE_TOKENS, config.cross_attention_dim, device=unet.device)
-    elif name is not None:
-        inputs[name] = torch.zeros(batch, dtype=torch.int64, device=unet.device)
-    return inputs
+def dynamic_axes(network: Network, shape: Sequence[int] | None = None) -> dict[str, dict[int, str]]:
+    """Axes of any size of each input, by name: what grows with the batch in the network's example, and a prompt's tokens."""
+    one, other = (network.example(batch, shape) for batch in (2, 3))
+    axes: dict[str, dict[int, str]] = {}
+    for name, value in one.items():
+        sizes = zip(value.shape, other[name].shape, strict=True)
+        axes[name] = {axis: "batch" for axis, (small, large) in enumerate(sizes) if small != large}
+        if name in TOKENS and value.ndim > TOKENS[name]:
+            axes[name][TOKENS[name]] = "tokens"
+    return axes
 
 
 def _marker(kind: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], shape: Any) -> Tensor:
@@ -86,7 +64,7 @@ def _marker(kind: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], s
 
 
 @contextlib.contextmanager
-def _marked(unet: UNet) -> Iterator[None]:
+def _marked(network: nn.Module) -> Iterator[None]:
     """Within it, quantized layers and attention products are markers."""
     patched: list[tuple[nn.Module, str]] = []
 
@@ -116,9 +94,9 @@ def _marked(unet: UNet) -> Iterator[None]:
         return forward
 
     try:
-        for name, layer in quant_layers(unet).items():
+        for name, layer in quant_layers(network).items():
             patch(layer, "forward", layer_forward(name, layer))
-        for name, module in unet.named_modules():
+        for name, module in network.named_modules():
             if isinstance(module, QuantAttnProcessor):
                 patch(module, "attend", attend(name))
                 patch(module.q, "forward", lambda x: x)
@@ -137,12 +115,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def trace(unet: UNet, shape: tuple[int, int, int] | None = None) -> ir.Model:
+def trace(network: Network, shape: Sequence[int] | None = None) -> ir.Model:
     """The network as an ONNX graph with markers; batch and tokens are dynamic, channels, height and width are not.
 
     Args:
-        unet: in floating point or quantized.
-        shape: (C, H, W) of one sample; by default the network's own.
+        network: in floating point or quantized.
+        shape: of one sample, (C, H, W); by default the network's own.
 
     Raises:
         ValueError: a package is missing, or the network cannot be traced.
@@ -150,22 +128,24 @@ def trace(unet: UNet, shape: tuple[int, int, int] | None = None) -> ir.Model:
     require("onnxscript")
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SMALLEST_TORCH:
         raise ValueError(f"exporting needs torch {'.'.join(map(str, SMALLEST_TORCH))} or newer, this is {torch.__version__}")
-    network = _Network(unet, condition_input(unet)).eval()
-    inputs = example_inputs(unet, 2, shape)
+    inputs = network.example(2, shape)
     # By name alone: with a range beside it a network is traced twice, since diffusers looks for batches of 64 and more.
-    shapes: list[dict[int, str]] = [{0: "batch"} for _ in inputs]
-    if "encoder_hidden_states" in inputs:
-        shapes[-1][1] = "tokens"
+    shapes = tuple(dynamic_axes(network, shape).values())
     talkers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [talker.level for talker in talkers]
-    with _marked(unet), steps_not_selected(unet), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        _marked(network.module),
+        steps_not_selected(network.module),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         warnings.simplefilter("ignore")
         for talker in talkers:
             talker.setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
-                network, tuple(inputs.values()), dynamo=True, opset_version=OPSET, dynamic_shapes=tuple(shapes),
-                input_names=list(inputs), output_names=["noise"], verbose=False,
+                _Traced(network, list(inputs)).eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET,
+                dynamic_shapes=(shapes,), input_names=list(inputs), output_names=["noise"], verbose=False,
             )  # fmt: skip
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             raise ValueError(f"the network cannot be traced: {_first_line(error)}") from error

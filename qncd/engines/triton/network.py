@@ -1,4 +1,4 @@
-"""A calibrated UNet in integers on a GPU: every layer on int8 codes, and each shape of a call recorded as a CUDA graph."""
+"""A calibrated network in integers on a GPU: every layer on int8 codes, and each shape of a call recorded as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from qncd.engines.triton.layers import (
     IntegerTransformer,
     IntegerUpsample,
 )
+from qncd.models.network import Network
 from qncd.quant.attention import QuantAttnProcessor
-from qncd.quant.convert import UNet, quant_layers
+from qncd.quant.convert import quant_layers
 from qncd.quant.layers import QuantConv2d
 
 WARM_UP_CALLS = 2  # before a call is recorded
@@ -57,25 +58,26 @@ class Steps:
 
 
 class IntegerNetwork:
-    """A calibrated UNet whose layers multiply int8 codes.
+    """A calibrated network whose layers multiply int8 codes.
 
     Args:
-        unet: calibrated; it stays as it is, and its weights are not needed any more.
+        network: calibrated; it stays as it is, and its weights are not needed any more.
         dtype: float32 or float16, of what is not quantized.
 
     Raises:
         ValueError: naming a layer that has no integer kernel.
     """
 
-    def __init__(self, unet: UNet, dtype: torch.dtype = torch.float32) -> None:
-        self.steps, self.dtype = Steps(unet.device), dtype
-        self.network = self._converted(unet)
+    def __init__(self, network: Network, dtype: torch.dtype = torch.float32) -> None:
+        self.steps, self.dtype = Steps(network.device), dtype
+        self.network = copy.copy(network)
+        self.network.module = self._converted(network.module)
         self.one_step_a_call = any(len(known) > 1 for known in self.steps.tables)
         self.graphs: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor]] = {}
 
-    def _converted(self, unet: UNet) -> Any:
-        shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}  # deepcopy keeps what it is told of
-        network: Any = copy.deepcopy(unet, shared)
+    def _converted(self, original: nn.Module) -> nn.Module:
+        shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}  # deepcopy keeps what it knows
+        network: Any = copy.deepcopy(original, shared)
         network._forward_pre_hooks.clear()  # the time steps of a call are told on the device
         for name, layer in quant_layers(network).items():
             kind = IntegerConv2d if isinstance(layer, QuantConv2d) else IntegerLinear
@@ -113,11 +115,12 @@ class IntegerNetwork:
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        """`sample` (N, C, H, W) float32, `timestep` (N,) int64 and the condition, on the device -> noise (N, C, H, W) float32."""
-        if inputs["sample"].device.type != "cuda":
+        """The network's inputs by name, the sample (N, C, H, W) float32 first, on the device -> its output, float32."""
+        device = inputs[self.network.sample_name].device
+        if device.type != "cuda":
             return self._run(inputs)
         key = tuple((name, value.shape) for name, value in inputs.items())
-        with torch.cuda.device(inputs["sample"].device):
+        with torch.cuda.device(device):
             if key not in self.graphs:
                 self.graphs[key] = self._recorded(inputs)
             graph, places, out = self.graphs[key]
@@ -132,10 +135,12 @@ class IntegerNetwork:
         return graph, places, out
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
-        self.steps.select(inputs["timestep"])
+        times = inputs[self.network.time_name]
+        self.steps.select(times)
         floats = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        out: Tensor = self.network(**floats).sample
-        return out.float().contiguous()
+        x = floats.pop(self.network.sample_name)
+        floats.pop(self.network.time_name)
+        return self.network.call(x, times, floats).float().contiguous()
 
 
 def recorded(call: Callable[[], Any]) -> tuple[Any, Any]:

@@ -19,14 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qncd.distributed import OneProcess, Processes
+from qncd.models.network import Network
 from qncd.ptq.blocks import BlockData, collect, execution_order, multiplications, reconstruction_units
-from qncd.ptq.calibration import CalibrationSet
+from qncd.ptq.context import Context
+from qncd.ptq.data import CalibrationSet
 from qncd.ptq.stages.reconstruction import BlockProgress, BlockResult, TimeLeft, open_folder, part_of, save_block
-from qncd.quant.convert import UNet
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.rounding import backpropagate
 from qncd.quant.stepwise import StepwiseActQuantizer
-from qncd.recipe import ReconstructionConfig
+from qncd.recipe import Recipe, ReconstructionConfig
 
 NORM = 2.4  # exponent of the loss, as in Q-Diffusion's code
 CHECKS = 10  # times that the held-out error is looked at on the way
@@ -42,8 +43,8 @@ def step_quantizers(unit: nn.Module) -> dict[str, ActQuantizer]:
 
 
 def learn_steps_(
-    unet: UNet,
-    reference: UNet,
+    network: Network,
+    reference: Network,
     data: CalibrationSet,
     config: ReconstructionConfig,
     progress: BlockProgress | None = None,
@@ -53,8 +54,8 @@ def learn_steps_(
     """Learn the scales of all activation quantizers, block by block in the order of the forward pass, in place.
 
     Args:
-        unet: calibrated by `calibrate_`.
-        reference: the same network in floating point, prepared as `unet` was before its weights were rounded.
+        network: calibrated by `calibrate_`.
+        reference: the same network in floating point, prepared as `network` was before its weights were rounded.
         data: calibration inputs.
         config: `act_iterations` and `act_lr` of it are this phase's.
         progress: called with (blocks done, blocks in all, seconds left).
@@ -62,17 +63,17 @@ def learn_steps_(
         processes: as in `reconstruct_`.
 
     Raises:
-        ValueError: `unet` is not calibrated; names the block at which something went wrong; the folder holds another
+        ValueError: `network` is not calibrated; names the block at which something went wrong; the folder holds another
             reconstruction.
     """
     processes = processes or OneProcess()
     data = part_of(data, config)
-    units = {name: unit for name, unit in reconstruction_units(unet).items() if step_quantizers(unit)}
+    units = {name: unit for name, unit in reconstruction_units(network).items() if step_quantizers(unit)}
     if any(quantizer.stage is not Stage.QUANTIZE for unit in units.values() for quantizer in step_quantizers(unit).values()):
         raise ValueError("learn_steps_ works on a model calibrated by calibrate_")
-    order = execution_order(unet, data, units)
+    order = execution_order(network, data, units)
     results: list[BlockResult] = []
-    time_left = TimeLeft(order, multiplications(unet, data, units), config.act_iterations, config.batch_size, data.inputs)
+    time_left = TimeLeft(order, multiplications(network, data, units), config.act_iterations, config.batch_size, data.passed)
     settings = {"config": asdict(config), "blocks": order}
     done = processes.first(lambda: open_folder(folder, settings, "activation_steps.json", ".steps")) if folder else {}
     for count, name in enumerate(order):
@@ -82,7 +83,7 @@ def learn_steps_(
                 scales = processes.first(lambda file=done[name]: load_file(file))  # type: ignore[misc]
                 time_left.skip(name)
             else:
-                result, scales = _learn_unit(unet, reference, name, data, config, processes)
+                result, scales = _learn_unit(network, reference, name, data, config, processes)
                 results.append(result)
                 time_left.add(name, result.seconds)
                 scales = processes.share({key: scale.cpu() for key, scale in scales.items()})
@@ -98,14 +99,14 @@ def learn_steps_(
 
 
 def _learn_unit(
-    unet: UNet, reference: UNet, name: str, inputs: CalibrationSet, config: ReconstructionConfig, processes: Processes
+    network: Network, reference: Network, name: str, inputs: CalibrationSet, config: ReconstructionConfig, processes: Processes
 ) -> tuple[BlockResult, dict[str, Tensor]]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as files:
-        data = collect(unet, reference, name, inputs, config, Path(files), processes)
+        data = collect(network, reference, name, inputs, config, Path(files), processes)
         calibrated = {_scale(key): quantizer.scale.clone() for key, quantizer in step_quantizers(data.unit).items()}
-        before = data.error(calibrated, config.batch_size, unet.device)
-        learned, after = _optimize(data, calibrated, config, unet.device)
+        before = data.error(calibrated, config.batch_size, network.device)
+        learned, after = _optimize(data, calibrated, config, network.device)
     kept = after < before
     return BlockResult(name, before, after, time.perf_counter() - start, kept), learned if kept else calibrated
 
@@ -139,3 +140,22 @@ def _optimize(
 
 def _scale(key: str) -> str:
     return f"{key}.scale"
+
+
+class ActivationSteps:
+    """The stage: after everything else."""
+
+    title = "activation steps"
+    unit = "block"
+    weights = False
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return recipe.reconstruction is not None and recipe.reconstruction.act_iterations > 0
+
+    def run(self, context: Context) -> None:
+        config, reference = context.recipe.reconstruction, context.reference
+        assert config is not None and reference is not None  # made before the weights were rounded
+        with context.monitor(self.title, self.unit) as update:
+            context.found["activation_steps"] = learn_steps_(
+                context.network, reference, context.data, config, update, context.folder, context.processes
+            )

@@ -20,23 +20,24 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qncd.ptq.calibration import CalibrationSet, Progress, hooked, named, observe_
+from qncd.models.network import Network
+from qncd.ptq.context import Context
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.observing import Progress, hooked, named, observe_
 from qncd.quant.attention import QuantAttnProcessor
-from qncd.quant.convert import EDGE_LAYERS, act_quantizers, quant_layers, set_act_bits_
+from qncd.quant.inspection import act_quantizers, quant_layers, set_act_bits_
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer
-from qncd.recipe import WIDEST, QuantConfig
+from qncd.recipe import WIDEST, QuantConfig, Recipe
 from qncd.sampling.corrector import Denoiser
+from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
-
-if TYPE_CHECKING:
-    from qncd.ptq.pipeline import Diffusion
 
 INPUTS = 160  # of the calibration set that ranges are found over
 SAMPLES = 32  # runs of the sampler at most; no more than the calibration set has trajectories
@@ -71,7 +72,7 @@ def allocate_bits_(
     """
     assert config.act_bits is not None
     widths = range(max(2, config.act_bits - NARROWER), WIDEST + 1)
-    trials = _trials(diffusion.unet, config, data.spread(INPUTS), widths, batch_size)
+    trials = _trials(diffusion.network, config, data.spread(INPUTS), widths, batch_size)
     samples = min(SAMPLES, len(data) // len(data.t.unique()))
     errors, multiplications = sample_errors(diffusion, trials, conditions, batch_size, samples, PROBES, progress)
     # In parts of what each sample loses at one width for all: the few samples that lose most do not decide for all.
@@ -81,27 +82,33 @@ def allocate_bits_(
         for name, by_width in errors.items()
     }
     bits = best_widths(shares, multiplications, config.act_bits)
-    set_act_bits_(diffusion.unet, bits)
+    set_act_bits_(diffusion.network.module, bits)
     return bits
 
 
-def free_quantizers(unet: nn.Module, config: QuantConfig) -> dict[str, ActQuantizer]:
+def edge_layers(network: Network) -> tuple[str, ...]:
+    """Names of the first and last layer of a network prepared by `quantize_`."""
+    layers = list(quant_layers(network.module))
+    return network.edges() or (layers[0], layers[-1])
+
+
+def free_quantizers(network: Network, config: QuantConfig) -> dict[str, ActQuantizer]:
     """Those that have `act_bits`: no edge layer with bits of its own, no softmax output, no range known from elsewhere."""
-    set_apart = {f"{name}.act" for name in EDGE_LAYERS} if config.edge_bits is not None else set()
+    set_apart = {f"{name}.act" for name in edge_layers(network)} if config.edge_bits is not None else set()
     return {
         name: quantizer
-        for name, quantizer in act_quantizers(unet).items()
+        for name, quantizer in act_quantizers(network.module).items()
         if name not in set_apart
         and not name.endswith(".softmax")
         and not (isinstance(quantizer, StepwiseActQuantizer) and quantizer.fixed)
     }
 
 
-def _trials(unet: Any, config: QuantConfig, data: CalibrationSet, widths: Sequence[int], batch_size: int) -> Trials:
+def _trials(network: Network, config: QuantConfig, data: CalibrationSet, widths: Sequence[int], batch_size: int) -> Trials:
     """Calibrated copies of the free quantizers, for each width; the network is left as it was."""
-    free = free_quantizers(unet, config)
+    free = free_quantizers(network, config)
     trials: dict[str, dict[int, ActQuantizer]] = {}
-    for name, quantizer in observe_(unet, data, batch_size).items():
+    for name, quantizer in observe_(network, data, batch_size).items():
         if name in free:
             trials[name] = {width: _trial(name, quantizer, width) for width in widths}
         quantizer.observers = []
@@ -138,7 +145,7 @@ def sample_errors(
         e, (samples * probes,) float64, by name and width: the mean of e^2 is the squared error of the sample, summed over its
         elements; and multiplications of one input of the network by name.
     """
-    unet = diffusion.unet
+    module, device = diffusion.network.module, diffusion.network.device
     size = min(batch_size, diffusion.lane)
     small = dataclasses.replace(diffusion, lane=size)
     generator = torch.Generator().manual_seed(0)
@@ -148,8 +155,8 @@ def sample_errors(
         for start in range(0, samples, size):
             count = min(size, samples - start)
             rows = [i % len(conditions) for i in range(start, start + count)] if conditions else []
-            sums: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64, device=unet.device))
-            with _frozen(unet), _counting(unet, counts), _watching(unet, trials, sums, size):
+            sums: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64, device=device))
+            with _frozen(module), _counting(module, counts), _watching(module, trials, sums, size):
                 seeds = range(SEED_BASE + start, SEED_BASE + start + count)
                 x0 = small.sample(seeds, None, None, _step_by_step, conditions[rows] if conditions else None, gradients=True)
                 signs = torch.randint(0, 2, x0.shape, generator=generator) * 2.0 - 1
@@ -166,7 +173,7 @@ def sample_errors(
 def _step_by_step(denoise: Denoiser) -> Denoiser:
     """The denoiser, whose activations are computed anew when its gradients are: those of one step are held at a time."""
 
-    def checkpointed(x: Tensor, t: int) -> Tensor:
+    def checkpointed(x: Tensor, t: float) -> Tensor:
         x = x if x.requires_grad else x.detach().requires_grad_()  # the first: a re-entrant checkpoint needs one that does
         result: Tensor = checkpoint(denoise, x, t, use_reentrant=True)
         return result
@@ -175,9 +182,9 @@ def _step_by_step(denoise: Denoiser) -> Denoiser:
 
 
 @contextmanager
-def _frozen(unet: nn.Module) -> Iterator[None]:
+def _frozen(module: nn.Module) -> Iterator[None]:
     """Within it, no gradients of parameters."""
-    learning = [p for p in unet.parameters() if p.requires_grad]
+    learning = [p for p in module.parameters() if p.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
     try:
@@ -188,7 +195,7 @@ def _frozen(unet: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _watching(unet: nn.Module, trials: Trials, sums: dict[tuple[str, int], Tensor], lane: int) -> Iterator[None]:
+def _watching(module: nn.Module, trials: Trials, sums: dict[tuple[str, int], Tensor], lane: int) -> Iterator[None]:
     """While gradients flow, add <gradient, rounding error> of each sample (lane,) to `sums`."""
 
     def watch(name: str) -> Callable[[ActQuantizer, tuple[Tensor, ...], Tensor], Tensor | None]:
@@ -211,13 +218,13 @@ def _watching(unet: nn.Module, trials: Trials, sums: dict[tuple[str, int], Tenso
 
         return hook
 
-    quantizers = act_quantizers(unet)
+    quantizers = act_quantizers(module)
     with hooked([quantizers[name].register_forward_hook(watch(name)) for name in trials]):
         yield
 
 
 @contextmanager
-def _counting(unet: nn.Module, counts: dict[str, int]) -> Iterator[None]:
+def _counting(module: nn.Module, counts: dict[str, int]) -> Iterator[None]:
     """Multiplications that take each activation, of one input of the network."""
 
     def layer_hook(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
@@ -237,8 +244,8 @@ def _counting(unet: nn.Module, counts: dict[str, int]) -> Iterator[None]:
         return hook
 
     queries: dict[str, int] = {}
-    processors = {name: module for name, module in unet.named_modules() if isinstance(module, QuantAttnProcessor)}
-    handles = [layer.register_forward_hook(layer_hook(name)) for name, layer in quant_layers(unet).items()]
+    processors = {name: part for name, part in module.named_modules() if isinstance(part, QuantAttnProcessor)}
+    handles = [layer.register_forward_hook(layer_hook(name)) for name, layer in quant_layers(module).items()]
     for name, processor in processors.items():
         seen = lambda _, __, out, name=name: queries.update({name: out.shape[2]})  # noqa: E731
         handles += [processor.q.register_forward_hook(seen), processor.k.register_forward_hook(product_hook(name))]
@@ -285,3 +292,22 @@ def _hull(errors: Mapping[int, float]) -> list[tuple[int, float]]:
 
 def _slope(one: tuple[int, float], other: tuple[int, float]) -> float:
     return (other[1] - one[1]) / (other[0] - one[0])
+
+
+class BitAllocation:
+    """The stage: needs a sampler whose runs can be back-propagated."""
+
+    title = "allocating bits"
+    unit = "sample"
+    weights = False
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return recipe.quant.bit_allocation
+
+    def run(self, context: Context) -> None:
+        if context.diffusion is None:
+            raise ValueError("bit_allocation samples the network: give a pipeline or a sampler, or bit_allocation=False")
+        with context.monitor(self.title, self.unit) as update:
+            context.found["act_bits"] = allocate_bits_(
+                context.diffusion, context.recipe.quant, context.data, context.conditions, context.batch_size, update
+            )

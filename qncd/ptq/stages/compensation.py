@@ -15,11 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qncd.ptq.calibration import CalibrationSet, hooked, run_over
-from qncd.quant.convert import UNet, quant_layers
+from qncd.models.network import Network
+from qncd.ptq.context import Context
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.observing import hooked, run_over
 from qncd.quant.gptq import solve_rounding
+from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.quantizers import Stage
+from qncd.recipe import Recipe
 
 INPUTS = 320  # of the calibration set, evenly spread, that the moments are taken over
 ROWS = 8  # wanted for each input of a layer, where the layer has so many positions
@@ -77,21 +81,21 @@ class Solution:
 
 
 @torch.no_grad()
-def compensate_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> None:
+def compensate_(network: Network, data: CalibrationSet, batch_size: int = 32) -> None:
     """Put every layer's weights on their grid and its mean error into its bias, in place; ranges are known, weights still float.
 
     Raises:
         ValueError: a layer's inputs hold NaN or infinity; the layer is named.
     """
-    layers = quant_layers(unet)
-    for name, solution in solutions(unet, data.spread(INPUTS), batch_size).items():
+    layers = quant_layers(network.module)
+    for name, solution in solutions(network, data.spread(INPUTS), batch_size).items():
         layers[name].set_weight_codes(solution.codes, solution.scale)
         layers[name].shift_bias_(solution.shift)
 
 
 @torch.no_grad()
 def solutions(
-    unet: UNet,
+    network: Network,
     data: CalibrationSet,
     batch_size: int,
     rows: int = ROWS,
@@ -106,12 +110,12 @@ def solutions(
         rows: of moments for each input of a layer, where the layer has so many positions.
         grids: factors of the weights' scales to try.
     """
-    layers = {name: layer for name, layer in quant_layers(unet).items() if _fits(layer)}
+    layers = {name: layer for name, layer in quant_layers(network.module).items() if _fits(layer)}
     solved: dict[str, Solution] = {}
-    for group in _groups(layers, _memory(unet.device)):
+    for group in _groups(layers, _memory(network.device)):
         moments: dict[str, Moments] = {}  # in the order in which the layers run: the first to see NaN is the one to name
-        with _watching(group, moments, data.inputs, rows):
-            run_over(unet, data, batch_size)
+        with _watching(group, moments, data.passed, rows):
+            run_over(network, data, batch_size)
         for name in list(moments):
             try:
                 solved[name] = _solved(layers[name], moments.pop(name), grids)
@@ -206,10 +210,24 @@ def _solved(layer: QuantLayer, moments: Moments, grids: Sequence[float]) -> Solu
     assert codes is not None and layer.weight_scale is not None
     weight = layer.weight.flatten(1)
     scale = layer.expanded_scale().expand_as(layer.weight).flatten(1)
-    solved, factors = solve_rounding(weight, scale, codes, gram, cross, grids=grids)
+    whole, factors = solve_rounding(weight, scale, codes, gram, cross, grids=grids)
+    solved = (whole.double() * (scale.double() * factors.double()[:, None])).to(weight.dtype)
     shift = weight.double() @ exact_mean - solved.double() @ rounded_mean
     exact, rounded = weight.to(gram), solved.to(gram)
     misfit = float(((rounded @ gram - 2 * exact @ cross) * rounded).sum())
     chosen = factors[:, None].to(scale)
-    whole = torch.round(solved / (scale * chosen)).to(torch.int8).view_as(layer.weight)
-    return Solution(whole, layer.weight_scale * chosen, shift, misfit)
+    return Solution(whole.view_as(layer.weight), layer.weight_scale * chosen, shift, misfit)
+
+
+class Compensation:
+    """The stage: GPTQ, once all ranges are known."""
+
+    title = "rounding weights (GPTQ)"
+    unit = "layer"
+    weights = True
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return recipe.quant.gptq
+
+    def run(self, context: Context) -> None:
+        compensate_(context.network, context.data, context.batch_size)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qncd.distributed import OneProcess, Processes
+from qncd.models.network import Network
 from qncd.ptq.blocks import (
     BlockData,
     collect,
@@ -32,11 +33,12 @@ from qncd.ptq.blocks import (
     reconstruction_units,
     spread,
 )
-from qncd.ptq.calibration import CalibrationSet
-from qncd.quant.convert import UNet, quant_layers
+from qncd.ptq.context import Context
+from qncd.ptq.data import CalibrationSet
+from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantLayer
 from qncd.quant.rounding import LearnedRounding, learn_roundings_
-from qncd.recipe import ReconstructionConfig
+from qncd.recipe import Recipe, ReconstructionConfig
 
 BlockProgress = Callable[[int, int, float], None]  # (blocks done, blocks in all, seconds left)
 ACT_FIELDS = ("act_iterations", "act_lr")  # of ReconstructionConfig: no part of what the weights depend on
@@ -107,8 +109,8 @@ class TimeLeft:
 
 
 def reconstruct_(
-    unet: UNet,
-    reference: UNet,
+    network: Network,
+    reference: Network,
     data: CalibrationSet,
     config: ReconstructionConfig,
     progress: BlockProgress | None = None,
@@ -119,8 +121,8 @@ def reconstruct_(
     """Learn the rounding of all weights and round them, in place.
 
     Args:
-        unet: prepared by `quantize_`, smoothed or not, its weights in floating point.
-        reference: the same network in floating point, e.g. a copy of `unet`.
+        network: prepared by `quantize_`, smoothed or not, its weights in floating point.
+        reference: the same network in floating point, e.g. a copy of `network`.
         data: calibration inputs.
         progress: called with (blocks done, blocks in all, seconds left).
         folder: for finished blocks: a run that was cut off goes on after the last one in it.
@@ -133,10 +135,10 @@ def reconstruct_(
     """
     processes = processes or OneProcess()
     data = part_of(data, config)
-    units = {name: unit for name, unit in reconstruction_units(unet).items() if open_layers(unit, rounded)}
-    order = execution_order(unet, data, units)
+    units = {name: unit for name, unit in reconstruction_units(network).items() if open_layers(unit, rounded)}
+    order = execution_order(network, data, units)
     results: list[BlockResult] = []
-    time_left = TimeLeft(order, multiplications(unet, data, units), config.iterations, config.batch_size, data.inputs)
+    time_left = TimeLeft(order, multiplications(network, data, units), config.iterations, config.batch_size, data.passed)
     settings = {"config": {key: value for key, value in asdict(config).items() if key not in ACT_FIELDS}, "blocks": order}
     done = processes.first(lambda: open_folder(folder, settings, "reconstruction.json", ".safetensors")) if folder else {}
     for count, name in enumerate(order):
@@ -145,7 +147,7 @@ def reconstruct_(
                 tensors = processes.first(lambda file=done[name]: load_file(file))  # type: ignore[misc]
                 time_left.skip(name)
             else:
-                result = _reconstruct_unit_(unet, reference, name, data, config, rounded, processes)
+                result = _reconstruct_unit_(network, reference, name, data, config, rounded, processes)
                 results.append(result)
                 time_left.add(name, result.seconds)
                 tensors = processes.share(_unit_tensors(units[name]))
@@ -159,7 +161,7 @@ def reconstruct_(
             raise ValueError(f"reconstruction of {name}: {error}") from None
         if progress:
             progress(count + 1, len(order), time_left.left)
-    for layer in quant_layers(unet).values():
+    for layer in quant_layers(network.module).values():
         layer.quantize_weight_()
     return results
 
@@ -170,8 +172,8 @@ def part_of(data: CalibrationSet, config: ReconstructionConfig) -> CalibrationSe
 
 
 def _reconstruct_unit_(
-    unet: UNet,
-    reference: UNet,
+    network: Network,
+    reference: Network,
     name: str,
     inputs: CalibrationSet,
     config: ReconstructionConfig,
@@ -179,19 +181,19 @@ def _reconstruct_unit_(
     processes: Processes,
 ) -> BlockResult:
     start = time.perf_counter()
-    unit = unet.get_submodule(name)
+    unit = network.module.get_submodule(name)
     with tempfile.TemporaryDirectory() as files:
-        data = collect(unet, reference, name, inputs, config, Path(files), processes)
+        data = collect(network, reference, name, inputs, config, Path(files), processes)
         layers = open_layers(unit, rounded)
         roundings = {key: LearnedRounding(layer) for key, layer in layers.items()}
         nearest = {key: layer.rounded_weight() for key, layer in layers.items()}
-        before = data.error(_weights(nearest), config.batch_size, unet.device)
+        before = data.error(_weights(nearest), config.batch_size, network.device)
         _optimize(data, roundings, config)
         learned = {key: rounding.hard() for key, rounding in roundings.items()}
-        after = data.error(_weights(learned), config.batch_size, unet.device)
+        after = data.error(_weights(learned), config.batch_size, network.device)
     kept = after < before
     for key, layer in layers.items():
-        layer.weight = nn.Parameter(learned[key] if kept else nearest[key], requires_grad=False)
+        layer.set_weight_codes(roundings[key].hard_codes() if kept else layer.nearest_codes(), layer.weight_scale)
     return BlockResult(name, before, after, time.perf_counter() - start, kept)
 
 
@@ -213,7 +215,7 @@ def _weights(by_layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _unit_tensors(unit: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for key, layer in layers_of(unit).items():
-        if layer.weight_scale is not None:
+        if layer.codes is not None and layer.weight_scale is not None:
             tensors |= {f"{key}|codes": layer.weight_codes(), f"{key}|scale": layer.weight_scale}
     return tensors
 
@@ -239,3 +241,26 @@ def save_block(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     partial = folder / f".{name}.part"
     save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, partial)
     partial.replace(folder / name)
+
+
+class Reconstruction:
+    """The stage."""
+
+    title = "reconstruction"
+    unit = "block"
+    weights = True
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return recipe.reconstruction is not None
+
+    def run(self, context: Context) -> None:
+        config = context.recipe.reconstruction
+        assert config is not None
+        reference = context.keep_reference()  # activation steps compare with it too
+        if context.recipe.quant.weight_bits is None:
+            return
+        rounded = [layer for layer in quant_layers(context.network.module).values() if layer.codes is not None]
+        with context.monitor(self.title, self.unit) as update:
+            context.found["reconstruction"] = reconstruct_(
+                context.network, reference, context.data, config, update, context.folder, rounded, context.processes
+            )

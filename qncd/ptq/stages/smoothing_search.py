@@ -15,11 +15,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qncd.ptq.calibration import CalibrationSet, find_ranges_, hooked, run_over
+from qncd.models.network import Network, network_of
+from qncd.ptq.context import Context
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.observing import find_ranges_, hooked, run_over
 from qncd.ptq.stages.compensation import solutions
 from qncd.ptq.stages.smoothing import smooth_
-from qncd.quant.convert import UNet, quant_layers
+from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d
+from qncd.recipe import Recipe
 
 STRENGTHS = (0.0, 0.25, 0.5)  # a; the first wins ties
 INPUTS = 80  # of the calibration set that are looked at
@@ -28,11 +32,11 @@ SMALLEST = 1e-3  # of the widest channel: narrower ones count as this wide
 
 
 @torch.no_grad()
-def search_smoothing_(unet: UNet, data: CalibrationSet, batch_size: int = 32) -> dict[str, float]:
+def search_smoothing_(network: Network, data: CalibrationSet, batch_size: int = 32) -> dict[str, float]:
     """Smooth every layer as strongly as leaves its output the least error, in place. Returns the strengths by layer.
 
     Args:
-        unet: prepared by `quantize_` (and smoothed by the embedding or not), activation quantizers in their places, nothing
+        network: prepared by `quantize_` (and smoothed by the embedding or not), activation quantizers in their places, nothing
             calibrated yet.
         data: calibration inputs.
 
@@ -40,11 +44,13 @@ def search_smoothing_(unet: UNet, data: CalibrationSet, batch_size: int = 32) ->
         ValueError: a weight or an activation is NaN or infinite; the layer is named.
     """
     part = data.spread(INPUTS)
-    ratios = channel_ratios(unet, part, batch_size)
-    unchanged = {id(parameter): parameter for parameter in unet.parameters()}
+    ratios = channel_ratios(network, part, batch_size)
+    unchanged = {id(parameter): parameter for parameter in network.module.parameters()}
     least: dict[str, tuple[float, float]] = {}  # misfit and strength
     for strength in STRENGTHS:
-        trial = copy.deepcopy(unet, dict(unchanged))  # the same weights: smoothing puts others in their place
+        trial = network_of(
+            copy.deepcopy(network.module, dict(unchanged)), network.prediction
+        )  # the same weights: smoothing puts others in their place
         if strength:
             smooth_(trial, {name: ratio**strength for name, ratio in ratios.items()})
         find_ranges_(trial, part, batch_size)
@@ -52,16 +58,16 @@ def search_smoothing_(unet: UNet, data: CalibrationSet, batch_size: int = 32) ->
             if name not in least or solution.misfit < least[name][0]:
                 least[name] = solution.misfit, strength
     chosen = {name: strength for name, (_, strength) in least.items() if name in ratios}
-    smooth_(unet, {name: ratios[name] ** strength for name, strength in chosen.items() if strength})
+    smooth_(network, {name: ratios[name] ** strength for name, strength in chosen.items() if strength})
     return chosen
 
 
-def channel_ratios(unet: UNet, data: CalibrationSet, batch_size: int) -> dict[str, Tensor]:
+def channel_ratios(network: Network, data: CalibrationSet, batch_size: int) -> dict[str, Tensor]:
     """Largest magnitude of each input channel over that of its weights, (C,) with geometric mean 1, by layer.
 
     Layers are left out whose inputs or weights are all 0, or not finite.
     """
-    layers = quant_layers(unet)
+    layers = quant_layers(network.module)
     largest: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -75,7 +81,7 @@ def channel_ratios(unet: UNet, data: CalibrationSet, batch_size: int) -> dict[st
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     with hooked(handles):
-        run_over(unet, data, batch_size)
+        run_over(network, data, batch_size)
     ratios = {}
     for name, inputs in largest.items():
         weights = layers[name].weight.transpose(0, 1).flatten(1).abs().amax(1)
@@ -84,3 +90,17 @@ def channel_ratios(unet: UNet, data: CalibrationSet, batch_size: int) -> dict[st
             ratio = sides[0] / sides[1]
             ratios[name] = ratio / ratio.log().mean().exp()
     return ratios
+
+
+class SmoothingSearch:
+    """The stage."""
+
+    title = "smoothing search"
+    unit = "layer"
+    weights = True
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return recipe.quant.smoothing_search and recipe.quant.act_bits is not None
+
+    def run(self, context: Context) -> None:
+        context.found["smoothing_search"] = search_smoothing_(context.network, context.data, context.batch_size)

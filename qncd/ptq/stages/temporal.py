@@ -9,29 +9,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qncd.ptq.stages.smoothing import time_embeddings
-from qncd.quant.convert import UNet, replace_quantizers_
+from qncd.models.network import Network, TimePath
+from qncd.ptq.context import Context
+from qncd.quant.inspection import replace_quantizers_
 from qncd.quant.layers import QuantLayer
 from qncd.quant.rounding import LearnedRounding, learn_roundings_, reconstruction_loss
 from qncd.quant.stepwise import StepwiseActQuantizer, make_stepwise, select_steps_on_call
-from qncd.recipe import ReconstructionConfig
+from qncd.recipe import Recipe, ReconstructionConfig
 
 
 class TemporalPath(nn.Module):
-    """The part of a UNet that depends on the time step alone: sinusoid in, all projections out."""
+    """The part of a network that depends on the time step alone: sinusoid in, all projections out."""
 
-    def __init__(self, unet: UNet) -> None:
+    def __init__(self, path: TimePath | None) -> None:
         super().__init__()
-        if not depends_on_time_alone(unet):
+        if path is None:
             raise ValueError("temporal reconstruction needs an embedding of time alone; this model adds other conditions to it")
-        self.embedding = unet.time_embedding
-        blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
-        self.projections = nn.ModuleList([block.time_emb_proj for block in blocks])
-        self.nonlinearity = blocks[0].nonlinearity
+        self.embedding, self.nonlinearity = path.embedding, path.nonlinearity
+        self.projections = nn.ModuleList(list(path.projections.values()))
 
     def forward(self, sinusoid: Tensor) -> list[Tensor]:
         """(S, C) -> the S outputs of each projection, (S, C_i)."""
@@ -39,38 +37,32 @@ class TemporalPath(nn.Module):
         return [projection(activated) for projection in self.projections]
 
 
-def depends_on_time_alone(unet: UNet) -> bool:
-    """Whether the blocks' embedding is one of the time step alone: no class, no text or size beside it."""
-    return getattr(unet, "class_embedding", None) is None and unet.config.get("addition_embed_type") is None
-
-
-def temporal_layers(unet: UNet) -> dict[str, QuantLayer]:
-    """The quantized layers of the temporal path by their names in the UNet."""
-    inside = set(TemporalPath(unet).modules())
-    return {name: m for name, m in unet.named_modules() if isinstance(m, QuantLayer) and m in inside}
-
-
-def _sinusoid(unet: UNet, timesteps: Sequence[int]) -> Tensor:
-    return unet.time_proj(torch.tensor(list(timesteps), device=unet.device)).to(unet.dtype)
+def temporal_layers(network: Network) -> dict[str, QuantLayer]:
+    """The quantized layers of the temporal path by their names in the network."""
+    inside = set(TemporalPath(network.time_path()).modules())
+    return {name: m for name, m in network.module.named_modules() if isinstance(m, QuantLayer) and m in inside}
 
 
 def reconstruct_temporal_(
-    unet: UNet, reference: UNet, timesteps: Sequence[int], config: ReconstructionConfig
+    network: Network, reference: Network, times: Sequence[int], config: ReconstructionConfig
 ) -> tuple[float, float]:
     """Learn the rounding of the temporal path's weights against its outputs at the sampler's time steps, in place.
 
     Args:
-        unet: prepared by `quantize_`, its weights in floating point.
+        network: prepared by `quantize_`, its weights in floating point.
         reference: the same network in floating point.
-        timesteps: those that the sampler visits.
+        times: those that the sampler visits.
 
     Returns:
         the squared error of all projections relative to their mean square, rounded to nearest and as learned; the better
         one is kept.
     """
-    path, sinusoid = TemporalPath(unet), _sinusoid(unet, timesteps)
+    found = network.time_path()
+    path = TemporalPath(found)
+    assert found is not None
+    sinusoid = found.sinusoid(times)
     with torch.no_grad():
-        targets = TemporalPath(reference)(sinusoid)
+        targets = TemporalPath(reference.time_path())(sinusoid)
     layers = {name: m for name, m in path.named_modules() if isinstance(m, QuantLayer) and m.config.weight_codes is not None}
     roundings = {name: LearnedRounding(layer) for name, layer in layers.items()}
     total = sum(float(target.square().sum()) for target in targets)
@@ -86,41 +78,75 @@ def reconstruct_temporal_(
         return sum(float((o - t).square().sum()) for o, t in zip(outputs(weights), targets, strict=True)) / max(total, 1e-30)
 
     learn_roundings_(roundings, config.iterations, config.lr, loss)
-    nearest = {name: layer.rounded_weight() for name, layer in layers.items()}
-    learned = {name: rounding.hard() for name, rounding in roundings.items()}
-    before, after = error(nearest), error(learned)
+    before = error({name: layer.rounded_weight() for name, layer in layers.items()})
+    after = error({name: rounding.hard() for name, rounding in roundings.items()})
     for name, layer in layers.items():
-        layer.weight = nn.Parameter((learned if after < before else nearest)[name], requires_grad=False)
+        layer.set_weight_codes(roundings[name].hard_codes() if after < before else layer.nearest_codes(), layer.weight_scale)
     return before, after
 
 
 @torch.no_grad()
-def set_stepwise_ranges_(unet: UNet, timesteps: Sequence[int]) -> None:
+def set_stepwise_ranges_(network: Network, times: Sequence[int]) -> None:
     """Give the temporal layers' inputs a range for each time step (finite set calibration), in place.
 
     The ranges are the inputs' extremes: each step has a single input.
     """
-    times = sorted(set(timesteps))
-    sinusoid = _sinusoid(unet, times)
-    embedding = unet.time_embedding
+    visited = sorted(set(times))
+    found = network.time_path()
+    path = TemporalPath(found)
+    assert found is not None
+    sinusoid = found.sinusoid(visited)
+    embedding = found.embedding
     hidden = embedding.act(embedding.linear_1(sinusoid))
-    emb = time_embeddings(unet, times)
-    path = TemporalPath(unet)
+    emb = path.nonlinearity(embedding(sinusoid))
     inputs: list[tuple[nn.Module, Tensor]] = [(embedding.linear_1, sinusoid), (embedding.linear_2, hidden)]
-    inputs += [(projection, path.nonlinearity(emb)) for projection in path.projections]
+    inputs += [(projection, emb) for projection in path.projections]
     for layer, values in inputs:
         if isinstance(layer, QuantLayer) and layer.act.codes is not None:
-            layer.act = StepwiseActQuantizer.from_values(layer.act.codes, torch.tensor(times), values)
-    select_steps_on_call(unet)
+            layer.act = StepwiseActQuantizer.from_values(layer.act.codes, torch.tensor(visited), values)
+    select_steps_on_call(network.module, network.times_of)
 
 
-def set_all_stepwise_(unet: UNet, timesteps: Sequence[int]) -> None:
+def set_all_stepwise_(network: Network, times: Sequence[int]) -> None:
     """Give every activation a range for each of the sampler's time steps, still to be observed, in place.
 
     Those of the temporal path are known at once, where the embedding is one of the time step alone.
     """
-    if depends_on_time_alone(unet):
-        set_stepwise_ranges_(unet, timesteps)
-    times = torch.tensor(sorted(set(timesteps)))
-    replace_quantizers_(unet, lambda _, quantizer: make_stepwise(quantizer, times))
-    select_steps_on_call(unet)
+    if network.time_path() is not None:
+        set_stepwise_ranges_(network, times)
+    visited = torch.tensor(sorted(set(times)))
+    replace_quantizers_(network.module, lambda _, quantizer: make_stepwise(quantizer, visited))
+    select_steps_on_call(network.module, network.times_of)
+
+
+class StepwiseRanges:
+    """The stage: which activations get a range for each time step; those that calibration has to find are found later."""
+
+    title = "ranges for each time step"
+    unit = "layer"
+    weights = False
+
+    def wanted(self, recipe: Recipe) -> bool:
+        quant = recipe.quant
+        return quant.act_bits is not None and (quant.stepwise_activations or quant.stepwise_embedding)
+
+    def run(self, context: Context) -> None:
+        change = set_all_stepwise_ if context.recipe.quant.stepwise_activations else set_stepwise_ranges_
+        change(context.network, context.visited())
+
+
+class TemporalReconstruction:
+    """The stage: before all other blocks, whose reconstruction leaves these layers as they are."""
+
+    title = "reconstructing the time embedding"
+    unit = "layer"
+    weights = True
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return recipe.quant.stepwise_embedding and recipe.reconstruction is not None and recipe.quant.weight_bits is not None
+
+    def run(self, context: Context) -> None:
+        config = context.recipe.reconstruction
+        assert config is not None
+        reference = context.keep_reference()
+        context.found["temporal"] = reconstruct_temporal_(context.network, reference, context.visited(), config)

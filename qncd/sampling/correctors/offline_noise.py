@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qncd.recipe import check_choice
-from qncd.sampling.corrector import Advance, Corrected, Denoiser
-from qncd.sampling.samplers import StepState
+from qncd.recipe import Recipe, check_choice
+from qncd.sampling.corrector import Advance, Corrected, Corrector, CorrectorKind, Denoiser, Runs
 from qncd.sampling.schedule import Step
 
 KINDS = ("ptqd", "d2dpm")
@@ -58,26 +57,21 @@ class OfflineStatistics:
 
 
 class OfflineRecorder:
-    """A sampler callback that keeps pairs (e~, e) at every step of the full-precision model's trajectories.
+    """Keeps pairs (e~, e) at every step of the full-precision model's trajectories: what `Runs.compare` shows.
 
     Args:
-        quantized: the quantized network with the conditions of the batch that is sampled; set anew for each batch.
         keep: pixels of each image kept for the 2-D Gaussian, evenly spread, which bounds the memory.
     """
 
     def __init__(self, keep: int = 4096) -> None:
-        self.quantized: Denoiser | None = None
         self.keep = keep
         self.pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def __call__(self, state: StepState) -> None:
-        if self.quantized is None:
-            raise ValueError("the recorder has no quantized network")
-        rough = self.quantized(state.x, state.step.t).flatten(2)  # (N, C, H W)
-        exact = state.eps.flatten(2)
+    def __call__(self, step: Step, x: Tensor, rough: Tensor, exact: Tensor) -> None:
+        rough, exact = rough.flatten(2), exact.flatten(2)  # (N, C, H W)
         stride = max(1, exact.shape[1] * exact.shape[2] // self.keep)
         pair = (rough[..., ::stride].cpu(), exact[..., ::stride].cpu())
-        self.pairs.setdefault(state.step.index, []).append(pair)
+        self.pairs.setdefault(step.index, []).append(pair)
 
     def statistics(self) -> OfflineStatistics:
         """Of everything seen. Raises ValueError where nothing was, or steps are missing."""
@@ -143,3 +137,24 @@ class OfflineCorrector:
         gain = (s.correlation[i] * s.std_d[i] / s.std_e[i].clamp(min=1e-12)).to(eps)
         mean = s.mean_d[i].to(eps) + gain * (eps - s.mean_e[i].to(eps))
         return Corrected(eps - mean, (s.std_d[i].square() * (1 - s.correlation[i].square())).to(eps))
+
+
+class PTQD(CorrectorKind):
+    """PTQD (arXiv 2305.10657)."""
+
+    prefix, record = "offline", OfflineStatistics
+    name = "ptqd"
+
+    def fit(self, runs: Runs, recipe: Recipe) -> OfflineStatistics:
+        recorder = OfflineRecorder()
+        runs.compare(recorder)
+        return recorder.statistics()
+
+    def corrector(self, recipe: Recipe, record: OfflineStatistics) -> Corrector:
+        return OfflineCorrector(self.name, record)
+
+
+class D2DPM(PTQD):
+    """D2-DPM (arXiv 2501.08180): another use of the same statistics."""
+
+    name = "d2dpm"

@@ -7,16 +7,15 @@ x^_t the re-noised sample, e^ the prediction there, d = e^ - (what e^ should be)
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qncd.recipe import CorrectionConfig
+from qncd.recipe import CorrectionConfig, Recipe
 from qncd.rng import CORRECTOR_STREAM, ImageNoise
-from qncd.sampling.corrector import Advance, Corrected, Denoiser
+from qncd.sampling.corrector import Advance, Corrected, Corrector, CorrectorKind, Denoiser
 from qncd.sampling.schedule import Step
 
 SHRINK_SPREADS = 3.0  # an estimate within so many standard deviations of the estimator corrects nothing
@@ -45,16 +44,15 @@ class Estimate:
 def estimate_noise(step: Step, x: Tensor, eps: Tensor, denoise: Denoiser, advance: Advance, z: Tensor, target: str) -> Estimate:
     """Re-noise the trial step and predict again.
 
-    x^_t = r x_p + sqrt(1-r^2) z with r = sqrt(abar_t/abar_p). Targets: "paper" z, the noise of this one step;
-    "consistent" n = (x^_t - sqrt(abar_t) x0-hat) / sqrt(1-abar_t), all noise that x0-hat says is in x^_t.
+    x^_t = r x_p + sqrt(sigma_t^2 - r^2 sigma_p^2) z with r = alpha_t/alpha_p. Targets: "paper" z, the noise of this one step;
+    "consistent" n = (x^_t - alpha_t x0-hat) / sigma_t, all noise that x0-hat says is in x^_t.
     """
     tentative = advance(eps)
-    r = math.sqrt(step.abar / step.abar_prev)
-    renoised = r * tentative.x_prev + math.sqrt(max(0.0, 1 - r * r)) * z
+    renoised = step.kept * tentative.x_prev + step.renoise * z
     predicted = denoise(renoised, step.t)
     if target == "paper":
         return Estimate(predicted - z, renoised, z)
-    n = (renoised - math.sqrt(step.abar) * tentative.x0) / math.sqrt(1 - step.abar)
+    n = (renoised - step.alpha * tentative.x0) / step.noise
     return Estimate(predicted - n, renoised, z)
 
 
@@ -220,3 +218,17 @@ class RuntimeNoiseCorrector:
             mean = mean * (1 - SHRINK_SPREADS**2 * noise / mean.square().clamp(min=1e-20)).clamp(min=0)
         self.mean = mean[:, :, None, None]
         self.variance = variance if self.config.correct_variance else None
+
+
+class RuntimeNoise(CorrectorKind):
+    """Runtime noise estimation, relative to the full-precision model's own estimates where `control` or `shrink` ask for them."""
+
+    prefix, record = "noise_table", NoiseTable
+    calls_network = True
+
+    def recorder(self, recipe: Recipe) -> NoiseRecorder | None:
+        return NoiseRecorder(recipe.controlled, recipe.calibration.samples) if recipe.controlled else None
+
+    def corrector(self, recipe: Recipe, record: NoiseTable | None) -> Corrector:
+        assert recipe.correction is not None
+        return RuntimeNoiseCorrector(recipe.correction, record if recipe.controlled else None)

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qncd.sampling.corrector import Advance, Corrected, Denoiser
+from qncd.recipe import Recipe
+from qncd.sampling.corrector import Advance, Corrected, Corrector, CorrectorKind, Denoiser, Runs
 from qncd.sampling.schedule import Step
 
+TRACKED = 64  # trajectories that filters are fitted to, where twice the calibration set's are as many
 SIDE = 3  # pixels of a filter
 FOLDS = 4  # of cross-validation, by trajectories
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # on features of standard deviation 1
@@ -189,3 +191,21 @@ def _held_out_errors(grams: Tensor, products: Tensor, squares: Tensor) -> Tensor
             explained = 2 * (weights * products[rows]).sum((1, 2)) - (weights * (grams[rows] @ weights)).sum((1, 2))
             errors[index, rows] = squares[rows] - explained
     return errors
+
+
+class Tracking(CorrectorKind):
+    """Trajectory tracking. Takes as many trajectories as calibration, twice as many where that has fewer than TRACKED.
+
+    All their steps are held: trajectories * steps * C * H * W floats.
+    """
+
+    prefix, record = "tracking", TrackingFilters
+
+    def fit(self, runs: Runs, recipe: Recipe) -> TrackingFilters:
+        samples = max(runs.samples, min(2 * runs.samples, TRACKED))
+        fitter = TrackingFitter(runs.trajectory(samples))
+        runs.follow(fitter, samples)
+        return fitter.filters()
+
+    def corrector(self, recipe: Recipe, record: TrackingFilters) -> Corrector:
+        return TrackingCorrector(record)

@@ -8,24 +8,29 @@ from torch import Tensor
 
 from qncd.recipe import SamplerConfig
 from qncd.rng import ImageNoise
+from qncd.sampling.corrector import Denoiser
 from qncd.sampling.correctors.offline_noise import KINDS, OfflineCorrector, OfflineRecorder, OfflineStatistics
-from qncd.sampling.samplers import reduced_sigma, sample_ddim
-from qncd.sampling.schedule import alphas_cumprod, linear_betas, make_steps
+from qncd.sampling.process import Process
+from qncd.sampling.samplers import StepState, reduced_sigma, sample_ddim
+from qncd.sampling.schedule import linear_betas, make_steps
 
-ABAR = alphas_cumprod(linear_betas(1e-4, 0.02, 1000))
-STEPS = make_steps(SamplerConfig(timesteps=5), ABAR)
+PROCESS = Process.from_betas(linear_betas(1e-4, 0.02, 1000))
+STEPS = make_steps(SamplerConfig(timesteps=5), PROCESS)
 
 
 def exact(x: Tensor, t: int) -> Tensor:
     return (t / 1000) * x + 0.1 * (1 - t / 1000) * torch.sin(3 * x)
 
 
-def record(rough: object, images: int = 16) -> OfflineStatistics:
+def record(rough: Denoiser, images: int = 16) -> OfflineStatistics:
     recorder = OfflineRecorder()
-    recorder.quantized = rough  # type: ignore[assignment]
+
+    def compare(state: StepState) -> None:
+        recorder(state.step, state.x, rough(state.x, state.step.t), state.eps)
+
     for start in range(0, images, 8):
         x = ImageNoise(range(start, start + 8)).normal((3, 16, 16))
-        sample_ddim(exact, x, STEPS, ImageNoise(range(8)), callback=recorder)
+        sample_ddim(exact, x, STEPS, ImageNoise(range(8)), callback=compare)
     return recorder.statistics()
 
 
@@ -82,7 +87,7 @@ def test_the_variance_of_random_error_is_known(kind: str) -> None:
         assert out.variance is not None
         found = float(out.variance) ** 0.5
         assert found == pytest.approx(0.05, rel=0.05) if kind == "ptqd" else 0 < found < 0.0525
-    noisy = make_steps(SamplerConfig(timesteps=5, eta=1.0), ABAR)[2]
+    noisy = make_steps(SamplerConfig(timesteps=5, eta=1.0), PROCESS)[2]
     reduced = reduced_sigma(noisy, corrector.correct(noisy, torch.zeros(1), torch.zeros(1, 3, 4, 4), exact, None).variance)  # type: ignore[arg-type]
     assert 0 < float(reduced) < noisy.sigma
 
@@ -95,7 +100,7 @@ def test_it_goes_to_a_file_and_back() -> None:
 
 def test_another_sampler_is_refused() -> None:
     corrector = OfflineCorrector("ptqd", record(exact))
-    later = make_steps(SamplerConfig(timesteps=10), ABAR)[8]
+    later = make_steps(SamplerConfig(timesteps=10), PROCESS)[8]
     with pytest.raises(ValueError, match=r"^the offline statistics have 5 steps, none for step 8: made for another sampler$"):
         corrector.correct(later, torch.zeros(1), torch.zeros(1, 3, 4, 4), exact, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^kind 'other': allowed are ptqd, d2dpm$"):

@@ -27,18 +27,26 @@ from qncd.sampling.correctors.runtime import (
     estimate_noise,
     is_due,
 )
+from qncd.sampling.process import Process
 from qncd.sampling.samplers import StepState, ddim_step, reduced_sigma, sample
-from qncd.sampling.schedule import Step, alphas_cumprod, linear_betas, make_steps
+from qncd.sampling.schedule import Step, linear_betas, make_steps
 
 BETAS = linear_betas(1e-4, 0.02, 1000)
-ABAR = alphas_cumprod(BETAS)
+ABAR = np.cumprod(1 - BETAS)
+PROCESS = Process.from_betas(BETAS)
 SHAPE = (3, 16, 16)
 ETAS = [0.0, 0.5, 1.0]
 BARE = {"control": False, "shrink": False, "interval": 1, "target": "consistent"}
 
 
 def steps_of(eta: float = 0.0, count: int = 20) -> list[Step]:
-    return make_steps(SamplerConfig(timesteps=count, eta=eta), ABAR)
+    return make_steps(SamplerConfig(timesteps=count, eta=eta), PROCESS)
+
+
+def step_of(index: int, t: int, t_prev: int, abar: float, abar_prev: float) -> Step:
+    """Of a variance-preserving process, by its cumulative alphas."""
+    levels = [math.sqrt(level) for level in (abar, 1 - abar, abar_prev, 1 - abar_prev)]
+    return Step(index, t, t_prev, *levels, 0.0, 0.0)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -94,7 +102,7 @@ def test_an_exact_prediction_has_no_difference(eta: float) -> None:
     """All noise in the re-noised sample is known, so that the consistent target is what an exact network predicts there."""
     x0 = normal(0, 2, *SHAPE)
     for step in steps_of(eta):
-        x = math.sqrt(step.abar) * x0 + math.sqrt(1 - step.abar) * normal(1, 2, *SHAPE)
+        x = step.alpha * x0 + step.noise * normal(1, 2, *SHAPE)
         denoise, z, draw = exact_for(x0), normal(2, 2, *SHAPE), normal(3, 2, *SHAPE)
         eps = denoise(x, step.t)
 
@@ -109,10 +117,9 @@ def test_an_exact_prediction_has_no_difference(eta: float) -> None:
 def test_the_corrector_leaves_an_exact_network_as_it_is(sample_type: str) -> None:
     x0 = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     config = SamplerConfig(sample_type, timesteps=20, eta=0.5 if sample_type == "generalized" else 0.0)
-    steps = make_steps(config, ABAR)
     corrector = RuntimeNoiseCorrector(CorrectionConfig(**BARE))
-    plain = sample(config, exact_for(x0), SHAPE, [1, 2], steps, BETAS)
-    corrected = sample(config, exact_for(x0), SHAPE, [1, 2], steps, BETAS, corrector=corrector)
+    plain = sample(config, PROCESS, exact_for(x0), SHAPE, [1, 2])
+    corrected = sample(config, PROCESS, exact_for(x0), SHAPE, [1, 2], corrector=corrector)
     torch.testing.assert_close(plain, x0.expand(2, *SHAPE), rtol=0, atol=1e-3)
     torch.testing.assert_close(corrected, plain, rtol=0, atol=1e-3)
 
@@ -123,7 +130,7 @@ class KnownTrial:
     def __init__(self, eta: float, index: int = 8, count: int = 4) -> None:
         self.step = steps_of(eta)[index]
         self.x0, noise = normal(0, count, 3, 64, 64), normal(1, count, 3, 64, 64)
-        self.x = math.sqrt(self.step.abar) * self.x0 + math.sqrt(1 - self.step.abar) * noise
+        self.x = self.step.alpha * self.x0 + self.step.noise * noise
         self.true_eps = exact_for(self.x0)(self.x, self.step.t)
         self.draw = normal(2, count, 3, 64, 64)
         self.exact = exact_for(self.x0)
@@ -207,8 +214,8 @@ def test_what_a_bias_does_to_the_difference_while_sampling(eta: float, target: s
 
             return estimate_noise(step, x, denoise(x, step.t), denoise, advance, z, target).d
 
-        s, k = math.sqrt(1 - step.abar), slope(step.t, v)
-        m = math.sqrt(step.abar / step.abar_prev * (1 - step.abar_prev - step.sigma**2))
+        s, k = step.noise, slope(step.t, v)
+        m = math.sqrt(step.alpha**2 / step.alpha_prev**2 * (step.noise_prev**2 - step.sigma**2))
         gain = 1 + k * (m - s) if target == "paper" else (1 - k * s) * (1 - m / s)
         moved = difference(bias) - difference(0.0)
         torch.testing.assert_close(moved, torch.full_like(moved, gain * bias), rtol=1e-6, atol=1e-9)
@@ -221,8 +228,8 @@ def test_what_added_noise_does_to_the_variance_while_sampling() -> None:
     v, tau = 0.25, 0.4
     for step in steps_of(0.0)[4:-1:5]:
         x, z = normal(1, 1, 3, 128, 128), normal(2, 1, 3, 128, 128)
-        s, k = math.sqrt(1 - step.abar), slope(step.t, v)
-        m = math.sqrt(step.abar / step.abar_prev * (1 - step.abar_prev))
+        s, k = step.noise, slope(step.t, v)
+        m = math.sqrt(step.alpha**2 / step.alpha_prev**2 * step.noise_prev**2)
         gain = (1 - k * s) * (1 - m / s)
 
         def advance(e: Tensor, x: Tensor = x, step: Step = step) -> Tentative:
@@ -246,7 +253,7 @@ def test_the_papers_estimate_is_the_released_codes(golden: Any, row: int) -> Non
     data = golden("qncd_plms_reverse")
     _, t, abar, abar_prev, guidance, mean, std_4, _ = data["sr_rows"][row].tolist()
     z = data["sr_noise"][row]
-    step = Step(0, int(t), 0, abar, abar_prev, 0.0, 0.0)
+    step = step_of(0, int(t), 0, abar, abar_prev)
 
     def network(x: Tensor, t: int, cond: Tensor) -> Tensor:
         e = (t / 1000) * x + 0.1 * (1 - t / 1000) * torch.sin(3 * x)
@@ -272,7 +279,7 @@ def test_the_papers_estimate_is_the_released_codes(golden: Any, row: int) -> Non
 
 @pytest.mark.parametrize("target", ["paper", "consistent"])
 def test_both_targets_by_hand(target: str) -> None:
-    step = Step(3, 500, 450, 0.3, 0.4, 0.0, 0.0)
+    step = step_of(3, 500, 450, 0.3, 0.4)
     x_prev, x0, z, prediction = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), -1.0), 0.7
     asked: list[tuple[float, int]] = []
 
@@ -300,7 +307,6 @@ def test_predictors_are_the_means_of_each_image_and_channel() -> None:
 
 def test_the_last_estimate_is_used_in_between_and_forgotten_at_the_next_batch() -> None:
     x0 = torch.zeros(SHAPE)
-    steps = steps_of(count=10)
     corrector = RuntimeNoiseCorrector(CorrectionConfig(target="paper", control=False, shrink=False, interval=4))
     seen: list[StepState] = []
     calls: list[int] = []
@@ -311,7 +317,7 @@ def test_the_last_estimate_is_used_in_between_and_forgotten_at_the_next_batch() 
 
     def run() -> list[Tensor]:
         seen.clear()
-        sample(SamplerConfig(timesteps=10), denoise, SHAPE, [1, 2], steps, BETAS, corrector=corrector, callback=seen.append)
+        sample(SamplerConfig(timesteps=10), PROCESS, denoise, SHAPE, [1, 2], corrector=corrector, callback=seen.append)
         return [state.eps - state.corrected for state in seen]
 
     first = run()
@@ -329,10 +335,9 @@ def test_the_last_estimate_is_used_in_between_and_forgotten_at_the_next_batch() 
 def test_an_estimate_draws_from_a_stream_of_its_own() -> None:
     """Turning the correction on leaves the sampler's draws, and so the image but for the correction, as they were."""
     config = SamplerConfig(timesteps=6, eta=1.0)
-    steps = make_steps(config, ABAR)
     recorder = NoiseRecorder(CorrectionConfig(interval=1))
-    plain = sample(config, exact_for_gaussian(0.2), SHAPE, [3], steps, BETAS)
-    watched = sample(config, exact_for_gaussian(0.2), SHAPE, [3], steps, BETAS, corrector=recorder)
+    plain = sample(config, PROCESS, exact_for_gaussian(0.2), SHAPE, [3])
+    watched = sample(config, PROCESS, exact_for_gaussian(0.2), SHAPE, [3], corrector=recorder)
     assert torch.equal(plain, watched)
     corrector = RuntimeNoiseCorrector(CorrectionConfig(**BARE))
     corrector.begin([3], "cpu")
@@ -342,14 +347,13 @@ def test_an_estimate_draws_from_a_stream_of_its_own() -> None:
 @pytest.mark.parametrize("statistics", ["sample", "channel"])
 def test_an_image_does_not_depend_on_its_batch_mates(statistics: str) -> None:
     config = SamplerConfig(timesteps=8, eta=0.5)
-    steps = make_steps(config, ABAR)
     corrector = RuntimeNoiseCorrector(CorrectionConfig(statistics=statistics, **BARE))
 
     def biased(x: Tensor, t: int) -> Tensor:
         return exact_for_gaussian(0.2)(x, t) + 0.1 * x.mean((1, 2, 3), keepdim=True)
 
-    together = sample(config, biased, SHAPE, [3, 4, 5], steps, BETAS, corrector=corrector)
-    alone = sample(config, biased, SHAPE, [4], steps, BETAS, corrector=corrector)
+    together = sample(config, PROCESS, biased, SHAPE, [3, 4, 5], corrector=corrector)
+    alone = sample(config, PROCESS, biased, SHAPE, [4], corrector=corrector)
     assert torch.equal(together[1:2], alone)
 
 
@@ -358,9 +362,9 @@ def recorded(
 ) -> tuple[NoiseTable, NoiseRecorder]:
     """Of 6 images, in two batches."""
     config, correction = SamplerConfig(timesteps=10, eta=eta), CorrectionConfig(interval=interval, target=target)
-    recorder, steps = NoiseRecorder(correction), make_steps(config, ABAR)
+    recorder = NoiseRecorder(correction)
     for seeds in ([0, 1, 2, 3], [4, 5]):
-        sample(config, denoise, SHAPE, seeds, steps, BETAS, corrector=recorder)
+        sample(config, PROCESS, denoise, SHAPE, seeds, corrector=recorder)
     return recorder.table(), recorder
 
 
@@ -414,8 +418,8 @@ def test_the_regression_of_a_linear_model_is_the_model() -> None:
 
 def test_the_regression_of_images_that_do_not_differ() -> None:
     """One image four times leaves the coefficients open; they stay finite and predict that image's own mean."""
-    config, steps, recorder = SamplerConfig(timesteps=10), steps_of(count=10), NoiseRecorder(CorrectionConfig(interval=3))
-    sample(config, crooked, SHAPE, [7] * 4, steps, BETAS, corrector=recorder)
+    config, recorder = SamplerConfig(timesteps=10), NoiseRecorder(CorrectionConfig(interval=3))
+    sample(config, PROCESS, crooked, SHAPE, [7] * 4, corrector=recorder)
     table = recorder.table()
     assert bool(torch.isfinite(table.coefficients).all()) and table.spread.max() < 1e-5
     for row, index in enumerate(table.indices):
@@ -432,8 +436,7 @@ def test_the_control_takes_out_what_the_full_precision_model_shows(target: str, 
     def correction(control: bool) -> Tensor:
         config = CorrectionConfig(interval=3, target=target, statistics=statistics, control=control, shrink=False)
         corrector, seen = RuntimeNoiseCorrector(config, table), list[StepState]()
-        steps = steps_of(count=10)
-        sample(SamplerConfig(timesteps=10), crooked, SHAPE, range(6), steps, BETAS, corrector=corrector, callback=seen.append)
+        sample(SamplerConfig(timesteps=10), PROCESS, crooked, SHAPE, range(6), corrector=corrector, callback=seen.append)
         return seen[2].eps - seen[2].corrected
 
     controlled = correction(True)
@@ -472,8 +475,8 @@ def test_the_papers_target_with_control_recovers_a_constant_bias_while_sampling(
     exact, bias = Pictures(), 0.05
     config, settings = SamplerConfig(timesteps=20, eta=eta), CorrectionConfig(interval=1, statistics=statistics, shrink=False)
     assert settings.target == "paper" and settings.control
-    steps, recorder = make_steps(config, ABAR), NoiseRecorder(settings)
-    sample(config, exact, SHAPE, range(1000, 1064), steps, BETAS, corrector=recorder)
+    recorder = NoiseRecorder(settings)
+    sample(config, PROCESS, exact, SHAPE, range(1000, 1064), corrector=recorder)
     table = recorder.table()
     means = torch.stack([torch.cat(recorder.means[i]).mean(0) for i in table.indices])  # (S, C)
     nothing = torch.zeros_like(means)
@@ -491,7 +494,7 @@ def test_the_papers_target_with_control_recovers_a_constant_bias_while_sampling(
             return exact(x, t) + bias
 
         corrector = RuntimeNoiseCorrector(settings, reference)
-        sample(config, biased, SHAPE, range(8), steps, BETAS, corrector=corrector, callback=seen.append)
+        sample(config, PROCESS, biased, SHAPE, range(8), corrector=corrector, callback=seen.append)
         assert len(seen) == 20
         return torch.stack([((s.eps - s.corrected) / bias - 1).abs().max() for s in seen])
 
@@ -632,15 +635,15 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("images", [1, 2, 3])
 def test_a_table_of_too_few_images_is_refused(images: int) -> None:
-    config, steps = SamplerConfig(timesteps=2), steps_of(count=2)
+    config = SamplerConfig(timesteps=2)
     recorder = NoiseRecorder(CorrectionConfig(interval=1))
-    sample(config, exact_for_gaussian(1.0), SHAPE, range(images), steps, BETAS, corrector=recorder)
+    sample(config, PROCESS, exact_for_gaussian(1.0), SHAPE, range(images), corrector=recorder)
     message = rf"^the full-precision noise table needs 4 images or more, not {images}$"
     with pytest.raises(ValueError, match=message):
         recorder.table()
     with pytest.raises(ValueError, match=message):  # at once, where the number is known
         NoiseRecorder(CorrectionConfig(interval=1), images)
-    sample(config, exact_for_gaussian(1.0), SHAPE, range(images, 4), steps, BETAS, corrector=recorder)
+    sample(config, PROCESS, exact_for_gaussian(1.0), SHAPE, range(images, 4), corrector=recorder)
     assert recorder.table().images == 4
     NoiseRecorder(CorrectionConfig(interval=1), 4)
 

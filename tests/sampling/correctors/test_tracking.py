@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qncd.recipe import SamplerConfig
-from qncd.sampling.correctors.registry import offline_corrector
+from qncd.recipe import Recipe, SamplerConfig
+from qncd.sampling.correctors.registry import corrector_of
 from qncd.sampling.correctors.tracking import SURE, TrackingCorrector, TrackingFilters, TrackingFitter, filtered, fit_filter
+from qncd.sampling.process import Process
 from qncd.sampling.samplers import sample
-from qncd.sampling.schedule import alphas_cumprod, linear_betas, make_steps
+from qncd.sampling.schedule import linear_betas
 
 BETAS = list(linear_betas(1e-4, 0.02, 1000))
-ABAR = alphas_cumprod(linear_betas(1e-4, 0.02, 1000))
+PROCESS = Process.from_betas(linear_betas(1e-4, 0.02, 1000))
 SHAPE = (3, 12, 12)
 
 
@@ -27,7 +28,7 @@ def exact(x: Tensor, t: int) -> Tensor:
 
 
 def run(denoise: Any, config: SamplerConfig, seeds: range, corrector: Any = None, callback: Any = None) -> Tensor:
-    return sample(config, denoise, SHAPE, seeds, make_steps(config, ABAR), BETAS, "cpu", corrector, callback)
+    return sample(config, PROCESS, denoise, SHAPE, seeds, "cpu", corrector, callback)
 
 
 def fitted(rough: Any, config: SamplerConfig, images: int = 32) -> TrackingFilters:
@@ -121,5 +122,5 @@ def test_filters_are_kept_and_refused_where_they_do_not_fit() -> None:
     with pytest.raises(ValueError, match="have 5 steps, none for step 5"):
         run(exact, longer, range(2), TrackingCorrector(filters))
     with pytest.raises(ValueError, match="ptqd: made for another correction"):
-        offline_corrector("ptqd", filters)
+        corrector_of(Recipe(offline="ptqd"), filters)
     assert math.isclose(float(filters.left[0]), 0.0, abs_tol=1e-3)

@@ -1,0 +1,297 @@
+"""What scripts and users call: load a pipeline, quantize it, save it and load it again, export it, run it on an engine."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qncd.models.loading import state_dict_hash
+from qncd.models.network import Network, network_of
+from qncd.ptq.checkpoint import load_quantized_, save_quantized
+from qncd.ptq.context import silent
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.pipeline import CalibrationRuns, Job, Outcome, quantize_network, sample_calibration
+from qncd.ptq.pipeline_runs import PipelineRuns, calls_for, denoiser_of
+from qncd.ptq.runs import BareRuns
+from qncd.quant.inspection import act_quantizers, quant_layers
+from qncd.recipe import Recipe
+from qncd.sampling.corrector import Record
+from qncd.sampling.correctors.registry import corrector_of, kind_of
+from qncd.sampling.scheduler import PipelineCorrection, Tap, attach, prediction_of
+
+log = logging.getLogger("qncd")
+FILE = "quantized.safetensors"  # in a folder of `save`
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer got: bits of its weights and of its input, None where they stay in floating point."""
+
+    name: str
+    weight_bits: int | None
+    act_bits: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What quantizing brought.
+
+    Attributes:
+        recipe: that was carried out.
+        layers: what each layer got.
+        left_out: what the mode asks for and could not be done here, in words.
+        inputs: of the calibration set.
+        found: what stages report, by their names: bits allocated, blocks reconstructed.
+        seconds: taken.
+    """
+
+    recipe: Recipe
+    layers: tuple[LayerReport, ...]
+    left_out: tuple[str, ...]
+    inputs: int
+    found: Mapping[str, Any]
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [f"{self.recipe.label}: {len(self.layers)} layers, {self.inputs} calibration inputs, {self.seconds:.0f} s"]
+        return "\n".join([*lines, *(f"left out: {text}" for text in self.left_out)])
+
+
+@dataclass
+class _State:
+    """What a quantized network remembers, for `save` and `open_engine`; an attribute of its module."""
+
+    recipe: Recipe
+    base_hash: str
+    record: Record | None
+    times: tuple[float, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def load(source: str | Path, **options: Any) -> Any:
+    """A diffusers pipeline: a bundled model by its yaml, an original checkpoint, a diffusers folder or a hub id.
+
+    Args:
+        source: such as configs/scenes.yaml.
+        options: `ckpt` and `use_pretrained`, as for `qncd.models.pipelines.load_pipeline`.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such model, or it is damaged.
+    """
+    from qncd.models.pipelines import load_pipeline
+
+    return load_pipeline(source, **options)
+
+
+def quantize(
+    model: Any,
+    width: str | None = None,
+    mode: str = "qncd",
+    *,
+    prompts: Sequence[str] | None = None,
+    calls: Sequence[Mapping[str, Any]] | None = None,
+    calibration: CalibrationSet | None = None,
+    steps: int | None = None,
+    **options: Any,
+) -> Report:
+    """Quantize the denoiser of a diffusers pipeline, or a bare denoiser, in place.
+
+    A pipeline is calibrated by calling it in full precision; afterwards its calls are quantized and corrected.
+
+    Args:
+        model: a DiffusionPipeline, or a network such as a UNet2DModel.
+        width: such as "W4A8"; by default W8A8, or that of `recipe`.
+        mode: how; docs/methods.md describes them.
+        prompts: texts to calibrate with, taken in turn for `samples` images.
+        calls: arguments of the pipeline's calls, instead of prompts: class labels, images, whatever it takes.
+        calibration: inputs of the network; of a bare denoiser all that there is to calibrate with.
+        steps: of the sampler, in calibration and afterwards; by default the pipeline's own number.
+        options: `recipe=` a Recipe or the path of a YAML file instead of mode and width; `samples=` images to calibrate with;
+            `scheduler=` of a bare denoiser, a diffusers scheduler, for methods that need a sampler; `monitor=` for progress;
+            any option of a recipe by its name (gptq=False, iterations=4000, tracking=False, ...).
+
+    Returns:
+        what each layer got, and what could not be done.
+
+    Raises:
+        ValueError: a setting that is unknown, out of range, contradicts another, or has no effect here; a model that cannot be
+            quantized.
+    """
+    monitor = options.pop("monitor", silent)
+    scheduler = options.pop("scheduler", None)
+    recipe = _recipe(options.pop("recipe", None), mode, width, options)
+    given = frozenset(options)
+    if isinstance(model, nn.Module):
+        if prompts is not None or calls is not None:
+            raise ValueError("prompts and calls are for pipelines: a bare denoiser takes calibration=CalibrationSet(...)")
+        if calibration is None:
+            raise ValueError("a bare denoiser is calibrated with calibration=CalibrationSet(...)")
+        runs, recipe, left_out = _bare_runs(model, recipe, calibration, scheduler, (steps, given))
+    else:
+        if scheduler is not None:
+            raise ValueError("scheduler is for bare denoisers: a pipeline has its own")
+        if prompts is not None and calls is not None:
+            raise ValueError("prompts and calls: allowed is one of them")
+        chosen = list(calls) if calls is not None else calls_for(model, prompts, recipe.calibration.samples)
+        pipeline = PipelineRuns(model, chosen, recipe.calibration, steps, monitor)
+        runs, left_out = pipeline, ()
+        recipe = recipe.with_calibration(samples=pipeline.samples)
+    recipe = recipe.with_batch_size(8)
+    base_hash = state_dict_hash(runs.network.module)
+    data, record = sample_calibration(runs, recipe, base_hash)
+    outcome = quantize_network(runs, recipe, calibration or data, record, Job(monitor))
+    state = _State(recipe, base_hash, outcome.record, tuple(runs.times), {"times": list(runs.times), "steps": steps})
+    object.__setattr__(runs.network.module, "_qncd", state)
+    if isinstance(runs, PipelineRuns):
+        _correct(model, runs.network, state)
+    return _report(runs, recipe, tuple(left_out), len(calibration or data), outcome)
+
+
+def _recipe(given: Recipe | str | Path | None, mode: str, width: str | None, options: Mapping[str, Any]) -> Recipe:
+    if given is None:
+        return Recipe.of(mode, width or "W8A8", **options)
+    if width is not None or options:
+        raise ValueError("recipe says everything: width and other options are not allowed beside it")
+    return given if isinstance(given, Recipe) else Recipe.from_yaml(Path(given))
+
+
+def _bare_runs(
+    module: nn.Module, recipe: Recipe, data: CalibrationSet, scheduler: Any, asked: tuple[int | None, frozenset[str]]
+) -> tuple[CalibrationRuns, Recipe, list[str]]:
+    """Runs of a bare denoiser, and the recipe without what they cannot do, which is named."""
+    steps, given = asked
+    network = network_of(module, prediction_of(scheduler) if scheduler is not None else None)
+    runs = BareRuns(network, data, recipe.calibration, scheduler, steps)
+    if scheduler is not None:
+        return runs, recipe.with_calibration(samples=runs.samples), []
+    if steps is not None:
+        raise ValueError("steps of a bare denoiser need scheduler=, which says what they are")
+    left_out = []
+    for name in ("bit_allocation", "correction", "offline"):
+        value = getattr(recipe.quant if name == "bit_allocation" else recipe, name)
+        if not value:
+            continue
+        if name in given or (name == "offline" and "tracking" in given):
+            raise ValueError(f"{name} needs a sampler: give scheduler=, a diffusers scheduler, or the whole pipeline")
+        left_out.append(
+            f"{name.replace('_', ' ')} ({value if name == 'offline' else recipe.mode}): needs a sampler, give scheduler="
+        )
+        log.warning("left out %s", left_out[-1])
+        recipe = recipe.without(name)
+    return runs, recipe, left_out
+
+
+def _correct(pipe: Any, network: Network, state: _State) -> None:
+    """Let the correction of a recipe act in the pipeline."""
+    kind, corrector = kind_of(state.recipe), corrector_of(state.recipe, state.record)
+    if kind is None or corrector is None:
+        return
+    tap = Tap(network) if kind.calls_network else None
+    attach(pipe, PipelineCorrection(network, corrector, tap, state.times if state.record is not None else None))
+
+
+def _report(runs: CalibrationRuns, recipe: Recipe, left_out: tuple[str, ...], inputs: int, outcome: Outcome) -> Report:
+    quantizers = act_quantizers(runs.network.module)
+    layers = []
+    for name, layer in quant_layers(runs.network.module).items():
+        weights, act = layer.config.weight_codes, quantizers.get(f"{name}.act")
+        layers.append(LayerReport(name, weights and weights.bits, act.codes.bits if act is not None and act.codes else None))
+    return Report(recipe, tuple(layers), left_out, inputs, outcome.found, outcome.seconds)
+
+
+def _network_and_state(model: Any) -> tuple[Network, _State]:
+    module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
+    state = getattr(module, "_qncd", None)
+    if not isinstance(state, _State):
+        raise ValueError(f"{type(module).__name__}: not quantized by qncd.quantize or qncd.load_quantized")
+    return network_of(module), state
+
+
+def save(model: Any, folder: str | Path) -> Path:
+    """Write a quantized pipeline's (or denoiser's) codes, ranges and correction to a folder; returns the file.
+
+    The base model is not in it: `load_quantized` takes it from a full-precision pipeline.
+
+    Raises:
+        ValueError: the model is not quantized. OSError: the file can't be written.
+    """
+    network, state = _network_and_state(model)
+    path = Path(folder) / FILE
+    settings = {**state.settings, "recipe": state.recipe.to_json()}
+    save_quantized(network, path, state.recipe.quant, state.base_hash, settings, state.record)
+    return path
+
+
+def load_quantized(model: Any, folder: str | Path) -> Recipe:
+    """Turn a full-precision pipeline (or denoiser) into the one that `save` wrote, in place; returns its recipe.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is cut off or of another kind, or was made from another base model. The model is then as before.
+    """
+    path = Path(folder) / FILE
+    module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
+    scheduler = getattr(model, "scheduler", None)
+    network = network_of(module, prediction_of(scheduler) if scheduler is not None else None)
+    base_hash = state_dict_hash(module)
+    info = load_quantized_(network, path, base_hash)
+    try:
+        recipe = Recipe.from_json(info.settings["recipe"])
+    except KeyError:
+        raise ValueError(f"{path}: has no recipe: written by a script; pass it with --cali_ckpt") from None
+    kind = kind_of(recipe)
+    record = info.records.get(kind.prefix) if kind else None
+    state = _State(recipe, base_hash, record, tuple(info.settings.get("times", ())), dict(info.settings))
+    object.__setattr__(module, "_qncd", state)
+    if not isinstance(model, nn.Module):
+        _correct(model, network, state)
+    return recipe
+
+
+def export(model: Any, folder: str | Path, engine: str = "onnxruntime", shape: Sequence[int] | None = None) -> Path:
+    """Write the quantized denoiser for an engine to a folder; returns the file.
+
+    Args:
+        shape: (C, H, W) of one sample; by default the network's own.
+
+    Raises:
+        ValueError: the engine is unknown, a package is missing, or a part of the network has no form in it.
+    """
+    from qncd.engines.engine import check_engine, engine_of
+    from qncd.engines.engine import export as export_network
+
+    network, state = _network_and_state(model)
+    check_engine(engine)
+    if not engine_of(engine).file:
+        raise ValueError(f"engine {engine} runs no file: open it with qncd.open_engine")
+    settings = json.loads(json.dumps(state.settings))
+    return export_network(network, Path(folder), state.recipe.quant, state.base_hash, settings, shape)
+
+
+def open_engine(model: Any, folder: str | Path | None, engine: str = "onnxruntime", precision: str = "fp32") -> Any:
+    """The pipeline with its denoiser on an engine; of a bare denoiser, what is called in its place. `model` stays as it is.
+
+    Args:
+        folder: of `export`; None for an engine that runs no file.
+
+    Raises:
+        ValueError: the engine is unknown or not there, or the folder holds another network. FileNotFoundError: no such file.
+    """
+    from qncd.engines.engine import open_engine as open_network
+
+    network, state = _network_and_state(model)
+    opened: Any = open_network(network, None if folder is None else Path(folder), engine, precision)
+    if isinstance(model, nn.Module):
+        return opened
+    fast = copy.copy(model)
+    object.__setattr__(fast, denoiser_of(model)[0], opened)
+    object.__setattr__(fast, "scheduler", type(model.scheduler).from_config(model.scheduler.config))
+    _correct(fast, network_of(opened), state)
+    return fast

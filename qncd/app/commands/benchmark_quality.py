@@ -1,0 +1,137 @@
+"""Measure what quantization costs a model in the box, and what each part of QNCD gives back.
+
+    qncd benchmark quality --out runs/quality
+    qncd benchmark quality --out runs/quality --widths W4A8 --modes linear qncd --seeds 1
+    qncd benchmark quality --config configs/scenes.yaml --sample_type plms --out runs/quality_scenes
+
+Rows: full precision, and every mode at every width, each with several calibration seeds. Finished cells are kept in
+OUT/cells: the same command goes on with a run that was cut off. Results: OUT/quality.md, quality.json and quality.png.
+Other toolkits (modelopt-int8, modelopt-smoothquant, nncf, quanto, torchao) are modes too, with `pip install -e '.[peers]'`;
+widths that one cannot do are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+from qncd.app import parser as cli
+from qncd.benchmark.peers import PEERS, check_peer
+from qncd.benchmark.plan import DEFAULT_MODES, MODES, UNBIASED_IMAGES, WIDTHS, Plan, can_do, corrects, make_cells
+from qncd.models.configs import CONFIGS
+from qncd.recipe import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
+
+log = logging.getLogger("qncd")
+
+
+def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
+    parser = cli.make_parser(description)
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--config", type=Path, default=CONFIGS / "fashion_mnist.yml",
+        help="yaml of the model: fashion_mnist.yml (default), fashion_mnist_ldm.yaml or scenes.yaml in configs/, or alike",
+    )  # fmt: skip
+    group.add_argument("--ckpt", help="weights (default: what the config names)")
+    group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    group = parser.add_argument_group("what is compared")
+    group.add_argument("--widths", nargs="+", metavar="WxAy", help=f"default {' '.join(WIDTHS)}")
+    group.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(DEFAULT_MODES), help=f"default {' '.join(DEFAULT_MODES)}"
+    )
+    group.add_argument("--seeds", type=int, default=3, help="repetitions, each with its own calibration images (default 3)")
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--images", type=int, default=UNBIASED_IMAGES,
+        help=f"images of each cell (default {UNBIASED_IMAGES}; 10000 for figures to publish)",
+    )  # fmt: skip
+    cli.add_step_arguments(group, 20)
+    group.add_argument("--scale", type=float, help="guidance of a conditional model (default: what its yaml recommends)")
+    group.add_argument("--seed", type=int, default=1234, help="image i has the seed SEED + i in every cell (default 1234)")
+    group.add_argument("--batch_size", type=int, default=64, help="images at a time (default 64); changes no image")
+    group = parser.add_argument_group("calibration and correction")
+    group.add_argument("--cali_n", type=int, default=64, help="inputs at each calibration time step (default 64)")
+    group.add_argument("--cali_st", type=int, default=10, help="calibration time steps (default 10)")
+    group.add_argument(
+        "--cali_iters", type=int, help=f"of modes that reconstruct, a block (default {ReconstructionConfig().iterations})"
+    )
+    group.add_argument("--interval", type=int, default=CorrectionConfig().interval, help="steps between two noise estimates")
+    group = parser.add_argument_group("running")
+    group.add_argument("--out", type=Path, default=Path("runs/quality"), help="output folder (default runs/quality)")
+    group.add_argument("--jobs", type=int, help="worker processes (default: the number of cores; 1 on cuda)")
+    group.add_argument("--report", action="store_true", help="compute nothing: write the table of the cells that are there")
+    return parser
+
+
+def command_line() -> str:
+    """What this process was called with, for the report."""
+    program = Path(sys.argv[0]).name
+    words = [program] if program == "qncd" else ["python", f"scripts/{program}"]
+    return shlex.join([*words, *(word for word in sys.argv[1:] if word != "--report")])
+
+
+def main(args: argparse.Namespace) -> None:
+    logging.basicConfig(level="INFO", format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    cli.check_counts(args, ("images", "seeds", "batch_size", "cali_n", "cali_st", "interval", "jobs"))
+    cells = make_cells(args.widths, args.modes, args.seeds)
+    for mode in dict.fromkeys(cell.mode for cell in cells if cell.peer):
+        if args.widths and (missing := [width for width in args.widths if not can_do(mode, width)]):
+            log.info("note: %s can do %s; left out: %s", mode, PEERS[mode].widths, ", ".join(missing))
+        if not args.report:
+            check_peer(mode)
+    plan, convention = make_plan(args)
+    from qncd.benchmark.cells import compute
+    from qncd.benchmark.report import write_report
+    from qncd.io.runs import RUN_FILE, Run, open_run
+
+    if args.report:
+        if not (args.out / RUN_FILE).is_file():
+            raise FileNotFoundError(f"{args.out}: no benchmark in this folder (it has no {RUN_FILE})")
+        run = Run(args.out)
+    else:
+        environment = {k: v if isinstance(v, (int, float, list, type(None))) else str(v) for k, v in vars(args).items()}
+        environment["command"] = command_line()
+        room = 2 * plan.images * 64 * 64 * 3 + args.seeds * 4 * args.cali_n * args.cali_st * 32 * 32 + 1_000_000
+        run = open_run(args.out, {"benchmark": "quality"}, environment, min_free_bytes=room)
+        compute(run, plan, cells, args.jobs)
+    write_report(command_line(), run, plan, cells, convention)
+
+
+def make_plan(args: argparse.Namespace) -> tuple[Plan, str]:
+    """All settings, checked: what is wrong shows now and not after hours. Also what FID means for this model."""
+    if args.images < 2:
+        raise ValueError(f"--images {args.images}: allowed are 2 or more (the FID's covariance needs them)")
+    if args.images < UNBIASED_IMAGES:
+        log.info("note: FID and sFID are biased upwards at %d images (fewer than %d)", args.images, UNBIASED_IMAGES)
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: allowed are whole numbers, 0 or more")
+    calibration = CalibrationConfig(args.cali_n, args.cali_st)
+    correction, controlled = CorrectionConfig(interval=args.interval), any(map(corrects, args.modes))
+    reconstruction = ReconstructionConfig() if args.cali_iters is None else ReconstructionConfig(args.cali_iters)
+
+    from qncd.benchmark.subjects import is_latent
+    from qncd.models.loading import load_config
+    from qncd.ptq.calibration import CalibrationCollector
+    from qncd.sampling.correctors.runtime import check_table_images, is_due
+
+    model_config = load_config(args.config)
+    if args.scale is not None and not is_latent(model_config):
+        raise ValueError(f"--scale {args.scale:g}: {args.config} is unconditional")
+    convention = "ldm" if is_latent(model_config) else "ddim"
+    sampler = SamplerConfig(args.sample_type, args.skip_type, args.timesteps, args.eta, convention)
+    plan = Plan(
+        args.out, model_config, args.ckpt, {}, args.scale, cli.choose_device(args.device), sampler, calibration, correction,
+        reconstruction, controlled, args.images, args.seed, args.batch_size,
+    )  # fmt: skip
+    subject = plan.subject()
+    steps = subject.diffusion.steps
+    CalibrationCollector(len(steps), args.cali_st)
+    if controlled:
+        if not any(is_due(step.index, args.interval) for step in steps):
+            raise ValueError(f"--interval {args.interval}: none of the {len(steps)} steps would make an estimate")
+        check_table_images(args.cali_n)
+    return dataclasses.replace(plan, subject_settings=subject.settings), subject.convention

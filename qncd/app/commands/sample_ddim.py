@@ -1,0 +1,92 @@
+"""Sample a DDIM model (pixels, unconditional), in full precision or quantized after training (--ptq), and write the images.
+
+    qncd sample --config configs/fashion_mnist.yml --timesteps 50 -l out/fp
+    qncd sample --config configs/fashion_mnist.yml --timesteps 50 -l out/w4a8 \\
+        --ptq --weight_bit 4 --compare_fp
+
+The output folder holds images/ (named by index and seed), contact_sheet.png and run.json; the same command line goes
+on with a run that was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qncd.app import flags
+from qncd.app import parser as cli
+
+if TYPE_CHECKING:
+    from qncd.distributed import Processes
+
+log = logging.getLogger("qncd")
+
+
+def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
+    parser = cli.make_parser(description)
+    cli.add_model_arguments(parser)
+    cli.add_sampling_arguments(parser)
+    cli.add_ptq_arguments(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("-l", "--logdir", type=Path, required=True, help="output folder")
+    cli.add_output_arguments(group)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    cli.check_counts(args, ("max_images",))
+    run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The same for 0 images too: the network is quantized and nothing is sampled."""
+    from qncd.app import job
+
+    processes = job.start_job(args)
+    with processes.quiet_failure():
+        sample(args, processes)
+
+
+def sample(args: argparse.Namespace, processes: Processes) -> None:
+    """The run, in each of the processes."""
+    from qncd.app import job, quantizing
+    from qncd.io.runs import open_run
+    from qncd.models.loading import load_config, load_ddim, state_dict_hash
+    from qncd.models.network import network_of
+    from qncd.models.original.ddim import ddim_key_table
+    from qncd.sampling.diffusion import Diffusion
+    from qncd.sampling.process import Process
+    from qncd.sampling.schedule import betas_of
+
+    cli.check_counts(args, ("batch_size", "lane", "cali_n", "cali_st", "cali_batch_size"))
+    sampler, recipe = cli.sampler_config(args), flags.recipe_of(args)
+    quantizing.check_quantization_arguments(args)
+    if args.cond:
+        raise ValueError("--cond: the models of this script are unconditional; allowed without it")
+    model_config = load_config(args.config)
+    betas = betas_of(model_config)
+    device = str(processes.device)
+    unet = load_ddim(model_config, args.ckpt, args.use_pretrained).to(device)  # type: ignore[arg-type]
+    size, channels = int(model_config["data"]["image_size"]), int(model_config["model"]["in_channels"])
+    recipe = recipe.with_batch_size(cli.default_calibration_batch(size)) if recipe else None
+    lane, process = args.lane or cli.default_lane(size), Process.from_betas(betas)
+    diffusion = Diffusion(network_of(unet), process, sampler, (channels, size, size), lane)
+    log.debug("%d steps: %s", len(diffusion.steps), [s.t for s in diffusion.steps])
+    base_hash = state_dict_hash(unet)
+    batch_size = args.batch_size or int(model_config.get("sampling", {}).get("batch_size", 64))
+    settings = {
+        "model": base_hash,
+        "seed": args.seed,
+        "lane": diffusion.lane,
+        "sampler": dataclasses.asdict(sampler),
+        **quantizing.run_settings(recipe, args, batch_size),
+    }
+    # Twice the size of raw images: PNG files are smaller, an npz and a comparison may come on top.
+    needed = 4 * args.max_images * channels * size * size
+    run = processes.first(lambda: open_run(args.logdir, settings, job.environment(args, device, batch_size), needed))
+    plan = job.ImagePlan(args.max_images, lambda i: args.seed + i)
+    task = job.Task(diffusion, base_hash, recipe, key_table=ddim_key_table(model_config))
+    job.SamplingJob(run, plan, batch_size, processes).sample_and_finish(args, task)

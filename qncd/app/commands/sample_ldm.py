@@ -1,0 +1,144 @@
+"""Sample a latent diffusion model, class-conditional or not, in full precision or quantized (--ptq).
+
+    qncd sample --config configs/fashion_mnist_ldm.yaml -n 40 -e 0 -c 20 -l out/ldm
+    qncd sample --config configs/fashion_mnist_ldm.yaml -n 40 -e 0 -c 20 -l out/ldm_w4a8 --ptq --weight_bit 4 --compare_fp
+    qncd sample -r models/ldm/lsun_beds256/model.ckpt -n 8 -e 1 -c 200 -l out/beds
+
+The output folder holds images/ (named by index and seed), labels.csv, contact_sheet.png and run.json; the same command line
+goes on with a run that was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qncd.app import flags
+from qncd.app import parser as cli
+from qncd.models.configs import CONFIGS
+from qncd.recipe import SamplerConfig
+
+if TYPE_CHECKING:
+    from qncd.distributed import Processes
+
+DEFAULT_CONFIG = CONFIGS / "fashion_mnist_ldm.yaml"
+GUIDANCE = 3.0  # of the published ImageNet figures
+
+
+def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
+    parser = cli.make_parser(description)
+    cli.add_latent_model_arguments(parser, "-r", "--resume_base")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("-n", "--n_samples", type=int, default=64, help="images to make (default 64)")
+    group.add_argument("-c", "--custom_steps", type=int, default=50, help="time steps (default 50)")
+    group.add_argument("-e", "--eta", type=float, help="noise of DDIM (default 1, as in the original; 0 with --dpm)")
+    group.add_argument("-v", "--vanilla_sample", action="store_true", help="DDPM over all of the model's time steps")
+    group.add_argument("--dpm", action="store_true", help="DPM-Solver++ instead of DDIM")
+    group.add_argument("--skip_type", choices=("uniform", "quad"), default="uniform", help="spacing of the time steps")
+    group.add_argument("--seed", type=cli.seed, default=1234, help="image i has the seed SEED + i (default 1234)")
+    group.add_argument("--batch_size", type=int, default=16, help="images at a time (default 16); changes no image")
+    group.add_argument("--scale", type=float, help=f"classifier-free guidance (default {GUIDANCE:g}; 1 for none)")
+    group.add_argument("--classes", help="comma-separated class numbers, repeated over the images (default: all in turn)")
+    cli.add_lane_argument(group)
+    cli.add_ptq_arguments(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("-l", "--logdir", type=Path, required=True, help="output folder")
+    cli.add_output_arguments(group)
+    return parser
+
+
+def sampler_config(args: argparse.Namespace, train_timesteps: int) -> SamplerConfig:
+    """DDIM in latent-diffusion's convention, DPM-Solver++, or DDPM: DDIM at eta 1 over all time steps."""
+    if args.vanilla_sample:
+        if args.dpm or args.eta not in (None, 1.0):
+            raise ValueError("--vanilla_sample is DDPM: it excludes --dpm and --eta other than 1")
+        return SamplerConfig("generalized", "uniform", train_timesteps, 1.0)
+    eta = args.eta if args.eta is not None else 0.0 if args.dpm else 1.0
+    return SamplerConfig("dpm_solver" if args.dpm else "generalized", args.skip_type, args.custom_steps, eta, "ldm")
+
+
+def chosen_classes(text: str | None, n_classes: int) -> list[int]:
+    """The classes of --classes, by default all but the last, which stands for none."""
+    if text is None:
+        return list(range(n_classes - 1))
+    try:
+        classes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--classes {text}: expected whole numbers with commas between them") from None
+    if not all(0 <= c < n_classes for c in classes):
+        raise ValueError(f"--classes {text}: allowed are 0 to {n_classes - 1}")
+    return classes
+
+
+def main(args: argparse.Namespace) -> None:
+    cli.check_counts(args, ("n_samples",))
+    run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The same for 0 images too: the network is quantized and nothing is sampled."""
+    from qncd.app import job
+
+    processes = job.start_job(args)
+    with processes.quiet_failure():
+        sample(args, processes)
+
+
+def sample(args: argparse.Namespace, processes: Processes) -> None:
+    """The run, in each of the processes."""
+    from qncd.app import job, latent, quantizing
+    from qncd.io.runs import open_run
+    from qncd.models.original.conditioning import ClassConditioner, TextConditioner
+    from qncd.sampling.guidance import Conditions
+
+    cli.check_counts(args, ("batch_size", "lane", "custom_steps", "cali_n", "cali_st", "cali_batch_size"))
+    recipe = flags.recipe_of(args)
+    quantizing.check_quantization_arguments(args)
+    device = str(processes.device)
+    model, config = latent.load_model(args, DEFAULT_CONFIG, device)
+    if isinstance(model.conditioner, TextConditioner):
+        raise ValueError(f"{model.source} takes prompts: scripts/txt2img.py samples it")
+    if model.conditioner is None and (args.cond or args.classes):
+        raise ValueError(f"{model.source} is unconditional: allowed without --cond and --classes")
+    # Latents have more channels and attention than images: a quarter of the side for the same memory.
+    recipe = recipe.with_batch_size(cli.default_calibration_batch(4 * model.latent_shape[1])) if recipe else None
+    scale = latent.check_guidance(model, args.scale, latent.recommended_scale(config, GUIDANCE))
+    sampler = sampler_config(args, len(model.betas))
+    diffusion = latent.build_diffusion(model, sampler, model.latent_shape, args.lane, scale != 1, "full")
+    classes: list[int] = []
+    conditions = calibration_conditions = None
+    columns = 8
+    if isinstance(model.conditioner, ClassConditioner):
+        classes = chosen_classes(args.classes, model.conditioner.n_classes)
+        columns = len(classes) if len(classes) <= 10 else 8
+        if recipe:  # calibration sees every class, whichever ones are to be sampled
+            every, samples = chosen_classes(None, model.conditioner.n_classes), recipe.calibration.samples
+            spread = [every[i * len(every) // samples % len(every)] for i in range(samples)]
+            calibration_conditions = latent.class_conditions(model, spread, scale)
+
+        def conditions(indices: Sequence[int]) -> Conditions:
+            return latent.class_conditions(model, [classes[i % len(classes)] for i in indices], scale)
+
+    settings = {
+        **latent.model_hashes(model),
+        "seed": args.seed,
+        "classes": classes,
+        "guidance": scale,
+        "lane": diffusion.lane,
+        "sampler": dataclasses.asdict(sampler),
+        **quantizing.run_settings(recipe, args, args.batch_size),
+    }
+    side = model.latent_shape[1] * model.first_stage.factor
+    needed = 12 * args.n_samples * side * side
+    run = processes.first(lambda: open_run(args.logdir, settings, job.environment(args, device, args.batch_size), needed))
+    decode = latent.make_decoder(model, diffusion.lane)
+    plan = job.ImagePlan(args.n_samples, lambda i: args.seed + i, conditions, decode, columns)
+    if classes and processes.is_first:
+        rows = [f"{plan.path(Path(), i)},{classes[i % len(classes)]}" for i in range(args.n_samples)]
+        (run.folder / "labels.csv").write_text("\n".join(["file,class", *rows]) + "\n", encoding="utf-8")
+    table = latent.original_names(config)
+    task = job.Task(diffusion, settings["model"], recipe, calibration_conditions, table)
+    job.SamplingJob(run, plan, args.batch_size, processes).sample_and_finish(args, task)

@@ -1,0 +1,210 @@
+"""Text to image with Stable Diffusion or the small bundled model, in full precision or quantized (--ptq).
+
+    qncd sample --plms --prompt "a large red circle above a small blue square" --outdir out/txt2img
+    qncd sample --plms --cond --ptq --weight_bit 8 --quant_mode qncd --quant_act --act_bit 8 \\
+        --cali_st 25 --cali_batch_size 1 --cali_n 128 --no_grad_ckpt --scale_split_static --sample_reverse \\
+        --reverse_interval 10 --running_stat --sm_abit 16 --from_file val_ann.txt --n_samples 2
+    qncd sample --config configs/sd-v1-inference.yaml --ckpt sd-v1-4.ckpt --plms --prompt "a cat" --outdir out/sd
+
+Without --config and --ckpt it samples the bundled model (configs/scenes.yaml). The output folder holds images/,
+prompts.jsonl (which image has which prompt and seed), contact_sheet.png and run.json; the same command line goes on
+with a run that was cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qncd.app import flags
+from qncd.app import parser as cli
+from qncd.models.configs import CONFIGS
+from qncd.recipe import SamplerConfig
+
+if TYPE_CHECKING:
+    from qncd.distributed import Processes
+    from qncd.models.latent import LatentModel
+
+DEFAULT_CONFIG = CONFIGS / "scenes.yaml"
+GUIDANCE = 7.5
+
+
+def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
+    parser = cli.make_parser(description)
+    cli.add_latent_model_arguments(parser)
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", help="one prompt, for --n_samples images")
+    group.add_argument("--from_file", type=Path, help="text file with a prompt a line, for one image each")
+    group.add_argument("--begin_data", type=int, default=0, help="prompts of --from_file to skip (default 0)")
+    group.add_argument("--max_prompts", type=int, help="prompts of --from_file to take (default: all)")
+    group.add_argument("--n_samples", type=int, default=3, help="images at a time; of one --prompt, also how many (default 3)")
+    group.add_argument("--n_iter", type=int, default=1, help="go over the prompts so often, with other seeds (default 1)")
+    group = parser.add_argument_group("sampling")
+    kinds = group.add_mutually_exclusive_group()
+    kinds.add_argument("--plms", action="store_true", help="PLMS instead of DDIM")
+    kinds.add_argument("--dpm", "--dpm_solver", action="store_true", help="DPM-Solver++ instead of DDIM")
+    group.add_argument("--ddim_steps", type=int, default=50, help="time steps of whichever sampler (default 50)")
+    group.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM (default 0)")
+    group.add_argument("--scale", type=float, help=f"classifier-free guidance (default: the yaml's, else {GUIDANCE})")
+    group.add_argument("--seed", type=cli.seed, default=42, help="image i has the seed SEED + i (default 42)")
+    group.add_argument("--fixed_code", action="store_true", help="every --n_samples images start from the same noises")
+    group.add_argument("--H", type=int, help="height in pixels (default: the model's)")
+    group.add_argument("--W", type=int, help="width in pixels (default: the model's)")
+    group.add_argument("--C", type=int, help="latent channels: checked against the model")
+    group.add_argument("--f", type=int, help="downsampling factor: checked against the model")
+    group.add_argument(
+        "--precision", choices=("full", "autocast"), default="full",
+        help="autocast: mixed precision (faster on a GPU; the original's default)",
+    )  # fmt: skip
+    cli.add_lane_argument(group)
+    cli.add_ptq_arguments(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--outdir", type=Path, default=Path("outputs/txt2img-samples"), help="output folder (default %(default)s)")
+    group.add_argument("--skip_grid", action="store_true", help="no contact sheet")
+    group.add_argument("--skip_save", action="store_true", help="remove the single images at the end")
+    group.add_argument(
+        "--n_rows", type=int, help="images in a row of the contact sheet (default: --n_samples, 8 with --from_file)"
+    )
+    group.add_argument(
+        "--safety_checker", metavar="MODEL", help="black out what this checker flags: folder or hub id (default: off)"
+    )
+    group.add_argument(
+        "--watermark", metavar="TEXT", help="invisible watermark, needs the package invisible-watermark (default: off)"
+    )
+    cli.add_output_arguments(group)
+    group.add_argument(
+        "--no_grad_ckpt", action="store_true",
+        help="no gradient checkpointing: always so here, nothing is back-propagated; accepted for the original's command lines",
+    )  # fmt: skip
+    return parser
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of --prompt or --from_file. Raises ValueError where there are none, or a line is empty."""
+    if (args.prompt is None) == (args.from_file is None):
+        raise ValueError("give either --prompt TEXT or --from_file FILE")
+    if args.prompt is not None:
+        if args.begin_data or args.max_prompts:
+            raise ValueError("--begin_data and --max_prompts count lines of --from_file")
+        return [args.prompt]
+    if not args.from_file.is_file():
+        raise FileNotFoundError(f"--from_file {args.from_file}: no such file")
+    try:
+        lines = args.from_file.read_text(encoding="utf-8").rstrip().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--from_file {args.from_file}: not a text file in UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise ValueError(f"--from_file {args.from_file}: line {number} is empty, expected a prompt")
+    end = None if args.max_prompts is None else args.begin_data + args.max_prompts
+    prompts = [line.strip() for line in lines[args.begin_data : end]]
+    if not prompts:
+        raise ValueError(f"--from_file {args.from_file}: {len(lines)} prompts, none left after --begin_data {args.begin_data}")
+    return prompts
+
+
+def latent_shape(args: argparse.Namespace, model: LatentModel) -> tuple[int, int, int]:
+    """(C, h, w) of the latents for --H, --W, --C, --f. Raises ValueError where the model has others."""
+    (channels, height, width), factor = model.latent_shape, model.first_stage.factor
+    for name, value, own in (("C", args.C, channels), ("f", args.f, factor)):
+        if value is not None and value != own:
+            raise ValueError(f"--{name} {value}: this model has {own}")
+    for name, value in (("H", args.H), ("W", args.W)):
+        if value is not None and (value < factor or value % factor):
+            raise ValueError(f"--{name} {value}: allowed are multiples of {factor}")
+    return channels, args.H // factor if args.H else height, args.W // factor if args.W else width
+
+
+def main(args: argparse.Namespace) -> None:
+    cli.check_counts(args, ("n_iter",))
+    run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The same for 0 images too: the network is quantized and nothing is sampled."""
+    from qncd.app import job
+
+    processes = job.start_job(args)
+    with processes.quiet_failure():
+        sample(args, processes)
+
+
+def sample(args: argparse.Namespace, processes: Processes) -> None:
+    """The run, in each of the processes."""
+    from qncd.app import job, latent, quantizing
+    from qncd.io.runs import open_run
+    from qncd.models.safety import image_finishers
+    from qncd.sampling.guidance import Conditions
+
+    counts = ("n_samples", "n_rows", "max_prompts", "lane", "ddim_steps", "cali_n", "cali_st", "cali_batch_size")
+    cli.check_counts(args, counts)
+    if args.begin_data < 0:
+        raise ValueError(f"--begin_data {args.begin_data}: allowed are whole numbers, 0 or more")
+    if args.skip_grid and args.skip_save:
+        raise ValueError("--skip_grid and --skip_save together leave nothing to look at")
+    recipe = flags.recipe_of(args)
+    quantizing.check_quantization_arguments(args)
+    kind = "plms" if args.plms else "dpm_solver" if args.dpm else "generalized"
+    sampler = SamplerConfig(kind, "uniform", args.ddim_steps, args.ddim_eta, "ldm")
+    prompts = read_prompts(args)
+    device = str(processes.device)
+    finishers = image_finishers(args.safety_checker, args.watermark, device)
+    model, config = latent.load_model(args, DEFAULT_CONFIG, device)
+    scale = latent.check_guidance(model, args.scale, latent.recommended_scale(config, GUIDANCE))
+    encode = latent.PromptEncoder(model, scale)
+    shape = latent_shape(args, model)
+    # Latents have more channels and attention than images: a quarter of the side for the same memory.
+    recipe = recipe.with_batch_size(cli.default_calibration_batch(4 * max(shape[1:]))) if recipe else None
+    diffusion = latent.build_diffusion(model, sampler, shape, args.lane, scale != 1, args.precision)
+    rounds = len(prompts) if args.from_file else args.n_samples
+    count = args.n_iter * rounds
+
+    def prompt_of(index: int) -> int:
+        return index % rounds if args.from_file else 0
+
+    def seed_of(index: int) -> int:
+        return args.seed + (index % args.n_samples if args.fixed_code else index)
+
+    def conditions(indices: Sequence[int]) -> Conditions:
+        return encode([prompts[prompt_of(i)] for i in indices])
+
+    settings = {
+        **latent.model_hashes(model),
+        "seed": args.seed,
+        "fixed_code": args.n_samples if args.fixed_code else None,
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "images": count,
+        "guidance": scale,
+        "latents": shape,
+        "precision": args.precision,
+        "lane": diffusion.lane,
+        "sampler": dataclasses.asdict(sampler),
+        "finish": [args.safety_checker, args.watermark],
+        **quantizing.run_settings(recipe, args, args.n_samples),
+    }
+    height, width = (side * model.first_stage.factor for side in shape[1:])
+    needed, environment = 12 * count * height * width, job.environment(args, device, args.n_samples)
+    run = processes.first(lambda: open_run(args.outdir, settings, environment, needed))
+    decode = latent.make_decoder(model, diffusion.lane, finishers)
+    columns = args.n_rows or (8 if args.from_file else args.n_samples)
+    plan = job.ImagePlan(count, seed_of, conditions, decode, columns)
+    if processes.is_first:
+        with (run.folder / "prompts.jsonl").open("w", encoding="utf-8") as stream:
+            for i in range(count):
+                name, number = str(plan.path(Path("images"), i)), args.begin_data + prompt_of(i)
+                line = {"index": i, "file": name, "seed": seed_of(i), "prompt_index": number, "prompt": prompts[prompt_of(i)]}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    # Prompts spread over the whole file; where there are fewer, they are taken several times with other noise.
+    samples = recipe.calibration.samples if recipe else 0
+    spread = [prompts[i * len(prompts) // samples] for i in range(samples)]
+    calibration, table = encode(spread) if spread else None, latent.original_names(config)
+    task = job.Task(diffusion, settings["model"], recipe, calibration, table)
+    job.SamplingJob(run, plan, args.n_samples, processes).sample_and_finish(args, task, not args.skip_grid)
+    if args.skip_save and count and processes.is_first:
+        shutil.rmtree(run.folder / "images")

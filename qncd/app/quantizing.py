@@ -1,0 +1,284 @@
+"""From the quantization flags of a command to a quantized network and its corrector."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qncd.distributed import OneProcess, Processes
+from qncd.engines.engine import check_engine, file_engines
+from qncd.engines.registry import TORCH
+from qncd.models.files.unpickle import load_checkpoint
+from qncd.models.network import Network
+from qncd.models.original.key_tables import KeyTable
+from qncd.progress import Update, progress_bar
+from qncd.ptq.checkpoint import QuantizedInfo, load_quantized_, load_weights_, peek_quantized, save_quantized
+from qncd.ptq.data import load_calibration, save_calibration
+from qncd.ptq.pipeline import Job, quantize_network, record_before, sample_calibration
+from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_
+from qncd.ptq.runs import DiffusionRuns
+from qncd.recipe import QuantConfig, Recipe, ReconstructionConfig
+from qncd.sampling.corrector import Corrector, Record
+from qncd.sampling.correctors.registry import corrector_of, fits, kind_of
+from qncd.sampling.diffusion import Diffusion
+from qncd.sampling.guidance import Conditions
+
+log = logging.getLogger("qncd")
+WEIGHT_SETTINGS = (
+    "weight_bits", "edge_bits", "weight_range", "gptq", "smoothing_search", "split", "quantize_embedding", "smoothed",
+)  # fmt: skip
+
+
+def is_quiet() -> bool:
+    """Whether progress bars stay away: --verbose warning or critical."""
+    return log.getEffectiveLevel() > logging.INFO
+
+
+@contextlib.contextmanager
+def bars(title: str, unit: str) -> Iterator[Update]:
+    """A monitor that draws a progress bar for each phase."""
+    with progress_bar(title, unit, is_quiet()) as update:
+        yield update
+
+
+def check_quantization_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that need --ptq without it, a checkpoint that is not there, or a backend that is not."""
+    for name in ("cali_ckpt", "cali_data_path", "resume", "resume_w", "compare_fp"):
+        if getattr(args, name) and not args.ptq:
+            raise ValueError(f"--{name} needs --ptq")
+    if args.resume_w and args.recon:
+        raise ValueError("--resume_w takes weights as they are: it excludes --recon")
+    if args.resume_w and args.gptq:
+        raise ValueError("--resume_w takes weights as they are: it excludes --gptq")
+    if args.resume and args.resume_w:
+        raise ValueError("--resume and --resume_w exclude one another: all of the checkpoint, or its weights alone")
+    if args.cali_ckpt is not None and args.cali_ckpt.is_dir():
+        raise ValueError(f"--cali_ckpt {args.cali_ckpt}: is a folder, expected a file")
+    for name in ("resume", "resume_w"):
+        if getattr(args, name) and (args.cali_ckpt is None or not args.cali_ckpt.is_file()):
+            raise FileNotFoundError(f"--{name} needs a quantized checkpoint: --cali_ckpt {args.cali_ckpt} is none")
+    check_engine(args.backend, args.engine_precision)
+    if args.onnx and args.backend not in file_engines():
+        raise ValueError(f"--onnx needs --backend {' or '.join(file_engines())}: {args.backend} does not run it")
+    if args.backend != TORCH and getattr(args, "precision", "full") != "full":
+        raise ValueError(f"--precision {args.precision} is torch's: with --backend {args.backend} there is --engine_precision")
+
+
+def run_settings(recipe: Recipe | None, args: argparse.Namespace, batch_size: int) -> dict[str, Any]:
+    """What decides what an image looks like beside the model and the sampler, for run.json."""
+    keys = ("quantization", "smoothing", "reconstruction", "correction", "offline_correction", "calibration")
+    settings: dict[str, Any] = recipe.settings() if recipe else dict.fromkeys(keys)
+    if recipe:
+        settings["calibration"] |= {
+            "data": str(args.cali_data_path) if args.cali_data_path else None,
+            "checkpoint": str(args.cali_ckpt) if args.cali_ckpt else None,
+            "weights_only_from_checkpoint": args.resume_w,
+        }
+    by_batch = recipe and recipe.correction and recipe.correction.statistics == "batch"
+    return {
+        **settings,
+        "batch": batch_size if by_batch else None,
+        **({} if args.backend == TORCH else {"backend": args.backend}),
+        **({} if args.engine_precision == "fp32" else {"engine_precision": args.engine_precision}),
+    }
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of a quantization.
+
+    Attributes:
+        checkpoint: taken where it exists, else written.
+        calibration: the calibration set, likewise.
+        weights_only: take the checkpoint's weights and calibrate activations anew.
+        folder: of the run: reconstructed blocks, and the new checkpoint with `weights_only`.
+        key_table: names of the original model's layers, for a checkpoint of Q-Diffusion; None where they are unknown.
+    """
+
+    checkpoint: Path | None
+    calibration: Path | None
+    weights_only: bool
+    folder: Path
+    key_table: KeyTable | None = None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, folder: Path, key_table: KeyTable | None) -> Files:
+        """As the flags name them."""
+        return cls(args.cali_ckpt, args.cali_data_path, args.resume_w, folder, key_table)
+
+
+def quantized(
+    recipe: Recipe,
+    diffusion: Diffusion,
+    base_hash: str,
+    files: Files,
+    conditions: Conditions | None = None,
+    processes: Processes | None = None,
+) -> tuple[Corrector | None, float]:
+    """Turn the network of `diffusion` into the quantized one: from the checkpoint where it exists, else by calibrating.
+
+    A checkpoint of Q-Diffusion (.pth) brings weights and activation ranges; the correction is this package's.
+
+    Args:
+        base_hash: of the full-precision weights.
+        conditions: one for each of the calibration trajectories.
+        processes: who shares the reconstruction, all with the same arguments; the first one writes the files.
+
+    Returns:
+        the corrector, where one is asked for, and the seconds that calibrating took.
+    """
+    task = _Task(recipe, diffusion, base_hash, files, conditions, processes or OneProcess())
+    path = files.checkpoint
+    # One process may be done with a file before another one looks.
+    there = task.processes.share(path is not None and path.is_file())
+    if there and path is not None and path.suffix != ".safetensors":
+        return task.from_qdiffusion(path), 0.0
+    if there and path is not None and not files.weights_only:
+        return task.from_checkpoint(path), 0.0
+    return task.by_calibrating()
+
+
+class _Task:
+    """The three ways to a quantized network, and what they share: the arguments of `quantized`, and what follows from them."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        diffusion: Diffusion,
+        base_hash: str,
+        files: Files,
+        conditions: Conditions | None,
+        processes: Processes,
+    ) -> None:
+        self.recipe, self.diffusion, self.base_hash, self.files, self.processes = recipe, diffusion, base_hash, files, processes
+        self.conditions = conditions
+        self.runs = DiffusionRuns(diffusion, recipe.calibration, conditions, bars)
+        self.kind = kind_of(recipe)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint depends on beside its QuantConfig; the recipe is all that was asked for."""
+        recipe, controlled = self.recipe, self.recipe.controlled
+        return {
+            "reconstruction": recipe.reconstruction and dataclasses.asdict(recipe.reconstruction),
+            "sampler": dataclasses.asdict(self.diffusion.config),
+            "guidance": self.conditions.scale if self.conditions else None,
+            "correction": {"interval": controlled.interval, "target": controlled.target} if controlled else None,
+            "recipe": recipe.to_json(),
+            "times": list(self.diffusion.times),
+        }
+
+    def fitted_later(self, record: Record | None) -> Record | None:
+        """The record of a correction that is fitted after quantizing, where it is not known."""
+        if record is None and self.kind is not None and self.runs.reference is not None:
+            return self.kind.fit(self.runs, self.recipe)
+        return record
+
+    def keep_reference(self) -> None:
+        """Keep the full-precision network for a correction that compares with it."""
+        if self.kind is not None and self.kind.record is not None and not self.kind.calls_network:
+            self.runs.keep_reference()
+
+    def from_qdiffusion(self, path: Path) -> Corrector | None:
+        """A checkpoint of Q-Diffusion."""
+        record = record_before(self.runs, self.recipe)
+        self.keep_reference()
+        content = load_checkpoint(path)
+        if not is_qdiffusion(content):
+            raise ValueError(f"{path}: neither a .safetensors file of this package nor a quantized checkpoint of Q-Diffusion")
+        if self.files.key_table is None:
+            raise ValueError(f"{path}: names layers as the original code does: give the original yaml with --config")
+        if self.files.weights_only:
+            raise ValueError(f"--resume_w: allowed with this package's checkpoints; {path.name} is one of Q-Diffusion")
+        try:
+            load_qdiffusion_(self.diffusion.network, content, self.files.key_table, self.recipe.quant)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        log.info("loaded %s: %s as Q-Diffusion wrote it", path, self.recipe.quant.label)
+        return corrector_of(self.recipe, self.fitted_later(record))
+
+    def from_checkpoint(self, path: Path) -> Corrector | None:
+        """A checkpoint of this package, with what it holds for the correction where that was made with the same settings."""
+        recipe, settings = self.recipe, self.settings
+        info = peek_quantized(path)
+        _check_same(path, info, recipe.quant, recipe.smoothing is not None)
+        if recipe.reconstruction and _reconstruction_of(info) != settings["reconstruction"]:
+            raise ValueError(f"{path}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
+        if info.settings.get("sampler") != settings["sampler"] and recipe.smoothing:
+            log.warning("%s was smoothed for the time steps of %s", path, info.settings.get("sampler"))
+        record = self._record_in(info)
+        if record is None:
+            record = record_before(self.runs, recipe)
+            self.keep_reference()
+        load_quantized_(self.diffusion.network, path, self.base_hash)
+        log.info("loaded %s: %s", path, info.config.label)
+        return corrector_of(recipe, self.fitted_later(record))
+
+    def _record_in(self, info: QuantizedInfo) -> Record | None:
+        """What a checkpoint holds for the correction, where it was made for the same sampler and correction."""
+        if self.kind is None:
+            return None
+        record, settings = info.records.get(self.kind.prefix), self.settings
+        keys = ("sampler", "guidance", "correction") if self.kind.calls_network else ("sampler", "guidance")
+        current = all(info.settings.get(key) == settings[key] for key in keys)
+        return record if current and fits(self.kind, self.recipe, record) else None
+
+    def by_calibrating(self) -> tuple[Corrector | None, float]:
+        """Calibrate, with `weights_only` around the checkpoint's weights, and write the checkpoint. Also the seconds taken."""
+        recipe, files, first = self.recipe, self.files, self.processes.is_first
+        weights = self._weights() if files.weights_only else None
+        start = time.perf_counter()
+        if self.processes.share(files.calibration is not None and files.calibration.exists()):
+            assert files.calibration is not None
+            condition = self.diffusion.network.condition
+            data = load_calibration(files.calibration, recipe.calibration.samples, recipe.calibration.steps, condition)
+            data.check_model(self.diffusion.network, self.base_hash)
+            record = record_before(self.runs, recipe)
+        else:
+            data, record = sample_calibration(self.runs, recipe, self.base_hash)
+            if files.calibration and first:
+                save_calibration(data, files.calibration)
+        folder = files.folder / "reconstruction" if recipe.reconstruction else None
+        outcome = quantize_network(self.runs, recipe, data, record, Job(bars, folder, self.processes, weights))
+        target = files.folder / "quantized.safetensors" if files.weights_only else files.checkpoint
+        if target and first:
+            settings = json.loads(json.dumps(self.settings))
+            save_quantized(self.diffusion.network, target, recipe.quant, self.base_hash, settings, outcome.record)
+            log.info("quantized checkpoint: %s, %.1f MB", target, target.stat().st_size / 1e6)
+        return corrector_of(recipe, outcome.record), time.perf_counter() - start
+
+    def _weights(self) -> Any:
+        """What gives the network the checkpoint's weights. Raises ValueError where they were quantized otherwise."""
+        path, quant = self.files.checkpoint, self.recipe.quant
+        assert path is not None
+        _check_same(path, peek_quantized(path), quant, self.recipe.smoothing is not None, WEIGHT_SETTINGS)
+
+        def load(network: Network) -> None:
+            load_weights_(network, path, quant, self.base_hash)
+            log.info("weights of %s; activations are calibrated anew", path)
+
+        return load
+
+
+def _reconstruction_of(info: QuantizedInfo) -> dict[str, Any] | None:
+    """How a checkpoint was reconstructed; settings that are younger than the file have the value that was the only one then."""
+    found = info.settings.get("reconstruction")
+    return found and {"cache": "fp16", "act_iterations": 0, "act_lr": ReconstructionConfig.act_lr, **found}
+
+
+def _check_same(path: Path, info: QuantizedInfo, wanted: QuantConfig, smooth: bool, names: Sequence[str] | None = None) -> None:
+    smooth = info.smoothed if wanted.smoothing_search else smooth  # a search may find that no layer gains
+    old, new = dataclasses.asdict(info.config) | {"smoothed": info.smoothed}, dataclasses.asdict(wanted) | {"smoothed": smooth}
+    differing = [f"{key} {old[key]} there, {new[key]} asked for" for key in names or old if old[key] != new[key]]
+    if differing:
+        raise ValueError(
+            f"{path}: was quantized otherwise ({'; '.join(differing)}): name another --cali_ckpt or the same settings"
+        )

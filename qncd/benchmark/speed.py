@@ -1,0 +1,330 @@
+"""What quantization costs in time and memory, as ratios against full precision, side by side in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qncd.models.configs import CONFIGS
+
+CALIBRATION_BATCH = 32
+GPU_BATCH = 64  # of the CIFAR-10-size network
+JOB_PROMPT = "a large red circle above a small blue square"
+
+
+def _cifar_unet() -> Any:
+    import torch
+
+    from qncd.models.loading import load_config
+    from qncd.models.original.ddim import build_ddim_unet
+
+    torch.manual_seed(0)
+    return build_ddim_unet(load_config(CONFIGS / "cifar10.yml")).eval().requires_grad_(False)
+
+
+def _box_unet() -> Any:
+    from qncd.models.loading import load_config, load_ddim
+
+    return load_ddim(load_config(CONFIGS / "fashion_mnist.yml"))
+
+
+def _inputs(unet: Any, count: int) -> Any:
+    import torch
+
+    from qncd.ptq.calibration import CalibrationSet
+
+    generator = torch.Generator().manual_seed(1)
+    shape = (count, unet.config["in_channels"], unet.config["sample_size"], unet.config["sample_size"])
+    times = torch.randint(0, 1000, (count,), generator=generator)
+    return CalibrationSet(torch.randn(shape, generator=generator), times)
+
+
+def _quantized(unet: Any, bits: int = 8) -> Any:
+    """W`bits`A8 with every part of the method that a step pays for: smoothing, split, attention."""
+    from qncd.ptq.calibration import calibrate_
+    from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
+    from qncd.quant.convert import quantize_
+    from qncd.recipe import QuantConfig
+
+    config = QuantConfig(weight_bits=bits, weight_range="max", act_range="max")
+    factors = smoothing_factors(unet, range(0, 1000, 10))
+    quantize_(unet, config)
+    smooth_(unet, factors)
+    calibrate_(unet, _inputs(unet, 8), 8)
+    return unet, config
+
+
+def _ratio(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
+    """Median of the ratios of alternating runs first/second, and both median times in seconds."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for round_ in range(-1, rounds):  # one warm-up
+        for side, function in enumerate((first, second)):
+            start = time.perf_counter()
+            function()
+            if round_ >= 0:
+                times[side].append(time.perf_counter() - start)
+    ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
+    return ratio, statistics.median(times[0]), statistics.median(times[1])
+
+
+def step_cost(make: Callable[[], Any], batch: int, rounds: int) -> tuple[float, float, float]:
+    """A fake-quantized W8A8 step over a full-precision one."""
+    import torch
+
+    from qncd.ptq.calibration import call_unet
+
+    plain, (quantized, _) = make(), _quantized(make())
+    data = _inputs(plain, batch)
+    with torch.no_grad():
+        return _ratio(lambda: call_unet(quantized, data.x, data.t), lambda: call_unet(plain, data.x, data.t), rounds)
+
+
+def calibration_run(kind: str, samples: int, threads: int | None, queue: Any) -> None:
+    """In a process of its own: a full-precision pass ("fp") or a calibration; puts seconds and MiB of peak growth."""
+    import torch
+
+    from qncd.ptq.calibration import calibrate_, call_unet, correct_biases_
+    from qncd.quant.convert import quantize_
+    from qncd.recipe import QuantConfig
+
+    if threads:
+        torch.set_num_threads(threads)
+    unet = _cifar_unet()
+    data = _inputs(unet, samples)
+    with torch.no_grad():
+        call_unet(unet, data.x[:1], data.t[:1])  # kernels are chosen on first use
+    bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if kind == "fp":
+        start = time.perf_counter()
+        with torch.no_grad():
+            for x, t, _ in data.batches(CALIBRATION_BATCH):
+                call_unet(unet, x, t)
+        seconds = time.perf_counter() - start
+    else:
+        quantize_(unet, QuantConfig(weight_bits=8, act_bits=8, weight_range="mse", act_range="mse"))
+        seconds = calibrate_(unet, data, CALIBRATION_BATCH, correct=correct_biases_)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    weights = sum(p.numel() * p.element_size() for p in unet.parameters()) / 1024
+    # The weights belong to both sides; what was there before them (the interpreter, libraries) to neither.
+    queue.put((seconds, (peak - bare + weights) / 1024))
+
+
+def calibration_cost(samples: int, threads: int | None) -> dict[str, tuple[float, float]]:
+    """Seconds and MiB of peak growth of a full-precision pass and of calibrating on the same samples."""
+    context = multiprocessing.get_context("spawn")
+    results = {}
+    for kind in ("fp", "calibration"):
+        queue = context.Queue()
+        process = context.Process(target=calibration_run, args=(kind, samples, threads, queue))
+        process.start()
+        results[kind] = queue.get()
+        process.join()
+    return results
+
+
+def checkpoint_size(bits: int) -> float:
+    """Bytes of the quantized checkpoint over bytes of the same weights in float32 safetensors."""
+    from safetensors.torch import save_file
+
+    from qncd.ptq.checkpoint import save_quantized
+
+    with tempfile.TemporaryDirectory() as folder:
+        full, small = Path(folder) / "fp32.safetensors", Path(folder) / "quantized.safetensors"
+        unet = _cifar_unet()
+        save_file(unet.state_dict(), full)
+        unet, config = _quantized(unet, bits)
+        save_quantized(unet, small, config, "", None, {})
+        return small.stat().st_size / full.stat().st_size
+
+
+def measure_simulation(rounds: int, samples: int, threads: int | None) -> dict[str, Any]:
+    """Fake quantization in PyTorch over full precision: steps, calibration, files."""
+    figures = dict[str, Any]()
+    for key, make, batch in (("fake_quant_over_fp", _cifar_unet, 4), ("fake_quant_over_fp_box", _box_unet, 64)):
+        ratio, quantized, plain = step_cost(make, batch, rounds)
+        figures[key] = ratio
+        print(f"{key} {ratio:.3f}   ({quantized * 1e3:.0f} ms against {plain * 1e3:.0f} ms, batch {batch})", flush=True)
+    cost = calibration_cost(samples, threads)
+    figures["calibration_over_fp_pass"] = cost["calibration"][0] / cost["fp"][0]
+    figures["calibration_peak_over_fp"] = cost["calibration"][1] / cost["fp"][1]
+    seconds = " against ".join(f"{cost[k][0]:.1f} s" for k in ("calibration", "fp"))
+    memory = " against ".join(f"{cost[k][1]:.0f} MiB" for k in ("calibration", "fp"))
+    print(f"calibration_over_fp_pass {figures['calibration_over_fp_pass']:.2f}   ({seconds}, {samples} samples)")
+    print(f"calibration_peak_over_fp {figures['calibration_peak_over_fp']:.2f}   ({memory})", flush=True)
+    for bits in (8, 4):
+        figures[f"checkpoint_w{bits}_over_fp32"] = checkpoint_size(bits)
+        print(f"checkpoint_w{bits}_over_fp32 {figures[f'checkpoint_w{bits}_over_fp32']:.4f}", flush=True)
+    return figures
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    for key, value in figures.items():
+        if not isinstance(value, dict):
+            print(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}", flush=True)
+
+
+def measure_engines(rounds: int, threads: int, profiled: bool) -> dict[str, Any]:
+    """One call of the CIFAR-10-size network, batch 4, of everybody who can take part."""
+    import torch
+
+    from qncd.benchmark.engine_speed import alternate, fp32_peak, make_contest, multiply_adds, profile, ratio
+
+    unet = _cifar_unet()
+    x = _inputs(unet, 4).x
+    with tempfile.TemporaryDirectory() as folder:
+        contest = make_contest(unet, x, Path(folder), threads)
+        seconds = alternate(contest.calls, rounds)
+        base, figures = "torch fp32", dict[str, Any]()
+        for name in contest.calls:
+            print(f"{name:34} {statistics.median(seconds[name]) * 1e3:7.1f} ms   {ratio(seconds, base, name):5.2f}x", flush=True)
+        figures["speedup_over_torch_fp32"] = {name: ratio(seconds, base, name) for name in contest.calls}
+        for engine in ("openvino", "onnxruntime"):
+            figures[f"int8_{engine}_speedup"] = ratio(seconds, base, f"{engine} int8")
+            figures[f"int8_over_{engine}_fp32"] = ratio(seconds, f"{engine} fp32", f"{engine} int8")
+            figures[f"smoothing_cost_{engine}"] = ratio(seconds, f"{engine} int8", f"{engine} int8 without smoothing") - 1
+            figures[f"stepwise_cost_{engine}"] = ratio(seconds, f"{engine} int8 stepwise", f"{engine} int8 without smoothing") - 1
+        if "openvino bf16" in contest.calls:
+            figures["int8_over_openvino_bf16"] = ratio(seconds, "openvino bf16", "openvino int8")
+        figures["int8_over_engine_fp32"] = figures["int8_over_openvino_fp32"]
+        for name, key in (("int8", "onnx_w8_over_fp32"), ("w4a8", "onnx_w4_over_fp32")):
+            figures[key] = contest.sizes[name] / contest.sizes["fp32"]
+        _print_figures(figures)
+        for note in contest.notes:
+            print(f"note: {note}")
+        if profiled:
+            macs, peak = multiply_adds(unet, x), fp32_peak(threads)
+            print(f"float32 product of 2048x2048 matrices in PyTorch: {peak:.0f} billion multiply-adds a second")
+            figures["fp32_gmacs"], figures["profile"] = peak, {}
+            for name in ("fp32", "int8"):
+                kinds = profile(Path(folder) / name, x, threads, macs)
+                figures["profile"][name] = [dataclasses.asdict(kind) for kind in kinds]
+                for kind in kinds:
+                    rate = "" if kind.gmacs is None else f"   {kind.gmacs:6.0f} G/s, {kind.gmacs / peak:.2f} of the product's"
+                    print(f"openvino {name}: {kind.name:24} {kind.milliseconds:7.2f} ms{rate}", flush=True)
+    torch.set_num_threads(threads)
+    return figures
+
+
+def _run_command(name: str, *flags: str | Path) -> float:
+    """Seconds of a whole command line. Raises ValueError where it fails."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "qncd", name, *map(str, flags)], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"qncd {name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    return time.perf_counter() - start
+
+
+def measure_jobs(rounds: int, images: int) -> dict[str, float]:
+    """Images a second of whole command lines, in full precision in PyTorch and in int8 on OpenVINO, in turn."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _cifar_unet().save_pretrained(folder / "cifar_size")
+        cifar = ("--config", CONFIGS / "cifar10.yml", "--ckpt", folder / "cifar_size")
+        scenes = ("--config", CONFIGS / "scenes.yaml")
+        steps, count = ("--timesteps", "20"), ("--max_images", str(images), "--lane", "4")
+        jobs: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+            "cifar_size": (cifar, (*steps, *count)),
+            "txt2img": (scenes, ("--prompt", JOB_PROMPT, "--n_samples", str(images))),
+        }
+        for title, (model, flags) in jobs.items():
+            checkpoint = ("--cali_ckpt", folder / f"{title}.safetensors")
+            method = ("--ptq", "--weight_bit", "8", "--no-sample_reverse", "--cali_n", "2", "--cali_st", "4", *checkpoint)
+            _run_command("sample", *model, *flags, *method, "-l", folder / f"{title}_made")
+            _run_command("export", *model, *checkpoint, "--out", folder / f"{title}_onnx")
+            integers = (*method, "--backend", "openvino", "--onnx", folder / f"{title}_onnx")
+            seconds: dict[str, list[float]] = {"fp32": [], "int8": []}
+            for round_ in range(rounds):
+                for kind, more in (("fp32", ()), ("int8", integers)):
+                    seconds[kind].append(_run_command("sample", *model, *flags, *more, "-l", folder / f"{title}_{kind}{round_}"))
+            for kind, times in seconds.items():
+                figures[f"{title}_{kind}_images_per_second"] = images / statistics.median(times)
+            figures[f"{title}_job_speedup"] = statistics.median(seconds["fp32"]) / statistics.median(seconds["int8"])
+    _print_figures(figures)
+    return figures
+
+
+def _stable_diffusion() -> tuple[Any, Any]:
+    """The UNet and what a guided call gets."""
+    import torch
+
+    from qncd.models.loading import load_config
+    from qncd.models.original.ldm import build_ldm_unet
+    from qncd.ptq.calibration import CalibrationSet
+
+    torch.manual_seed(0)
+    unet = build_ldm_unet(load_config(CONFIGS / "sd-v1-inference.yaml")).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    x, cond = torch.randn(2, 4, 64, 64, generator=generator), torch.randn(2, 77, 768, generator=generator)
+    return unet, CalibrationSet(x, torch.tensor([1, 501]), cond)
+
+
+def _export_stable_diffusion(folder: Path, threads: int) -> None:
+    """In a process of its own, whose memory is free again afterwards."""
+    import torch
+
+    from qncd.benchmark.engine_speed import export_pair
+
+    torch.set_num_threads(threads)
+    export_pair(*_stable_diffusion(), folder)
+
+
+def measure_stable_diffusion(rounds: int, threads: int) -> dict[str, Any]:
+    """One guided call at full size, in PyTorch and on the engines."""
+    from qncd.benchmark.engine_speed import alternate, make_large_contest, ratio
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = multiprocessing.get_context("spawn").Process(target=_export_stable_diffusion, args=(folder, threads))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise OSError("exporting Stable Diffusion's UNet: its process ended without a model, for want of memory most likely")
+        contest = make_large_contest(*_stable_diffusion(), folder, threads)
+        seconds = alternate(contest.calls, rounds)
+    base, figures = "torch fp32", dict[str, Any]()
+    for name in contest.calls:
+        print(f"stable diffusion, {name:34} {statistics.median(seconds[name]):7.2f} s   {ratio(seconds, base, name):5.2f}x")
+    for engine in ("openvino", "onnxruntime"):
+        figures[f"sd_int8_{engine}_speedup"] = ratio(seconds, base, f"{engine} int8")
+    figures["sd_int8_over_openvino_fp32"] = ratio(seconds, "openvino fp32", "openvino int8")
+    figures["sd_onnx_w8_over_fp32"] = contest.sizes["int8"] / contest.sizes["fp32"]
+    _print_figures(figures)
+    return figures
+
+
+def measure_gpu(rounds: int) -> dict[str, Any]:
+    """One call on a CUDA device, in PyTorch and in integers."""
+    import torch
+
+    from qncd.benchmark.engine_speed import alternate, ratio
+    from qncd.benchmark.gpu_speed import make_gpu_contest
+
+    device, figures = torch.device("cuda"), dict[str, Any](gpu=torch.cuda.get_device_name())
+    generator = torch.Generator().manual_seed(1)
+    unet, data = _stable_diffusion()
+    networks = {
+        "cifar": (_cifar_unet(), torch.randn(GPU_BATCH, 3, 32, 32, generator=generator), None),
+        "sd": (unet, data.x, data.cond.to(device)),
+    }
+    for title, (network, x, cond) in networks.items():
+        contest = make_gpu_contest(network.to(device), x.to(device), cond)
+        seconds = alternate(contest.calls, rounds)
+        for name in contest.calls:
+            milliseconds = 1e3 * statistics.median(seconds[name])
+            print(f"{title}, {name:26} {milliseconds:8.2f} ms   {ratio(seconds, 'torch fp32', name):5.2f}x", flush=True)
+        for precision in ("fp32", "fp16"):
+            figures[f"gpu_{title}_int8_{precision}_speedup"] = ratio(seconds, "torch fp32", f"triton int8 beside {precision}")
+        for key, name in (("fp16_graph", "torch fp16, CUDA graph"), ("compiled_fp16", "torch.compile fp16")):
+            figures[f"gpu_{title}_int8_over_{key}"] = ratio(seconds, name, "triton int8 beside fp16")
+    _print_figures(figures)
+    return figures

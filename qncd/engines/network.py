@@ -1,0 +1,151 @@
+"""A network on an engine, in the place of the module that it was made from: in our samplers, and in diffusers' pipelines."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from qncd.models.network import Network, rows_of
+
+Session = Callable[[dict[str, Tensor]], Tensor]  # named inputs -> the network's output, on the inputs' device
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What an engine takes as one input.
+
+    Attributes:
+        dtype: that the engine computes with; what comes in another is converted.
+        shape: None for an axis of any size.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        return "x".join("?" if size is None else str(size) for size in self.shape)
+
+
+@dataclass
+class EngineOutput(BaseOutput):
+    """What a denoiser of diffusers returns: `sample` (N, ...), which is also `[0]`."""
+
+    sample: Tensor
+
+
+class EngineNetwork(nn.Module):
+    """A network on an engine, called as the module that it stands in for, by position or by name.
+
+    Args:
+        network: that it stands in for; its weights are not kept.
+        session: the engine, called with named tensors, the sample and the time steps first.
+        inputs: what the engine takes, by name; None where it takes whatever the network does.
+        one_step_a_call: inputs of several time steps go to the engine step by step.
+
+    Attributes:
+        config: of the original module.
+        device, dtype: of the inputs that it expects and of its outputs; they follow `.to()`.
+    """
+
+    place: Tensor  # empty: where the module is, and in which dtype
+
+    def __init__(
+        self,
+        network: Network,
+        session: Session,
+        inputs: Mapping[str, InputSpec] | None = None,
+        one_step_a_call: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.session, self.inputs, self.one_step_a_call = network.config, session, inputs, one_step_a_call
+        self.defaults = {name: p.default for name, p in inspect.signature(type(network.module).forward).parameters.items()}
+        self.register_buffer("place", torch.empty(0, device=network.device, dtype=network.dtype), persistent=False)
+        self._qncd_network: Network = _StandIn(network, self)  # what qncd.models.network.network_of gives
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.place.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.place.dtype
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> EngineOutput | tuple[Tensor]:
+        """The arguments of the original module -> `.sample` (N, ...) in the sample's dtype; a tuple without `return_dict`.
+
+        Raises:
+            ValueError: naming an argument that the engine does not take, or one that is missing.
+        """
+        network = self._qncd_network
+        call = network.bind(args, kwargs)
+        constants = dict(call.constants)
+        return_dict = constants.pop("return_dict", return_dict)
+        for name, value in constants.items():
+            if value is not self.defaults.get(name) and not (isinstance(value, (Mapping, list, tuple)) and not value):
+                raise ValueError(f"{name}: a network on an engine takes tensors, this is {value!r:.80}")
+        inputs = self._converted({network.sample_name: call.x, network.time_name: call.t, **call.inputs})
+        out = self._run(inputs, network.time_name).to(call.x.dtype)
+        return EngineOutput(out) if return_dict else (out,)
+
+    def _converted(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs as the engine takes them, in the engine's order."""
+        if self.inputs is None:
+            return {name: value.detach().to(_plain(value.dtype)) for name, value in given.items()}
+        for name in given:
+            if name not in self.inputs:
+                raise ValueError(f"the exported model has no input {name}; it has {', '.join(self.inputs)}")
+        converted = {}
+        for name, spec in self.inputs.items():
+            if name not in given:
+                raise ValueError(f"the exported model needs its input {name}")
+            converted[name] = _fitting(name, given[name].detach(), spec)
+        return converted
+
+    def _run(self, inputs: dict[str, Tensor], time_name: str) -> Tensor:
+        times = inputs[time_name]
+        distinct = times.unique().tolist() if self.one_step_a_call else []
+        if len(distinct) <= 1:
+            return self.session(inputs)
+        order = [(times == time).nonzero().flatten() for time in distinct]
+        parts = [self.session(rows_of(inputs, rows)) for rows in order]
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+class _StandIn(Network):
+    """How the rest of the package sees a network on an engine: called as the original is, and without any layers."""
+
+    def __init__(self, original: Network, module: EngineNetwork) -> None:
+        vars(self).update(vars(original))  # the names of the arguments, and what is predicted
+        self.module, self._condition = module, original.condition
+
+    @property
+    def condition(self) -> str | None:
+        return self._condition
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.get_buffer("place").device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.get_buffer("place").dtype
+
+
+def _plain(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.is_floating_point else torch.bool if dtype is torch.bool else torch.int64
+
+
+def _fitting(name: str, value: Tensor, spec: InputSpec) -> Tensor:
+    """The input in the engine's dtype. Raises ValueError where its shape is another, or where whole numbers are needed."""
+    if len(value.shape) != len(spec.shape) or any(b not in (None, a) for a, b in zip(value.shape, spec.shape, strict=True)):
+        raise ValueError(f"{name} is {'x'.join(map(str, value.shape))}, the exported model takes {spec}")
+    if value.is_floating_point() and not spec.dtype.is_floating_point and not bool((value == value.round()).all()):
+        raise ValueError(f"{name} holds fractions, the exported model takes whole numbers")
+    return value.to(spec.dtype)

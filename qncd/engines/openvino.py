@@ -1,0 +1,42 @@
+"""OpenVINO's CPU plugin, on the model as `qncd.engines.openvino_graph` rewrites it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qncd.engines.onnx.engine import Arrays, ArraySession, OnnxEngine
+from qncd.engines.onnx.model import FILE
+from qncd.engines.openvino_graph import read_network
+from qncd.engines.packages import require
+
+
+class OpenVino(OnnxEngine):
+    """The model compiled anew for each shape of the inputs: fixed shapes run faster, and lanes have one."""
+
+    name = "openvino"
+    packages = ("openvino",)
+
+    def session(self, folder: Path, threads: int) -> ArraySession:
+        """DIR/model.onnx."""
+        core = require("openvino").Core()
+        options = openvino_options(threads)
+        compiled: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
+
+        def run(inputs: Arrays) -> np.ndarray:
+            shapes = tuple((name, value.shape) for name, value in inputs.items())
+            if shapes not in compiled:
+                model = read_network(folder / FILE, dict(shapes))
+                compiled[shapes] = core.compile_model(model, "CPU", options)
+            return np.array(compiled[shapes](inputs)[0])  # a copy: the engine uses its buffer again
+
+        return run
+
+
+def openvino_options(threads: int, precision: str = "f32") -> dict[str, Any]:
+    """What OpenVINO's CPU plugin is told. Without a precision it would take bfloat16 where the CPU has it."""
+    return {
+        "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads
+    }  # fmt: skip

@@ -1,0 +1,32 @@
+"""The models' yaml files: where the package carries its own, and which file a name or a checkpoint means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# An installed wheel has the files inside the package, a checkout in the folder beside it.
+CONFIGS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE / "configs")
+
+
+def find_config(name: str | Path) -> Path:
+    """The file that a --config means: a path that exists, else `configs/NAME` or `NAME` among the package's own.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.parts in ((path.name,), ("configs", path.name)) and (CONFIGS / path.name).is_file():
+        return CONFIGS / path.name
+    raise FileNotFoundError(f"{name}: no such config file")
+
+
+def config_beside(checkpoint: Path) -> Path:
+    """The yaml that lies beside a checkpoint: config.yaml, or the only one. Raises ValueError where it is not clear which."""
+    own = checkpoint.with_name("config.yaml")
+    candidates = [own] if own.is_file() else sorted(checkpoint.parent.glob("*.yaml"))
+    if len(candidates) != 1:
+        raise ValueError(f"{checkpoint}: which yaml describes it? {len(candidates)} lie beside it: name one with --config")
+    return candidates[0]

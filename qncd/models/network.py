@@ -1,0 +1,304 @@
+"""What the method needs to know of a denoising network, whatever its class: the one place where quantization meets architectures.
+
+`Network` itself is the plain family: every convolution and linear layer is quantized, blocks are single layers, nothing is
+smoothed. Families in `qncd.models.families` say more about the classes that they know; `network_of` chooses by the class.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger("qncd")
+
+# Named inputs of a call beside sample and time step. Nested ones have dotted names: added_cond_kwargs.time_ids,
+# down_block_additional_residuals.0.
+Inputs = Mapping[str, Tensor]
+
+# Class of the denoiser -> the family that knows it, as module:class. An author adds a line here.
+FAMILIES: dict[str, str] = {
+    "UNet2DModel": "qncd.models.families.unet:UNet",
+    "UNet2DConditionModel": "qncd.models.families.unet:UNet",
+}
+TIME_NAMES = ("timestep", "timesteps", "t", "time")  # of the argument that a network's forward has for the time step
+PLAIN = (
+    "%s has no family here: its convolutions and linear layers are quantized one by one, without shortcut splits, smoothing by "
+    "the embedding, quantized attention products or blocks that are reconstructed as a whole"
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a network, taken apart.
+
+    Attributes:
+        x: (N, ...) the noisy samples.
+        t: (N,) their time steps, int64, or float32 where the network's are no whole numbers.
+        inputs: every other tensor by name.
+        constants: every other argument by name, as it is.
+    """
+
+    x: Tensor
+    t: Tensor
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TimePath:
+    """The part of a network that depends on the time step alone (TFMQ-DM, arXiv 2311.16503).
+
+    Attributes:
+        sinusoid: time steps (S,) -> (S, C), what the embedding gets.
+        embedding: (S, C) -> (S, E), with layers linear_1, act and linear_2.
+        nonlinearity: between the embedding and its projections.
+        projections: of the embedding in each block, by name.
+    """
+
+    module: nn.Module
+    embedding: Any
+    nonlinearity: Any
+    projections: Mapping[str, nn.Module]
+
+    def sinusoid(self, times: Sequence[int]) -> Tensor:
+        """(S,) -> (S, C) on the network's device, in its dtype."""
+        module: Any = self.module
+        weight = self.embedding.linear_1.weight
+        return module.time_proj(torch.tensor(list(times), device=weight.device)).to(weight.dtype)
+
+
+class Network:
+    """A denoiser, and the places in it that are treated apart. This class is the plain family.
+
+    Attributes:
+        module: the network itself, an nn.Module.
+        prediction: "epsilon", "v_prediction", "sample" or "flow": what it was trained to predict.
+        condition: name of the input that conditions it in the original codes; None for an unconditional network.
+        block_types: modules that are reconstructed as a whole.
+        channel_dim: of activations, 1 for images and -1 for tokens.
+    """
+
+    block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    channel_dim: ClassVar[int] = 1
+
+    def __init__(self, module: nn.Module, prediction: str = "epsilon") -> None:
+        self.module, self.prediction = module, prediction
+        parameters = [
+            name for name, p in inspect.signature(type(module).forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
+        self._parameters = parameters[1:]  # without self
+        self.sample_name = self._parameters[0]
+        self.time_name = next((name for name in TIME_NAMES if name in self._parameters), "")
+        if not self.time_name:
+            raise ValueError(f"{type(module).__name__}: no denoiser, its forward has no argument named {', '.join(TIME_NAMES)}")
+
+    @property
+    def config(self) -> Any:
+        """The module's diffusers configuration; an empty mapping where it has none."""
+        return getattr(self.module, "config", {})
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @property
+    def condition(self) -> str | None:
+        return None
+
+    # Calls.
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """The parts of a call of the module. Raises ValueError where a tensor is missing that every call has."""
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        try:
+            x, time = given.pop(self.sample_name), given.pop(self.time_name)
+        except KeyError as error:
+            raise ValueError(f"{type(self.module).__name__} was called without {error.args[0]}") from None
+        inputs: dict[str, Tensor] = {}
+        constants = {name: value for name, value in given.items() if not _flatten(name, value, inputs)}
+        t = torch.as_tensor(time, device=x.device).reshape(-1)
+        t = t.float() if t.is_floating_point() else t.long()
+        return Call(x, t.expand(len(x)) if len(t) == 1 else t, inputs, constants)
+
+    def times_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """The time steps of a call, (N,) or ()."""
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        return torch.as_tensor(given[self.time_name])
+
+    def call(self, x: Tensor, t: Tensor | int, inputs: Inputs | None = None, **constants: Any) -> Tensor:
+        """The module's output at `x` (N, ...) and `t` (N,): the prediction, and beside it a learned variance if there is one."""
+        arguments = _nested(inputs or {})
+        for name, value in constants.items():
+            arguments[name] = {**value, **arguments[name]} if isinstance(arguments.get(name), dict) else value
+        arguments.pop("return_dict", None)
+        out = self.module(**{self.sample_name: x, self.time_name: t}, **arguments)
+        whole: Tensor = out[0] if isinstance(out, tuple) else out.sample
+        return whole
+
+    def predict(self, x: Tensor, t: Tensor | int, inputs: Inputs | None = None, **constants: Any) -> Tensor:
+        """The network's prediction at `x` (N, ...) and `t` (N,), same shape; a learned variance is dropped."""
+        out = self.call(x, t, inputs, **constants)
+        if out.ndim > 1 and x.ndim == out.ndim and out.shape[1] == 2 * x.shape[1] and out.shape[2:] == x.shape[2:]:
+            out = out.chunk(2, 1)[0]
+        return out
+
+    def example(self, batch: int, shape: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Zeros in the shape of one call by name, sample and time step first: what an exporter traces.
+
+        Raises:
+            ValueError: the family does not know what its networks are called with.
+        """
+        raise ValueError(f"{type(self.module).__name__} is not exported: its family does not say what it is called with")
+
+    # Places.
+
+    def layers(self) -> dict[str, nn.Conv2d | nn.Linear]:
+        """What is quantized, by name: convolutions and linear layers that compute what torch's own classes compute.
+
+        Those of a subclass with a forward of its own stay in floating point, and one line names them.
+        """
+        found: dict[str, nn.Conv2d | nn.Linear] = {}
+        other: list[str] = []
+        for name, layer in self.module.named_modules():
+            if not isinstance(layer, (nn.Conv2d, nn.Linear)) or hasattr(layer, "weight_scale"):
+                continue
+            kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+            if type(layer).forward is kind.forward:
+                found[name] = layer
+            else:
+                other.append(f"{name} ({type(layer).__name__})")
+        if other:
+            log.warning("%d layers compute what is not known here and stay in floating point: %s", len(other), few(other))
+        return found
+
+    def edges(self) -> tuple[str, ...]:
+        """The first and the last layer."""
+        names = list(self.layers())
+        return (names[0], names[-1]) if names else ()
+
+    def embedding(self) -> set[str]:
+        """Layers that compute the time embedding and project it."""
+        return set()
+
+    def splits(self) -> dict[str, int]:
+        """Layers fed by a concatenation [h ; skip], and the channels of h."""
+        return {}
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """What is reconstructed or compensated together, by name, in the order of the modules; single layers else."""
+        units: dict[str, nn.Module] = {}
+
+        def visit(name: str, module: nn.Module) -> None:
+            if isinstance(module, self.block_types) or hasattr(module, "weight_scale"):
+                units[name] = module
+                return
+            for child, part in module.named_children():
+                visit(f"{name}.{child}" if name else child, part)
+
+        visit("", self.module)
+        return units
+
+    def attentions(self) -> dict[str, Any]:
+        """Attention layers whose operands can be quantized, by name."""
+        return {}
+
+    def stretched(self) -> bool:
+        """Whether the embedding stretches channels in a way that this family knows."""
+        return False
+
+    def stretch(self, times: Sequence[int], inputs: Inputs | None = None) -> dict[str, Tensor]:
+        """|factor| by which the embedding stretches the input channels of a layer, (C,) means over `times`, by layer.
+
+        Args:
+            inputs: of calibration calls, for embeddings of more than the time step.
+
+        Raises:
+            ValueError: this family knows no such layer.
+        """
+        raise ValueError(f"{type(self.module).__name__}: smoothing by the embedding is not known for its family")
+
+    def time_path(self) -> TimePath | None:
+        """What depends on the time step alone; None where nothing does, or other conditions are added to the embedding."""
+        return None
+
+
+def network_of(module: nn.Module | Network, prediction: str | None = None) -> Network:
+    """The network of a module, by its class; an unknown class gets the plain family, and one line says what that goes without.
+
+    Raises:
+        ValueError: the module is no denoiser.
+    """
+    if isinstance(module, Network):
+        return module
+    own = getattr(module, "_qncd_network", None)  # of a module that stands in for another one, as on an engine
+    if isinstance(own, Network):
+        return own
+    for kind in type(module).__mro__:
+        if kind.__name__ in FAMILIES:
+            room, _, name = FAMILIES[kind.__name__].partition(":")
+            family: type[Network] = getattr(importlib.import_module(room), name)
+            return family(module, prediction or "epsilon")
+    network = Network(module, prediction or "epsilon")
+    if not getattr(module, "_qncd_told", False):
+        log.warning(PLAIN, type(module).__name__)
+        object.__setattr__(module, "_qncd_told", True)
+    return network
+
+
+def rows_of(inputs: Inputs, rows: Tensor | slice | Sequence[int]) -> dict[str, Tensor]:
+    """Some rows of every input."""
+    return {name: value[rows] for name, value in inputs.items()}
+
+
+def _flatten(name: str, value: Any, into: dict[str, Tensor]) -> bool:
+    """Take in a tensor or a nest of tensors; False for anything else."""
+    if isinstance(value, Tensor):
+        into[name] = value
+        return True
+    if value is None:
+        return True
+    parts: list[tuple[str, Any]] = []
+    if isinstance(value, Mapping):
+        parts = [(str(key), part) for key, part in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [(str(key), part) for key, part in enumerate(value)]
+    inside: dict[str, Tensor] = {}
+    if not parts or not all(_flatten(f"{name}.{key}", part, inside) for key, part in parts):
+        return False
+    into.update(inside)
+    return True
+
+
+def _nested(inputs: Inputs) -> dict[str, Any]:
+    """Dotted names back to nests: dictionaries, and lists where the parts are numbered."""
+    nest: dict[str, Any] = {}
+    for name, value in inputs.items():
+        *path, last = name.split(".")
+        place = nest
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+
+    def listed(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if all(key.isdigit() for key in value):
+            return [listed(value[key]) for key in sorted(value, key=int)]
+        return {key: listed(part) for key, part in value.items()}
+
+    return {name: listed(value) for name, value in nest.items()}
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,112 @@
+"""What the stages of quantization work on, and what a stage is."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qncd.distributed import OneProcess, Processes
+from qncd.models.network import Network, network_of
+from qncd.ptq.data import CalibrationSet
+from qncd.recipe import Recipe
+from qncd.sampling.diffusion import Diffusion
+from qncd.sampling.guidance import Conditions
+
+# (done, in all, seconds left where they are known better than by counting).
+Update = Callable[..., None]
+Monitor = Callable[[str, str], contextlib.AbstractContextManager[Update]]  # title and unit -> where progress is told
+
+
+@contextlib.contextmanager
+def silent(title: str, unit: str) -> Iterator[Update]:
+    """A monitor that tells nobody."""
+    yield lambda *_: None
+
+
+@dataclass
+class Context:
+    """One network on its way from floating point to integers.
+
+    Attributes:
+        network: changed in place by the stages.
+        recipe: what is asked for.
+        data: the calibration set.
+        times: time steps that the sampler visits.
+        diffusion: sampler of the network, for stages that sample with gradients; None where there is none.
+        conditions: of calibration trajectories, for the same.
+        monitor: is told of progress.
+        folder: for finished blocks of long stages, so that a run that was cut off goes on; None for none.
+        processes: who shares the work, all with the same arguments.
+        reference: the network in floating point, prepared as `network` was before its weights were rounded; made on first use.
+        found: what stages report, by their names.
+    """
+
+    network: Network
+    recipe: Recipe
+    data: CalibrationSet
+    times: tuple[Any, ...] = ()
+    diffusion: Diffusion | None = None
+    conditions: Conditions | None = None
+    monitor: Monitor = silent
+    folder: Path | None = None
+    processes: Processes = field(default_factory=OneProcess)
+    reference: Network | None = None
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> int:
+        """Inputs a forward pass."""
+        return self.recipe.calibration.batch_size
+
+    def keep_reference(self) -> Network:
+        """A copy of the network as it is now, for stages that compare with it; made once."""
+        if self.reference is None:
+            self.reference = copied(self.network)
+        return self.reference
+
+    def visited(self) -> tuple[Any, ...]:
+        """The sampler's time steps, those of the calibration set where the sampler is not known."""
+        return self.times or tuple(dict.fromkeys(self.data.t.tolist()))
+
+
+class Stage(Protocol):
+    """One method, in its place in the order of `qncd.ptq.stages.STAGES`.
+
+    Attributes:
+        title, unit: of its progress.
+        weights: it makes weights; left out where they come from a checkpoint.
+    """
+
+    title: str
+    unit: str
+    weights: bool
+
+    def wanted(self, recipe: Recipe) -> bool:
+        """Whether a recipe asks for it."""
+
+    def run(self, context: Context) -> None:
+        """Do it, in place."""
+
+
+def copied(network: Network) -> Network:
+    """A copy of a network with a memory of its own."""
+    return network_of(copy.deepcopy(network.module), network.prediction)
+
+
+def without_memory(network: Network) -> Network:
+    """The network with shapes alone in the place of its weights."""
+    module = network.module
+    memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
+    memo |= {id(p): _shape_of(p) for p in module.parameters()}
+    return network_of(copy.deepcopy(module, memo), network.prediction)
+
+
+def _shape_of(parameter: Tensor) -> Tensor:
+    return torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

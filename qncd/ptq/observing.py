@@ -1,0 +1,112 @@
+"""Passes over the calibration set: what the quantizers see on them, and the ranges that this gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qncd.models.network import Network
+from qncd.ptq.data import CalibrationSet
+from qncd.quant.inspection import act_quantizers, observing, quant_layers
+from qncd.quant.quantizers import ActQuantizer
+
+Progress = Callable[[int, int], None]
+RUNNING_BATCH = 16  # inputs by which "running" ranges move once, as in Q-Diffusion's code
+
+
+@torch.no_grad()
+def find_ranges_(network: Network, data: CalibrationSet, batch_size: int, progress: Progress | None = None) -> None:
+    """Find the scales of weights and activations and leave both as they are.
+
+    Args:
+        network: prepared by `quantize_`, smoothed or not.
+        data: its inputs; all of them pass every observer once, in floating point.
+        batch_size: inputs a forward pass; the result depends on it only for "running" ranges.
+        progress: called with (inputs done, inputs in all).
+
+    Raises:
+        ValueError: a weight or an activation is NaN or infinite; the layer or quantizer is named.
+    """
+    layers = quant_layers(network.module)
+    if not layers:
+        raise ValueError("ranges are found for a model prepared by quantize_")
+    for name, layer in layers.items():
+        named(name, layer.search_weight_range_)
+    for name, quantizer in observe_(network, data, batch_size, progress).items():
+        named(name, quantizer.finish_observing)
+
+
+@torch.no_grad()
+def observe_(
+    network: Network, data: CalibrationSet, batch_size: int, progress: Progress | None = None
+) -> dict[str, ActQuantizer]:
+    """Show every activation quantizer the whole set in floating point. Returns them by name, in the order in which they run.
+
+    The observers stay in the quantizers, until `finish_observing` makes ranges of them.
+    """
+    quantizers = act_quantizers(network.module)
+    if not quantizers:
+        return {}
+    # A moving average forgets: over a set in the order of its time steps it would hold the last ones' extremes alone.
+    running = any(quantizer.act_range == "running" for quantizer in quantizers.values())
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)) if running else None
+    first: dict[str, None] = {}  # in which they run: the first to see NaN is the one to name
+    handles = [q.register_forward_hook(lambda *_, name=name: first.setdefault(name)) for name, q in quantizers.items()]
+    with hooked(handles), observing(network.module):
+        # A moving average over single inputs' extremes would clip them all: it moves once for RUNNING_BATCH inputs.
+        group = max(1, RUNNING_BATCH // batch_size) if running else 1
+        passes = _passes(network, data, batch_size, order)
+        total = -(-len(data) // batch_size)
+        for count in range(1, total + 1):
+            for quantizer in quantizers.values():
+                quantizer.more_follows = count % group != 0 and count < total
+            done = next(passes)
+            if progress:
+                progress(done, data.passed)
+        for quantizer in quantizers.values():
+            quantizer.more_follows = False
+    return {name: quantizers[name] for name in [*first, *(name for name in quantizers if name not in first)]}
+
+
+@contextmanager
+def hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """Within it, the hooks of these handles are in place."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_over(network: Network, data: CalibrationSet, batch_size: int) -> None:
+    """Run the network over the whole set; what it gives is dropped, hooks do the work."""
+    for _ in _passes(network, data, batch_size):
+        pass
+
+
+def call_on(network: Network, x: Tensor, t: Tensor, inputs: dict[str, Tensor], constants: Any) -> Tensor:
+    """The network's prediction for a batch of a calibration set, which is moved to its device and given its precision."""
+    device, dtype = network.device, network.dtype
+    given = {name: value.to(device, dtype) if value.is_floating_point() else value.to(device) for name, value in inputs.items()}
+    return network.predict(x.to(device, dtype), t.to(device), given, **constants)
+
+
+def _passes(network: Network, data: CalibrationSet, batch_size: int, order: Tensor | None = None) -> Iterator[int]:
+    """Run the network over the whole set; yields the number of inputs done after each batch."""
+    done = 0
+    for x, t, inputs in data.batches(batch_size, order):
+        call_on(network, x, t, inputs, data.constants)
+        done += len(x)
+        yield done
+
+
+def named(name: str, function: Callable[[], None]) -> None:
+    """Call it; a ValueError says the name first."""
+    try:
+        function()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

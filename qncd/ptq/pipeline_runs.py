@@ -1,0 +1,320 @@
+"""Calibration runs of a diffusers pipeline, by calling it: a hook keeps the network's calls, the scheduler shows its steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qncd.models.network import Call, Network, network_of
+from qncd.ptq.context import Monitor, copied, silent
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.runs import CALIBRATION_SEED_BASE, TRACKING_SEED_BASE
+from qncd.recipe import CalibrationConfig, SamplerConfig
+from qncd.sampling.corrector import Corrector, Recorder, See
+from qncd.sampling.diffusion import Diffusion
+from qncd.sampling.guidance import Conditions
+from qncd.sampling.scheduler import (
+    Guidance,
+    PipelineCorrection,
+    StepHandler,
+    Taken,
+    Tap,
+    bare_step,
+    handled,
+    prediction_of,
+    process_of,
+)
+
+COMPONENTS = ("unet", "transformer", "prior")  # names that pipelines have for their denoiser
+PROMPT_BATCH = 4  # prompts of a call, at most
+BATCHED = ("prompt", "class_labels", "image", "mask_image", "prompt_embeds", "negative_prompt", "latents")
+
+
+def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
+    """(name, module) of a pipeline's denoiser. Raises ValueError where it has none of the known names."""
+    for name in COMPONENTS:
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    raise ValueError(f"{type(pipe).__name__}: no denoiser among its components (looked for {', '.join(COMPONENTS)})")
+
+
+def calls_for(pipe: Any, prompts: Sequence[str] | None, samples: int) -> list[dict[str, Any]]:
+    """Calls of a pipeline that make `samples` images, of the prompts in turn. Raises ValueError where it takes no such call."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if prompts is not None:
+        if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError("prompts: expected a sequence of texts, one or more")
+        if "prompt" not in parameters:
+            raise ValueError(f"{type(pipe).__name__} takes no prompts: give calls=[{{...}}] with what its call takes")
+        texts = [prompts[i % len(prompts)] for i in range(samples)]
+        return [{"prompt": texts[start : start + PROMPT_BATCH]} for start in range(0, samples, PROMPT_BATCH)]
+    if "batch_size" in parameters and "prompt" not in parameters:
+        return [{"batch_size": min(PROMPT_BATCH, samples - start)} for start in range(0, samples, PROMPT_BATCH)]
+    raise ValueError(f"{type(pipe).__name__} needs something to be calibrated on: give prompts=[...] or calls=[{{...}}, ...]")
+
+
+def rows_of_call(call: Mapping[str, Any]) -> int:
+    """Images that a call makes, by what it holds a list or batch of."""
+    if "batch_size" in call:
+        return int(call["batch_size"])
+    lengths = [len(call[name]) for name in BATCHED if isinstance(call.get(name), (list, tuple, Tensor))]
+    return max(lengths, default=1) * int(call.get("num_images_per_prompt", 1))
+
+
+def merged(calls: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
+    """The calls as one that makes `samples` images, theirs in turn.
+
+    Raises:
+        ValueError: an argument that is no list or batch differs between them.
+    """
+    joined: dict[str, Any] = {}
+    for name in dict.fromkeys(name for call in calls for name in call):
+        values = [call.get(name) for call in calls]
+        if name == "batch_size":
+            joined[name] = samples
+        elif name in BATCHED and not isinstance(values[0], str) and isinstance(values[0], (list, tuple, Tensor)):
+            rows = [row for value in values for row in value]  # type: ignore[union-attr]
+            picked = [rows[i % len(rows)] for i in range(samples)]
+            joined[name] = torch.stack(picked) if isinstance(values[0], Tensor) else picked
+        elif name == "prompt":
+            joined[name] = [values[i % len(values)] for i in range(samples)]
+        elif all(value is values[0] or value == values[0] for value in values):
+            joined[name] = values[0]
+        else:
+            raise ValueError(f"trajectory tracking runs all calibration calls as one: {name} differs between them")
+    if joined.get("num_images_per_prompt", 1) != 1:
+        raise ValueError("num_images_per_prompt: allowed in calibration calls with trajectory tracking is 1")
+    return joined
+
+
+class InLanes(nn.Module):
+    """A denoiser that is called with parts of a batch, so that a batch of any size takes the memory of one part."""
+
+    def __init__(self, module: nn.Module, network: Network, lane: int) -> None:
+        super().__init__()
+        self.module, self._network, self.lane = module, network, lane
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the denoiser; returns a tuple of one."""
+        call = self._network.bind(args, kwargs)
+        size = len(call.x)
+        parts = []
+        for start in range(0, size, self.lane):
+            rows = slice(start, start + self.lane)
+            inputs = {name: v[rows] if v.ndim and len(v) == size else v for name, v in call.inputs.items()}
+            parts.append(self._network.predict(call.x[rows], call.t[rows], inputs, **call.constants))
+        return (torch.cat(parts),)
+
+
+@dataclass
+class PipelineRuns:
+    """Runs of a pipeline; implements `qncd.ptq.pipeline.CalibrationRuns`.
+
+    Attributes:
+        pipe: with the network that will be quantized in place.
+        calls: arguments of the calibration calls.
+        steps: of the sampler; None for the pipeline's own number.
+        config: of the calibration set; its `samples` are those that the calls make.
+        monitor: is told of progress.
+    """
+
+    pipe: Any
+    calls: Sequence[Mapping[str, Any]]
+    config: CalibrationConfig
+    steps: int | None = None
+    monitor: Monitor = silent
+    reference: Network | None = None
+    times: tuple[float, ...] = ()
+    diffusion: Diffusion | None = None
+    conditions: Conditions | None = None
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.component, module = denoiser_of(self.pipe)
+        self.network = network_of(module, prediction_of(self.pipe.scheduler))
+        parameters = inspect.signature(type(self.pipe).__call__).parameters
+        self.accepted = set(parameters)
+        unknown = {name for call in self.calls for name in call} - self.accepted
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise ValueError(f"calls: {type(self.pipe).__name__} takes no {', '.join(sorted(unknown))}")
+        if self.steps is not None and "num_inference_steps" not in self.accepted:
+            raise ValueError(f"steps {self.steps}: {type(self.pipe).__name__} takes no num_inference_steps")
+
+    @property
+    def samples(self) -> int:
+        """Trajectories of the calibration calls."""
+        return sum(rows_of_call(call) for call in self.calls)
+
+    def keep_reference(self) -> None:
+        """Keep the full-precision network, before it is quantized."""
+        self.reference = copied(self.network)
+
+    def calibration_set(self, recorder: Recorder | None = None, model_hash: str | None = None) -> CalibrationSet:
+        """The network's calls at evenly spread steps of a full-precision run, which `recorder` may watch."""
+        kept: dict[int, list[Call]] = {}
+        tap = Tap(self.network)
+        inner = PipelineCorrection(self.network, recorder, Tap(self.network)) if recorder else None
+        first: list[tuple[Call, Tensor, Taken]] = []
+
+        def keep(taken: Taken) -> Tensor:
+            calls = tap.take()
+            kept.setdefault(taken.index, []).extend(_on_cpu(call) for call, _ in calls)
+            if taken.index == 0 and len(calls) == 1:
+                first.append((_on_cpu(calls[0][0]), calls[0][1].cpu(), taken))
+            self.times = self.times if taken.index else ()
+            self.times = (*self.times, taken.time)
+            if inner is None:
+                return taken.output
+            tap.silent = True
+            try:
+                return inner(taken)
+            finally:
+                tap.silent = False
+
+        try:
+            self._run("calibration set", self.calls, keep, CALIBRATION_SEED_BASE)
+        finally:
+            tap.remove()
+            if inner is not None and inner.tap is not None:
+                inner.tap.remove()
+        self._find_diffusion(first)
+        return self._collected(kept, model_hash)
+
+    def record(self, recorder: Recorder) -> None:
+        correction = PipelineCorrection(self.network, recorder, Tap(self.network))
+        try:
+            self._run("full-precision noise table", self.calls, correction, CALIBRATION_SEED_BASE)
+        finally:
+            assert correction.tap is not None
+            correction.tap.remove()
+
+    def compare(self, see: See) -> None:
+        for call in self.calls:
+            exact: list[Tensor] = []
+
+            def keep(taken: Taken, exact: list[Tensor] = exact) -> Tensor:
+                exact.append(taken.output)
+                return taken.output
+
+            def show(taken: Taken, exact: list[Tensor] = exact) -> Tensor:
+                see(bare_step(taken), taken.x, taken.output, exact[taken.index])
+                return exact[taken.index]  # the run goes on as the full-precision one did
+
+            with self._full_precision():
+                self._run("full precision", [call], keep, CALIBRATION_SEED_BASE)
+            self._run("comparing with full precision", [call], show, CALIBRATION_SEED_BASE)
+
+    def trajectory(self, samples: int) -> list[Tensor]:
+        kept: list[Tensor] = []
+
+        def keep(taken: Taken) -> Tensor:
+            kept.append(taken.advance(taken.output).cpu())
+            return taken.output
+
+        with self._full_precision():
+            self._run("full-precision trajectories", [merged(self.calls, samples)], keep, TRACKING_SEED_BASE, lanes=True)
+        return kept
+
+    def follow(self, corrector: Corrector, samples: int) -> None:
+        correction = PipelineCorrection(self.network, corrector)
+        self._run("quantized trajectories", [merged(self.calls, samples)], correction, TRACKING_SEED_BASE, lanes=True)
+
+    @contextmanager
+    def _full_precision(self) -> Iterator[None]:
+        """Within it, the pipeline runs the full-precision network."""
+        if self.reference is None:
+            raise ValueError("the full-precision network was not kept before it was quantized")
+        with self._replaced(self.reference.module):
+            yield
+
+    @contextmanager
+    def _replaced(self, module: nn.Module) -> Iterator[None]:
+        own = getattr(self.pipe, self.component)
+        object.__setattr__(self.pipe, self.component, module)  # diffusers' own would write it into the configuration
+        try:
+            yield
+        finally:
+            object.__setattr__(self.pipe, self.component, own)
+
+    def _run(self, title: str, calls: Sequence[Mapping[str, Any]], handler: StepHandler, base: int, lanes: bool = False) -> None:
+        """Call the pipeline with each of the calls, while `handler` sees every step."""
+        settings = dict(getattr(self.pipe, "_progress_bar_config", {}))
+        self.pipe.set_progress_bar_config(disable=True)
+        seed, done = base + (self.config.seed << 20), 0
+        own = getattr(self.pipe, self.component)
+        inner = InLanes(own, network_of(own, self.network.prediction), 2 * PROMPT_BATCH) if lanes else own
+        try:
+            with self.monitor(title, "call") as update, handled(self.pipe.scheduler, handler), self._replaced(inner):
+                for count, call in enumerate(calls, 1):
+                    rows = rows_of_call(call)
+                    with torch.no_grad():
+                        self.pipe(**self._arguments(call, range(seed + done, seed + done + rows)))
+                    done += rows
+                    update(count, len(calls))
+        finally:
+            self.pipe.set_progress_bar_config(**{"disable": False, **settings})
+
+    def _arguments(self, call: Mapping[str, Any], seeds: range) -> dict[str, Any]:
+        """A call's arguments with what makes it repeatable and quick: generators, the number of steps, no decoding."""
+        extra: dict[str, Any] = {}
+        if self.steps is not None:
+            extra["num_inference_steps"] = self.steps
+        if "output_type" in self.accepted:
+            extra["output_type"] = "latent"
+        if "generator" in self.accepted:
+            extra["generator"] = [torch.Generator().manual_seed(seed << 8) for seed in seeds]
+        return {**extra, **call}
+
+    def _collected(self, kept: Mapping[int, Sequence[Call]], model_hash: str | None) -> CalibrationSet:
+        steps = min(self.config.steps, len(kept))
+        chosen = [sorted(kept)[(2 * i + 1) * len(kept) // (2 * steps)] for i in range(steps)]
+        parts = [kept[index] for index in chosen]
+        if not parts or not parts[0]:
+            raise ValueError("the pipeline did not call its denoiser")
+        constants = {k: v for k, v in parts[0][0].constants.items() if k != "return_dict"}
+        inputs = [_joined([call.inputs for call in part]) for part in parts]
+        same = all(part.keys() == inputs[0].keys() and all(torch.equal(part[k], inputs[0][k]) for k in part) for part in inputs)
+        x, t = (torch.cat([getattr(call, name) for part in parts for call in part]) for name in ("x", "t"))
+        return CalibrationSet(x.float(), t, inputs[0] if same else _joined(inputs), None, constants, model_hash)
+
+    def _find_diffusion(self, first: Sequence[tuple[Call, Tensor, Taken]]) -> None:
+        """Our own sampler of the same network at the same time steps, by what the pipeline's first step showed."""
+        process = process_of(self.pipe.scheduler)
+        if process is None or not first or any(call.x.shape[1:] != taken.x.shape[1:] for call, _, taken in first):
+            return
+        try:
+            guidance = Guidance.seen(first[0][0], first[0][1].to(first[0][2].x.device), first[0][2])
+        except ValueError:
+            return
+        halves: list[list[dict[str, Tensor]]] = [[], []]
+        for call, _, taken in first:
+            count = len(taken.x)
+            halves[0].append({name: value[-count:] for name, value in call.inputs.items()})
+            halves[1].append({name: value[:count] for name, value in call.inputs.items()})
+        cond, uncond = (_joined(half) for half in halves)
+        self.diffusion = Diffusion(
+            self.network, process, SamplerConfig(), tuple(first[0][2].x.shape[1:]), lane=min(4, self.samples)
+        )
+        if cond:
+            self.conditions = Conditions(cond, uncond if guidance.parts == 2 else None, guidance.scale)
+
+
+def _on_cpu(call: Call) -> Call:
+    return Call(call.x.detach().cpu(), call.t.cpu(), {k: v.detach().cpu() for k, v in call.inputs.items()}, call.constants)
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,146 @@
+"""quantize_: replace the layers of a network by quantizable ones, in place. The first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from qncd.models.network import Network, network_of
+from qncd.ptq.context import Context
+from qncd.quant.affine import IntegerRange
+from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
+from qncd.recipe import QuantConfig, Recipe
+
+
+def quantize_(network: Network | nn.Module, config: QuantConfig) -> Network:
+    """Replace every convolution, linear layer and attention product of a network by a quantizable one, in place.
+
+    The result still computes in floating point, what it did before up to float error: later stages smooth, calibrate and
+    switch it over, or a quantized checkpoint is loaded into it.
+
+    Args:
+        network: or its module, on any device.
+        config: widths and ranges.
+
+    Raises:
+        ValueError: the network is quantized already, or has nothing to quantize.
+    """
+    network = network_of(network)
+    module = network.module
+    if any(isinstance(m, QuantLayer) for m in module.modules()):
+        raise ValueError("the model is quantized already")
+    layers, attentions = network.layers(), network.attentions()
+    if not layers:
+        raise ValueError(f"{type(module).__name__}: has no convolution or linear layer to quantize")
+    splits = network.splits() if config.split else {}
+    left = set() if config.quantize_embedding else network.embedding()
+    edges = network.edges() if config.edge_bits is not None else ()
+    for name, layer in layers.items():
+        if name in left:
+            continue
+        parent, _, child = name.rpartition(".")
+        wrapped: QuantLayer
+        if isinstance(layer, nn.Conv2d):
+            wrapped = QuantConv2d.from_float(layer, _layer_config(config, name in edges, layer.in_channels, splits.get(name)))
+        else:
+            wrapped = QuantLinear.from_float(layer, _layer_config(config, name in edges, layer.in_features, splits.get(name)))
+        setattr(module.get_submodule(parent), child, wrapped)
+    if config.quantize_attention and config.act_bits is not None:
+        codes, softmax_codes = IntegerRange(config.act_bits, config.act_symmetric), IntegerRange(config.softmax_bits, False)
+        for attention in attentions.values():
+            processor = QuantAttnProcessor(codes, softmax_codes, config.act_range, config.softmax_range)
+            attention.set_processor(processor.to(network.device))
+    watch_(network)
+    return network
+
+
+def _layer_config(config: QuantConfig, edge: bool, channels: int, boundary: int | None) -> LayerConfig:
+    weight_bits = config.edge_bits if edge and config.weight_bits is not None else config.weight_bits
+    act_bits = config.edge_bits if edge and config.act_bits is not None else config.act_bits
+    return LayerConfig(
+        weight_codes=IntegerRange(weight_bits, True) if weight_bits is not None else None,
+        act_codes=IntegerRange(act_bits, config.act_symmetric) if act_bits is not None else None,
+        weight_range=config.weight_range,
+        act_range=config.act_range,
+        segments=(boundary, channels - boundary) if boundary else None,
+    )
+
+
+def watch_(network: Network) -> None:
+    """Let a quantized network notice what would quietly undo its quantization, in place.
+
+    A call raises ValueError where an attention layer's quantized processor was replaced or its projections were fused (by
+    enable_attention_slicing, set_attn_processor, load_ip_adapter, ...); save_pretrained, which would write a network that
+    diffusers loads in floating point, raises too.
+    """
+    module: Any = network.module
+    module.register_forward_pre_hook(
+        _Watch([name.rpartition(".")[0] for name, m in module.named_modules() if isinstance(m, QuantAttnProcessor)])
+    )
+    if hasattr(module, "save_pretrained"):
+        object.__setattr__(module, "save_pretrained", _refuse_to_save)
+
+
+class _Watch:
+    """The hook that looks at every attention layer before a call."""
+
+    of_qncd = True
+
+    def __init__(self, attentions: list[str]) -> None:
+        self.attentions = attentions
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        for name in self.attentions:
+            attention: Any = module.get_submodule(name)
+            if not isinstance(attention.processor, QuantAttnProcessor):
+                kind = type(attention.processor).__name__
+                raise ValueError(f"{name}: its quantized attention was replaced by a {kind}: set attention up before quantizing")
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise ValueError("a quantized network is saved by qncd.save: save_pretrained would write one that loads in floating point")
+
+
+@contextmanager
+def restored_on_error(network: Network) -> Iterator[None]:
+    """Within it, an error leaves the network as it was on entry, in floating point: layers, processors and small parameters."""
+    module: Any = network.module
+    layers, attentions = network.layers(), network.attentions()
+    processors = [(attention, attention.processor) for attention in attentions.values()]
+    weights = {f"{name}.weight" for name in layers}
+    parameters = {name: p.detach().clone() for name, p in module.named_parameters() if name not in weights}
+    hooks, own = dict(module._forward_pre_hooks), dict(module.__dict__)
+    try:
+        yield
+    except BaseException:
+        for name, layer in layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, layer)
+        for attention, processor in processors:
+            attention.set_processor(processor)
+        for name, parameter in module.named_parameters():
+            if name in parameters:
+                parameter.data.copy_(parameters[name])
+        module._forward_pre_hooks.clear()
+        module._forward_pre_hooks.update(hooks)
+        if "save_pretrained" not in own:
+            module.__dict__.pop("save_pretrained", None)
+        raise
+
+
+class Prepare:
+    """The stage."""
+
+    title = "preparing"
+    unit = "layer"
+    weights = True
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return True
+
+    def run(self, context: Context) -> None:
+        quantize_(context.network, context.recipe.quant)

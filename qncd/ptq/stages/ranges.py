@@ -1,0 +1,69 @@
+"""Ranges of weights and activations over the whole calibration set, and the switch from floating point to their grids."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from qncd.models.network import Network, network_of
+from qncd.ptq.context import Context
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.observing import Progress, find_ranges_
+from qncd.quant.inspection import quant_layers, set_stage
+from qncd.quant.quantizers import Stage as QuantizerStage
+from qncd.recipe import Recipe
+
+
+def round_(network: Network) -> None:
+    """Round all weights whose codes are not known yet and quantize activations from now on, in place; ranges are known."""
+    for layer in quant_layers(network.module).values():
+        layer.quantize_weight_()
+    set_stage(network.module, QuantizerStage.QUANTIZE)
+
+
+def calibrate_(
+    network: Network | nn.Module, data: CalibrationSet, batch_size: int = 32, progress: Progress | None = None
+) -> None:
+    """Find every range, round weights to nearest and switch the network over, in place: the last stages, and nothing else.
+
+    `qncd.quantize` runs all stages that a recipe asks for.
+
+    Args:
+        network: prepared by `quantize_`, or its module.
+        progress: called with (inputs done, inputs in all).
+
+    Raises:
+        ValueError: the set does not fit the model; a weight or an activation is NaN or infinite.
+    """
+    network = network_of(network)
+    data.check_model(network)
+    find_ranges_(network, data, batch_size, progress)
+    round_(network)
+
+
+class Ranges:
+    """The stage."""
+
+    title = "calibrating"
+    unit = "input"
+    weights = False
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return True
+
+    def run(self, context: Context) -> None:
+        with context.monitor(f"{self.title} {context.recipe.quant.label}", self.unit) as update:
+            find_ranges_(context.network, context.data, context.batch_size, update)
+
+
+class Rounding:
+    """The stage: weights to nearest where no other stage has rounded them, activations from here on."""
+
+    title = "rounding"
+    unit = "layer"
+    weights = False
+
+    def wanted(self, recipe: Recipe) -> bool:
+        return True
+
+    def run(self, context: Context) -> None:
+        round_(context.network)

@@ -1,0 +1,45 @@
+"""The stages of quantization, in the order in which they run. An author adds a line here."""
+
+from __future__ import annotations
+
+from qncd.ptq.context import Context, Stage
+from qncd.ptq.stages.activation_steps import ActivationSteps
+from qncd.ptq.stages.bias_correction import BiasCorrection
+from qncd.ptq.stages.bit_allocation import BitAllocation
+from qncd.ptq.stages.compensation import Compensation
+from qncd.ptq.stages.prepare import Prepare
+from qncd.ptq.stages.ranges import Ranges, Rounding
+from qncd.ptq.stages.reconstruction import Reconstruction
+from qncd.ptq.stages.smoothing import Smoothing
+from qncd.ptq.stages.smoothing_search import SmoothingSearch
+from qncd.ptq.stages.temporal import StepwiseRanges, TemporalReconstruction
+
+STAGES: list[Stage] = [
+    Prepare(),
+    Smoothing(),
+    StepwiseRanges(),
+    SmoothingSearch(),
+    BitAllocation(),
+    TemporalReconstruction(),
+    Reconstruction(),
+    Ranges(),
+    BiasCorrection(),
+    Compensation(),
+    Rounding(),
+    ActivationSteps(),
+]
+
+
+def run_stages(context: Context, weights_given: bool = False) -> None:
+    """Run the stages that the recipe asks for, in place.
+
+    Args:
+        weights_given: the network was prepared with weights of a checkpoint: the stages that make weights are left out.
+
+    Raises:
+        ValueError: the calibration set does not fit the network, or what a stage raises.
+    """
+    context.data.check_model(context.network)
+    for stage in STAGES:
+        if stage.wanted(context.recipe) and not (weights_given and stage.weights):
+            stage.run(context)

@@ -1,0 +1,57 @@
+"""The quantized parts of a network: its layers and activation quantizers by name, and all of them in one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from qncd.quant.layers import QuantLayer
+from qncd.quant.quantizers import ActQuantizer, Stage
+
+
+def quant_layers(module: nn.Module) -> dict[str, QuantLayer]:
+    """Every quantized layer by name, in the order of the network's modules."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, QuantLayer)}
+
+
+def act_quantizers(module: nn.Module) -> dict[str, ActQuantizer]:
+    """Every activation quantizer that has codes, by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, ActQuantizer) and m.codes is not None}
+
+
+def set_act_bits_(module: nn.Module, bits: Mapping[str, int]) -> None:
+    """Give activation quantizers widths of their own, in place, before they are calibrated.
+
+    Raises:
+        ValueError: a name is none of theirs, or a width is not 2 to 16.
+    """
+    quantizers = act_quantizers(module)
+    for name, width in bits.items():
+        if name not in quantizers:
+            raise ValueError(f"{name}: no activation quantizer of this model")
+        quantizers[name].set_bits(width)
+
+
+def replace_quantizers_(module: nn.Module, new: Callable[[str, ActQuantizer], ActQuantizer]) -> None:
+    """Put `new(name, quantizer)` in the place of every activation quantizer that has codes, in place."""
+    for name, quantizer in act_quantizers(module).items():
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, new(name, quantizer))
+
+
+def set_stage(module: nn.Module, stage: Stage) -> None:
+    """Put every activation quantizer of the model into one stage."""
+    for quantizer in act_quantizers(module).values():
+        quantizer.set_stage(stage)
+
+
+@contextmanager
+def observing(module: nn.Module) -> Iterator[None]:
+    """Within it, forward passes stay in floating point and show every activation to fresh observers."""
+    set_stage(module, Stage.OBSERVE)
+    try:
+        yield
+    finally:
+        set_stage(module, Stage.FLOAT)

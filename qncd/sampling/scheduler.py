@@ -1,0 +1,339 @@
+"""Corrections inside diffusers pipelines: they act through the scheduler's `step`, which sees the guided prediction, t and x_t.
+
+The pipeline is called and not imitated: what it does between the network and the scheduler stays its own. A correction that
+calls the network (runtime estimation) repeats the last call with another sample, and guides as the pipeline did.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qncd.models.network import Call, Network
+from qncd.sampling.corrector import Corrector, Tentative
+from qncd.sampling.process import Process, clean_of
+from qncd.sampling.schedule import Step
+
+FLOW = "FlowMatch"  # in the names of schedulers of rectified flow
+SAME = 1e-3  # largest relative difference between what a pipeline did and what is made of its parts
+# Whose samples are alpha x_0 + sigma eps with the levels of `alphas_cumprod`; others scale them otherwise.
+VARIANCE_PRESERVING = (
+    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler", "DEISMultistepScheduler", "LCMScheduler", "TCDScheduler",
+)  # fmt: skip
+
+
+def prediction_of(scheduler: Any) -> str:
+    """What a network under this scheduler predicts: "epsilon", "v_prediction", "sample" or "flow"."""
+    if FLOW in type(scheduler).__name__:
+        return "flow"
+    return str(scheduler.config.get("prediction_type", "epsilon"))
+
+
+def process_of(scheduler: Any) -> Process | None:
+    """The noise process of a scheduler, in the samples that the network gets, at the time steps that it will visit.
+
+    None for a scheduler that says neither its cumulative alphas nor that it is rectified flow.
+    """
+    times = tuple(int(t) if float(t).is_integer() else float(t) for t in getattr(scheduler, "timesteps", ()))
+    if FLOW in type(scheduler).__name__:
+        flow = Process.rectified_flow(int(scheduler.config.num_train_timesteps))
+        return Process(flow.alpha, flow.sigma, None, times)
+    abar = getattr(scheduler, "alphas_cumprod", None)
+    if abar is None:
+        return None
+    plain = Process.from_alphas_cumprod(torch.as_tensor(abar).double().cpu().numpy())
+    return Process(plain.alpha, plain.sigma, None, times)
+
+
+@dataclass
+class Taken:
+    """One step that a pipeline takes.
+
+    Attributes:
+        index: 0 for the first of a run.
+        time: the time step that the scheduler was called with.
+        x: the sample (N, ...).
+        output: the guided prediction (N, ...), in what the network predicts.
+        scheduler: as it was before the step.
+        arguments: of the scheduler's step beside these.
+    """
+
+    index: int
+    time: float
+    x: Tensor
+    output: Tensor
+    scheduler: Any
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def advance(self, output: Tensor) -> Tensor:
+        """The next sample, if `output` were the prediction; nothing is changed."""
+        trial = copy.deepcopy(self.scheduler)
+        args, kwargs = self.arguments
+        kwargs = {name: copy.deepcopy(value) if name == "generator" else value for name, value in kwargs.items()}
+        return earlier(type(trial).step(trial, output, self.time_given, self.x, *args, **kwargs))
+
+    time_given: Any = None
+
+
+def earlier(result: Any) -> Tensor:
+    """The next sample in what a scheduler's step returns."""
+    sample: Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
+    return sample
+
+
+class StepHandler(Protocol):
+    """What looks at every step of a pipeline before its scheduler takes it."""
+
+    def __call__(self, taken: Taken) -> Tensor:
+        """The prediction that the scheduler gets in the place of `taken.output`."""
+
+
+class _Handled:
+    """A scheduler's own step and set_timesteps with a handler in front."""
+
+    def __init__(self, scheduler: Any, handler: StepHandler) -> None:
+        self.scheduler, self.handler, self.index = scheduler, handler, 0
+        kind = type(scheduler)
+
+        @functools.wraps(kind.step.__get__(scheduler))
+        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            taken = Taken(self.index, float(timestep), sample, model_output, scheduler, (args, kwargs), timestep)
+            self.index += 1
+            return kind.step(scheduler, handler(taken), timestep, sample, *args, **kwargs)
+
+        @functools.wraps(kind.set_timesteps.__get__(scheduler))
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            self.index = 0
+            return kind.set_timesteps(scheduler, *args, **kwargs)
+
+        step.of_qncd = True  # type: ignore[attr-defined]
+        scheduler.step, scheduler.set_timesteps = step, set_timesteps
+
+    def remove(self) -> None:
+        """The scheduler is as it was."""
+        for name in ("step", "set_timesteps"):
+            self.scheduler.__dict__.pop(name, None)
+
+
+@contextmanager
+def handled(scheduler: Any, handler: StepHandler) -> Iterator[None]:
+    """Within it, `handler` sees every step of the scheduler."""
+    before = {name: scheduler.__dict__.pop(name) for name in ("step", "set_timesteps") if name in scheduler.__dict__}
+    put = _Handled(scheduler, handler)
+    try:
+        yield
+    finally:
+        put.remove()
+        scheduler.__dict__.update(before)
+
+
+class Tap:
+    """Keeps the network's calls since the last step of the scheduler: what it was called with, and what it gave."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.calls: list[tuple[Call, Tensor]] = []
+        self.silent = False  # while a correction calls the network itself
+        self.handle = network.module.register_forward_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self.silent:
+            call = self.network.bind(args, kwargs)
+            self.calls.append((call, output[0] if isinstance(output, tuple) else output.sample))
+
+    def take(self) -> list[tuple[Call, Tensor]]:
+        """The calls, which are forgotten."""
+        calls, self.calls = self.calls, []
+        return calls
+
+    def remove(self) -> None:
+        """The network is as it was."""
+        self.handle.remove()
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a pipeline made one prediction for each sample of what the network gave.
+
+    Attributes:
+        parts: of the network's batch for each sample: 1, or 2 with classifier-free guidance (without condition first).
+        scale: of the guidance.
+    """
+
+    parts: int
+    scale: float
+
+    @classmethod
+    def seen(cls, call: Call, output: Tensor, taken: Taken) -> Guidance:
+        """From one step. Raises ValueError for guidance that is not u + s (c - u)."""
+        parts, rest = divmod(len(output), len(taken.x))
+        output = output[:, : taken.output.shape[1]]
+        if rest == 0 and parts == 1 and _near(output, taken.output):
+            return cls(1, 1.0)
+        if rest == 0 and parts == 2:
+            uncond, cond = output.chunk(2)
+            along = (cond - uncond).double()
+            length = float(along.square().sum())
+            scale = float(((taken.output - uncond).double() * along).sum()) / length if length else 1.0
+            found = cls(2, round(scale, 4))
+            if _near(found(output), taken.output):
+                return found
+        raise ValueError(
+            "the pipeline's guidance is not e_u + s (e_c - e_u) of one network call (guidance_rescale, several calls a step?): "
+            "runtime correction and bit allocation cannot repeat it; allowed are corrections that do not call the network"
+        )
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """(parts * N, ...) -> (N, ...)."""
+        if self.parts == 1:
+            return output
+        uncond, cond = output.chunk(2)
+        return uncond + self.scale * (cond - uncond)
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).double().norm()) <= SAME * max(float(b.double().norm()), 1e-12)
+
+
+@dataclass
+class PipelineCorrection:
+    """A `StepHandler` that corrects every prediction of a pipeline.
+
+    Attributes:
+        network: of the pipeline.
+        corrector: what corrects.
+        tap: the network's calls, where the corrector calls it too; None else.
+        times: time steps that the correction was fitted for; None where any will do.
+    """
+
+    network: Network
+    corrector: Corrector
+    tap: Tap | None = None
+    times: tuple[float, ...] | None = None
+    steps: dict[int, Step] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(self, taken: Taken) -> Tensor:
+        self._check_time(taken)
+        if taken.index == 0:
+            self.corrector.begin([seed_of(x) for x in taken.x], str(taken.x.device))
+        step = self._step(taken)
+        calls = self.tap.take() if self.tap else []
+
+        def advance(eps: Tensor) -> Tentative:
+            x_prev = taken.advance(eps)
+            return Tentative(x_prev, clean_of(taken.x, eps, step.alpha, step.noise) if step.noise else x_prev)
+
+        def denoise(x: Tensor, t: float) -> Tensor:
+            if self.tap is None:
+                raise ValueError("this correction calls the network, and was not told so")
+            return self._again(calls, taken, x)
+
+        return self.corrector.correct(step, taken.x, taken.output, denoise, advance).eps
+
+    def _check_time(self, taken: Taken) -> None:
+        if self.times is None:
+            return
+        expected = self.times[taken.index] if taken.index < len(self.times) else None
+        if expected is None or abs(expected - taken.time) > 1e-3:
+            raise ValueError(
+                f"step {taken.index + 1} is at time step {taken.time:g}, the correction was fitted for {len(self.times)} steps, "
+                f"{'none further' if expected is None else f'with {expected:g} here'}: call the pipeline with the number of "
+                "steps that it was quantized with, or quantize it for this one"
+            )
+
+    def _step(self, taken: Taken) -> Step:
+        if self.tap is None:
+            return bare_step(taken)
+        if taken.index == 0:
+            self.steps = steps_of(taken.scheduler)
+        if taken.index not in self.steps:
+            raise ValueError(f"the scheduler takes more steps than its {len(self.steps)} time steps")
+        return self.steps[taken.index]
+
+    def _again(self, calls: Sequence[tuple[Call, Tensor]], taken: Taken, x: Tensor) -> Tensor:
+        """The guided prediction at another sample, by the pipeline's last call of the network."""
+        if len(calls) != 1:
+            raise ValueError(f"the network was called {len(calls)} times for a step: allowed with runtime correction is 1")
+        (call, output), channels = calls[0], taken.x.shape[1]
+        guidance = Guidance.seen(call, output, taken)
+
+        def network_input(sample: Tensor) -> Tensor:
+            scaled = taken.scheduler.scale_model_input(sample, taken.time_given)
+            return torch.cat([torch.cat([scaled] * guidance.parts), call.x[:, channels:]], 1).to(call.x.dtype)
+
+        if not _near(network_input(taken.x), call.x):
+            raise ValueError("the network gets other samples than the scheduler: runtime correction cannot repeat its calls")
+        assert self.tap is not None
+        self.tap.silent = True
+        try:
+            again = self.network.predict(network_input(x), call.t, call.inputs, **call.constants)
+        finally:
+            self.tap.silent = False
+        return guidance(again[:, :channels]).to(taken.output.dtype)
+
+
+def bare_step(taken: Taken) -> Step:
+    """A step known by its index alone, which is all that corrections need that do not call the network."""
+    return Step(taken.index, taken.time, -1, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+
+
+def steps_of(scheduler: Any) -> dict[int, Step]:
+    """The steps that a scheduler is about to take, by index. Raises ValueError where their noise levels are not known here."""
+    kind, prediction = type(scheduler).__name__, prediction_of(scheduler)
+    if kind not in VARIANCE_PRESERVING or prediction != "epsilon":
+        raise ValueError(
+            f"runtime correction with {kind} and prediction_type {prediction}: allowed are epsilon and "
+            f"{', '.join(VARIANCE_PRESERVING)}; mode qncd+ corrects with any scheduler"
+        )
+    process = process_of(scheduler)
+    assert process is not None and process.times is not None
+    times, steps = process.times, {}
+    for index, t in enumerate(times):
+        following = next((later for later in times[index + 1 :] if later != t), -1.0)
+        (alpha, noise), (alpha_prev, noise_prev) = process.at(t), process.at(following)
+        steps[index] = Step(index, t, following, alpha, noise, alpha_prev, noise_prev, 0.0, 0.0)
+    return steps
+
+
+def seed_of(x: Tensor) -> int:
+    """A seed that follows from an image's own initial noise, whatever its batch."""
+    digest = hashlib.sha256(x.detach().float().cpu().contiguous().numpy().tobytes()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def attach(pipe: Any, correction: PipelineCorrection) -> None:
+    """Let a correction act in every run of a pipeline from now on. A scheduler put in its place is noticed at the next call."""
+    pipe.scheduler.__dict__.pop("step", None)
+    _Handled(pipe.scheduler, correction)
+    correction.network.module.register_forward_pre_hook(_WatchScheduler(pipe))
+
+
+class _WatchScheduler:
+    """The hook on the network that notices a scheduler without the correction."""
+
+    of_qncd = True
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = weakref.ref(pipe)
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        pipe = self.pipe()
+        if pipe is not None and not getattr(pipe.scheduler.step, "of_qncd", False):
+            raise ValueError(
+                f"the pipeline's scheduler was replaced by a {type(pipe.scheduler).__name__}, so its correction would not act: "
+                "quantize with the scheduler that it will sample with, or with a recipe without correction"
+            )
+
+    def __deepcopy__(self, _: Any) -> _WatchScheduler:
+        return self

@@ -1,0 +1,70 @@
+"""diffusers' pipelines with a network on an engine as their component."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from quantized_networks import prepared
+from torch import Tensor
+
+from qncd.engines.engine import export, open_engine
+from qncd.ptq.stages.temporal import set_all_stepwise_
+from qncd.recipe import QuantConfig
+
+ENGINES = ("onnxruntime", "openvino")
+
+
+def guided(unet: Any, scheduler: Any) -> Tensor:
+    """Latents (2, 4, 8, 8) of a guided Stable Diffusion pipeline with random prompt embeddings."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    ).to("cpu")  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    embeddings = [torch.randn(2, 5, 12) for _ in range(2)]
+    out: Tensor = pipe(
+        prompt_embeds=embeddings[0], negative_prompt_embeds=embeddings[1], num_inference_steps=4, guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(1), output_type="latent", height=8, width=8,
+    ).images  # fmt: skip
+    return out
+
+
+def test_stable_diffusion(make_cross_unet: Any, tmp_path: Path) -> None:
+    """Guided, with integer and with float time steps, and ranges for each step."""
+    full, config = make_cross_unet(), QuantConfig(4, 8, stepwise_activations=True)
+    unet = prepared(copy.deepcopy(full), config, set_all_stepwise_)
+    export(unet, tmp_path, config)
+    for scheduler in (DDIMScheduler(), EulerDiscreteScheduler()):
+        exact, expected = guided(full, scheduler), guided(unet, scheduler)
+        for backend in ENGINES:
+            found = guided(open_engine(unet, tmp_path, backend, threads=1), scheduler)
+            assert found.shape == (2, 4, 8, 8)
+            assert (found - expected).square().mean() < (0.9 * (expected - exact)).square().mean()
+
+
+def test_ddim(make_unet: Any, tmp_path: Path) -> None:
+    """The pipeline of an unconditional network, in full precision; the component may be put into a ready pipeline too."""
+    unet = make_unet()
+    export(unet, tmp_path, None)
+    pipe = DDIMPipeline(unet, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.from_numpy(pipe(batch_size=2, num_inference_steps=3, generator=generator, output_type="np").images)
+
+    expected = sample()
+    for backend in ENGINES:
+        pipe.unet = open_engine(unet, tmp_path, backend, threads=1)
+        torch.testing.assert_close(sample(), expected, rtol=1e-3, atol=1e-3)
+        assert pipe.to(torch.float32).device == unet.device

@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Train the UNet of a bundled latent model, with its class embedding or its CLIP text model, and write the model.
+
+    python tools/train_latent_diffusion.py --config configs/scenes.yaml --out runs/scenes
+
+Comes after `train_first_stage.py` with the same --config and --out. The latents of all images are computed once and
+kept in `OUT/latents.safetensors`. Run the same line again after an interruption: it goes on from the last snapshot. Ends
+by writing the whole model with EMA weights, `OUT/model.safetensors`, in the original's checkpoint layout and half
+precision: for the bundled model, copy it to `qncd/assets` under the name in the config's `model.weights`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from qncd.models.original.autoencoders import FirstStage
+
+logger = logging.getLogger(__name__)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="CompVis yaml with the sections data and training as well")
+    parser.add_argument("--out", type=Path, required=True, help="folder for latents, snapshots and the final weights")
+    parser.add_argument("--first_stage", type=Path, help="diffusers folder of the autoencoder (default: OUT/first_stage)")
+    parser.add_argument("--data", type=Path, help="folder with the Fashion-MNIST idx files (default: where Debian puts them)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_steps", type=int, help="training steps instead of the config's n_iters")
+    parser.add_argument("--images", type=int, help="train on the first N images only")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet; takes minutes to start on a CPU")
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="bf16-mixed")
+    return parser.parse_args()
+
+
+def cached_latents(first_stage: FirstStage, images: torch.Tensor, path: Path) -> torch.Tensor:
+    """Latents of uint8 NHWC images for the UNet, float16 (N, C, H, W): from the file if it holds them, else computed.
+
+    The file is bound to the autoencoder's weights, its scale and the images by a SHA-256.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from qncd.training.diffusion import images_to_float
+
+    digest = hashlib.sha256(f"{first_stage.scale} {tuple(images.shape)}".encode())
+    for tensor in (images, *first_stage.model.state_dict().values()):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    if path.is_file():
+        with safe_open(path, framework="pt") as stream:
+            if (stream.metadata() or {}).get("sha256") == digest.hexdigest():
+                return stream.get_tensor("latents")
+        logger.warning("%s belongs to other images or another autoencoder: computing it again", path)
+    latents = torch.cat([first_stage.encode(images_to_float(batch)).half() for batch in images.split(100)]).contiguous()
+    save_file({"latents": latents}, path, {"sha256": digest.hexdigest()})
+    return latents
+
+
+def load_autoencoder(folder: Path, config: dict) -> FirstStage:
+    """The trained first stage with the config's scale_factor, in float32.
+
+    Raises:
+        FileNotFoundError: there is none yet.
+        ValueError: it is of another kind than the config's, or damaged.
+    """
+    from qncd.models.files.diffusers_folders import load_component
+    from qncd.models.original.autoencoders import FirstStage, build_first_stage, scale_factor
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no autoencoder; run tools/train_first_stage.py with the same --config and --out")
+    kind = type(build_first_stage(config)).__name__
+    return FirstStage(load_component(folder, (kind,)), scale_factor(config))
+
+
+def main() -> None:
+    args = parse_args()
+    import pytorch_lightning as pl
+    import torch
+    import yaml
+    from diffusers.models.attention_processor import AttnProcessor
+    from safetensors.torch import save_file
+
+    from qncd.io.datasets import load_conditioned
+    from qncd.models.configs import find_config
+    from qncd.models.original.compvis import build_conditioner, original_state_dict
+    from qncd.models.original.conditioning import TextConditioner
+    from qncd.models.original.ldm import build_ldm_unet, ldm_betas
+    from qncd.sampling.schedule import alphas_cumprod
+    from qncd.training.diffusion import NoisePrediction, TrainingSettings, condition_tensor, fit
+
+    config = yaml.safe_load(find_config(args.config).read_text())
+    section = config["training"]["diffusion"]
+    settings = TrainingSettings.from_section(section, args.max_steps)
+    first_stage = load_autoencoder(args.first_stage or args.out / "first_stage", config)
+    pl.seed_everything(args.seed)
+
+    array, conditions = load_conditioned(config["data"]["dataset"], "train", args.images or section.get("images"), args.data)
+    latents = cached_latents(first_stage, torch.from_numpy(array), args.out / "latents.safetensors")
+    print(f"{len(latents)} latents, mean {latents.float().mean():.3f}, standard deviation {latents.float().std():.3f}")
+
+    unet, conditioner = build_ldm_unet(config), build_conditioner(config)
+    unet.set_attn_processor(AttnProcessor())  # the same attention, on a CPU twice as fast with small heads as the fused one
+    if isinstance(conditioner, TextConditioner):
+        conditioner.text_model.set_attn_implementation("eager")
+    tokens = condition_tensor(conditioner, conditions)
+    objective = NoisePrediction(unet, alphas_cumprod(ldm_betas(config)), conditioner, float(section["condition_dropout"]))
+    compiled = ("unet",) if args.compile else ()
+    trained = fit(objective, (latents, tokens), settings, args.out / "diffusion_run", args.precision, compiled)
+
+    parts = (trained.unet, first_stage, trained.conditioner)
+    state = {key: value.half().contiguous() for key, value in original_state_dict(config, *parts).items()}
+    path = args.out / "model.safetensors"
+    save_file(state, path, {"steps": str(settings.steps), "seed": str(args.seed)})
+    print(f"EMA weights after {settings.steps} steps: {path}, {path.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
