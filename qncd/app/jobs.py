@@ -92,16 +92,14 @@ def on_engine(args: argparse.Namespace, wanted: Quantization, diffusion: Diffusi
     from qncd.engines.engine import engine_of, export, open_engine
     from qncd.engines.onnx.model import FILE, check_fits, is_current
 
-    if not engine_of(args.backend).file:
-        log.info("%s runs the network on %s", args.backend, diffusion.unet.device)
-    elif args.onnx is not None:
+    file = engine_of(args.backend).file
+    if file and args.onnx is not None:
         folder = args.onnx
         check_fits(folder, diffusion.unet, diffusion.shape)
-    elif not is_current(folder, diffusion.unet, diffusion.shape):
+    elif file and not is_current(folder, diffusion.unet, diffusion.shape):
         path = export(diffusion.unet, folder, wanted.quant, base_hash, shape=diffusion.shape)
         log.info("exported %s: %.1f MB", path, path.stat().st_size / 1e6)
-    if engine_of(args.backend).file:
-        log.info("%s runs %s", args.backend, folder / FILE)
+    log.info("%s runs %s", args.backend, folder / FILE if file else f"the network on {diffusion.unet.device}")
     unet: Any = open_engine(diffusion.unet, folder, args.backend, args.engine_precision)
     return dataclasses.replace(diffusion, unet=unet)
 
