@@ -259,6 +259,12 @@ class Recipe:
     offline: str | None = None
     calibration: CalibrationConfig = CalibrationConfig()
 
+    def __post_init__(self) -> None:
+        if self.reconstruction is not None and self.quant.gptq:
+            raise ValueError("gptq and reconstruction both round the weights: one of them")
+        if self.reconstruction is not None and self.reconstruction.act_iterations and self.quant.act_bits is None:
+            raise ValueError("act_iterations above 0 with act_bits None: there are no activation scales to learn")
+
     @property
     def controlled(self) -> CorrectionConfig | None:
         return self.correction if self.correction and (self.correction.control or self.correction.shrink) else None

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from qncd.distributed import OneProcess, Processes
@@ -101,7 +100,6 @@ def record_before(runs: CalibrationRuns, recipe: Recipe) -> Record | None:
     return recorder.table()
 
 
-@torch.no_grad()
 def quantize_network(
     runs: CalibrationRuns, recipe: Recipe, data: CalibrationSet, record: Record | None = None, job: Job | None = None
 ) -> Outcome:
@@ -129,7 +127,6 @@ def quantize_network(
     return Outcome(record, context.found, time.perf_counter() - start)
 
 
-@torch.no_grad()
 def calibrate_(network: Network | nn.Module, data: CalibrationSet, config: QuantConfig, batch_size: int = 32) -> None:
     """The stages after `quantize_` that need nothing but a calibration set, in place; `qncd.quantize` runs all.
 
