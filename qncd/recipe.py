@@ -330,6 +330,12 @@ class Recipe:
         """W4A8 qncd and so on."""
         return f"{self.quant.label} {self.mode}"
 
+    def __post_init__(self) -> None:
+        if self.reconstruction is not None and self.quant.gptq:
+            raise ValueError("gptq and reconstruction both round the weights: one of them")
+        if self.reconstruction is not None and self.reconstruction.act_iterations and self.quant.act_bits is None:
+            raise ValueError("act_iterations above 0 with act_bits None: there are no activation scales to learn")
+
     @property
     def controlled(self) -> CorrectionConfig | None:
         """The correction, if it needs the full-precision model's noise table."""
