@@ -330,12 +330,6 @@ class Recipe:
         """W4A8 qncd and so on."""
         return f"{self.quant.label} {self.mode}"
 
-    def __post_init__(self) -> None:
-        if self.reconstruction is not None and self.quant.gptq:
-            raise ValueError("gptq and reconstruction both round the weights: one of them")
-        if self.reconstruction is not None and self.reconstruction.act_iterations and self.quant.act_bits is None:
-            raise ValueError("act_iterations above 0 with act_bits None: there are no activation scales to learn")
-
     @property
     def controlled(self) -> CorrectionConfig | None:
         """The correction, if it needs the full-precision model's noise table."""
@@ -354,7 +348,8 @@ class Recipe:
         """The same without "bit_allocation", "correction" (runtime) or "offline" correction."""
         if part == "bit_allocation":
             return dataclasses.replace(self, quant=dataclasses.replace(self.quant, bit_allocation=False))
-        return dataclasses.replace(self, **{part: None})
+        nothing: dict[str, Any] = {part: None}
+        return dataclasses.replace(self, **nothing)
 
     def settings(self) -> dict[str, Any]:
         """What of it decides what an image looks like, for run.json."""
