@@ -435,5 +435,5 @@ def test_every_key_of_the_published_models_is_known(manifest: str) -> None:
 
     keys = json.loads((NEAR / f"manifest_{manifest}.json").read_text())
     networks = (compvis._UNET, compvis._FIRST_STAGE, compvis._CONDITION)
-    rest = {key for key in keys if not key.startswith((*networks, *compvis._TRAINING_ONLY_PREFIXES))}
+    rest = {key for key in keys if not key.startswith((*networks, *compvis._UNUSED_PREFIXES))}
     assert rest <= compvis._SCHEDULE_BUFFERS
