@@ -1,86 +1,158 @@
-"""What each --quant_mode is composed of: QNCD's method, its peers, and their common parts switched on one by one."""
+"""What each mode is composed of: QNCD's method, its peers, and what goes beyond the paper.
+
+A mode is a recipe by name: the options of `qncd.recipe.Recipe` that it sets, some of them by the width of the activations.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from qncd.recipe import TRACKING, WIDEST, QuantConfig
+from qncd.options import Option, RecipeError, check_choice, options_of, paths_of, resolve, sections_of
+
+WIDEST = 8  # bits of an activation: what integer kernels take
+TRACKING = "tracking"  # the offline correction of qncd.sampling.correctors.tracking
+CLIPPED = {"act_range": "mse"}  # below 8 bits clipping costs less than what finer steps gain
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A composition of the package's parts; `summary` is what `--help` says about it.
+    """A composition of the package's parts.
 
     Attributes:
-        weight_range, act_range, split, bias_correction, gptq, smoothing_search, bit_allocation, stepwise_embedding,
-            stepwise_activations: of QuantConfig; smoothing is searched at 4-bit activations and fewer, where tracking leaves
-            something to gain, with gptq; bits are allocated below 8, where there are some to give.
-        narrow_act_range: `act_range` below 8 bits, where clipping costs less than what finer steps gain.
-        quantizes_acts: without being asked to by --quant_act.
-        smoothing: of features by the time embedding (intra noise).
-        runtime_correction: of each prediction by an estimate made while sampling (inter noise).
-        offline: the correction by what calibration runs have shown, "ptqd", "d2dpm" or "tracking".
-        reconstruction: BRECQ.
+        summary: what `--help` says about it.
+        options: that it sets at every width; all others have their defaults.
+        below_8: what it sets besides where activations have fewer than 8 bits.
+        up_to_4: and where they have 4 or fewer.
+        quantizes_acts: the command line quantizes activations without being asked to by --quant_act.
     """
 
     summary: str
-    weight_range: str = "mse"
-    act_range: str = "max"
-    narrow_act_range: str = "mse"
-    split: bool = True
+    options: Mapping[str, Any]
+    below_8: Mapping[str, Any] = field(default_factory=lambda: CLIPPED)
+    up_to_4: Mapping[str, Any] = field(default_factory=dict)
     quantizes_acts: bool = True
-    bias_correction: bool = False
-    gptq: bool = False
-    smoothing_search: bool = False
-    bit_allocation: bool = False
-    stepwise_embedding: bool = False
-    stepwise_activations: bool = False
-    smoothing: bool = False
-    runtime_correction: bool = False
-    offline: str | None = None
-    reconstruction: bool = False
 
-    def quant_config(self, weight_bits: int | None, act_bits: int | None, **changes: Any) -> QuantConfig:
-        """The mode's QuantConfig at a width; `changes` are fields of it that are set otherwise, None for those that are not."""
-        names = (
-            "weight_range", "act_range", "split", "bias_correction", "gptq", "smoothing_search", "bit_allocation",
-            "stepwise_embedding", "stepwise_activations",
-        )  # fmt: skip
-        narrow = act_bits is not None and act_bits < WIDEST
-        fields: dict[str, Any] = {name: getattr(self, name) for name in names}
-        fields["bit_allocation"] &= narrow
-        if narrow:
-            fields["act_range"] = self.narrow_act_range
-        fields |= {name: value for name, value in changes.items() if value is not None}
-        if changes.get("smoothing_search") is None:
-            fields["smoothing_search"] &= fields["gptq"] and act_bits is not None and act_bits <= 4
-        return QuantConfig(weight_bits, act_bits, **fields)
+    def at(self, act_bits: int | None) -> dict[str, Any]:
+        """The options that it sets where activations have so many bits; None for floating point."""
+        narrow, narrowest = (act_bits is not None and act_bits < WIDEST), (act_bits is not None and act_bits <= 4)
+        return {**self.options, **(self.below_8 if narrow else {}), **(self.up_to_4 if narrowest else {})}
 
 
-QUANT_MODES = {
+_PEER = {"bias_correction": False, "reconstruction": True}
+
+MODES = {
     "linear": Mode(
         "min-max ranges, rounding to nearest and nothing else; activations with --quant_act",
-        weight_range="max", narrow_act_range="max", split=False, quantizes_acts=False,
+        {"weight_range": "max", "split": False, "bias_correction": False}, below_8={}, quantizes_acts=False,
     ),
-    "qdiff": Mode("Q-Diffusion: ranges of least error, shortcut split, weights reconstructed", reconstruction=True),
-    "ptqd": Mode("qdiff, and PTQD's correction of each prediction by offline statistics", offline="ptqd", reconstruction=True),
+    "qdiff": Mode("Q-Diffusion: ranges of least error, shortcut split, weights reconstructed", _PEER),
+    "ptqd": Mode("qdiff, and PTQD's correction of each prediction by offline statistics", {**_PEER, "offline": "ptqd"}),
     "tfmq": Mode(
         "qdiff, with TFMQ-DM's reconstruction of the time embedding and a range for each time step at its layers",
-        stepwise_embedding=True, reconstruction=True,
+        {**_PEER, "stepwise_embedding": True},
     ),
-    "d2dpm": Mode(
-        "qdiff, and D2-DPM's correction of each prediction by offline statistics", offline="d2dpm", reconstruction=True
-    ),
+    "d2dpm": Mode("qdiff, and D2-DPM's correction of each prediction by offline statistics", {**_PEER, "offline": "d2dpm"}),
     "qncd": Mode(
         "ranges of least error, split, smoothing, bias and runtime noise correction; weights reconstructed with --recon",
-        bias_correction=True, smoothing=True, runtime_correction=True,
+        {"bias_correction": True, "smoothing": True, "correction": True},
     ),
     "qncd+": Mode(
         "not in the paper: weights by GPTQ against the full-precision outputs, smoothing searched for each layer, a range for "
-        "each time step at every activation, widths of activations by what they do to the sample, and filters that lead back "
-        "to the full-precision trajectory",
-        bias_correction=True, gptq=True, smoothing_search=True, bit_allocation=True, stepwise_activations=True,
-        offline=TRACKING,
+        "each time step at every activation, activations in mixed precision by what their widths do to the sample, and filters "
+        "that lead back to the full-precision trajectory",
+        {"bias_correction": True, "gptq": True, "stepwise_activations": True, "offline": TRACKING},
+        below_8={**CLIPPED, "bit_allocation": True},
+        up_to_4={"smoothing_search": True},  # at more bits tracking leaves it nothing to gain
     ),
 }  # fmt: skip
+
+
+def parse_width(text: str) -> dict[str, int | None]:
+    """The options, by path, that a name such as W4A8 stands for; W4A32 and W4 leave activations in floating point."""
+    match = re.fullmatch(r"(?:W([2-8]|32))?(?:A([2-8]|32))?", str(text).upper())
+    if not match or not text:
+        raise ValueError(f"width {text!r}: allowed are names such as W4A8, 2 to 8 bits each, and 32 for floating point")
+    weight_bits, act_bits = (None if bits in (None, "32") else int(bits) for bits in match.groups())
+    return {"quant.weight_bits": weight_bits, "quant.act_bits": act_bits}
+
+
+def changes_of(tree: type, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of a recipe as a user writes them, by path; a `width` among them becomes two. As `qncd.options.resolve`."""
+    width = parse_width(changes["width"]) if "width" in changes else {}
+    others = resolve(tree, {name: value for name, value in changes.items() if name != "width"}, ("tracking", "width"))
+    kinds = {path: option.kind for path, option in paths_of(tree).items()}
+    return {**width, **{path: _as_number(value) if kinds.get(path) is float else value for path, value in others.items()}}
+
+
+def _as_number(value: Any) -> Any:
+    """1e-3 is a text in YAML 1.1."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection[str] = ()) -> Any:
+    """A mode with changes by path. What the mode sets gives way where the changes leave it nothing to do.
+
+    Args:
+        tree: `qncd.recipe.Recipe`, or one with more options.
+        watched: those of the changes that must have an effect.
+
+    Raises:
+        ValueError: an option is out of range, contradicts another one, or is of a part that is off.
+    """
+    check_choice("mode", mode, tuple(MODES))
+    weight_bits, act_bits = (given.get(f"quant.{name}", 8) for name in ("weight_bits", "act_bits"))
+    usual = changes_of(tree, MODES[mode].at(act_bits if isinstance(act_bits, int) else None))
+    if weight_bits is None:
+        usual = {path: value for path, value in usual.items() if path not in ("quant.gptq", "reconstruction")}
+    asked = {**usual, **given}
+    if asked.get("quant.gptq"):
+        asked["quant.bias_correction"] = given.get("quant.bias_correction", True)
+        asked["reconstruction"] = given.get("reconstruction", False)
+    elif "quant.smoothing_search" not in given:
+        asked["quant.smoothing_search"] = False
+    asked["offline"], asked["correction"] = _corrections(mode, usual, given)
+    values = {"mode": mode} | {name: asked[name] for name in options_of(tree) if name in asked and name != "mode"}
+    for name, part in sections_of(tree).items():
+        details = {path: value for path, value in asked.items() if path.startswith(f"{name}.")}
+        if part.optional and not asked.get(name):
+            if details:
+                raise RecipeError(f"{{{next(iter(details))}}} needs {{{name}}}")
+            continue
+        _check_effects(name, options_of(part.kind), asked, watched)
+        values[name] = part.kind(**{path.partition(".")[2]: value for path, value in details.items()})
+    return tree(**values)
+
+
+def _check_effects(section: str, options: Mapping[str, Option], asked: Mapping[str, Any], watched: Collection[str]) -> None:
+    idle = {"act_bits": "is about quantized activations: they are in floating point here"}
+    for name, option in options.items():
+        path = f"{section}.{name}"
+        if path not in watched or option.needs is None or asked[path] == option.default:
+            continue
+        needed = f"{section}.{option.needs}"
+        if not asked.get(needed, options[option.needs].default):
+            raise RecipeError(f"{{{path}}} {idle.get(option.needs, f'needs {{{needed}}}')}")
+
+
+def _corrections(mode: str, usual: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """The offline correction, and whether there is one while sampling: what is asked for takes the place of the mode's."""
+    kind, tracking = usual.get("offline"), given.get("tracking")
+    if tracking and kind not in (None, TRACKING):
+        raise RecipeError(f"{{tracking}}: {{mode}} {mode} has a correction of its own")
+    if tracking is not None and kind in (None, TRACKING):
+        kind = TRACKING if tracking else None
+    kind = given.get("offline", kind)
+    asked_for = bool(tracking or given.get("offline"))
+    correction = given.get("correction", bool(usual.get("correction")) and not asked_for)
+    if correction and kind == TRACKING and not asked_for:
+        kind = None
+    if correction and kind:
+        other = "{tracking} is a correction too" if asked_for else f"{{mode}} {mode} has a correction of its own"
+        raise RecipeError(f"{{correction}}: {other}")
+    return kind, bool(correction)

@@ -1,34 +1,34 @@
-"""Every setting of quantization, smoothing, correction and sampling, checked where it is made."""
+"""Everything that can be asked for, as one tree of frozen dataclasses: what is checked, stored and turned into flags.
+
+`Recipe.of("qncd+", "W4A8", iterations=4000)` starts from a mode (`qncd.modes`) and changes options of it by name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qncd.modes import MODES, TRACKING, WIDEST, changes_of, compose, parse_width
+from qncd.options import RecipeError, check_options, option, options_of, read_tree, read_yaml, section, sections_of
+from qncd.options import check_choice as check_choice
+from qncd.options import check_int as check_int
 
 WEIGHT_RANGES = ("mse", "max")
 ACT_RANGES = ("mse", "max", "running")
 TARGETS = ("consistent", "paper")
 STATISTICS = ("sample", "batch", "channel")
+OFFLINE = ("ptqd", "d2dpm", TRACKING)
 SAMPLE_TYPES = ("generalized", "ddpm_noisy", "dpm_solver", "plms")
 DETERMINISTIC = ("dpm_solver", "plms")
 SKIP_TYPES = ("uniform", "quad")
 CONVENTIONS = ("ddim", "ldm")
 CACHES = ("fp16", "bf16", "fp32")
-WIDEST = 8  # bits of an activation: what integer kernels take
-TRACKING = "tracking"  # the offline correction of qncd.sampling.correctors.tracking
-
-
-def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Raise ValueError naming the value and what is allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} {value!r}: allowed are {', '.join(map(str, allowed))}")
-
-
-def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise ValueError unless `value` is an integer in [low, high]."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        bound = f"{low} to {high}" if high is not None else f"{low} or more"
-        raise ValueError(f"{name} {value!r}: allowed are whole numbers, {bound}")
+ACT_ITERATIONS = 500  # of --recon_act, where --cali_iters_a does not say
+QUANTIZATION = "quantization"
+R = TypeVar("R", bound="Recipe")
 
 
 @dataclass(frozen=True)
@@ -41,59 +41,70 @@ class QuantConfig:
         act_bits: 2 to 8, or None. One scale a tensor (two where a skip concatenation is split), codes in [0, 2^b-1]
             with a zero point, or [-2^(b-1), 2^(b-1)-1] without one where `act_symmetric`.
         softmax_bits: 2 to 16: attention probabilities, never a zero point. Used where `act_bits` is not None.
-        edge_bits: weights and activations of the first and the last layer; None: as everywhere.
+        edge_bits: weights and activations of the first and the last layer; None for the same as in all other layers.
         weight_range: "mse" (the clip ratio that minimises the L2.4 error) or "max".
         act_range: "max", "mse" (as for weights, over the histogram of the whole calibration set), or "running"
             (exponential moving average of batch extremes, momentum 0.95). Clipping shrinks the noise prediction a
             little at every step, and a sampler adds that up: "max" gave the better images at 8 bits, "mse" at 6 and 4.
         split: quantize the two halves of a skip concatenation apart (Q-Diffusion's shortcut split).
-        softmax_range: the same for the softmax output alone; None: as `act_range`.
+        softmax_range: `act_range` of the softmax output alone; None for the same as all other activations.
         quantize_attention: quantize q, k, v and the softmax output as well.
+        quantize_embedding: quantize the time embedding's layers and the blocks' projections of it as well.
         stepwise_embedding: the inputs of those layers have a range for each time step that the sampler visits (TFMQ-DM,
             arXiv 2311.16503).
-        quantize_embedding: quantize the time embedding's layers and the blocks' projections of it as well.
         stepwise_activations: every activation has a range for each time step that the sampler visits.
         gptq: round each layer's weights in sequence, every error made up for by the weights not yet rounded (GPTQ, arXiv
             2210.17323), towards what the layer gives on inputs that are not rounded (GPTAQ, arXiv 2504.02692).
         smoothing_search: with `gptq`, divide each layer's input channels by powers of their spread and multiply the weights by
             them (SmoothQuant, arXiv 2211.10438); the power that leaves the layer's output the least error is kept. Acts
             where `act_bits` is not None.
-        bit_allocation: activations have widths of their own, up to 8 bits, `act_bits` in the mean over all multiplications:
-            those that leave the sample the least error (bit_allocation). Not the first and the last layer's nor the
-            softmax output's, which `edge_bits` and `softmax_bits` say. Needs `act_bits` of 7 or fewer.
+        bit_allocation: mixed precision: activations have up to 8 bits each, and `act_bits` in the mean over all
+            multiplications, shared out so as to leave the sample the least error. The first and the last layer keep
+            `edge_bits`, the softmax output keeps `softmax_bits`. Needs `act_bits` of 7 or fewer.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
 
-    weight_bits: int | None = 8
-    act_bits: int | None = 8
-    softmax_bits: int = 8
-    edge_bits: int | None = 8
-    weight_range: str = "mse"
-    act_range: str = "max"
-    act_symmetric: bool = False
-    split: bool = True
-    softmax_range: str | None = None
-    quantize_attention: bool = True
-    quantize_embedding: bool = True
-    stepwise_embedding: bool = False
-    stepwise_activations: bool = False
-    gptq: bool = False
-    smoothing_search: bool = False
-    bit_allocation: bool = False
-    bias_correction: bool = True
+    weight_bits: int | None = option(8, flag="weight_bit", low=2, high=8, optional=True, help="bits of the weights, 2 to 8")
+    act_bits: int | None = option(8, flag="act_bit", low=2, high=8, optional=True, help="bits of the activations, 2 to 8")
+    softmax_bits: int = option(
+        8, flag="sm_abit", low=2, high=16, needs="act_bits", help="bits of the softmax output, 2 to 16"
+    )  # fmt: skip
+    edge_bits: int | None = option(8, low=2, high=8, optional=True)
+    weight_range: str = option("mse", choices=WEIGHT_RANGES)
+    act_range: str = option(
+        "max", flag="act_range", choices=ACT_RANGES, needs="act_bits",
+        help="activation ranges: extremes (default at 8 bits, and in linear), least L2.4 error (default below) or moving "
+        "averages (as --running_stat)",
+    )  # fmt: skip
+    act_symmetric: bool = option(False, needs="act_bits")
+    split: bool = option(True, flag="split", help="quantize the halves of skip concatenations apart")
+    softmax_range: str | None = option(None, choices=ACT_RANGES, optional=True, needs="act_bits")
+    quantize_attention: bool = option(True)
+    quantize_embedding: bool = option(True)
+    stepwise_embedding: bool = option(False)
+    stepwise_activations: bool = option(
+        False, flag="stepwise_act", needs="act_bits", help="a range for each of the sampler's time steps at every activation"
+    )
+    gptq: bool = option(
+        False, flag="gptq",
+        help="round weights in sequence, errors made up for by those to come, against full-precision outputs",
+    )  # fmt: skip
+    smoothing_search: bool = option(
+        False, flag="smooth_search", needs="act_bits",
+        help="with --gptq: smooth each layer's input as strongly as leaves its output the least error",
+    )  # fmt: skip
+    bit_allocation: bool = option(
+        False, flag="allocate_bits", needs="act_bits",
+        help="mixed precision: activations of up to 8 bits, --act_bit in the mean over all multiplications, shared out so as "
+        "to leave the sample the least error",
+    )  # fmt: skip
+    bias_correction: bool = option(
+        True, flag="bias_correction", help="take each layer's mean rounding error out of its bias (not in the paper)"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "act_bits"):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), 2, 8)
-        check_int("softmax_bits", self.softmax_bits, 2, 16)
-        if self.edge_bits is not None:
-            check_int("edge_bits", self.edge_bits, 2, 8)
-        check_choice("weight_range", self.weight_range, WEIGHT_RANGES)
-        check_choice("act_range", self.act_range, ACT_RANGES)
-        if self.softmax_range is not None:
-            check_choice("softmax_range", self.softmax_range, ACT_RANGES)
+        check_options(self)
         if self.weight_bits is None and self.act_bits is None:
             raise ValueError("weight_bits and act_bits are both None: nothing would be quantized")
         if self.gptq and self.weight_bits is None:
@@ -101,7 +112,7 @@ class QuantConfig:
         if self.gptq and not self.bias_correction:
             raise ValueError("gptq rounds about the inputs' means, whose errors go into the bias: it needs bias_correction")
         if self.smoothing_search and not self.gptq:
-            raise ValueError("smoothing_search compares the errors that gptq leaves: it needs gptq")
+            raise RecipeError("{quant.smoothing_search} compares the errors that GPTQ leaves: it needs {quant.gptq}")
         if self.bit_allocation and (self.act_bits is None or self.act_bits >= WIDEST):
             raise ValueError(
                 f"bit_allocation gives some activations more than act_bits {self.act_bits}: allowed with it are 2 to {WIDEST - 1}"
@@ -111,6 +122,20 @@ class QuantConfig:
     def label(self) -> str:
         """W8A8, W4A32 and so on."""
         return f"W{self.weight_bits or 32}A{self.act_bits or 32}"
+
+
+@dataclass(frozen=True)
+class SmoothingConfig:
+    """Intra noise: embedding-derived feature smoothing (QNCD, arXiv 2403.19140, section 3.2).
+
+    Attributes:
+        floor: smallest factor; 1 only ever shrinks channels, as in the paper.
+    """
+
+    floor: float = option(1.0, above=0, high=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -128,47 +153,31 @@ class ReconstructionConfig:
         act_iterations: optimizer steps of each block's activation scales, after all weights and ranges (LSQ, arXiv
             1902.08153, as the second phase of BRECQ and Q-Diffusion); 0 leaves the scales as calibrated.
         act_lr: of Adam on the logarithms of the scales; falls to 0 over the steps as a cosine. 0.01 is the best of 0.001 to
-            0.03 on blocks of the latent model in the box.
+            0.03 on blocks of the bundled latent model.
     """
 
-    iterations: int = 2000
-    batch_size: int = 32
-    lr: float = 1e-2
-    inputs: int | None = 512
-    memory_gb: float = 4.0
-    cache: str = "fp16"
-    seed: int = 0
-    act_iterations: int = 0
-    act_lr: float = 1e-2
+    iterations: int = option(
+        2000, flag="cali_iters", low=1, help="iterations a block (default {default}; the papers: 20000)"
+    )  # fmt: skip
+    batch_size: int = option(32, low=1)
+    lr: float = option(1e-2, flag="recon_lr", above=0, help="Adam's learning rate (default {default}; the papers: 0.001)")
+    inputs: int | None = option(512, flag="recon_inputs", low=1, optional=True, help="calibration inputs used")
+    memory_gb: float = option(
+        4.0, flag="recon_memory", low=0, help="GB of activations in memory, the rest in files (default {default})"
+    )
+    cache: str = option(
+        "fp16", flag="recon_cache", choices=CACHES,
+        help="how activations are kept (default {default}); bf16 where one is too large for fp16",
+    )  # fmt: skip
+    seed: int = option(0, low=0)
+    act_iterations: int = option(
+        0, flag="cali_iters_a", low=0,
+        help=f"iterations a block for the activation scales (default {ACT_ITERATIONS}; the papers: 5000)",
+    )  # fmt: skip
+    act_lr: float = option(1e-2, flag="cali_lr", above=0, needs="act_iterations", help="their relative learning rate")
 
     def __post_init__(self) -> None:
-        check_int("iterations", self.iterations, 1)
-        check_int("act_iterations", self.act_iterations, 0)
-        check_choice("cache", self.cache, CACHES)
-        check_int("batch_size", self.batch_size, 1)
-        check_int("seed", self.seed, 0)
-        if self.inputs is not None:
-            check_int("inputs", self.inputs, 1)
-        for name in ("lr", "act_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)!r}: allowed are numbers above 0")
-        if not self.memory_gb >= 0:
-            raise ValueError(f"memory_gb {self.memory_gb!r}: allowed are numbers from 0 on")
-
-
-@dataclass(frozen=True)
-class SmoothingConfig:
-    """Intra noise: embedding-derived feature smoothing (QNCD, arXiv 2403.19140, section 3.2).
-
-    Attributes:
-        floor: smallest factor; 1 only ever shrinks channels, as in the paper.
-    """
-
-    floor: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.floor <= 1:
-            raise ValueError(f"floor {self.floor!r}: allowed are numbers above 0, up to 1")
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -186,17 +195,15 @@ class CorrectionConfig:
         correct_variance: take the estimated variance out of the sampler's noise where eta > 0.
     """
 
-    interval: int = 4
-    target: str = "paper"
-    statistics: str = "sample"
-    control: bool = True
-    shrink: bool = True
-    correct_variance: bool = True
+    interval: int = option(4, flag="reverse_interval", low=1, help="the N of --sample_reverse, as its own flag")
+    target: str = option("paper", flag="reverse_target", choices=TARGETS, help="what the estimate is compared with")
+    statistics: str = option("sample", flag="reverse_statistics", choices=STATISTICS, help="one mean for what")
+    control: bool = option(True)
+    shrink: bool = option(True)
+    correct_variance: bool = option(True)
 
     def __post_init__(self) -> None:
-        check_int("interval", self.interval, 1)
-        check_choice("target", self.target, TARGETS)
-        check_choice("statistics", self.statistics, STATISTICS)
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -205,25 +212,21 @@ class SamplerConfig:
 
     Attributes:
         sample_type: "generalized" (DDIM at any eta), "ddpm_noisy", "dpm_solver" (DPM-Solver++ 2M) or "plms".
+        skip_type: spacing of the time steps, "uniform" or "quad".
         timesteps: number of steps.
         eta: 0 is deterministic DDIM, 1 is DDPM-like (DDIM, arXiv 2010.02502, eq. 16).
         convention: whose time steps. "ddim" (ermongroup/ddim): 0, k, 2k, ..., and the last step ends at the clean image.
             "ldm" (CompVis latent-diffusion and Stable Diffusion): one later each, and the last step ends at time step 0.
     """
 
-    sample_type: str = "generalized"
-    skip_type: str = "uniform"
-    timesteps: int = 100
-    eta: float = 0.0
-    convention: str = "ddim"
+    sample_type: str = option("generalized", choices=SAMPLE_TYPES)
+    skip_type: str = option("uniform", choices=SKIP_TYPES)
+    timesteps: int = option(100, low=1)
+    eta: float = option(0.0, low=0, high=1)
+    convention: str = option("ddim", choices=CONVENTIONS)
 
     def __post_init__(self) -> None:
-        check_choice("sample_type", self.sample_type, SAMPLE_TYPES)
-        check_choice("skip_type", self.skip_type, SKIP_TYPES)
-        check_choice("convention", self.convention, CONVENTIONS)
-        check_int("timesteps", self.timesteps, 1)
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta {self.eta!r}: allowed are numbers from 0 to 1")
+        check_options(self)
         if self.eta and self.sample_type in DETERMINISTIC:
             raise ValueError(f"eta {self.eta!r} with sample_type {self.sample_type}: allowed is 0 (it is deterministic)")
 
@@ -235,15 +238,132 @@ class CalibrationConfig:
     Attributes:
         samples: images (trajectories); the set holds samples * steps inputs.
         steps: time steps, spread evenly over the sampler's.
-        batch_size: inputs a forward pass.
+        batch_size: inputs a forward pass; None: not decided yet, see `Recipe.with_batch_size`.
+        seed: of the trajectories' own seeds.
     """
 
-    samples: int = 64
-    steps: int = 10
-    batch_size: int = 32
-    seed: int = 0
+    samples: int = option(64, flag="cali_n", low=1, help="inputs at each calibration time step")
+    steps: int = option(10, flag="cali_st", low=1, help="calibration time steps")
+    batch_size: int = option(
+        32, flag="cali_batch_size", low=1, optional=True, help="inputs at a time (default {default}; 2 for large inputs)"
+    )  # fmt: skip
+    seed: int = option(0, flag="cali_seed", low=0, high=2**35 - 1, help="of the calibration images' own seeds")
 
     def __post_init__(self) -> None:
-        for name in ("samples", "steps", "batch_size"):
-            check_int(name, getattr(self, name), 1)
-        check_int("seed", self.seed, 0)
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that is asked for of a quantized network; a part that is off is None.
+
+    Attributes:
+        mode: what it started from, a name in MODES; the other fields say what it came to.
+        correction: noise correction while sampling; excludes `offline`.
+        offline: correction of each prediction by what calibration runs have shown: "ptqd", "d2dpm" or "tracking".
+    """
+
+    mode: str = option(
+        "qncd", flag="quant_mode", choices=tuple(MODES), group=QUANTIZATION,
+        help="; ".join(f"{name}: {mode.summary}" for name, mode in MODES.items()),
+    )  # fmt: skip
+    quant: QuantConfig = section(QuantConfig, QUANTIZATION, optional=False)
+    smoothing: SmoothingConfig | None = section(
+        SmoothingConfig, QUANTIZATION, "scale_split_static", "intra noise: smooth features by the embedding"
+    )
+    reconstruction: ReconstructionConfig | None = section(
+        ReconstructionConfig, "reconstruction (BRECQ)", "recon",
+        "learn the rounding of the weights block by block: minutes to hours",
+    )  # fmt: skip
+    correction: CorrectionConfig | None = section(CorrectionConfig, "noise correction (inter noise)")
+    offline: str | None = option(None, choices=OFFLINE, optional=True)
+    calibration: CalibrationConfig = section(CalibrationConfig, "calibration", optional=False)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for name, about in sections_of(type(self)).items():
+            value = getattr(self, name)
+            if not isinstance(value, about.kind) and not (value is None and about.optional):
+                raise ValueError(f"{name} {value!r}: expected {about.kind.__name__}")
+        if self.reconstruction and self.quant.gptq:
+            raise RecipeError(
+                f"{{reconstruction}} with GPTQ ({{quant.gptq}}, or {{mode}} {self.mode}): both round the weights, allowed is one"
+            )
+        if self.reconstruction and self.quant.weight_bits is None:
+            raise RecipeError("{reconstruction} rounds weights: they are in floating point here")
+        if self.reconstruction and self.reconstruction.act_iterations and self.quant.act_bits is None:
+            raise RecipeError(
+                "{reconstruction.act_iterations} learns scales of quantized activations: they are in floating point here"
+            )
+        if self.offline and self.correction:
+            raise ValueError(f"correction and offline {self.offline}: each prediction is corrected once, allowed is one")
+
+    @classmethod
+    def of(cls: type[R], mode: str = "qncd", width: str = "W8A8", **changes: Any) -> R:
+        """A mode at a width, with changes.
+
+        Args:
+            mode: a name in MODES.
+            width: such as W4A8; W4A32 or W4 leave activations in floating point.
+            changes: options by name (`gptq=True`, `interval=5`, `samples=64`), and `smoothing`, `reconstruction`,
+                `correction` and `tracking`: True or False, the first three also with a dict of their options.
+
+        Raises:
+            ValueError: an option is unknown, out of range, contradicts another one, or has no effect.
+        """
+        given = changes_of(cls, changes)
+        recipe: R = compose(cls, mode, {**parse_width(width), **given}, given)
+        return recipe
+
+    @property
+    def label(self) -> str:
+        """W4A8 qncd and so on."""
+        return f"{self.quant.label} {self.mode}"
+
+    @property
+    def controlled(self) -> CorrectionConfig | None:
+        """The correction, if it needs the full-precision model's noise table."""
+        return self.correction if self.correction and (self.correction.control or self.correction.shrink) else None
+
+    def with_batch_size(self: R, default: int) -> R:
+        """The same with `calibration.batch_size` decided: the default, where nobody asked for another one."""
+        size = self.calibration.batch_size or default
+        return dataclasses.replace(self, calibration=dataclasses.replace(self.calibration, batch_size=size))
+
+    def settings(self) -> dict[str, Any]:
+        """What of it decides what an image looks like, for run.json."""
+        content = self.to_json()
+        running = "running" in (self.quant.act_range, self.quant.softmax_range)  # other ranges are those of any batch size
+        return {
+            "quantization": {"mode": content.pop("mode"), **content.pop("quant")},
+            "offline_correction": content.pop("offline"),
+            **content,
+            "calibration": content["calibration"] | ({} if running else {"batch_size": None}),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """A nested dict of plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls: type[R], data: Mapping[str, Any]) -> R:
+        """The recipe that `to_json` wrote; options younger than that have their defaults, unknown ones are refused."""
+        recipe: R = read_tree(cls, data)
+        return recipe
+
+    @classmethod
+    def from_yaml(cls: type[R], path: Path) -> R:
+        """A recipe in a file: mode, width and options as in `of`, or all that `to_json` writes.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: naming the file, as `of`.
+        """
+        content = read_yaml(path)
+        try:
+            given = changes_of(cls, content)
+            whole = {*options_of(cls), *sections_of(cls)} <= content.keys()
+            recipe: R = compose(cls, given.get("mode", cls.mode), given, () if whole else given)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return recipe

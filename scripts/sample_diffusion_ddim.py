@@ -17,7 +17,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qncd.app import options
+from qncd.app import flags
 from qncd.app import parser as cli
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
     from qncd.sampling.schedule import betas_of
 
     cli.check_counts(args, ("max_images", "batch_size", "lane", "cali_n", "cali_st", "cali_batch_size"))
-    sampler, wanted = options.sampler_config(args), preparation.Quantization.of(args)
+    sampler, wanted = cli.sampler_config(args), flags.recipe_of(args)
     preparation.check_quantization_arguments(args)
     if args.cond:
         raise ValueError("--cond: the models of this script are unconditional; allowed without it")
@@ -64,7 +64,7 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
     device = str(processes.device)
     unet = load_ddim(model_config, args.ckpt, args.use_pretrained).to(device)
     size, channels = int(model_config["data"]["image_size"]), int(model_config["model"]["in_channels"])
-    args.cali_batch_size = args.cali_batch_size or cli.default_calibration_batch(size)
+    wanted = wanted.with_batch_size(cli.default_calibration_batch(size)) if wanted else None
     diffusion = Diffusion(unet, betas, sampler, (channels, size, size), args.lane or cli.default_lane(size))
     log.debug("%d steps: %s", len(diffusion.steps), [s.t for s in diffusion.steps])
     base_hash = state_dict_hash(unet)
@@ -74,7 +74,7 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
         "seed": args.seed,
         "lane": diffusion.lane,
         "sampler": dataclasses.asdict(sampler),
-        **wanted.settings(args, batch_size),
+        **preparation.run_settings(wanted, args, batch_size),
     }
     # Twice the size of raw images: PNG files are smaller, an npz and a comparison may come on top.
     needed = 4 * args.max_images * channels * size * size

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qncd.app import flags
 from qncd.app import parser as cli
 from qncd.recipe import SamplerConfig
 
@@ -38,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("-v", "--vanilla_sample", action="store_true", help="DDPM over all of the model's time steps")
     group.add_argument("--dpm", action="store_true", help="DPM-Solver++ instead of DDIM")
     group.add_argument("--skip_type", choices=("uniform", "quad"), default="uniform", help="spacing of the time steps")
-    group.add_argument("--seed", type=int, default=1234, help="image i has the seed SEED + i (default 1234)")
+    group.add_argument("--seed", type=cli.seed, default=1234, help="image i has the seed SEED + i (default 1234)")
     group.add_argument("--batch_size", type=int, default=16, help="images at a time (default 16); changes no image")
     group.add_argument("--scale", type=float, help=f"classifier-free guidance (default {GUIDANCE:g}; 1 for none)")
     group.add_argument("--classes", help="comma-separated class numbers, repeated over the images (default: all in turn)")
@@ -89,7 +90,7 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
     from qncd.sampling.guidance import Conditions
 
     cli.check_counts(args, ("n_samples", "batch_size", "lane", "custom_steps", "cali_n", "cali_st", "cali_batch_size"))
-    wanted = preparation.Quantization.of(args)
+    wanted = flags.recipe_of(args)
     preparation.check_quantization_arguments(args)
     device = str(processes.device)
     model, config = latent_jobs.load_model(args, DEFAULT_CONFIG, device)
@@ -98,7 +99,7 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
     if model.conditioner is None and (args.cond or args.classes):
         raise ValueError(f"{model.source} is unconditional: allowed without --cond and --classes")
     # Latents have more channels and attention than images: a quarter of the side for the same memory.
-    args.cali_batch_size = args.cali_batch_size or cli.default_calibration_batch(4 * model.latent_shape[1])
+    wanted = wanted.with_batch_size(cli.default_calibration_batch(4 * model.latent_shape[1])) if wanted else None
     scale = latent_jobs.check_guidance(model, args.scale, latent_jobs.recommended_scale(config, GUIDANCE))
     sampler = sampler_config(args, len(model.betas))
     diffusion = latent_jobs.build_diffusion(model, sampler, model.latent_shape, args.lane, scale != 1, "full")
@@ -108,10 +109,10 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
     if isinstance(model.conditioner, ClassConditioner):
         classes = chosen_classes(args.classes, model.conditioner.n_classes)
         columns = len(classes) if len(classes) <= 10 else 8
-        # Calibration sees every class, whichever ones are to be sampled.
-        every = chosen_classes(None, model.conditioner.n_classes)
-        spread = [every[i * len(every) // args.cali_n % len(every)] for i in range(args.cali_n)]
-        calibration_conditions = latent_jobs.class_conditions(model, spread, scale)
+        if wanted:  # calibration sees every class, whichever ones are to be sampled
+            every, samples = chosen_classes(None, model.conditioner.n_classes), wanted.calibration.samples
+            spread = [every[i * len(every) // samples % len(every)] for i in range(samples)]
+            calibration_conditions = latent_jobs.class_conditions(model, spread, scale)
 
         def conditions(indices: Sequence[int]) -> Conditions:
             return latent_jobs.class_conditions(model, [classes[i % len(classes)] for i in indices], scale)
@@ -123,7 +124,7 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
         "guidance": scale,
         "lane": diffusion.lane,
         "sampler": dataclasses.asdict(sampler),
-        **wanted.settings(args, args.batch_size),
+        **preparation.run_settings(wanted, args, args.batch_size),
     }
     side = model.latent_shape[1] * model.first_stage.factor
     needed = 12 * args.n_samples * side * side

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qncd.app import flags
 from qncd.app import parser as cli
 from qncd.recipe import SamplerConfig
 
@@ -51,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--ddim_steps", type=int, default=50, help="time steps of whichever sampler (default 50)")
     group.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM (default 0)")
     group.add_argument("--scale", type=float, help=f"classifier-free guidance (default: the yaml's, else {GUIDANCE})")
-    group.add_argument("--seed", type=int, default=42, help="image i has the seed SEED + i (default 42)")
+    group.add_argument("--seed", type=cli.seed, default=42, help="image i has the seed SEED + i (default 42)")
     group.add_argument("--fixed_code", action="store_true", help="every --n_samples images start from the same noises")
     group.add_argument("--H", type=int, help="height in pixels (default: the model's)")
     group.add_argument("--W", type=int, help="width in pixels (default: the model's)")
@@ -141,7 +142,7 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
         raise ValueError(f"--begin_data {args.begin_data}: allowed are whole numbers, 0 or more")
     if args.skip_grid and args.skip_save:
         raise ValueError("--skip_grid and --skip_save together leave nothing to look at")
-    wanted = preparation.Quantization.of(args)
+    wanted = flags.recipe_of(args)
     preparation.check_quantization_arguments(args)
     kind = "plms" if args.plms else "dpm_solver" if args.dpm else "generalized"
     sampler = SamplerConfig(kind, "uniform", args.ddim_steps, args.ddim_eta, "ldm")
@@ -153,7 +154,7 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
     encode = latent_jobs.PromptEncoder(model, scale)
     shape = latent_shape(args, model)
     # Latents have more channels and attention than images: a quarter of the side for the same memory.
-    args.cali_batch_size = args.cali_batch_size or cli.default_calibration_batch(4 * max(shape[1:]))
+    wanted = wanted.with_batch_size(cli.default_calibration_batch(4 * max(shape[1:]))) if wanted else None
     diffusion = latent_jobs.build_diffusion(model, sampler, shape, args.lane, scale != 1, args.precision)
     rounds = len(prompts) if args.from_file else args.n_samples
     count = args.n_iter * rounds
@@ -179,7 +180,7 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
         "lane": diffusion.lane,
         "sampler": dataclasses.asdict(sampler),
         "finish": [args.safety_checker, args.watermark],
-        **wanted.settings(args, args.n_samples),
+        **preparation.run_settings(wanted, args, args.n_samples),
     }
     height, width = (side * model.first_stage.factor for side in shape[1:])
     needed, environment = 12 * count * height * width, jobs.environment(args, device, args.n_samples)
@@ -194,7 +195,8 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
                 line = {"index": i, "file": name, "seed": seed_of(i), "prompt_index": number, "prompt": prompts[prompt_of(i)]}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     # Prompts spread over the whole file; where there are fewer, they are taken several times with other noise.
-    spread = [prompts[i * len(prompts) // args.cali_n] for i in range(args.cali_n)] if wanted.quant else []
+    samples = wanted.calibration.samples if wanted else 0
+    spread = [prompts[i * len(prompts) // samples] for i in range(samples)]
     job = jobs.SamplingJob(run, plan, args.n_samples, processes)
     calibration, table = encode(spread) if spread else None, latent_jobs.original_names(config)
     job.sample_and_finish(args, wanted, diffusion, settings["model"], calibration, not args.skip_grid, table)

@@ -20,14 +20,13 @@ MAX_LINES = 400
 
 # From low to high: a module imports from its own layer or from lower ones.
 LAYERS = (
-    ("recipe", "distributed", "progress", "rng"),
+    ("recipe", "modes", "options", "distributed", "progress", "rng"),
     ("io",),
     ("models", "metrics"),
     ("quant",),
     ("sampling",),
     ("ptq", "training"),
     ("engines",),
-    ("modes",),
     ("app",),
     ("benchmark",),
 )
@@ -45,7 +44,7 @@ ONLY = {
 STRANGERS = ("qncd.sampling.samplers", "qncd.sampling.correctors.runtime")
 
 # Everything that `--help` imports; yaml takes 20 ms, torch seconds.
-LIGHT_MODULES = ("qncd", "qncd.recipe", "qncd.modes", "qncd.app.parser")
+LIGHT_MODULES = ("qncd", "qncd.options", "qncd.modes", "qncd.recipe", "qncd.app.flags", "qncd.app.parser")
 LIGHT_THIRD_PARTY = {"yaml"}
 HEAVY = (
     "torch",

@@ -17,13 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from qncd.app import parser as cli
-from qncd.app.preparation import Quantization, is_quiet, prepare_quantized
+from qncd.app.preparation import is_quiet, prepare_quantized
 from qncd.distributed import OneProcess, Processes, start_processes
 from qncd.io.images import contact_sheet, image_name, save_npz, save_png, to_uint8
 from qncd.io.runs import Run
 from qncd.metrics.statistics.moments import mse_to_psnr, paired_mse
 from qncd.models.original.key_tables import KeyTable
 from qncd.ptq.pipeline import Diffusion
+from qncd.recipe import Recipe
 from qncd.sampling.corrector import Corrector
 from qncd.sampling.guidance import Conditions
 
@@ -80,7 +81,7 @@ class ImagePlan:
         return folder / image_name(index, self.seed_of(index))
 
 
-def on_engine(args: argparse.Namespace, wanted: Quantization, diffusion: Diffusion, base_hash: str, folder: Path) -> Diffusion:
+def on_engine(args: argparse.Namespace, wanted: Recipe | None, diffusion: Diffusion, base_hash: str, folder: Path) -> Diffusion:
     """The same with the network on --backend: from --onnx, else exported to `folder` unless it lies there already.
 
     Triton needs no file.
@@ -99,7 +100,7 @@ def on_engine(args: argparse.Namespace, wanted: Quantization, diffusion: Diffusi
         return dataclasses.replace(diffusion, unet=unet)
     if args.onnx is None:
         if not is_current(folder, diffusion.unet, diffusion.shape):
-            path = export_unet(diffusion.unet, folder, wanted.quant, base_hash, shape=diffusion.shape)
+            path = export_unet(diffusion.unet, folder, wanted.quant if wanted else None, base_hash, shape=diffusion.shape)
             log.info("exported %s: %.1f MB", path, path.stat().st_size / 1e6)
     else:
         folder = args.onnx
@@ -122,7 +123,7 @@ class SamplingJob:
     def sample_and_finish(
         self,
         args: argparse.Namespace,
-        wanted: Quantization,
+        wanted: Recipe | None,
         diffusion: Diffusion,
         base_hash: str,
         calibration_conditions: Conditions | None = None,
@@ -130,10 +131,11 @@ class SamplingJob:
         key_table: KeyTable | None = None,
     ) -> None:
         """The whole run: the full-precision images where they are compared with, the quantized ones, sheets and figures."""
+        label = wanted.label if wanted else "FP32"
         if args.compare_fp:
             self.sample_images(diffusion, "fp", None, "FP32")
         corrector = None
-        if wanted.quant:
+        if wanted:
             corrector, seconds = prepare_quantized(
                 args, wanted, diffusion, base_hash, self.run.folder, calibration_conditions, key_table, self.processes
             )
@@ -142,12 +144,12 @@ class SamplingJob:
             start = time.perf_counter()
             diffusion = on_engine(args, wanted, diffusion, base_hash, self.run.folder / "onnx")
             self.figures["engine_seconds"] = time.perf_counter() - start
-        self.sample_images(diffusion, "images", corrector, wanted.label)
+        self.sample_images(diffusion, "images", corrector, label)
         if not self.processes.is_first:
             return
         if args.sequence:
             self.write_sequence(diffusion, corrector)
-        self.finish(wanted.label, args.compare_fp, args.savez, grid)
+        self.finish(label, args.compare_fp, args.savez, grid)
 
     def sample_images(self, diffusion: Diffusion, subfolder: str, corrector: Corrector | None, label: str) -> None:
         """Sample what is missing of the plan's images into a subfolder, batch by batch."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qncd.app import options
 from qncd.app import parser as cli
 from qncd.distributed import OneProcess, Processes
 from qncd.engines.packages import check_backend
@@ -30,7 +29,7 @@ from qncd.ptq.pipeline import (
 )
 from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_
 from qncd.ptq.stages.bit_allocation import allocate_bits_
-from qncd.recipe import CalibrationConfig, CorrectionConfig, QuantConfig, ReconstructionConfig, SmoothingConfig
+from qncd.recipe import QuantConfig, Recipe, ReconstructionConfig
 from qncd.sampling.corrector import Corrector
 from qncd.sampling.correctors.registry import OfflineRecord, fits, offline_corrector
 from qncd.sampling.correctors.runtime import NoiseTable, RuntimeNoiseCorrector
@@ -49,8 +48,7 @@ def is_quiet() -> bool:
 
 def check_quantization_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that need --ptq without it, a checkpoint that is not there, or a backend that is not."""
-    needing = ("cali_ckpt", "cali_data_path", "resume", "resume_w", "compare_fp", "quant_act", "weight_only", "running_stat")
-    for name in (*needing, "rs_sm_only", "a_sym", "emb_float"):
+    for name in ("cali_ckpt", "cali_data_path", "resume", "resume_w", "compare_fp"):
         if getattr(args, name) and not args.ptq:
             raise ValueError(f"--{name} needs --ptq")
     if args.resume_w and args.recon:
@@ -69,64 +67,28 @@ def check_quantization_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--precision {args.precision} is torch's: with --backend {args.backend} there is --engine_precision")
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """Everything that the quantization flags ask for; the parts are None where they are off."""
-
-    mode: str
-    quant: QuantConfig | None
-    smoothing: SmoothingConfig | None
-    reconstruction: ReconstructionConfig | None
-    correction: CorrectionConfig | None
-    offline: str | None
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Quantization:
-        """Raises ValueError as the parts do."""
-        return cls(
-            args.quant_mode, options.quant_config(args), options.smoothing_config(args), options.reconstruction_config(args),
-            options.correction_config(args), options.offline_kind(args),
-        )  # fmt: skip
-
-    @property
-    def label(self) -> str:
-        """FP32, W4A8 qncd and so on."""
-        return f"{self.quant.label} {self.mode}" if self.quant else "FP32"
-
-    @property
-    def controlled(self) -> CorrectionConfig | None:
-        """The correction, if it needs the full-precision model's noise table."""
-        return self.correction if self.correction and (self.correction.control or self.correction.shrink) else None
-
-    def settings(self, args: argparse.Namespace, batch_size: int) -> dict[str, Any]:
-        """What of it decides what an image looks like, for run.json."""
-
-        def plain(part: Any) -> dict[str, Any] | None:
-            return part and dataclasses.asdict(part)
-
-        calibration = {
-            "samples": args.cali_n, "steps": args.cali_st, "seed": args.cali_seed,
-            "batch_size": args.cali_batch_size if args.running_stat or args.rs_sm_only else None,
+def run_settings(wanted: Recipe | None, args: argparse.Namespace, batch_size: int) -> dict[str, Any]:
+    """What decides what an image looks like beside the model and the sampler, for run.json."""
+    keys = ("quantization", "smoothing", "reconstruction", "correction", "offline_correction", "calibration")
+    settings: dict[str, Any] = wanted.settings() if wanted else dict.fromkeys(keys)
+    if wanted:
+        settings["calibration"] |= {
             "data": str(args.cali_data_path) if args.cali_data_path else None,
             "checkpoint": str(args.cali_ckpt) if args.cali_ckpt else None,
             "weights_only_from_checkpoint": args.resume_w,
-        }  # fmt: skip
-        return {
-            "quantization": self.quant and {"mode": self.mode, **dataclasses.asdict(self.quant)},
-            "smoothing": plain(self.smoothing),
-            "reconstruction": plain(self.reconstruction),
-            "correction": plain(self.correction),
-            "offline_correction": self.offline,
-            "calibration": calibration if self.quant else None,
-            "batch": batch_size if self.correction and self.correction.statistics == "batch" else None,
-            **({} if args.backend == "torch" else {"backend": args.backend}),
-            **({} if args.engine_precision == "fp32" else {"engine_precision": args.engine_precision}),
         }
+    by_batch = wanted and wanted.correction and wanted.correction.statistics == "batch"
+    return {
+        **settings,
+        "batch": batch_size if by_batch else None,
+        **({} if args.backend == "torch" else {"backend": args.backend}),
+        **({} if args.engine_precision == "fp32" else {"engine_precision": args.engine_precision}),
+    }
 
 
 def prepare_quantized(
     args: argparse.Namespace,
-    wanted: Quantization,
+    wanted: Recipe,
     diffusion: Diffusion,
     base_hash: str,
     folder: Path,
@@ -140,15 +102,14 @@ def prepare_quantized(
 
     Args:
         folder: of the run; with --resume_w the new checkpoint is written into it.
-        conditions: one for each of the --cali_n calibration trajectories.
+        conditions: one for each of the calibration trajectories.
         key_table: names of the original model's layers, for a checkpoint of Q-Diffusion; None where they are unknown.
         processes: who shares the reconstruction, all with the same arguments; the first one writes the files.
 
     Returns:
         the corrector, where one is asked for, and the seconds that calibrating took.
     """
-    calibration = CalibrationConfig(args.cali_n, args.cali_st, args.cali_batch_size, args.cali_seed)
-    preparation = _Preparation(args, wanted, diffusion, base_hash, calibration, conditions, processes or OneProcess())
+    preparation = _Preparation(args, wanted, diffusion, base_hash, conditions, processes or OneProcess())
     # One process may be done with a file before another one looks.
     there = preparation.processes.share(args.cali_ckpt is not None and args.cali_ckpt.is_file())
     if there and args.cali_ckpt.suffix != ".safetensors":
@@ -163,16 +124,14 @@ class _Preparation:
     """What the three ways to a quantized network share: the arguments of `prepare_quantized`, and what follows from them."""
 
     args: argparse.Namespace
-    wanted: Quantization
+    wanted: Recipe
     diffusion: Diffusion
     base_hash: str
-    calibration: CalibrationConfig
     conditions: Conditions | None
     processes: Processes
 
     @property
     def quant(self) -> QuantConfig:
-        assert self.wanted.quant is not None
         return self.wanted.quant
 
     @property
@@ -191,7 +150,7 @@ class _Preparation:
         if self.wanted.controlled is None:
             return None
         with cli.progress_bar("full-precision noise table", "image", is_quiet()) as bar:
-            return record_noise_table(self.diffusion, self.calibration, self.wanted.controlled, bar, self.conditions)
+            return record_noise_table(self.diffusion, self.wanted.calibration, self.wanted.controlled, bar, self.conditions)
 
     def reference(self) -> Diffusion | None:
         """The full-precision model beside the one that will be quantized, where a correction compares the two."""
@@ -203,7 +162,7 @@ class _Preparation:
         if reference is None or kind is None:
             return None
         with cli.progress_bar(f"offline correction ({kind})", "image", is_quiet()) as bar:
-            return record_offline(kind, reference, self.diffusion, self.calibration, bar, self.conditions)
+            return record_offline(kind, reference, self.diffusion, self.wanted.calibration, bar, self.conditions)
 
     def corrector(self, table: NoiseTable | None, offline: OfflineRecord | None) -> Corrector | None:
         wanted = self.wanted
@@ -249,13 +208,13 @@ def _by_calibrating(preparation: _Preparation, folder: Path) -> tuple[Corrector 
         _check_same(args.cali_ckpt, info, preparation.quant, wanted.smoothing is not None, WEIGHT_SETTINGS)
     start = time.perf_counter()
     if processes.share(args.cali_data_path is not None and args.cali_data_path.exists()):
-        data = load_calibration(args.cali_data_path, args.cali_n, args.cali_st)
+        data = load_calibration(args.cali_data_path, wanted.calibration.samples, wanted.calibration.steps)
         data.check_model(diffusion.unet, base_hash)
         table = preparation.noise_table()
     else:
         with cli.progress_bar("calibration set", "image", is_quiet()) as bar:
             data, table = sample_calibration(
-                diffusion, preparation.calibration, wanted.controlled, base_hash, bar, preparation.conditions
+                diffusion, wanted.calibration, wanted.controlled, base_hash, bar, preparation.conditions
             )
         if args.cali_data_path and processes.is_first:
             save_calibration(data, args.cali_data_path)
@@ -287,7 +246,7 @@ def _load_qdiffusion_(args: argparse.Namespace, diffusion: Diffusion, quant: Qua
 
 def _quantize_(
     args: argparse.Namespace,
-    wanted: Quantization,
+    wanted: Recipe,
     diffusion: Diffusion,
     data: CalibrationSet,
     base_hash: str,
@@ -295,8 +254,8 @@ def _quantize_(
     processes: Processes,
     conditions: Conditions | None,
 ) -> None:
-    quant = wanted.quant
-    assert quant is not None
+    quant, batch_size = wanted.quant, wanted.calibration.batch_size
+    assert batch_size is not None
     learns_steps = wanted.reconstruction is not None and wanted.reconstruction.act_iterations > 0
     with (
         cli.progress_bar("reconstruction", "block", is_quiet() or wanted.reconstruction is None) as blocks,
@@ -309,11 +268,11 @@ def _quantize_(
             log.info("weights of %s; activations are calibrated anew", args.cali_ckpt)
             set_stepwise_(diffusion, quant)
             if quant.bit_allocation:
-                allocate_bits_(diffusion, quant, data, conditions, args.cali_batch_size, widths)
-            calibrate_(diffusion.unet, data, args.cali_batch_size, bar)
+                allocate_bits_(diffusion, quant, data, conditions, batch_size, widths)
+            calibrate_(diffusion.unet, data, batch_size, bar)
         else:
             quantize_with_(
-                diffusion, quant, data, wanted.smoothing, args.cali_batch_size, bar, wanted.reconstruction, blocks,
+                diffusion, quant, data, wanted.smoothing, batch_size, bar, wanted.reconstruction, blocks,
                 folder / "reconstruction" if wanted.reconstruction else None, steps, processes, conditions, widths,
             )  # fmt: skip
 

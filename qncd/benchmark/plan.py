@@ -6,18 +6,19 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qncd.benchmark.peers import PEERS, Peer
-from qncd.modes import QUANT_MODES, Mode
+from qncd.modes import MODES as RECIPES
 from qncd.recipe import (
     TRACKING,
     CalibrationConfig,
     CorrectionConfig,
     QuantConfig,
+    Recipe,
     ReconstructionConfig,
     SamplerConfig,
     SmoothingConfig,
@@ -26,25 +27,38 @@ from qncd.recipe import (
 if TYPE_CHECKING:
     from qncd.benchmark.subjects import Subject
 
-_QNCD, _PLUS = QUANT_MODES["qncd"], QUANT_MODES["qncd+"]
-COMPOSITIONS = QUANT_MODES | {  # ablations
-    "neither": replace(_QNCD, summary="qncd, neither", smoothing=False, runtime_correction=False),
-    "smoothing": replace(_QNCD, summary="qncd, smoothing only", runtime_correction=False),
-    "correction": replace(_QNCD, summary="qncd, correction only", smoothing=False),
-    "paper": replace(_QNCD, summary="qncd, no bias correction", bias_correction=False),
-    "recon": replace(_QNCD, summary="qncd, weights reconstructed", reconstruction=True),
-    "uniform": replace(_PLUS, summary="qncd+, one width for all", bit_allocation=False),
-    "gptq": replace(_PLUS, summary="qncd+, one range for all steps", stepwise_activations=False),
-    "stepwise": replace(_PLUS, summary="qncd+, rounding to nearest", gptq=False),
-    "unsmoothed": replace(_PLUS, summary="qncd+, no smoothing", smoothing_search=False),
-    "extremes": replace(_PLUS, summary="qncd+, ranges by extremes", narrow_act_range="max"),
-    "plus-recon": replace(_PLUS, summary="qncd+, weights reconstructed", gptq=False, smoothing_search=False, reconstruction=True),
-    "untracked": replace(_PLUS, summary="qncd+, no tracking", offline=None),
-    "plus-smoothing": replace(_PLUS, summary="qncd+ and smoothing", smoothing=True),
-    "plus-correction": replace(_PLUS, summary="qncd+, runtime correction for tracking", offline=None, runtime_correction=True),
-    "tracked": replace(_QNCD, summary="qncd, tracking for runtime correction", runtime_correction=False, offline=TRACKING),
+
+@dataclass(frozen=True)
+class Composition:
+    """A mode with changes: what one column of the benchmark quantizes with."""
+
+    title: str
+    mode: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def at(self, width: str) -> Recipe:
+        return Recipe.of(self.mode, width, **self.changes)
+
+
+_RECONSTRUCTED = {"gptq": False, "reconstruction": True}
+COMPOSITIONS = {name: Composition(name, name) for name in RECIPES} | {  # and ablations
+    "neither": Composition("qncd, neither", "qncd", {"smoothing": False, "correction": False}),
+    "smoothing": Composition("qncd, smoothing only", "qncd", {"correction": False}),
+    "correction": Composition("qncd, correction only", "qncd", {"smoothing": False}),
+    "paper": Composition("qncd, no bias correction", "qncd", {"bias_correction": False}),
+    "recon": Composition("qncd, weights reconstructed", "qncd", {"reconstruction": True}),
+    "uniform": Composition("qncd+, one width for all", "qncd+", {"bit_allocation": False}),
+    "gptq": Composition("qncd+, one range for all steps", "qncd+", {"stepwise_activations": False}),
+    "stepwise": Composition("qncd+, rounding to nearest", "qncd+", {"gptq": False}),
+    "unsmoothed": Composition("qncd+, no smoothing", "qncd+", {"smoothing_search": False}),
+    "extremes": Composition("qncd+, ranges by extremes", "qncd+", {"act_range": "max"}),
+    "plus-recon": Composition("qncd+, weights reconstructed", "qncd+", _RECONSTRUCTED),
+    "untracked": Composition("qncd+, no tracking", "qncd+", {"tracking": False}),
+    "plus-smoothing": Composition("qncd+ and smoothing", "qncd+", {"smoothing": True}),
+    "plus-correction": Composition("qncd+, runtime correction for tracking", "qncd+", {"correction": True}),
+    "tracked": Composition("qncd, tracking for runtime correction", "qncd", {"tracking": True}),
 }
-MODES = {name: name if name in QUANT_MODES else mode.summary for name, mode in COMPOSITIONS.items()}
+MODES = {name: composition.title for name, composition in COMPOSITIONS.items()}
 MODES |= {mode: peer.title for mode, peer in PEERS.items()}
 DEFAULT_MODES = ("linear", "smoothing", "correction", "qncd")
 WIDTHS = ("W8A8", "W4A8", "W8A6", "W4A6")
@@ -147,24 +161,24 @@ class Cell:
         return PEERS.get(self.mode)
 
     @property
-    def quant(self) -> QuantConfig | None:
+    def recipe(self) -> Recipe | None:
         """None for full precision and peers."""
-        return self.composition.quant_config(*parse_width(self.width)) if self.composition else None
+        return COMPOSITIONS[self.mode].at(self.width) if self.mode in COMPOSITIONS else None
 
     @property
-    def composition(self) -> Mode | None:
-        return COMPOSITIONS.get(self.mode)
+    def quant(self) -> QuantConfig | None:
+        return self.recipe.quant if self.recipe else None
 
     @property
     def smoothing(self) -> SmoothingConfig | None:
-        return SmoothingConfig() if self.composition and self.composition.smoothing else None
+        return self.recipe.smoothing if self.recipe else None
 
     @property
     def offline(self) -> str | None:
-        return self.composition.offline if self.composition else None
+        return self.recipe.offline if self.recipe else None
 
     def reconstruction(self, plan: Plan) -> ReconstructionConfig | None:
-        return plan.reconstruction if self.composition and self.composition.reconstruction else None
+        return plan.reconstruction if self.recipe and self.recipe.reconstruction else None
 
     def reconstruction_folder(self, plan: Plan) -> Path | None:
         """Where the reconstructed blocks are: one folder for all cells whose weights come out the same."""
@@ -247,7 +261,7 @@ def can_do(mode: str, width: str) -> bool:
 
 
 def corrects(mode: str) -> bool:
-    return mode in COMPOSITIONS and COMPOSITIONS[mode].runtime_correction
+    return mode in COMPOSITIONS and COMPOSITIONS[mode].at(WIDTHS[0]).correction is not None
 
 
 def parse_width(text: str) -> tuple[int, int]:
