@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it; imported on first use, so that `import qncd` stays quick.
 _PUBLIC = {
+    "Recipe": "qncd.recipe",
     "QuantConfig": "qncd.recipe",
     "SmoothingConfig": "qncd.recipe",
     "CorrectionConfig": "qncd.recipe",

@@ -100,7 +100,7 @@ class QuantConfig:
         "to leave the sample the least error",
     )  # fmt: skip
     bias_correction: bool = option(
-        True, flag="bias_correction", help="take each layer's mean rounding error out of its bias (not in the paper)"
+        True, flag="bias_correction", help="take each layer's mean rounding error out of its bias; not in the paper"
     )
 
     def __post_init__(self) -> None:
@@ -197,7 +197,10 @@ class CorrectionConfig:
 
     interval: int = option(4, flag="reverse_interval", low=1, help="the N of --sample_reverse, as its own flag")
     target: str = option("paper", flag="reverse_target", choices=TARGETS, help="what the estimate is compared with")
-    statistics: str = option("sample", flag="reverse_statistics", choices=STATISTICS, help="one mean for what")
+    statistics: str = option(
+        "sample", flag="reverse_statistics", choices=STATISTICS,
+        help="one mean of the estimates: of each image, of the batch, or of each image and channel",
+    )  # fmt: skip
     control: bool = option(True)
     shrink: bool = option(True)
     correct_variance: bool = option(True)

@@ -47,14 +47,15 @@ def add_recipe_arguments(
         "--recipe", type=Path, metavar="FILE", help="YAML with mode, width and options by name; flags override it"
     )
     sections = sections_of(recipe_type)
+    switches = {name: part for name, part in sections.items() if part.switch}
     for path, option in paths_of(recipe_type).items():
-        title = option.group or (sections[path.partition(".")[0]].title if "." in path else QUANTIZATION)
-        if option.flag:
-            _add_option(group(title), path, option)
-    for name, part in sections.items():
-        if part.switch:
+        name = path.partition(".")[0]
+        if part := switches.pop(name, None):
             text = part.help + _modes_with(name)
             group(part.title).add_argument(f"--{part.switch}", action=argparse.BooleanOptionalAction, help=text)
+        if option.flag:
+            title = option.group or (sections[name].title if name in sections else QUANTIZATION)
+            _add_option(group(title), path, option)
     for spelling in SPELLINGS:
         text = spelling.help + (_modes_with(spelling.switch) if spelling.switch else "")
         destination = spellings.attribute(spelling.flag)
