@@ -99,7 +99,7 @@ class QuantConfig:
         "to leave the sample the least error",
     )  # fmt: skip
     bias_correction: bool = option(
-        True, flag="bias_correction", help="take each layer's mean rounding error out of its bias (not in the paper)"
+        True, flag="bias_correction", help="take each layer's mean rounding error out of its bias; not in the paper"
     )
 
     def __post_init__(self) -> None:
@@ -196,7 +196,10 @@ class CorrectionConfig:
 
     interval: int = option(4, flag="reverse_interval", low=1, help="the N of --sample_reverse, as its own flag")
     target: str = option("paper", flag="reverse_target", choices=TARGETS, help="what the estimate is compared with")
-    statistics: str = option("sample", flag="reverse_statistics", choices=STATISTICS, help="one mean for what")
+    statistics: str = option(
+        "sample", flag="reverse_statistics", choices=STATISTICS,
+        help="one mean of the estimates: of each image, of the batch, or of each image and channel",
+    )  # fmt: skip
     control: bool = option(True)
     shrink: bool = option(True)
     correct_variance: bool = option(True)
@@ -312,18 +315,8 @@ class Recipe:
             ValueError: an option is unknown, out of range, contradicts another one, or has no effect.
         """
         given = changes_of(cls, changes)
-        recipe: R = compose(cls, mode, {**parse_width(width), **given})
-        recipe.check_effects(given)
+        recipe: R = compose(cls, mode, {**parse_width(width), **given}, given)
         return recipe
-
-    def check_effects(self, given: Mapping[str, Any]) -> None:
-        """Raise RecipeError where an option among the given ones, by path, has no effect in this recipe."""
-        idle = {"act_bits": "is about quantized activations: they are in floating point here"}
-        for path, value in given.items():
-            name, _, key = path.partition(".")
-            about = options_of(type(getattr(self, name))).get(key) if key else None
-            if about and about.needs and value != about.default and not getattr(getattr(self, name), about.needs):
-                raise RecipeError(f"{{{path}}} {idle.get(about.needs, f'needs {{{name}.{about.needs}}}')}")
 
     @property
     def label(self) -> str:
@@ -383,9 +376,8 @@ class Recipe:
         content = read_yaml(path)
         try:
             given = changes_of(cls, content)
-            recipe: R = compose(cls, given.get("mode", cls.mode), given)
-            if not {*options_of(cls), *sections_of(cls)} <= content.keys():
-                recipe.check_effects(given)
+            whole = {*options_of(cls), *sections_of(cls)} <= content.keys()
+            recipe: R = compose(cls, given.get("mode", cls.mode), given, () if whole else given)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return recipe

@@ -47,14 +47,15 @@ def add_recipe_arguments(
         "--recipe", type=Path, metavar="FILE", help="YAML with mode, width and options by name; flags override it"
     )
     sections = sections_of(recipe_type)
+    switches = {name: part for name, part in sections.items() if part.switch}
     for path, option in paths_of(recipe_type).items():
-        title = option.group or (sections[path.partition(".")[0]].title if "." in path else QUANTIZATION)
-        if option.flag:
-            _add_option(group(title), path, option)
-    for name, part in sections.items():
-        if part.switch:
+        name = path.partition(".")[0]
+        if part := switches.pop(name, None):
             text = part.help + _modes_with(name)
             group(part.title).add_argument(f"--{part.switch}", action=argparse.BooleanOptionalAction, help=text)
+        if option.flag:
+            title = option.group or (sections[name].title if name in sections else QUANTIZATION)
+            _add_option(group(title), path, option)
     for spelling in SPELLINGS:
         text = spelling.help + (_modes_with(spelling.switch) if spelling.switch else "")
         destination = spellings.attribute(spelling.flag)
@@ -126,8 +127,7 @@ def recipe_of(args: argparse.Namespace, recipe_type: type[Recipe] = Recipe) -> R
     names |= {name: f"--{part.switch}" for name, part in sections_of(recipe_type).items() if part.switch}
     names |= spellings.names(args)
     try:
-        recipe: Recipe = compose(recipe_type, mode, {**_overridden(file, flags), **flags})
-        recipe.check_effects(flags)
+        recipe: Recipe = compose(recipe_type, mode, {**_overridden(file, flags), **flags}, flags)
     except RecipeError as error:
         raise ValueError(error.told(names)) from None
     except OptionError as error:
