@@ -24,7 +24,7 @@ from qncd.engines.network import InputSpec
 from qncd.engines.packages import require
 from qncd.models.loading import state_dict_hash
 from qncd.models.network import Network, network_of
-from qncd.quant.convert import act_quantizers, quant_layers
+from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
 from qncd.recipe import QuantConfig
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from qncd.engines.packages import require
 from qncd.models.network import Network
 from qncd.quant.attention import QuantAttnProcessor
-from qncd.quant.convert import quant_layers
+from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.stepwise import steps_not_selected
 

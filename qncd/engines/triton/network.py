@@ -30,7 +30,7 @@ from qncd.engines.triton.layers import (
 )
 from qncd.models.network import Network
 from qncd.quant.attention import QuantAttnProcessor
-from qncd.quant.convert import quant_layers
+from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d
 
 WARM_UP_CALLS = 2  # before a call is recorded
