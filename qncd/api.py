@@ -141,7 +141,7 @@ def quantize(
             raise ValueError("prompts and calls: allowed is one of them")
         chosen = list(calls) if calls is not None else calls_for(model, prompts, recipe.calibration.samples)
         pipeline = PipelineRuns(model, chosen, recipe.calibration, steps, monitor)
-        runs, left_out = pipeline, ()
+        runs, left_out = pipeline, []
         recipe = recipe.with_calibration(samples=pipeline.samples)
     recipe = recipe.with_batch_size(8)
     base_hash = state_dict_hash(runs.network.module)
@@ -202,7 +202,9 @@ def _report(runs: CalibrationRuns, recipe: Recipe, left_out: tuple[str, ...], in
     layers = []
     for name, layer in quant_layers(runs.network.module).items():
         weights, act = layer.config.weight_codes, quantizers.get(f"{name}.act")
-        layers.append(LayerReport(name, weights and weights.bits, act.codes.bits if act is not None and act.codes else None))
+        layers.append(
+            LayerReport(name, weights.bits if weights else None, act.codes.bits if act is not None and act.codes else None)
+        )
     return Report(recipe, tuple(layers), left_out, inputs, outcome.found, outcome.seconds)
 
 

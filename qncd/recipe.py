@@ -348,7 +348,8 @@ class Recipe:
         """The same without "bit_allocation", "correction" (runtime) or "offline" correction."""
         if part == "bit_allocation":
             return dataclasses.replace(self, quant=dataclasses.replace(self.quant, bit_allocation=False))
-        return dataclasses.replace(self, **{part: None})
+        nothing: dict[str, Any] = {part: None}
+        return dataclasses.replace(self, **nothing)
 
     def settings(self) -> dict[str, Any]:
         """What of it decides what an image looks like, for run.json."""

@@ -78,10 +78,10 @@ def test_a_stage(make_unet: Any) -> None:
     wide, narrow = make_unet(), make_unet()
     loud = make_unet().mid_block.resnets[0].conv1.weight
     report = qncd.quantize(narrow, "W4A8", "linear", calibration=inputs(narrow))
-    assert report.found["weight_clipping"] == 3.0
+    assert report.found["weight_clipping"] == 1.5
     assert "weight_clipping" not in qncd.quantize(wide, "W8A8", "linear", calibration=inputs(wide)).found
     clipped = narrow.mid_block.resnets[0].conv1
-    limit = 3 * float(loud.std())
+    limit = 1.5 * float(loud.std())
     assert float(loud.abs().max()) > limit  # something is clipped
     assert float(clipped.weight.abs().max()) <= limit + float(clipped.weight_scale.max())
 
@@ -112,7 +112,7 @@ def test_a_family(caplog: pytest.LogCaptureFixture) -> None:
     assert "no family" not in caplog.text
     assert any("correction" in text for text in report.left_out)  # a bare denoiser has no sampler to correct in
     assert smoothed.block.outer.smoothing is not None and smoothed.block.inner.smoothing is None
-    assert float((smoothed(x, t)[0] - exact).norm() / exact.norm()) < 0.05
+    assert float((smoothed(x, t)[0] - exact).detach().norm() / exact.norm()) < 0.05
     units = network_registry.network_of(smoothed).blocks()
     assert list(units) == ["block", "last"]
 

@@ -50,7 +50,8 @@ STRANGERS = ("qncd.sampling.samplers", "qncd.sampling.correctors.runtime")
 
 # Everything that `--help` imports; yaml takes 20 ms, torch seconds.
 LIGHT_MODULES = (
-    "qncd", "qncd.options", "qncd.modes", "qncd.recipe", "qncd.models.configs", "qncd.app.flags", "qncd.app.parser", "qncd.app.console",
+    "qncd", "qncd.options", "qncd.modes", "qncd.recipe", "qncd.models.configs", "qncd.app.flags",
+    "qncd.app.parser", "qncd.app.console",
     *(f"qncd.app.commands.{path.stem}" for path in sorted((PACKAGE / "app" / "commands").glob("[!_]*.py"))),
 )  # fmt: skip
 LIGHT_THIRD_PARTY = {"yaml"}

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+import qncd
 from qncd.app import console
 
 ROOT = Path(__file__).resolve().parents[1]
 README_BYTES = 12_288
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPT = r"python (?:(?:scripts|tools)/\w+|evaluator)\.py"
-CONSOLE = r"qncd (?:sample|quantize|export|convert|evaluate|benchmark|prompts)"
+CONSOLE = rf"qncd (?:{'|'.join(console.COMMANDS)})"
 
 
 def commands() -> list[str]:
@@ -94,7 +95,4 @@ def test_python_in_documents_is_python_and_uses_what_there_is() -> None:
             node.attr for node in ast.walk(ast.parse(block))
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "qncd"
         }  # fmt: skip
-    if (ROOT / "qncd" / "api.py").is_file():
-        import qncd
-
-        assert names <= set(qncd.__all__)
+    assert names <= set(qncd.__all__)

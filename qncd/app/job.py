@@ -103,7 +103,7 @@ def on_engine(args: argparse.Namespace, recipe: Recipe | None, diffusion: Diffus
         folder = args.onnx
         check_fits(folder, network, diffusion.shape)
     elif not is_current(folder, network, diffusion.shape):
-        path = export(network, folder, recipe and recipe.quant, base_hash, shape=diffusion.shape)
+        path = export(network, folder, recipe.quant if recipe else None, base_hash, shape=diffusion.shape)
         log.info("exported %s: %.1f MB", path, path.stat().st_size / 1e6)
     if engine_of(args.backend).file:
         log.info("%s runs %s", args.backend, folder / FILE)

@@ -1,7 +1,8 @@
 """Engines: what runs a calibrated network instead of torch.
 
-An engine is a class with the attributes and methods of `Engine`, in a file of its own, and a line in
-`qncd.engines.registry.ENGINES`. One that runs the exported ONNX model derives from `qncd.engines.onnx.engine.OnnxEngine`.
+To add an engine, write a class with the attributes and methods of `Engine` in a new file, and add a line to
+`qncd.engines.registry.ENGINES`. The file imports the packages that the engine needs where it uses them, because `check` has
+to say that they are not there. An engine that runs the exported ONNX model derives from `qncd.engines.onnx.engine.OnnxEngine`.
 """
 
 from __future__ import annotations

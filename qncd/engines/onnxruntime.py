@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from qncd.engines.onnx.engine import ArraySession, OnnxEngine
-from qncd.engines.onnx.integer_kernels import to_integer_kernels_
 from qncd.engines.onnx.model import FILE, read_onnx, save_onnx
 from qncd.engines.packages import require
 
@@ -59,6 +58,8 @@ def open_session(path: Path, threads: int, providers: Sequence[str] = (CPU,)) ->
 def _integer_model(folder: Path, scratch: Path) -> Path:
     """DIR/model.onnx rewritten for ONNX Runtime's integer kernels, as a file in `scratch`."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    from qncd.engines.onnx.integer_kernels import to_integer_kernels_
 
     model, _ = read_onnx(folder)
     to_integer_kernels_(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,14 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from qncd.models import loading
-from qncd.models.files.diffusers_folders import UNETS, load_component, load_unet_folder, local_path, read_json, save_component
+from qncd.models.files.diffusers_folders import UNETS, check_told, load_component, load_unet_folder, local_path, read_json
+from qncd.models.files.folder_settings import SCHEDULER, check_parts, check_scheduler, check_unet, scheduler_betas
 from qncd.models.files.registry import fetch, load_registry
 from qncd.models.original.autoencoders import FirstStage
 from qncd.models.original.compvis import Conditioner, check_config, networks_of
-from qncd.models.original.conditioning import ClassConditioner, TextConditioner, load_text_folder
+from qncd.models.original.conditioning import ClassConditioner, TextConditioner, load_class_folder, load_text_folder
 from qncd.models.original.ldm import LdmUNet, build_ldm_unet, ldm_betas
 
-# LDM's own noise schedule where a scheduler's config does not name it, by diffusers' defaults.
-_SCHEDULER_DEFAULTS = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 _SD_SCALE = 0.18215  # of AutoencoderKL where its config, of an old diffusers, does not hold it
 
 
@@ -69,7 +67,7 @@ def load_latent_model(
         config: the original yaml as a mapping; may be None for a diffusers folder, which is checked against it otherwise.
         ckpt: an original checkpoint (.ckpt, .pth, .safetensors), a diffusers folder of a pipeline, or a hub id.
         use_pretrained: without `ckpt`, the published weights that `config["model"]["pretrained"]` names.
-            Without both, `config["model"]["weights"]` names a model in the box.
+            Without both, `config["model"]["weights"]` names a bundled model.
 
     Averaged weights (`model_ema.*`) are used where the file has them and `use_ema` is not false, as the original does.
 
@@ -104,14 +102,14 @@ def _default_weights(config: Mapping[str, Any], use_pretrained: bool) -> Path:
             raise ValueError(f"the config names no published weights (model.pretrained; there are {known}): give --ckpt PATH")
         return fetch(str(name))
     if (name := model.get("weights")) is None:
-        raise ValueError("no weights: give --ckpt PATH or --use_pretrained, or name a model in the box as model.weights")
+        raise ValueError("no weights: give --ckpt PATH or --use_pretrained, or name a bundled model as model.weights")
     assets = loading.ASSETS
     candidates = (assets / str(name), assets / f"{name}.safetensors", assets / f"{name}.ckpt")
     found = next((path for path in candidates if path.is_file() or (path / "unet" / "config.json").is_file()), None)
     if found is None:
         files = [path.stem for path in assets.glob("*.safetensors") if not path.stem.endswith("_classifier")]
-        boxed = sorted([path.parents[1].name for path in assets.glob("*/unet/config.json")] + files)
-        raise ValueError(f"model.weights {name!r} is no model in the box: allowed are {', '.join(boxed) or '(none)'}")
+        bundled = sorted([path.parents[1].name for path in assets.glob("*/unet/config.json")] + files)
+        raise ValueError(f"model.weights {name!r} is no bundled model: allowed are {', '.join(bundled) or '(none)'}")
     return found
 
 
@@ -144,42 +142,26 @@ def _load_folder(folder: Path, source: str) -> LatentModel:
     stage = next((folder / name for name in ("vqvae", "vae") if (folder / name).is_dir()), None)
     if stage is None:
         raise ValueError(f"{source}: not the folder of a latent diffusion pipeline (no vqvae/ or vae/ in it)")
-    betas = _scheduler_betas(folder / "scheduler" / "scheduler_config.json")
+    check_parts(folder, source, latent=True)
+    scheduler = folder / "scheduler" / SCHEDULER
+    if not scheduler.is_file():
+        raise ValueError(f"{scheduler}: no such file, it holds the noise schedule")
+    betas = scheduler_betas(scheduler, check_scheduler(scheduler, "ldm"))
+    first = read_json(stage / "config.json")
+    channels = first.get("vq_embed_dim") or first.get("latent_channels")
+    check_unet(read_json(folder / "unet" / "config.json"), source, channels)  # before the weights are read
     conditioner: Conditioner | None = None
     if (folder / "text_encoder").is_dir():
-        if (folder / "text_encoder_2").is_dir():
-            raise ValueError(f"{source}: a pipeline with two text encoders is not supported")
         conditioner = load_text_folder(folder / "text_encoder", folder / "tokenizer").eval()
     elif (folder / "class_embedder").is_dir():
-        conditioner = ClassConditioner.from_pretrained(folder / "class_embedder")
-    elif (folder / "bert").is_dir():
-        raise ValueError(f"{source}: a pipeline with a BERT text encoder is not supported")
+        conditioner = load_class_folder(folder / "class_embedder")
     unet = load_unet_folder(folder, UNETS)
     autoencoder = load_component(stage, ("VQModel", "AutoencoderKL"))
     # Folders without the factor are from before diffusers divided by it: LDM's own, 1 with a codebook.
     default = 1.0 if isinstance(autoencoder, VQModel) else _SD_SCALE
-    scale = float(read_json(stage / "config.json").get("scaling_factor", default))
+    scale = float(first.get("scaling_factor", default))
     autoencoder.register_to_config(scaling_factor=scale)
     return _latent_model(unet, FirstStage(autoencoder, scale), conditioner, betas, source)
-
-
-def _scheduler_betas(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, it holds the noise schedule")
-    settings = {**_SCHEDULER_DEFAULTS, **read_json(path)}
-    if settings.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(f"{path}: prediction_type {settings['prediction_type']} is not supported: allowed is epsilon")
-    try:
-        if settings.get("trained_betas") is not None:
-            return np.asarray(settings["trained_betas"], dtype=np.float64)
-        start, end, steps = (float(settings["beta_start"]), float(settings["beta_end"]), int(settings["num_train_timesteps"]))
-    except (TypeError, ValueError):
-        raise ValueError(f"{path}: beta_start, beta_end, num_train_timesteps or trained_betas are no numbers") from None
-    if settings["beta_schedule"] == "linear":
-        return np.linspace(start, end, steps, dtype=np.float64)
-    if settings["beta_schedule"] == "scaled_linear":
-        return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
-    raise ValueError(f"{path}: beta_schedule {settings['beta_schedule']} is not supported: allowed are linear, scaled_linear")
 
 
 def _check_against(model: LatentModel, config: Mapping[str, Any]) -> None:
@@ -210,37 +192,39 @@ def scheduler_of(betas: np.ndarray) -> DDIMScheduler:
     )  # fmt: skip
 
 
-def save_latent_model(model: LatentModel, folder: str | Path) -> None:
-    """Write a diffusers folder that diffusers loads without this package.
+def latent_pipeline(model: LatentModel) -> Any:
+    """The model as a pipeline of diffusers, whose networks are the model's own, not copies.
 
-    Unconditional: all of LDMPipeline. Text: all of StableDiffusionPipeline, without a safety checker. Classes: UNet,
-    autoencoder and scheduler; `class_embedder/` is this package's own, since diffusers has no such pipeline.
+    Unconditional: an LDMPipeline. Text: a StableDiffusionPipeline without a safety checker. Classes: this package's
+    `ClassConditionalLDMPipeline`, since diffusers has none.
+    """
+    stage, conditioner = model.first_stage.model, model.conditioner
+    stage.register_to_config(scaling_factor=model.first_stage.scale)
+    parts: dict[str, Any] = {"unet": model.unet, "scheduler": scheduler_of(model.betas)}
+    if isinstance(conditioner, TextConditioner):
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+        parts |= {"vae": stage, "text_encoder": conditioner.text_model, "tokenizer": conditioner.tokenizer}
+        unchecked: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline(**parts, **unchecked)
+        # The tokenizer's files are transformers' own, so that diffusers alone loads a saved pipeline.
+        pipeline.register_to_config(tokenizer=("transformers", "CLIPTokenizer"))
+        return pipeline
+    if isinstance(conditioner, ClassConditioner):
+        from qncd.models.class_conditional import ClassConditionalLDMPipeline
+
+        return ClassConditionalLDMPipeline(vqvae=stage, class_embedder=conditioner, **parts)
+    from diffusers import LDMPipeline
+
+    return LDMPipeline(vqvae=stage, **parts)
+
+
+def save_latent_model(model: LatentModel, folder: str | Path) -> None:
+    """Write the folder of `latent_pipeline(model)`; diffusers loads it without this package, unless it has a class embedding.
 
     Raises:
         ValueError: diffusers' config cannot describe a network of the model.
     """
-    folder = Path(folder)
-    text = isinstance(model.conditioner, TextConditioner)
-    stage = "vae" if text or not (model.first_stage.quantizes or model.conditioner is None) else "vqvae"
-    parts: dict[str, Any] = {
-        stage: ["diffusers", type(model.first_stage.model).__name__],
-        "unet": ["diffusers", type(model.unet).__name__],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-    }
-    model.first_stage.model.register_to_config(scaling_factor=model.first_stage.scale)
-    save_component(model.unet, folder / "unet")
-    save_component(model.first_stage.model, folder / stage)
-    scheduler_of(model.betas).save_pretrained(folder / "scheduler")
-    pipeline = "LDMPipeline"
-    if isinstance(model.conditioner, TextConditioner):
-        pipeline = "StableDiffusionPipeline"
-        parts |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-        parts |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-        model.conditioner.text_model.save_pretrained(folder / "text_encoder")  # type: ignore[operator]
-        model.conditioner.tokenizer.save_pretrained(folder / "tokenizer")
-    elif isinstance(model.conditioner, ClassConditioner):
-        pipeline = "ClassConditionalLDM"
-        parts["class_embedder"] = ["qncd", "ClassConditioner"]
-        model.conditioner.save_pretrained(folder / "class_embedder")
-    index = {"_class_name": pipeline, **dict(sorted(parts.items()))}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for network in (model.unet, model.first_stage.model):
+        check_told(network)
+    latent_pipeline(model).save_pretrained(folder)

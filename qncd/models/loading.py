@@ -1,9 +1,8 @@
-"""Load a noise prediction network from an original checkpoint, a diffusers folder, the hub, or the models in the box."""
+"""Load a noise prediction network from an original checkpoint, a diffusers folder, the hub, or the bundled models."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,21 @@ from typing import Any
 import torch
 import yaml
 from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qncd.models.configs import find_config
-from qncd.models.files.diffusers_folders import load_unet_folder, local_path, save_component
+from qncd.models.files.diffusers_folders import check_told, load_unet_folder, local_path
+from qncd.models.files.folder_settings import (
+    check_architecture,
+    check_parts,
+    check_schedule,
+    check_scheduler,
+    check_unet,
+    scheduler_file,
+)
 from qncd.models.files.registry import fetch, load_registry
 from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.original.ddim import build_ddim_unet, convert_ddim_state_dict, ddim_unet_config, ddim_weights
@@ -52,15 +61,22 @@ def load_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def load_ddim(config: Mapping[str, Any], ckpt: str | Path | None = None, use_pretrained: bool = False) -> UNet2DModel:
+def load_ddim(
+    config: Mapping[str, Any], ckpt: str | Path | None = None, use_pretrained: bool = False, sample_type: str | None = None
+) -> UNet2DModel:
     """The UNet of a DDIM config with its weights: eval mode, float32, on the CPU, no gradients.
+
+    A folder's scheduler, and its network's config, must describe the config's model: see `check_scheduler` for what the
+    samplers compute. `clip_sample: true`, which the google/ddpm-* folders have, is what the sampler `ddpm_noisy` does and the
+    others do not: it is refused unless `sample_type` says that this sampler is the one.
 
     Args:
         config: the yaml of ermongroup/ddim as a mapping.
         ckpt: an original checkpoint, a .safetensors file (original or diffusers names), a diffusers folder (a UNet or a
             pipeline with `unet/`), or a hub id such as google/ddpm-cifar10-32, asked for only if no such path exists.
         use_pretrained: without `ckpt`, the published weights of the config's data set.
-            Without both, `config["model"]["weights"]` names a model in the box.
+            Without both, `config["model"]["weights"]` names a bundled model.
+        sample_type: the sampler that the UNet is for, where it is known.
 
     Raises:
         ValueError: weights and config do not fit, the file is damaged, or a weight is NaN or infinite.
@@ -70,10 +86,12 @@ def load_ddim(config: Mapping[str, Any], ckpt: str | Path | None = None, use_pre
     source = str(ckpt) if ckpt is not None else str(_default_weights(config, use_pretrained))
     path = local_path(source)
     if path.is_dir():
+        _check_folder(path, source, config, sample_type)
         unet = load_unet_folder(path, ("UNet2DModel",))
-        for key in ("in_channels", "out_channels", "sample_size"):
-            if (found := unet.config[key]) != settings[key]:
-                raise ValueError(f"{source}: {key} is {found}, the config says {settings[key]}")
+        check_unet(unet.config, source)
+        with torch.device("meta"):
+            expected = build_ddim_unet(config).config
+        check_architecture(unet.config, expected, source, first=tuple(settings)[:3])
         return unet
     checkpoint = load_checkpoint(path)
     try:
@@ -85,14 +103,17 @@ def load_ddim(config: Mapping[str, Any], ckpt: str | Path | None = None, use_pre
     return network_with_weights(lambda: build_ddim_unet(config), state.items(), source)
 
 
-def save_ddim(unet: UNet2DModel, config: Mapping[str, Any], folder: str | Path) -> None:
-    """Write the folder of a DDIMPipeline: `unet/`, and `scheduler/` with the config's noise schedule.
+def _check_folder(folder: Path, source: str, config: Mapping[str, Any], sample_type: str | None) -> None:
+    """Raise ValueError where a folder asks for what the samplers do not do, or has another noise schedule than the config."""
+    check_parts(folder, source, latent=False)
+    if (path := scheduler_file(folder)) is not None:
+        settings = check_scheduler(path, "ddim", sample_type)
+        if config.get("diffusion") is not None:  # a config that says nothing of it has nothing to contradict
+            check_schedule(path, settings, _schedule(config))
 
-    Raises:
-        ValueError: the config has no noise schedule that diffusers knows.
-    """
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
+def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The noise schedule of a DDIM config under diffusers' names. Raises ValueError where diffusers knows none such."""
     try:
         diffusion = config["diffusion"]
         schedule, steps = str(diffusion["beta_schedule"]), int(diffusion["num_diffusion_timesteps"])
@@ -104,15 +125,27 @@ def save_ddim(unet: UNet2DModel, config: Mapping[str, Any], folder: str | Path) 
     names = {"linear": "linear", "quad": "scaled_linear"}  # DDIM's names -> diffusers'
     if schedule not in names:
         raise ValueError(f"beta_schedule {schedule!r} has no scheduler in diffusers: allowed are {', '.join(names)}")
-    folder = Path(folder)
-    scheduler = DDIMScheduler(
-        num_train_timesteps=steps, beta_schedule=names[schedule], beta_start=start, beta_end=end,
-        set_alpha_to_one=True, steps_offset=0, clip_sample=False,
-    )  # fmt: skip
-    save_component(unet, folder / "unet")
-    scheduler.save_pretrained(folder / "scheduler")
-    index = {"_class_name": "DDIMPipeline", "scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return {"beta_schedule": names[schedule], "beta_start": start, "beta_end": end, "num_train_timesteps": steps}
+
+
+def ddim_pipeline(unet: UNet2DModel, config: Mapping[str, Any]) -> DDIMPipeline:
+    """The UNet itself in a DDIMPipeline of diffusers, with the config's noise schedule and DDIM's own time steps.
+
+    Raises:
+        ValueError: the config has no noise schedule that diffusers knows.
+    """
+    schedule = _schedule(config)
+    return DDIMPipeline(unet, DDIMScheduler(**schedule, set_alpha_to_one=True, steps_offset=0, clip_sample=False))
+
+
+def save_ddim(unet: UNet2DModel, config: Mapping[str, Any], folder: str | Path) -> None:
+    """Write the folder of a DDIMPipeline: `unet/`, and `scheduler/` with the config's noise schedule.
+
+    Raises:
+        ValueError: the config has no noise schedule that diffusers knows, or diffusers' config cannot describe the UNet.
+    """
+    check_told(unet)
+    ddim_pipeline(unet, config).save_pretrained(folder)
 
 
 def state_dict_hash(model: torch.nn.Module | Mapping[str, torch.Tensor]) -> str:
@@ -142,9 +175,9 @@ def _default_weights(config: Mapping[str, Any], use_pretrained: bool) -> Path:
             known = ", ".join(name for name in sorted(load_registry()) if name.startswith("ema_diffusion_"))
             raise ValueError(f"no published weights for the data set {published!r} (there are {known}): give --ckpt PATH")
     if name is None:
-        raise ValueError("no weights: give --ckpt PATH or --use_pretrained, or name a model in the box as model.weights")
+        raise ValueError("no weights: give --ckpt PATH or --use_pretrained, or name a bundled model as model.weights")
     folder = ASSETS / str(name)
     if not (folder / "config.json").is_file():
-        boxed = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
-        raise ValueError(f"model.weights {name!r} is no model in the box: allowed are {', '.join(boxed) or '(none)'}")
+        bundled = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+        raise ValueError(f"model.weights {name!r} is no bundled model: allowed are {', '.join(bundled) or '(none)'}")
     return folder

@@ -23,15 +23,15 @@ from qncd.sampling.guidance import Conditions
 
 
 class CalibrationRuns(Runs, Protocol):
-    """Runs of a sampler whose network will be quantized in place.
+    """Runs of a sampler whose network will be quantized in place."""
 
-    Attributes:
-        diffusion: the same sampler, for stages that back-propagate through it; None where that cannot be done.
-        conditions: of its trajectories.
-    """
+    @property
+    def diffusion(self) -> Diffusion | None:
+        """The same sampler, for stages that back-propagate through it; None where that cannot be done."""
 
-    diffusion: Diffusion | None
-    conditions: Conditions | None
+    @property
+    def conditions(self) -> Conditions | None:
+        """Of its trajectories."""
 
     @property
     def network(self) -> Network:

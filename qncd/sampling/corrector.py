@@ -67,13 +67,11 @@ See = Callable[[Step, Tensor, Tensor, Tensor], None]
 
 
 class Runs(Protocol):
-    """Calibration runs of one sampler, of the full-precision network and of the quantized one, from seeds of their own.
+    """Calibration runs of one sampler, of the full-precision network and of the quantized one, from seeds that no image has."""
 
-    Attributes:
-        samples: trajectories of a run, unless another number is asked for.
-    """
-
-    samples: int
+    @property
+    def samples(self) -> int:
+        """Trajectories of a run, unless another number is asked for."""
 
     def record(self, recorder: Recorder) -> None:
         """A full-precision run that `recorder` watches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -20,6 +21,8 @@ from qncd.engines.onnx.model import FILE
 from qncd.engines.registry import ENGINES, PRECISIONS, engine_names
 from qncd.models.network import Network
 from qncd.recipe import QuantConfig
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Reference(OnnxEngine):
@@ -73,6 +76,25 @@ def test_the_registry() -> None:
         check_engine("torch", "fp16")
     with pytest.raises(ValueError, match="'torch': allowed are torch"):
         engine_of("torch")
+
+
+def test_packages_that_are_not_there() -> None:
+    """Every engine is found without them, and its check says what is missing."""
+    code = """
+import sys
+for package in ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "triton"):
+    sys.modules[package] = None
+from qncd.engines.engine import check_engine, file_engines
+check_engine("torch")
+for name in file_engines():
+    try:
+        check_engine(name)
+    except ValueError as error:
+        print(name, error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("the package onnx is not there") == len(file_engines())
 
 
 @pytest.mark.usefixtures("more_engines")

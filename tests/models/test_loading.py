@@ -150,12 +150,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         load_ddim(CONFIG, tmp_path / "gone.ckpt")
 
 
-def test_models_in_the_box(folder: Path, monkeypatch: pytest.MonkeyPatch, unet: Any) -> None:
+def test_bundled_models(folder: Path, monkeypatch: pytest.MonkeyPatch, unet: Any) -> None:
     monkeypatch.setattr(loading, "ASSETS", folder.parent)
     assert state_dict_hash(load_ddim(changed(weights="model"))) == state_dict_hash(unet)
     fashion = changed(weights="model") | {"data": {"dataset": "FASHION_MNIST", "image_size": 8}}
     assert state_dict_hash(load_ddim(fashion, use_pretrained=True)) == state_dict_hash(unet)
-    with pytest.raises(ValueError, match=r"^model\.weights 'other' is no model in the box: allowed are model$"):
+    with pytest.raises(ValueError, match=r"^model\.weights 'other' is no bundled model: allowed are model$"):
         load_ddim(changed(weights="other"))
     with pytest.raises(ValueError, match=r"^no weights: give --ckpt PATH or --use_pretrained"):
         load_ddim(CONFIG)

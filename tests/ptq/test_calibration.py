@@ -7,22 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_networks import CONTEXT, calibrate_with_
 from torch import Tensor
 
-from qncd.ptq.calibration import (
-    CalibrationCollector,
-    CalibrationSet,
-    calibrate_,
-    correct_biases_,
-    load_calibration,
-    save_calibration,
-)
-from qncd.ptq.pipeline import Diffusion, sample_calibration
-from qncd.quant.convert import act_quantizers, quant_layers, quantize_
+from qncd.models.network import network_of
+from qncd.ptq.data import CalibrationCollector, CalibrationSet, load_calibration, save_calibration
+from qncd.ptq.pipeline import calibrate_, sample_calibration
+from qncd.ptq.runs import DiffusionRuns
+from qncd.ptq.stages.prepare import quantize_
+from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
-from qncd.recipe import CalibrationConfig, QuantConfig, SamplerConfig
+from qncd.recipe import CalibrationConfig, QuantConfig, Recipe, SamplerConfig
+from qncd.sampling.diffusion import Diffusion
+from qncd.sampling.process import Process
 from qncd.sampling.samplers import StepState
 from qncd.sampling.schedule import Step, linear_betas
+
+PROCESS = Process.from_betas(linear_betas(1e-4, 0.02, 1000))
 
 
 def make_set(count: int = 13, channels: int = 3) -> CalibrationSet:
@@ -37,7 +38,7 @@ def ranges(unet: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 def calibrated(unet: Any, data: CalibrationSet, act_range: str, batch_size: int, act_bits: int = 8) -> Any:
     quantize_(unet, QuantConfig(4, act_bits, act_range=act_range, weight_range="max"))
-    assert calibrate_(unet, data, batch_size) >= 0
+    calibrate_with_(unet, data, batch_size)
     return unet
 
 
@@ -69,9 +70,9 @@ def test_max_is_the_range_of_what_a_layer_receives(make_unet: Any) -> None:
 
 
 def test_it_switches_everything_over_and_reports_progress(make_unet: Any) -> None:
-    unet, data, seen = quantize_(make_unet(), QuantConfig(4, 8)), make_set(), []
+    unet, data, seen = quantize_(make_unet(), QuantConfig(4, 8)).module, make_set(), []
     before = unet(data.x, data.t).sample
-    calibrate_(unet, data, 5, lambda done, total: seen.append((done, total)))
+    calibrate_with_(unet, data, 5, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(5, 13), (10, 13), (13, 13)]
     assert {q.stage for q in act_quantizers(unet).values()} == {Stage.QUANTIZE}
     assert all(layer.weight_scale is not None for layer in quant_layers(unet).values())
@@ -83,9 +84,11 @@ def test_it_switches_everything_over_and_reports_progress(make_unet: Any) -> Non
 def test_bias_correction_takes_the_mean_error_out(make_unet: Any) -> None:
     """Measured at the first layer, whose input is the same in both models; weights and scales stay as they are."""
     data = make_set(24)
-    unets = [quantize_(make_unet(), QuantConfig(4, 4, edge_bits=3)) for _ in range(2)]
-    for unet, correction in zip(unets, (False, True), strict=True):
-        calibrate_(unet, data, 8, correct=correct_biases_ if correction else None)
+    unets = []
+    for correction in (False, True):
+        config = QuantConfig(4, 4, edge_bits=3, bias_correction=correction)
+        unets.append(quantize_(make_unet(), config).module)
+        calibrate_(unets[-1], data, config, 8)
     exact = make_unet().conv_in(data.x)
     errors = [(unet.conv_in(data.x) - exact).mean((0, 2, 3)).abs().max() for unet in unets]
     assert errors[0] > 0.005 and errors[1] < 1e-5
@@ -96,9 +99,10 @@ def test_bias_correction_takes_the_mean_error_out(make_unet: Any) -> None:
 
 
 def test_weights_alone_need_no_forward_pass(make_unet: Any) -> None:
-    unet = quantize_(make_unet(), QuantConfig(4, None, weight_range="max"))
+    config = QuantConfig(4, None, weight_range="max", bias_correction=False)
+    unet = quantize_(make_unet(), config).module
     unet.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
-    calibrate_(unet, make_set())
+    calibrate_(unet, make_set(), config)
     assert len(unet.mid_block.resnets[0].conv1.weight[0].unique()) <= 16
 
 
@@ -109,7 +113,7 @@ def test_a_bad_weight_is_named(make_unet: Any, act_bits: int | None, value: floa
     unet.mid_block.resnets[0].conv1.weight[3, 2, 1, 1] = value
     quantize_(unet, QuantConfig(4, act_bits))
     with pytest.raises(ValueError, match=r"^mid_block\.resnets\.0\.conv1: a weight is NaN or infinite$"):
-        calibrate_(unet, make_set())
+        calibrate_(unet, make_set(), QuantConfig(4, act_bits))
 
 
 def test_a_bad_activation_is_named(make_unet: Any) -> None:
@@ -118,7 +122,7 @@ def test_a_bad_activation_is_named(make_unet: Any) -> None:
     quantize_(unet, QuantConfig(4, 8))
     message = r"^mid_block\.resnets\.0\.conv1\.act: an activation is NaN or infinite while calibrating$"
     with pytest.raises(ValueError, match=message):
-        calibrate_(unet, make_set())
+        calibrate_(unet, make_set(), QuantConfig(4, 8))
 
 
 def test_bad_inputs_are_refused() -> None:
@@ -131,69 +135,74 @@ def test_bad_inputs_are_refused() -> None:
 @pytest.mark.parametrize(
     ("shape", "extra", "message"),
     [
-        ((0, 3, 8, 8), {}, r"^calibration inputs of shape \(0, 3, 8, 8\): expected \(N, C, H, W\), N 1 or more$"),
-        ((2, 8, 8), {}, r"^calibration inputs of shape \(2, 8, 8\): expected"),
+        ((0, 3, 8, 8), {}, r"^calibration inputs of shape \(0, 3, 8, 8\): expected \(N, \.\.\.\), N 1 or more$"),
+        ((2,), {}, r"^calibration inputs of shape \(2,\): expected"),
         ((2, 3, 8, 8), {"t": torch.zeros(3)}, r"^calibration t has 3 entries for 2 inputs$"),
-        ((2, 3, 8, 8), {"cond": torch.zeros(3, 4)}, r"^calibration cond has 3 entries for 2 inputs$"),
-        ((2, 3, 8, 8), {"uncond": torch.zeros(5)}, r"^calibration uncond has 5 entries for 2 inputs$"),
+        ((2, 3, 8, 8), {"inputs": {"context": torch.zeros(3, 4)}}, r"^calibration context has 3 entries for 2 inputs$"),
+        ((2, 3, 8, 8), {"inputs": {"scale": torch.zeros(())}}, r"^calibration scale has no entries for 2 inputs$"),
+        ((2, 3, 8, 8), {"uncond": {"context": torch.zeros(5)}}, r"^calibration context has 5 entries for 2 inputs$"),
+        ((2, 3, 8, 8), {"uncond": {"context": torch.zeros(2)}}, r"^calibration uncond has \['context'\], inputs have \[\]$"),
+        ((2, 3, 8, 8), {"inputs": torch.zeros(2, 4)}, r"^calibration inputs: expected a mapping from names to tensors"),
     ],
 )
-def test_parts_have_to_fit(shape: tuple[int, ...], extra: dict[str, Tensor], message: str) -> None:
+def test_parts_have_to_fit(shape: tuple[int, ...], extra: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CalibrationSet(torch.zeros(shape), **{"t": torch.zeros(shape[0]), **extra})
 
 
 def test_batches_stack_both_halves_of_guidance() -> None:
     data = make_set(5)
-    data = CalibrationSet(data.x, data.t, torch.arange(5.0)[:, None], -torch.arange(5.0)[:, None])
-    x, t, cond = next(iter(data.batches(2)))
+    data = CalibrationSet(data.x, data.t, {CONTEXT: torch.arange(5.0)[:, None]}, {CONTEXT: -torch.arange(5.0)[:, None]})
+    assert (len(data), data.passed) == (5, 10)
+    x, t, given = next(iter(data.batches(2)))
     assert torch.equal(x, torch.cat([data.x[:2]] * 2)) and torch.equal(t, torch.cat([data.t[:2]] * 2))
-    assert cond is not None and cond.flatten().tolist() == [0, 1, 0, -1]
+    assert given.keys() == {CONTEXT} and given[CONTEXT].flatten().tolist() == [0, 1, 0, -1]
     assert [len(batch[0]) for batch in data.batches(2)] == [4, 4, 2]
 
 
 def test_a_set_of_another_model_is_refused(make_unet: Any, make_cross_unet: Any) -> None:
     data, unet = make_set(), make_unet()
-    with pytest.raises(ValueError, match=r"^calibrate_ works on a model prepared by quantize_$"):
-        calibrate_(unet, data)
+    with pytest.raises(ValueError, match=r"^ranges are found for a model prepared by quantize_$"):
+        calibrate_(unet, data, QuantConfig(4, 8))
     message = r"^the calibration set holds inputs of shape \(4, 8, 8\), the model takes \(3, 8, 8\)$"
     with pytest.raises(ValueError, match=message):
-        calibrate_(quantize_(unet, QuantConfig(4, 8)), make_set(channels=4))
+        calibrate_(quantize_(unet, QuantConfig(4, 8)), make_set(channels=4), QuantConfig(4, 8))
     with pytest.raises(ValueError, match=r"the model takes \(3, 16, 16\)$"):
-        data.check_model(make_unet(sample_size=16))
-    with pytest.raises(ValueError, match=r"^the calibration set has no conditions \(cs\), the model needs them$"):
-        make_set(channels=4).check_model(make_cross_unet())
+        data.check_model(network_of(make_unet(sample_size=16)))
+    with pytest.raises(ValueError, match=r"^the calibration set has no encoder_hidden_states, the model needs them$"):
+        make_set(channels=4).check_model(network_of(make_cross_unet()))
     known = CalibrationSet(data.x, data.t, model_hash="a" * 64)
-    known.check_model(unet, "a" * 64)
-    known.check_model(unet)
+    known.check_model(network_of(unet), "a" * 64)
+    known.check_model(network_of(unet))
     with pytest.raises(ValueError, match=r"another model \(weights aaaaaaaaaaaa, this one bbbbbbbbbbbb\)$"):
-        known.check_model(unet, "b" * 64)
+        known.check_model(network_of(unet), "b" * 64)
 
 
 def test_one_set_of_conditions_serves_every_time_step(tmp_path: Path) -> None:
     """Contexts of a text model are large: they are held once, in memory and in the file, and read back so."""
     data = make_set(6)
     cond, uncond = torch.randn(3, 77, 12), torch.randn(1, 77, 12)
-    data = CalibrationSet(data.x, torch.tensor([900] * 3 + [100] * 3), cond, uncond)
-    for x, _, contexts in data.batches(2):
-        assert contexts is not None and len(contexts) == len(x) == 4 and torch.equal(contexts[2:], uncond.expand(2, -1, -1))
+    data = CalibrationSet(data.x, torch.tensor([900] * 3 + [100] * 3), {CONTEXT: cond}, {CONTEXT: uncond})
+    for x, _, given in data.batches(2):
+        contexts = given[CONTEXT]
+        assert len(contexts) == len(x) == 4 and torch.equal(contexts[2:], uncond.expand(2, -1, -1))
     part = data.subset(torch.tensor([1, 5]))
-    assert part.cond is not None and torch.equal(part.cond, cond[[1, 2]])
+    assert torch.equal(part.inputs[CONTEXT], cond[[1, 2]])
     save_calibration(data, tmp_path / "set.pt")
     plain = torch.load(tmp_path / "set.pt", weights_only=True)  # as Q-Diffusion reads it
     assert [c.shape for c in plain["cs"]] == [c.shape for c in plain["ucs"]] == [(3, 77, 12)] * 2
     assert torch.equal(plain["cs"][1], cond) and torch.equal(plain["ucs"][1], uncond.expand(3, -1, -1))
     assert (tmp_path / "set.pt").stat().st_size < 4 * (data.x.numel() + cond.numel() + uncond.numel()) + 8000
     back = load_calibration(tmp_path / "set.pt", samples=3, steps=2)
-    assert back.cond is not None and torch.equal(back.cond, cond)
-    assert back.uncond is not None and torch.equal(back.uncond, uncond)
+    assert torch.equal(back.inputs[CONTEXT], cond)
+    assert back.uncond is not None and torch.equal(back.uncond[CONTEXT], uncond)
 
 
 def test_context_reaches_the_network(make_cross_unet: Any) -> None:
     data = make_set(4, 4)
     contexts = torch.randn(4, 5, 12, generator=torch.Generator().manual_seed(0))
-    wide = CalibrationSet(data.x, data.t, contexts, 10 * contexts)
-    narrow = CalibrationSet(data.x, data.t, contexts)
+    wide = CalibrationSet(data.x, data.t, {CONTEXT: contexts}, {CONTEXT: 10 * contexts})
+    narrow = CalibrationSet(data.x, data.t, {CONTEXT: contexts})
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.act"
     scales = [ranges(calibrated(make_cross_unet(), data, "max", 3))[name][0] for data in (wide, narrow)]
     torch.testing.assert_close(scales[0], 10 * scales[1])
@@ -202,12 +211,14 @@ def test_context_reaches_the_network(make_cross_unet: Any) -> None:
 def test_file_round_trip(tmp_path: Path) -> None:
     times = torch.tensor([900, 900, 500, 500, 10, 10])
     data = make_set(6)
-    data = CalibrationSet(data.x, times, torch.randn(6, 5, 12), torch.randn(6, 5, 12), "f" * 64)
+    data = CalibrationSet(data.x, times, {CONTEXT: torch.randn(6, 5, 12)}, {CONTEXT: torch.randn(6, 5, 12)}, model_hash="f" * 64)
     save_calibration(data, tmp_path / "deep" / "set.pt")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["set.pt"]
     back = load_calibration(tmp_path / "deep" / "set.pt", samples=2, steps=3)
-    for name in ("x", "t", "cond", "uncond"):
+    for name in ("x", "t"):
         assert torch.equal(getattr(back, name), getattr(data, name)), name
+    assert back.uncond is not None and data.uncond is not None and back.uncond.keys() == back.inputs.keys() == {CONTEXT}
+    assert torch.equal(back.inputs[CONTEXT], data.inputs[CONTEXT]) and torch.equal(back.uncond[CONTEXT], data.uncond[CONTEXT])
     assert back.model_hash == data.model_hash
     less = load_calibration(tmp_path / "deep" / "set.pt", samples=1, steps=2)
     assert less.t.tolist() == [900, 500] and torch.equal(less.x, data.x[[0, 2]])
@@ -232,9 +243,9 @@ def test_q_diffusion_files_are_read(tmp_path: Path, stacked: bool, conditions: b
     chosen = [0, 2, 5, 7]
     assert data.t.tolist() == [900 - 100 * i for i in chosen for _ in range(3)] and data.t.dtype == torch.int64
     torch.testing.assert_close(data.x[:, 0, 0, 0], torch.tensor([i + j / 10 for i in chosen for j in range(3)]))
-    assert (data.cond is not None) == conditions and data.model_hash is None
-    if data.cond is not None and data.uncond is not None:
-        assert torch.equal(data.cond, -data.uncond) and data.cond[::3, 0, 0].tolist() == chosen
+    assert bool(data.inputs) == (data.uncond is not None) == conditions and data.model_hash is None
+    if data.uncond is not None:
+        assert torch.equal(data.inputs[CONTEXT], -data.uncond[CONTEXT]) and data.inputs[CONTEXT][::3, 0, 0].tolist() == chosen
 
 
 @pytest.mark.parametrize(
@@ -271,13 +282,13 @@ def test_the_collector_keeps_evenly_spread_steps() -> None:
     for start in (0, 4):
         for index in range(10):
             x = torch.full((2, 3, 1, 1), float(start + index))
-            step = Step(index, 900 - 100 * index, 800 - 100 * index, 0.5, 0.6, 0.0, 0.0)
+            step = Step(index, 900 - 100 * index, 800 - 100 * index, 0.5, 0.6, 0.7, 0.8, 0.0, 0.0)
             collector(StepState(step=step, x=x, eps=-x, corrected=-x, x0=-x, x_prev=-x))
-    data = collector.result(cond=torch.arange(4.0), model_hash="h")
+    data = collector.result({"labels": torch.arange(4.0)}, model_hash="h")
     assert data.t.tolist() == [800] * 4 + [400] * 4 + [100] * 4  # steps 1, 5 and 8: the middles of three parts
     assert data.x[:, 0, 0, 0].tolist() == [1, 1, 5, 5, 5, 5, 9, 9, 8, 8, 12, 12]
-    assert data.cond is not None and data.cond.tolist() == [0, 1, 2, 3]
-    assert [c.tolist() for _, _, c in data.batches(6) if c is not None] == [[0, 1, 2, 3, 0, 1], [2, 3, 0, 1, 2, 3]]
+    assert data.inputs["labels"].tolist() == [0, 1, 2, 3]
+    assert [given["labels"].tolist() for _, _, given in data.batches(6)] == [[0, 1, 2, 3, 0, 1], [2, 3, 0, 1, 2, 3]]
     assert data.model_hash == "h"
     for steps in (0, 11):
         with pytest.raises(ValueError, match=rf"^cali_st {steps}: the sampler takes 10 steps; allowed are 1 to 10$"):
@@ -285,12 +296,16 @@ def test_the_collector_keeps_evenly_spread_steps() -> None:
 
 
 def test_a_set_is_sampled_along_the_models_own_trajectories(make_unet: Any) -> None:
-    diffusion = Diffusion(make_unet(), linear_betas(1e-4, 0.02, 1000), SamplerConfig(timesteps=5), (3, 8, 8), lane=4)
-    data, table = sample_calibration(diffusion, CalibrationConfig(samples=6, steps=2, batch_size=4), None, "h")
+    diffusion = Diffusion(network_of(make_unet()), PROCESS, SamplerConfig(timesteps=5), (3, 8, 8), lane=4)
+
+    def sampled(config: CalibrationConfig, model_hash: str | None = None) -> tuple[CalibrationSet, Any]:
+        return sample_calibration(DiffusionRuns(diffusion, config), Recipe(correction=None, calibration=config), model_hash)
+
+    data, table = sampled(CalibrationConfig(samples=6, steps=2, batch_size=4), "h")
     assert table is None and data.model_hash == "h" and data.t.tolist() == [600] * 6 + [200] * 6
-    again, _ = sample_calibration(diffusion, CalibrationConfig(samples=6, steps=2, batch_size=6), None)
+    again, _ = sampled(CalibrationConfig(samples=6, steps=2, batch_size=6))
     torch.testing.assert_close(again.x, data.x, rtol=0, atol=0)
-    other, _ = sample_calibration(diffusion, CalibrationConfig(samples=6, steps=2, seed=1), None)
+    other, _ = sampled(CalibrationConfig(samples=6, steps=2, seed=1))
     assert not torch.allclose(other.x, data.x, atol=0.1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,32 +14,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qncd.models.network import network_of
 from qncd.ptq import checkpoint
-from qncd.ptq.calibration import CalibrationSet, calibrate_, correct_biases_
 from qncd.ptq.checkpoint import load_quantized_, pack4, peek_quantized, save_quantized, unpack4
-from qncd.ptq.pipeline import Diffusion, weight_correction
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.pipeline import calibrate_
+from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
-from qncd.quant.convert import quant_layers, quantize_
+from qncd.quant.inspection import quant_layers
 from qncd.recipe import QuantConfig, SamplerConfig
 from qncd.sampling.correctors.runtime import TABLE_TENSORS, NoiseTable
+from qncd.sampling.diffusion import Diffusion
+from qncd.sampling.process import Process
 from qncd.sampling.schedule import linear_betas
 
+PROCESS = Process.from_betas(linear_betas(1e-4, 0.02, 1000))
 HASH = "0123456789abcdef" * 4
 SETTINGS = {"timesteps": 4, "skip_type": "uniform"}
 
 
 def calibrated(unet: Any, config: QuantConfig, smoothed: bool = False) -> Any:
     generator = torch.Generator().manual_seed(4)
-    factors = smoothing_factors(unet, range(0, 1000, 100)) if smoothed else {}
+    factors = smoothing_factors(network_of(unet), range(0, 1000, 100)) if smoothed else {}
     quantize_(unet, config)
-    smooth_(unet, factors)
+    smooth_(network_of(unet), factors)
     x = torch.randn(8, unet.config.in_channels, 8, 8, generator=generator)
-    calibrate_(unet, CalibrationSet(x, torch.arange(8) * 120), correct=weight_correction(config))
+    calibrate_(unet, CalibrationSet(x, torch.arange(8) * 120), config)
     return unet
 
 
 def images(unet: Any) -> Tensor:
-    diffusion = Diffusion(unet, linear_betas(1e-4, 0.02, 1000), SamplerConfig(timesteps=4, eta=0.5), (3, 8, 8), lane=4)
+    diffusion = Diffusion(network_of(unet), PROCESS, SamplerConfig(timesteps=4, eta=0.5), (3, 8, 8), lane=4)
     return diffusion.sample([1, 2, 3])
 
 
@@ -88,21 +94,26 @@ def test_images_come_back_bit_for_bit(make_unet: Any, tmp_path: Path, kind: str,
     source = calibrated(make_unet(resnet_time_scale_shift=kind), config, smoothed)
     path = tmp_path / "deep" / "model.safetensors"
     control = table()
-    save_quantized(source, path, config, HASH, control, SETTINGS)
+    save_quantized(network_of(source), path, config, HASH, SETTINGS, control)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     # The base's own weights and biases are all in the file, so that even another seed's model becomes the saved one.
     target = make_unet(seed=1, resnet_time_scale_shift=kind)
-    info, back = load_quantized_(target, path, HASH)
+    info = load_quantized_(network_of(target), path, HASH)
+    back = info.records["noise_table"]
     assert torch.equal(images(target), images(source))
-    assert info == peek_quantized(path)[0]
+    peeked = peek_quantized(path)
+    assert (
+        dataclasses.replace(info, records={}) == dataclasses.replace(peeked, records={})
+        and info.records.keys() == peeked.records.keys()
+    )
     assert (info.config, info.smoothed, info.base_hash, info.settings) == (config, smoothed, HASH, SETTINGS)
-    assert back is not None and (back.indices, back.images, back.target) == ((1, 3), 48, "consistent")
+    assert isinstance(back, NoiseTable) and (back.indices, back.images, back.target) == ((1, 3), 48, "consistent")
     for field in TABLE_TENSORS:
         assert torch.equal(getattr(back, field), getattr(control, field))
     layers = quant_layers(source)
     for name, layer in quant_layers(target).items():
         assert torch.equal(layer.weight, layers[name].weight), name
-    save_quantized(target, tmp_path / "again.safetensors", config, HASH, control, SETTINGS)
+    save_quantized(network_of(target), tmp_path / "again.safetensors", config, HASH, SETTINGS, control)
     first, second = load_file(path), load_file(tmp_path / "again.safetensors")
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
@@ -111,19 +122,21 @@ def test_images_come_back_bit_for_bit(make_unet: Any, tmp_path: Path, kind: str,
 def test_cross_attention_round_trip(make_cross_unet: Any, tmp_path: Path, bias_correction: bool) -> None:
     """Layers without a bias among them, which bias correction gives one."""
     config = QuantConfig(4, 8, bias_correction=bias_correction)
-    unet = quantize_(make_cross_unet(), config)
+    unet = quantize_(make_cross_unet(), config).module
     x, t, context = torch.randn(3, 4, 8, 8), torch.tensor([9, 500, 900]), torch.randn(3, 5, 12)
-    calibrate_(unet, CalibrationSet(x, t, context), correct=weight_correction(config))
-    save_quantized(unet, tmp_path / "m", config, HASH, None, {})
+    calibrate_(unet, CalibrationSet(x, t, {"encoder_hidden_states": context}), config)
+    save_quantized(network_of(unet), tmp_path / "m", config, HASH, {})
     target = make_cross_unet()
-    assert load_quantized_(target, tmp_path / "m")[1] is None
+    assert load_quantized_(network_of(target), tmp_path / "m").records == {}
     assert torch.equal(target(x, t, context).sample, unet(x, t, context).sample)
 
 
 def test_four_bit_files_are_small(make_unet: Any, tmp_path: Path) -> None:
     unet = make_unet(block_out_channels=(32, 96))
     floats = sum(4 * p.numel() for p in unet.parameters())
-    save_quantized(calibrated(unet, QuantConfig(4, 8), True), tmp_path / "m", QuantConfig(4, 8), HASH, table(), SETTINGS)
+    save_quantized(
+        network_of(calibrated(unet, QuantConfig(4, 8), True)), tmp_path / "m", QuantConfig(4, 8), HASH, SETTINGS, table()
+    )
     size = (tmp_path / "m").stat().st_size
     assert size < 0.2 * floats, f"{size} of {floats} bytes"
 
@@ -131,14 +144,14 @@ def test_four_bit_files_are_small(make_unet: Any, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def saved(make_unet: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "model.safetensors"
-    save_quantized(calibrated(make_unet(), QuantConfig(4, 8), True), path, QuantConfig(4, 8), HASH, table(), SETTINGS)
+    save_quantized(network_of(calibrated(make_unet(), QuantConfig(4, 8), True)), path, QuantConfig(4, 8), HASH, SETTINGS, table())
     return path
 
 
 def test_another_base_is_refused(make_unet: Any, saved: Path) -> None:
     unet = make_unet()
     with pytest.raises(ValueError) as caught:
-        load_quantized_(unet, saved, "f" * 64)
+        load_quantized_(network_of(unet), saved, "f" * 64)
     assert str(caught.value) == f"{saved}: made from a base model with weights 0123456789ab, this one has ffffffffffff"
     assert not quant_layers(unet)
 
@@ -148,7 +161,7 @@ def test_cut_files_are_refused(make_unet: Any, saved: Path, tmp_path: Path, part
     content, path = saved.read_bytes(), tmp_path / "cut.safetensors"
     path.write_bytes(content[: int(part * len(content)) if isinstance(part, float) else part])
     start = f"{path}: not a whole quantized checkpoint (cut off or of another kind): "
-    for read in (peek_quantized, lambda p: load_quantized_(make_unet(), p)):
+    for read in (peek_quantized, lambda p: load_quantized_(network_of(make_unet()), p)):
         with pytest.raises(ValueError, match=f"^{re.escape(start)}"):
             read(path)
 
@@ -174,7 +187,7 @@ def test_other_files_are_refused(make_unet: Any, saved: Path, tmp_path: Path) ->
         save_file(tensors, path, {**header, "settings": "{}", "noise_table": json.dumps(head)})
 
     write(tensors, head)
-    assert peek_quantized(path)[1] is not None
+    assert peek_quantized(path).records.keys() == {"noise_table"}
     for name in TABLE_TENSORS:
         write({key: value for key, value in tensors.items() if key != f"noise_table.{name}"}, head)
         with pytest.raises(ValueError, match=rf"damaged header: '{name}'$"):
@@ -205,15 +218,15 @@ def test_other_files_are_refused(make_unet: Any, saved: Path, tmp_path: Path) ->
 )
 def test_another_architecture_is_refused(make_unet: Any, saved: Path, config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(str(saved))}: .*{message}"):
-        load_quantized_(make_unet(**config), saved)
+        load_quantized_(network_of(make_unet(**config)), saved)
 
 
 @pytest.mark.parametrize("bits", [(4, 8), (4, None)])
 def test_only_calibrated_models_are_saved(make_unet: Any, tmp_path: Path, bits: tuple[int, int | None]) -> None:
     config = QuantConfig(*bits)
-    for unet in (make_unet(), quantize_(make_unet(), config)):
+    for unet in (make_unet(), quantize_(make_unet(), config).module):
         with pytest.raises(ValueError, match=r"^only a calibrated model can be saved$"):
-            save_quantized(unet, tmp_path / "m", config, HASH, None, {})
+            save_quantized(network_of(unet), tmp_path / "m", config, HASH, {})
     assert not (tmp_path / "m").exists()
 
 
@@ -237,7 +250,7 @@ def test_a_failed_write_leaves_the_old_file(
     monkeypatch.setattr(checkpoint, "save_file", fail)
     unet = calibrated(make_unet(seed=3), QuantConfig(8, 8))
     with pytest.raises(OSError, match=message):
-        save_quantized(unet, path, QuantConfig(8, 8), HASH, None, {})
+        save_quantized(network_of(unet), path, QuantConfig(8, 8), HASH, {})
     assert path.read_bytes() == saved.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -246,11 +259,11 @@ def test_a_file_that_does_not_fit_leaves_the_network_as_it_was(make_unet: Any, t
     path, x = tmp_path / "q.safetensors", torch.randn(2, 3, 8, 8)
     wide = make_unet(block_out_channels=(16, 48))
     quantize_(wide, QuantConfig(4, 8))
-    calibrate_(wide, CalibrationSet(x, torch.tensor([3, 500])), correct=correct_biases_)
-    save_quantized(wide, path, QuantConfig(4, 8), "h", None, {})
+    calibrate_(wide, CalibrationSet(x, torch.tensor([3, 500])), QuantConfig(4, 8))
+    save_quantized(network_of(wide), path, QuantConfig(4, 8), "h", {})
     unet = make_unet()
     before, names = unet(x, 10).sample, [name for name, _ in unet.named_parameters()]
     with pytest.raises(ValueError, match="does not fit this model"):
-        load_quantized_(unet, path)
+        load_quantized_(network_of(unet), path)
     assert not quant_layers(unet) and [name for name, _ in unet.named_parameters()] == names
     assert torch.equal(unet(x, 10).sample, before)

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from quantized_networks import CONTEXT
 from torch import Tensor
 
 from qncd.models.latent import LatentModel, load_latent_model
 from qncd.models.loading import load_config
+from qncd.models.network import network_of
 from qncd.models.original.conditioning import ClassConditioner, TextConditioner
-from qncd.ptq.pipeline import Diffusion
 from qncd.recipe import SamplerConfig
+from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
+from qncd.sampling.process import Process
 from qncd.sampling.samplers import StepState, sample_ddim, sample_plms
 
 from ..conftest import FAR
@@ -46,7 +49,7 @@ def trajectory(
     model: LatentModel, config: SamplerConfig, x: Tensor, conditions: Conditions | None, noise: Any
 ) -> tuple[list[StepState], Tensor]:
     """Every step from x_T and the images in [0, 1]."""
-    diffusion = Diffusion(model.unet, model.betas, config, model.latent_shape, lane=len(x))
+    diffusion = Diffusion(network_of(model.unet), Process.from_betas(model.betas), config, model.latent_shape, lane=len(x))
     seen: list[StepState] = []
     denoise = diffusion.denoiser(conditions)
     if config.sample_type == "plms":
@@ -79,8 +82,8 @@ def test_class_conditional_latent_diffusion_with_guidance(golden: Any) -> None:
     assert isinstance(model.conditioner, ClassConditioner)
     uncond = model.conditioner.unconditional(1)
     assert torch.equal(uncond.expand(2, -1, -1), data["uncond_context"])
-    conditions = Conditions(model.conditioner(data["class_label"]), uncond, 3.0)
-    assert torch.equal(conditions.cond, data["context"])
+    conditions = Conditions({CONTEXT: model.conditioner(data["class_label"])}, {CONTEXT: uncond}, 3.0)
+    assert torch.equal(conditions.inputs[CONTEXT], data["context"])
     config = SamplerConfig(timesteps=20, convention="ldm")
     seen, images = trajectory(model, config, data["x_T"], conditions, [])
     assert [s.step.t for s in seen] == data["ddim20_timesteps"].tolist()[::-1]
@@ -94,6 +97,6 @@ def test_stable_diffusion_with_guidance(golden: Any, kind: str, count: int) -> N
     cond, uncond = (model.conditioner.encode(data[key]) for key in ("tokens", "uncond_tokens"))
     torch.testing.assert_close(cond, data["context"], rtol=0, atol=1e-5)
     config = SamplerConfig("plms" if kind == "plms" else "generalized", timesteps=count, convention="ldm")
-    seen, images = trajectory(model, config, data["x_T"], Conditions(cond, uncond[:1], 7.5), [])
+    seen, images = trajectory(model, config, data["x_T"], Conditions({CONTEXT: cond}, {CONTEXT: uncond[:1]}, 7.5), [])
     assert np.array_equal([s.step.t for s in seen], data[f"{kind}{count}_timesteps"].numpy()[::-1])
     check(data, f"{kind}{count}", seen, images, 1e-3)

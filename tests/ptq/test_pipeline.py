@@ -8,31 +8,50 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_networks import CONTEXT, quantize_diffusion_
 from torch import Tensor
 
-from qncd.ptq.calibration import CalibrationSet
-from qncd.ptq.pipeline import Diffusion, quantize_with_, record_noise_table, sample_calibration
-from qncd.quant.convert import act_quantizers, quant_layers
+from qncd.models.network import network_of
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.pipeline import record_before, sample_calibration
+from qncd.ptq.runs import DiffusionRuns
+from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
-from qncd.recipe import CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
+from qncd.recipe import CalibrationConfig, CorrectionConfig, QuantConfig, Recipe, SamplerConfig, SmoothingConfig
 from qncd.sampling.correctors.runtime import TABLE_TENSORS, NoiseTable, RuntimeNoiseCorrector
+from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
+from qncd.sampling.process import Process
 from qncd.sampling.schedule import linear_betas
 
+PROCESS = Process.from_betas(linear_betas(1e-4, 0.02, 1000))
 SEEDS = range(16)
 
 
 def make_diffusion(unet: Any, lane: int = 16, steps: int = 6, eta: float = 0.0) -> Diffusion:
-    return Diffusion(unet, linear_betas(1e-4, 0.02, 1000), SamplerConfig(timesteps=steps, eta=eta), (3, 8, 8), lane)
+    return Diffusion(network_of(unet), PROCESS, SamplerConfig(timesteps=steps, eta=eta), (3, 8, 8), lane)
+
+
+def sampled(
+    diffusion: Diffusion, config: CalibrationConfig, correction: CorrectionConfig | None, conditions: Conditions | None = None
+) -> tuple[CalibrationSet, Any]:
+    recipe = Recipe(correction=correction, calibration=config)
+    return sample_calibration(DiffusionRuns(diffusion, config, conditions), recipe)
+
+
+def noise_table(diffusion: Diffusion, config: CalibrationConfig, correction: CorrectionConfig) -> NoiseTable:
+    table = record_before(DiffusionRuns(diffusion, config), Recipe(correction=correction, calibration=config))
+    assert isinstance(table, NoiseTable)
+    return table
 
 
 @pytest.fixture(scope="module")
 def prepared(make_unet: Any) -> tuple[Diffusion, CalibrationSet, NoiseTable]:
     """A W4A8 model with its calibration set and its control table."""
     diffusion = make_diffusion(make_unet(), eta=0.5)
-    data, table = sample_calibration(diffusion, CalibrationConfig(16, 3, 16), CorrectionConfig(interval=2))
+    data, table = sampled(diffusion, CalibrationConfig(16, 3, 16), CorrectionConfig(interval=2))
     assert table is not None
-    quantize_with_(diffusion, QuantConfig(4, 8), data, SmoothingConfig())
+    quantize_diffusion_(diffusion, QuantConfig(4, 8), data, SmoothingConfig())
     return diffusion, data, table
 
 
@@ -59,20 +78,24 @@ def test_an_image_depends_on_its_seed_alone(prepared: tuple[Diffusion, Calibrati
 def test_network_calls_hold_a_lane_of_inputs(make_unet: Any) -> None:
     unet, sizes = make_unet(), []
     diffusion = make_diffusion(unet, lane=4)
-    unet.register_forward_pre_hook(lambda _m, args: sizes.append((len(args[0]), torch.as_tensor(args[1]).tolist())))
+    unet.register_forward_pre_hook(
+        lambda _m, _a, given: sizes.append((len(given["sample"]), given["timestep"].tolist())), with_kwargs=True
+    )
     denoise = diffusion.denoiser()
     for count, calls in ((1, 1), (4, 1), (6, 2)):
         sizes.clear()
         x = torch.randn(count, 3, 8, 8)
         out = denoise(x, 321)
         assert sizes == [(4, [321] * 4)] * calls
-        torch.testing.assert_close(out, unet(x, 321).sample, rtol=0, atol=1e-4 * float(out.abs().max()))
+        torch.testing.assert_close(
+            out, unet(sample=x, timestep=torch.tensor([321])).sample, rtol=0, atol=1e-4 * float(out.abs().max())
+        )
 
 
 def test_labels_follow_their_images_into_the_lanes(make_unet: Any) -> None:
     unet = make_unet(num_class_embeds=7)
     x, labels = torch.randn(6, 3, 8, 8), torch.arange(6)
-    out = make_diffusion(unet, lane=4).denoiser(Conditions(labels))(x, 50)
+    out = make_diffusion(unet, lane=4).denoiser(Conditions({"class_labels": labels}))(x, 50)
     torch.testing.assert_close(out, unet(x, 50, class_labels=labels).sample, rtol=0, atol=1e-4 * float(out.abs().max()))
 
 
@@ -80,9 +103,9 @@ def test_labels_follow_their_images_into_the_lanes(make_unet: Any) -> None:
 def test_guidance_sees_both_halves(make_cross_unet: Any, scale: float) -> None:
     unet, sizes = make_cross_unet(), []
     x, cond, uncond = torch.randn(6, 4, 8, 8), torch.randn(6, 5, 12), torch.randn(1, 5, 12)
-    handle = unet.register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])))
-    diffusion = Diffusion(unet, linear_betas(1e-4, 0.02, 1000), SamplerConfig(timesteps=6), (4, 8, 8), lane=4)
-    out = diffusion.denoiser(Conditions(cond, uncond, scale))(x, 50)
+    handle = unet.register_forward_pre_hook(lambda _m, _a, given: sizes.append(len(given["sample"])), with_kwargs=True)
+    diffusion = Diffusion(network_of(unet), PROCESS, SamplerConfig(timesteps=6), (4, 8, 8), lane=4)
+    out = diffusion.denoiser(Conditions({CONTEXT: cond}, {CONTEXT: uncond}, scale))(x, 50)
     assert sizes == [8 if scale != 1 else 4] * 2
     handle.remove()
     e_c = unet(x, 50, encoder_hidden_states=cond).sample
@@ -91,13 +114,11 @@ def test_guidance_sees_both_halves(make_cross_unet: Any, scale: float) -> None:
 
 
 def test_conditioned_images_depend_on_seed_and_condition_alone(make_cross_unet: Any) -> None:
-    diffusion = Diffusion(
-        make_cross_unet(), linear_betas(1e-4, 0.02, 1000), SamplerConfig("plms", timesteps=4, convention="ldm"), (4, 8, 8), lane=4
-    )
-    conditions = Conditions(torch.randn(8, 5, 12), torch.randn(1, 5, 12), 3.0)
-    data, table = sample_calibration(diffusion, CalibrationConfig(8, 2, 4), CorrectionConfig(interval=2), conditions=conditions)
-    assert data.uncond is not None and len(data.uncond) == 1 and data.cond is not None and len(data.cond) == 8
-    quantize_with_(diffusion, QuantConfig(8, 8), data, SmoothingConfig())
+    diffusion = Diffusion(make_cross_unet(), PROCESS, SamplerConfig("plms", timesteps=4, convention="ldm"), (4, 8, 8), lane=4)
+    conditions = Conditions({CONTEXT: torch.randn(8, 5, 12)}, {CONTEXT: torch.randn(1, 5, 12)}, 3.0)
+    data, table = sampled(diffusion, CalibrationConfig(8, 2, 4), CorrectionConfig(interval=2), conditions)
+    assert data.uncond is not None and len(data.uncond[CONTEXT]) == 1 and len(data.inputs[CONTEXT]) == 8
+    quantize_diffusion_(diffusion, QuantConfig(8, 8), data, SmoothingConfig())
     corrector = RuntimeNoiseCorrector(CorrectionConfig(interval=2), table)
     expected = diffusion.sample(range(8), corrector, conditions=conditions)
     single = [diffusion.sample([i], corrector, conditions=conditions[i : i + 1]) for i in range(8)]
@@ -107,19 +128,19 @@ def test_conditioned_images_depend_on_seed_and_condition_alone(make_cross_unet: 
     with pytest.raises(ValueError, match=r"^8 conditions for 3 seeds$"):
         diffusion.sample(range(3), conditions=conditions)
     with pytest.raises(ValueError, match=r"^8 conditions for 6 calibration trajectories$"):
-        sample_calibration(diffusion, CalibrationConfig(6, 2, 4), None, conditions=conditions)
+        sampled(diffusion, CalibrationConfig(6, 2, 4), None, conditions)
 
 
 @pytest.mark.parametrize(
     ("uncond", "scale", "message"),
     [
         (None, 2.0, "guidance scale 2 needs the unconditional context; allowed without it is 1"),
-        (torch.zeros(3, 5, 12), 2.0, "uncond of shape (3, 5, 12): expected (1, 5, 12)"),
+        (torch.zeros(2, 5, 12), 2.0, "uncond encoder_hidden_states of shape (2, 5, 12): expected (1, 5, 12)"),
     ],
 )
 def test_conditions_have_to_fit(uncond: Tensor | None, scale: float, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        Conditions(torch.zeros(3, 5, 12), uncond, scale)
+        Conditions({CONTEXT: torch.zeros(3, 5, 12)}, None if uncond is None else {CONTEXT: uncond}, scale)
     assert str(caught.value) == message
 
 
@@ -144,7 +165,7 @@ def test_the_full_precision_model_is_hardly_corrected(make_unet: Any, statistics
     """With control and shrinking, an estimate without quantization noise is nearly nothing."""
     correction = CorrectionConfig(interval=2, statistics=statistics)
     diffusion = make_diffusion(make_unet(), steps=10)
-    table = record_noise_table(diffusion, CalibrationConfig(48, 1, 16), correction)
+    table = noise_table(diffusion, CalibrationConfig(48, 1, 16), correction)
     plain = diffusion.sample(SEEDS)
     corrected = diffusion.sample(SEEDS, RuntimeNoiseCorrector(correction, table))
     bare, controlled = (
@@ -164,20 +185,20 @@ def test_the_full_precision_model_is_hardly_corrected(make_unet: Any, statistics
 def test_the_pipeline_smooths_and_calibrates(prepared: tuple[Diffusion, CalibrationSet, NoiseTable]) -> None:
     diffusion, data, table = prepared
     assert len(data) == 48 and table.indices == (0, 2, 4, 6)
-    assert all(q.stage is Stage.QUANTIZE for q in act_quantizers(diffusion.unet).values())
-    smoothed = {name for name, layer in quant_layers(diffusion.unet).items() if layer.smoothing is not None}
+    assert all(q.stage is Stage.QUANTIZE for q in act_quantizers(diffusion.network.module).values())
+    smoothed = {name for name, layer in quant_layers(diffusion.network.module).items() if layer.smoothing is not None}
     assert smoothed and all(name.endswith(".conv2") for name in smoothed)
-    assert all(layer.weight_scale is not None for layer in quant_layers(diffusion.unet).values())
+    assert all(layer.weight_scale is not None for layer in quant_layers(diffusion.network.module).values())
 
 
 def test_quantized_images_are_near_the_full_precision_ones(make_unet: Any) -> None:
     full = make_diffusion(make_unet())
-    data, _ = sample_calibration(full, CalibrationConfig(16, 3, 16), None)
+    data, _ = sampled(full, CalibrationConfig(16, 3, 16), None)
     expected = full.sample(SEEDS)
 
     def quality(config: QuantConfig) -> float:
         diffusion = make_diffusion(make_unet())
-        quantize_with_(diffusion, config, data, SmoothingConfig())
+        quantize_diffusion_(diffusion, config, data, SmoothingConfig())
         return psnr(diffusion.sample(SEEDS), expected)
 
     eight, four, activations = (quality(QuantConfig(*bits)) for bits in ((8, None), (4, None), (8, 8)))
@@ -188,8 +209,8 @@ def test_quantized_images_are_near_the_full_precision_ones(make_unet: Any) -> No
 
 def test_recording_the_table_alone_gives_the_same_table(make_unet: Any) -> None:
     diffusion, calibration = make_diffusion(make_unet(), lane=4), CalibrationConfig(5, 2, 3)
-    _, beside = sample_calibration(diffusion, calibration, CorrectionConfig(interval=2))
-    alone = record_noise_table(diffusion, calibration, CorrectionConfig(interval=2))
+    _, beside = sampled(diffusion, calibration, CorrectionConfig(interval=2))
+    alone = noise_table(diffusion, calibration, CorrectionConfig(interval=2))
     assert beside is not None and alone.indices == beside.indices
     assert (alone.images, alone.target) == (beside.images, beside.target) == (5, "paper")
     for name in TABLE_TENSORS:
@@ -198,8 +219,8 @@ def test_recording_the_table_alone_gives_the_same_table(make_unet: Any) -> None:
 
 def test_a_table_of_too_few_images_is_refused_before_sampling(make_unet: Any) -> None:
     diffusion, calibration, correction = make_diffusion(make_unet()), CalibrationConfig(3, 2, 3), CorrectionConfig()
-    diffusion.unet.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
-    for make in (sample_calibration, record_noise_table):
+    diffusion.network.module.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
+    for make in (sampled, noise_table):
         with pytest.raises(ValueError, match=r"^the full-precision noise table needs 4 images or more, not 3$"):
             make(diffusion, calibration, correction)
 
@@ -208,5 +229,5 @@ def test_a_set_that_does_not_fit_leaves_the_model_as_it_was(make_unet: Any) -> N
     diffusion = make_diffusion(make_unet())
     wrong = CalibrationSet(torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"^the calibration set holds inputs of shape \(4, 8, 8\), the model takes \(3, 8, 8\)$"):
-        quantize_with_(diffusion, QuantConfig(4, 8), wrong, None)
-    assert not quant_layers(diffusion.unet)
+        quantize_diffusion_(diffusion, QuantConfig(4, 8), wrong, None)
+    assert not quant_layers(diffusion.network.module)

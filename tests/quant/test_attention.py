@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
+from qncd.models.families.unet import UNet
 from qncd.quant.affine import IntegerRange
-from qncd.quant.attention import QuantAttnProcessor, check_supported
+from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.quantizers import Stage
 
 HEADS = 4  # of the original's cross-attention block
@@ -188,12 +189,24 @@ def test_attention_can_be_back_propagated_through() -> None:
     assert x.grad is not None
 
 
+class Holder(nn.Module):
+    """A denoiser that is nothing but an attention layer, mid.attn."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.mid = nn.Module()
+        self.mid.attn = attention
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return sample
+
+
 def test_added_projections_are_refused() -> None:
     attention, _ = block(added_kv_proj_dim=4)
     with pytest.raises(ValueError, match=r"^mid\.attn: attention with added or fused projections is not supported; unfuse it"):
-        check_supported("mid.attn", attention)
+        UNet(Holder(attention)).attentions()
     attention, _ = block()
-    check_supported("mid.attn", attention)
+    assert UNet(Holder(attention)).attentions() == {"mid.attn": attention}
     attention.fuse_projections()
     with pytest.raises(ValueError, match=r"^mid\.attn: attention with added or fused projections"):
-        check_supported("mid.attn", attention)
+        UNet(Holder(attention)).attentions()

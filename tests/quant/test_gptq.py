@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +21,13 @@ def problem(outputs: int = 5, inputs: int = 300, rows: int = 2000) -> tuple[Tens
     x = torch.randn(rows, inputs, generator=generator, dtype=torch.float64) @ (mixing + 0.3)
     weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
     return weight, weight.abs().amax(1, keepdim=True) / 7, x
+
+
+def solve(weight: Tensor, scale: Tensor, codes: IntegerRange, *moments: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """The weights that `solve_rounding` gives codes of, and the factors of their rows' grids."""
+    found, factors = solve_rounding(weight, scale, codes, *moments, **options)
+    assert found.dtype == torch.int8 and found.shape == weight.shape and factors.shape == (len(weight),)
+    return found * (scale * factors[:, None]), factors
 
 
 def nearest(weight: Tensor, scale: Tensor) -> Tensor:
@@ -44,7 +53,7 @@ def as_published(weight: Tensor, scale: Tensor, gram: Tensor, damping: float) ->
 def test_the_same_codes_as_the_published_algorithm() -> None:
     weight, scale, x = problem()
     gram = x.T @ x / len(x)
-    found, _ = solve_rounding(weight, scale, CODES, gram)
+    found, _ = solve(weight, scale, CODES, gram)
     expected = as_published(weight, scale, gram, 0.01)
     assert ((found - expected).abs() > 1e-9).float().mean() < 1e-3  # rounding errors may tip a tie
     assert ((found - nearest(weight, scale)).abs() > 1e-9).float().mean() > 0.05
@@ -52,7 +61,7 @@ def test_the_same_codes_as_the_published_algorithm() -> None:
 
 def test_the_output_is_nearer_than_with_nearest_weights() -> None:
     weight, scale, x = problem()
-    found, _ = solve_rounding(weight, scale, CODES, x.T @ x / len(x))
+    found, _ = solve(weight, scale, CODES, x.T @ x / len(x))
 
     def error(rounded: Tensor) -> float:
         return float((x @ (weight - rounded).T).square().mean())
@@ -70,7 +79,7 @@ def test_rounded_inputs_are_made_up_for() -> None:
     rounded = 0.8 * exact + 0.5 * torch.randn(exact.shape, generator=generator, dtype=exact.dtype)
     gram, cross = rounded.T @ rounded / len(exact), exact.T @ rounded / len(exact)
     fine = IntegerRange(8, True)
-    found, _ = solve_rounding(weight, torch.full_like(scale, 0.05), fine, gram, cross, damping=1e-9)
+    found, _ = solve(weight, torch.full_like(scale, 0.05), fine, gram, cross, damping=1e-9)
     fit = torch.linalg.lstsq(rounded, exact @ weight.T).solution.T
     wanted = exact @ weight.T
 
@@ -83,16 +92,16 @@ def test_rounded_inputs_are_made_up_for() -> None:
 def test_inputs_that_say_nothing_leave_rounding_to_nearest() -> None:
     weight, scale, _ = problem(inputs=10)
     zeros = torch.zeros(10, 10, dtype=torch.float64)
-    torch.testing.assert_close(solve_rounding(weight, scale, CODES, zeros, zeros)[0], nearest(weight, scale))
+    torch.testing.assert_close(solve(weight, scale, CODES, zeros, zeros)[0], nearest(weight, scale))
     with pytest.raises(ValueError, match="NaN or infinity"):
-        solve_rounding(weight, scale, CODES, zeros * torch.nan)
+        solve(weight, scale, CODES, zeros * torch.nan)
 
 
 def test_each_row_gets_the_grid_that_costs_least() -> None:
     weight, scale, x = problem()
     gram = x.T @ x / len(x)
     grids = (0.6, 0.8, 1.0)
-    found, chosen = solve_rounding(weight, scale, CODES, gram, grids=grids)
+    found, chosen = solve(weight, scale, CODES, gram, grids=grids)
     codes = found / (scale * chosen[:, None])
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-9)
 
@@ -101,7 +110,7 @@ def test_each_row_gets_the_grid_that_costs_least() -> None:
     def costs(rounded: Tensor) -> Tensor:
         return ((weight - rounded) @ damped * (weight - rounded)).sum(1)
 
-    alone = torch.stack([costs(solve_rounding(weight, scale * grid, CODES, gram)[0]) for grid in grids])
+    alone = torch.stack([costs(solve(weight, scale * grid, CODES, gram)[0]) for grid in grids])
     assert len(chosen.unique()) > 1
     torch.testing.assert_close(costs(found), alone.min(0).values)
     torch.testing.assert_close(chosen, torch.tensor(grids, dtype=chosen.dtype)[alone.argmin(0)])

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_networks import calibrate_with_
 
-from qncd.ptq.calibration import CalibrationSet, calibrate_
+from qncd.models.network import network_of, rows_of
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.quant.affine import IntegerRange
-from qncd.quant.convert import act_quantizers, quantize_
+from qncd.quant.inspection import act_quantizers
 from qncd.quant.quantizers import ActQuantizer, Stage
-from qncd.quant.stepwise import StepwiseActQuantizer, interpolated, make_stepwise, nearest_steps, select_steps_on_call
+from qncd.quant.stepwise import StepwiseActQuantizer, _TellSteps, interpolated, make_stepwise, nearest_steps, select_steps_on_call
 from qncd.recipe import QuantConfig
 
 CODES = IntegerRange(8, False)
@@ -101,7 +104,7 @@ def test_it_must_be_told_the_step() -> None:
     with pytest.raises(ValueError, match="select_steps_on_call"):
         quantizer(torch.zeros(2, 3))
     quantizer.select(torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="3 inputs where the UNet was called with 2"):
+    with pytest.raises(ValueError, match="3 inputs where the network was called with 2"):
         quantizer(torch.zeros(3, 3))
     assert make_stepwise(quantizer, TIMES) is quantizer
 
@@ -113,24 +116,22 @@ def test_all_of_a_network(kind: str, make_unet: Any, make_cross_unet: Any) -> No
     times, channels = [1, 301, 601, 901], 3 if kind == "unet" else 4
     t = torch.tensor(times).repeat_interleave(4)
     x = torch.randn(16, channels, 8, 8, generator=generator) * (1 + t.view(-1, 1, 1, 1) / 150)
-    cond = None if kind == "unet" else torch.randn(16, 5, 12, generator=generator)
+    given = {} if kind == "unet" else {"encoder_hidden_states": torch.randn(16, 5, 12, generator=generator)}
     make = make_unet if kind == "unet" else make_cross_unet
     exact, found = make(), {}
 
     def call(unet: Any, rows: slice) -> torch.Tensor:
-        more = {} if cond is None else {"encoder_hidden_states": cond[rows]}
-        out: torch.Tensor = unet(x[rows], t[rows], **more).sample
+        out: torch.Tensor = unet(x[rows], t[rows], **rows_of(given, rows)).sample
         return out
 
     for stepwise in (False, True):
-        unet = quantize_(make(), QuantConfig(None, 6))
+        unet = quantize_(make(), QuantConfig(None, 6)).module
         if stepwise:
-            set_all_stepwise_(unet, times)
-            select_steps_on_call(unet)
-            assert len(unet._forward_pre_hooks) == 1 and all(
-                isinstance(q, StepwiseActQuantizer) for q in act_quantizers(unet).values()
-            )
-        calibrate_(unet, CalibrationSet(x, t, cond), 16)
+            set_all_stepwise_(network_of(unet), times)
+            select_steps_on_call(unet, network_of(unet).times_of)
+            told = [h for h in unet._forward_pre_hooks.values() if isinstance(h, _TellSteps)]
+            assert len(told) == 1 and all(isinstance(q, StepwiseActQuantizer) for q in act_quantizers(unet).values())
+        calibrate_with_(unet, CalibrationSet(x, t, given), 16)
         found[stepwise] = (call(unet, slice(0, 16)) - call(exact, slice(0, 16))).square().mean()
     together = call(unet, slice(0, 16))
     alone = torch.cat([call(unet, slice(i, i + 1)) for i in range(16)])

@@ -1,4 +1,4 @@
-"""Quantize, export, sample in integers: the README's three commands on the DDIM model in the box, and what is refused."""
+"""Quantize, export, sample in integers: the README's three commands on the bundled DDIM model, and what is refused."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class OnnxEngine(ABC):
         specs: dict[str, InputSpec] = input_specs(model)
         try:
             session = self.session(folder, threads or torch.get_num_threads())
-        except Exception as error:  # runtimes have exceptions of their own, without a common base
+        except Exception as error:  # the runtimes' exceptions have no common base
             raise ValueError(f"{folder / FILE}: {self.name} refuses it: {' '.join(str(error).split())[:300]}") from error
         return EngineNetwork(network, on_tensors(session), specs, info.one_step_a_call)
 

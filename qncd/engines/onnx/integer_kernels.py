@@ -178,7 +178,7 @@ class IntegerKernels:
         return rows
 
     def _group_norm(self, node: ir.Node) -> ir.Value:
-        """ONNX Runtime has no CPU kernel of its own for it: one normalization over (N, G, everything else)."""
+        """ONNX Runtime has no CPU kernel for it, so it becomes one normalization over (N, G, everything else)."""
         x, scale, bias = node.inputs
         assert x is not None and x.shape is not None and scale is not None and bias is not None
         groups, epsilon = node.attributes["num_groups"].as_int(), node.attributes["epsilon"].as_float()

@@ -1,4 +1,4 @@
-"""Kernels of a quantized UNet on a GPU: group norms, quantizing, integer convolutions and attention, on channels-last tensors.
+"""Kernels of a quantized network on a GPU: group norms, quantizing, integer convolutions and attention, on channels-last tensors.
 
 A tensor here is (N, H, W, C) in memory, or (N, 1, L, C) for tokens. Codes are int8. Those of 8 bits are stored 128 below our
 unsigned ones, with a zero point; those of fewer are stored less the zero point, which leaves none. Products are summed in

@@ -110,7 +110,7 @@ class IntegerNetwork:
         layers = (module.to_q, module.to_k, module.to_v, module.to_out[0])
         norms = (module.spatial_norm, module.norm_q, module.norm_k)
         if not all(isinstance(layer, IntegerLayer) for layer in layers) or any(norm is not None for norm in norms):
-            raise ValueError(f"{name}: attention with norms of its own or layers in floating point has no kernel")
+            raise ValueError(f"{name}: attention that normalizes q and k or has layers in floating point has no kernel")
         module.set_processor(IntegerAttnProcessor(name, module.processor, module, self.steps.row))
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 
 from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.original.key_tables import network_with_weights
@@ -27,8 +27,8 @@ UNETS = ("UNet2DModel", "UNet2DConditionModel")
 
 # Attention layers under the names that diffusers gave them before 0.17, as the google/ddpm-* files still have them.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers' and transformers' weights
 _SUBFOLDERS = ("", "unet/", "vqvae/", "vae/", "text_encoder/", "class_embedder/")
 
@@ -140,7 +140,7 @@ def local_path(source: str) -> Path:
         FileNotFoundError: it is a hub id, and the folder cannot be had.
     """
     path = Path(source)
-    if not path.exists() and _HUB_ID.fullmatch(source) and path.suffix not in _CHECKPOINT_SUFFIXES:
+    if not path.exists() and HUB_ID.fullmatch(source) and path.suffix not in CHECKPOINT_SUFFIXES:
         return _download_hub_folder(source)
     return path
 
@@ -149,7 +149,13 @@ def _download_hub_folder(repository: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    settings = ["model_index.json", "scheduler/*.json", "tokenizer/*", *(f"{sub}config.json" for sub in _SUBFOLDERS)]
+    settings = [
+        "model_index.json",
+        "scheduler_config.json",
+        "scheduler/*.json",
+        "tokenizer/*",
+        *(f"{sub}config.json" for sub in _SUBFOLDERS),
+    ]
 
     def weights(suffix: str) -> list[str]:
         names = [name for stem in _STEMS for name in weight_files(stem) if name.endswith(suffix) and ".fp16." not in name]
@@ -185,23 +191,13 @@ def cannot_tell(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if name not in plain or facts(module) != facts(plain[name])]
 
 
-def save_component(network: nn.Module, folder: Path) -> None:
-    """Save a network as diffusers does, if its config tells all that it computes.
-
-    Raises:
-        ValueError: it does not.
-    """
+def check_told(network: nn.Module) -> None:
+    """Raise ValueError where a network's diffusers config does not tell all that it computes."""
     if hidden := cannot_tell(network):
         raise ValueError(
             f"diffusers' {type(network).__name__} cannot be told how {hidden[0]} ({len(hidden)} such modules) is made: "
             "this model runs from its original checkpoint, and has no diffusers folder"
         )
-    network.save_pretrained(folder)  # type: ignore[operator]
-
-
-def contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors writes them: contiguous, none sharing memory with another."""
-    return {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
 
 
 @contextmanager

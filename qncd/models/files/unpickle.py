@@ -310,8 +310,8 @@ def _load_zip(path: Path) -> Any:
         start, size = records[name]
         if not size:
             return np.empty(0, np.uint8)
-        # A mapping of its own for each, so that the pages of a tensor go with it. Copy on write: a tensor may be changed
-        # in place, the file may not.
+        # One mapping for each tensor, so that its pages go with it. Copy on write: a tensor may be changed in place, the
+        # file may not.
         return np.memmap(path, np.uint8, mode="c", offset=start, shape=(size,))
 
     if "byteorder" in records and bytes(record("byteorder")) != b"little":

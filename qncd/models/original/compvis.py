@@ -28,6 +28,7 @@ from qncd.models.original.key_tables import (
     check_original,
     from_original,
     network_with_weights,
+    plain_keys,
     refuse_in,
     shapes_of,
     to_original,
@@ -49,23 +50,44 @@ _SCHEDULE_BUFFERS = frozenset((
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
     "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights",
 ))  # fmt: skip
-_TRAINING_ONLY = frozenset(("logvar", "scale_factor"))  # the weights of the loss; the factor is read, see `_scale`
-_TRAINING_ONLY_PREFIXES = (
+_UNUSED = frozenset((
+    "logvar",  # the weights of the loss in training
+    "scale_factor",  # is read, see `_scale`
+    "denoiser.sigmas",  # the noise schedule once more, of k-diffusion's wrapper
+))  # fmt: skip
+_UNUSED_PREFIXES = (
     "model_ema.",  # where the raw weights are used: the average, its decay and its count of updates
     "loss.",
     "first_stage_model.loss.",  # discriminator and LPIPS
     "first_stage_model.model_ema.",
 )
 _NO_WEIGHTS = "position_ids"  # 0, 1, 2, ..., which transformers saved before 4.31
+_UNUSED_TEXT = ("text_projection", "text_projection.weight", "logit_scale")  # what in CLIP compares texts with images
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:
-    """The state dict of a checkpoint file, bare or below `state_dict`. Raises ValueError where there is none."""
-    checkpoint = load_checkpoint(path)
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    """The state dict of a checkpoint file, bare or below `state_dict`, without the names that wrappers put into its keys.
+
+    A further `state_dict` inside it is the state dict where there is no tensor beside it, and an empty shell of one that some
+    tools leave behind where there are.
+
+    Raises:
+        ValueError: there is no state dict.
+    """
+    state = load_checkpoint(path)
+    if isinstance(state, Mapping):
+        state = state.get("state_dict", state)
+    while isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        inner, outer = state["state_dict"], {key: value for key, value in state.items() if key != "state_dict"}
+        if inner.keys() & outer.keys():
+            raise ValueError(f"{path}: holds two state dicts, one inside the other, and which one is meant cannot be told")
+        state = outer if any(isinstance(value, Tensor) for value in outer.values()) else inner
     if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
         raise ValueError(f"{path}: holds a {type(state).__name__}, expected a state dict or a checkpoint with one")
-    return dict(state)
+    try:
+        return plain_keys(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def uses_ema(config: Mapping[str, Any]) -> bool:
@@ -159,7 +181,8 @@ def _conditioner(state: dict[str, Any], config: Mapping[str, Any], source: str) 
         return _network(lambda: build_class_conditioner(params), part, class_key_map(), _CONDITION, source)
     fields = params.get("text_config")
     # Some Stable Diffusion files were saved by a transformers that has no text_model. in front.
-    part = {f"{_TEXT}text_model.{bare_text_key(key.removeprefix(_TEXT))}": value for key, value in part.items()}
+    bare = {bare_text_key(key.removeprefix(_TEXT)): value for key, value in part.items()}
+    part = {f"{_TEXT}text_model.{key}": value for key, value in bare.items() if key not in _UNUSED_TEXT}
     table = {f"{_TEXT}{key}": layout for key, layout in text_key_map(fields).items()}
     text_model = _network(lambda: build_text_model(fields), part, table, _CONDITION, source)
     return TextConditioner(finish_text_model(text_model)).eval()
@@ -183,6 +206,17 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError("the config has no model.params.image_size, the side of the latent")
 
 
+def _check_betas(stored: Any, expected: np.ndarray, source: str) -> None:
+    """Raise ValueError where a file's noise schedule is not the config's, by the precision of the dtype it is stored in."""
+    if not isinstance(stored, Tensor):
+        return
+    numbers = torch.finfo(stored.dtype) if stored.is_floating_point() else torch.finfo(torch.float64)
+    relative, absolute = max(1e-4, numbers.eps), numbers.tiny * numbers.eps  # the latter of subnormal numbers
+    values = stored.double().numpy().ravel()
+    if len(values) != len(expected) or not np.allclose(values, expected, rtol=relative, atol=absolute):
+        raise ValueError(f"{source}: its noise schedule (betas) is not the config's")
+
+
 def networks_of(path: Path, config: Mapping[str, Any]) -> tuple[LdmUNet, FirstStage, Conditioner | None]:
     """The networks of an original checkpoint, all of whose keys are accounted for.
 
@@ -193,19 +227,15 @@ def networks_of(path: Path, config: Mapping[str, Any]) -> tuple[LdmUNet, FirstSt
     """
     check_config(config)
     source, state = str(path), read_state_dict(path)
-    betas = state.get("betas")
-    if isinstance(betas, Tensor):
-        expected = ldm_betas(config)
-        if betas.numel() != len(expected) or not np.allclose(betas.double().numpy().ravel(), expected, rtol=1e-4, atol=0):
-            raise ValueError(f"{source}: its noise schedule (betas) is not the config's")
+    _check_betas(state.get("betas"), ldm_betas(config), source)
     unet = _unet(state, config, source)
     scale, table = _scale(state, config), first_stage_key_map(config)
-    part = _part(state, _FIRST_STAGE, but=_TRAINING_ONLY_PREFIXES)
+    part = _part(state, _FIRST_STAGE, but=_UNUSED_PREFIXES)
     autoencoder = _network(lambda: build_first_stage(config), part, table, _FIRST_STAGE, source)
     autoencoder.register_to_config(scaling_factor=scale)
     conditioner = _conditioner(state, config, source)
-    known = _SCHEDULE_BUFFERS | _TRAINING_ONLY
-    extra = [key for key in state if key not in known and not key.startswith(_TRAINING_ONLY_PREFIXES)]
+    known = _SCHEDULE_BUFFERS | _UNUSED
+    extra = [key for key in state if key not in known and not key.startswith(_UNUSED_PREFIXES)]
     refuse_in(source, "keys belong to no network of this config", extra)
     return unet, FirstStage(autoencoder, scale), conditioner
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from qncd.models.files.diffusers_folders import contiguous, drain, read_json, read_weights
+from qncd.models.files.diffusers_folders import drain, read_json, read_weights
 from qncd.models.original.key_tables import KeyTable, Renamed, network_with_weights
 
 logger = logging.getLogger(__name__)
@@ -24,18 +23,19 @@ CLIP_VIT_L_14: Mapping[str, Any] = {
     "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
     "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407,
 }  # fmt: skip
-_START, _END = "<|startoftext|>", "<|endoftext|>"
-_MERGES = 49152 - 256 - 2  # what CLIP uses of the merges in its file
 
 
-class ClassConditioner(nn.Module):
+class ClassConditioner(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """LDM's ClassEmbedder: one vector for each class. The last class stands for none.
+
+    A model of diffusers, so that it can be a component of a pipeline.
 
     Args:
         n_classes: the one for none included.
         embed_dim: D.
     """
 
+    @register_to_config
     def __init__(self, n_classes: int, embed_dim: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(n_classes, embed_dim)
@@ -55,30 +55,20 @@ class ClassConditioner(nn.Module):
         """Contexts (n, 1, D) of no class."""
         return self(torch.full((n,), self.n_classes - 1))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and the weights as safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "_class_name": "ClassEmbedder",
-            "n_classes": self.n_classes,
-            "embed_dim": self.embedding.embedding_dim,
-            "unconditional_class": self.n_classes - 1,
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(contiguous(self.state_dict()), folder / "diffusion_pytorch_model.safetensors")
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ClassConditioner:
-        """What `save_pretrained` wrote. Raises ValueError where it is something else."""
-        folder = Path(folder)
-        config = read_json(folder / "config.json")
-        try:
-            classes, width = int(config["n_classes"]), int(config["embed_dim"])
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{folder / 'config.json'}: holds no n_classes and embed_dim") from None
-        source, state = read_weights(folder)
-        return network_with_weights(lambda: cls(classes, width), drain(state), source)
+def load_class_folder(folder: Path) -> ClassConditioner:
+    """The class embedding of a pipeline's folder (`class_embedder/`), as float32.
+
+    Raises:
+        ValueError: the folder holds none, or the weights do not fit.
+    """
+    config = read_json(folder / "config.json")
+    try:
+        classes, width = int(config["n_classes"]), int(config["embed_dim"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{folder / 'config.json'}: holds no n_classes and embed_dim") from None
+    source, state = read_weights(folder)
+    return network_with_weights(lambda: ClassConditioner(classes, width), drain(state), source)
 
 
 def build_class_conditioner(params: Mapping[str, Any]) -> ClassConditioner:
@@ -99,28 +89,13 @@ def class_key_map() -> KeyTable:
     return {"embedding.weight": Renamed("embedding.weight")}
 
 
-@lru_cache(maxsize=1)
-def _clip_bpe() -> tuple[dict[str, int], list[Any]]:
-    """CLIP's vocabulary (token -> id) and merges, from the file that open_clip brings along."""
-    import gzip
-
-    from open_clip.tokenizer import bytes_to_unicode, default_bpe
-
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as stream:
-        lines = stream.read().split("\n")[1 : _MERGES + 1]
-    merges = [(first, second) for first, second in (line.split() for line in lines)]
-    letters: list[str] = list(bytes_to_unicode().values())
-    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges] + [_START, _END]
-    return {token: i for i, token in enumerate(tokens)}, merges
-
-
 def clip_tokenizer() -> Any:
-    """transformers' CLIPTokenizer with CLIP's vocabulary of 49,408 tokens, as in Stable Diffusion v1; no download."""
-    from transformers import CLIPTokenizer
+    """CLIP's tokenizer, with 49,408 tokens and its clean-up of the text, as in Stable Diffusion v1; no download."""
+    from qncd.models.original.clip_tokenizer import END, START, CLIPTokenizer, clip_bpe
 
-    vocabulary, merges = _clip_bpe()
+    vocabulary, merges = clip_bpe()
     return CLIPTokenizer(
-        vocab=dict(vocabulary), merges=list(merges), unk_token=_END, bos_token=_START, eos_token=_END, pad_token=_END,
+        vocab=dict(vocabulary), merges=list(merges), unk_token=END, bos_token=START, eos_token=END, pad_token=END,
         model_max_length=77,
     )  # fmt: skip
 
@@ -130,7 +105,7 @@ class TextConditioner(nn.Module):
 
     Args:
         text_model: transformers' CLIPTextModel.
-        tokenizer: a CLIPTokenizer of transformers; CLIP's own where there is none.
+        tokenizer: a CLIPTokenizer of transformers; where there is none, `clip_tokenizer` makes CLIP's.
     """
 
     def __init__(self, text_model: nn.Module, tokenizer: Any | None = None) -> None:
@@ -151,7 +126,9 @@ class TextConditioner(nn.Module):
         return int(self.text_model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> ids (N, 77) int64: start, text, end, and the end again up to the length.
+        """Prompts -> ids (N, 77) int64: start, text, end, and the tokenizer's padding up to the length.
+
+        CLIP pads with the end again, the tokenizers of Stable Diffusion v2 with "!".
 
         Longer texts are cut so that the end stays; a warning says what was cut.
 
@@ -165,12 +142,13 @@ class TextConditioner(nn.Module):
         if len(self.tokenizer) > known:
             raise ValueError(f"the tokenizer has {len(self.tokenizer)} tokens, the text model knows {known}: give it ids instead")
         end, rows = self.tokenizer.eos_token_id, []
+        padding = end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         for prompt, row in zip(prompts, ids, strict=True):
             if len(row) > self.length:
                 lost = self.tokenizer.decode(row[self.length - 1 : -1])
                 logger.warning("the prompt %r is longer than %d tokens; cut off: %r", prompt, self.length, lost)
                 row = [*row[: self.length - 1], end]
-            rows.append([*row, *[end] * (self.length - len(row))])
+            rows.append([*row, *[padding] * (self.length - len(row))])
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
 
     @torch.no_grad()
@@ -234,7 +212,7 @@ def load_text_folder(folder: Path, tokenizer_folder: Path) -> TextConditioner:
     Raises:
         ValueError: the folder holds no CLIP text model or tokenizer, or the weights do not fit.
     """
-    from transformers import CLIPTokenizer
+    from qncd.models.original.clip_tokenizer import CLIPTokenizer
 
     settings = read_json(folder / "config.json")
     kinds = settings.get("architectures") or ["CLIPTextModel"]

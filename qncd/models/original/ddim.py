@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 
-from qncd.models.original.key_tables import KeyTable, Pointwise, Renamed, check_original, from_original, shapes_of, to_original
+from qncd.models.original.key_tables import (
+    KeyTable,
+    Pointwise,
+    Renamed,
+    check_original,
+    from_original,
+    plain_keys,
+    shapes_of,
+    to_original,
+)
 
 # Names inside a module: original -> diffusers.
 _TOP = {
@@ -125,7 +134,7 @@ def ddim_weights(checkpoint: Any, config: Mapping[str, Any]) -> Mapping[str, tor
     Args:
         checkpoint: a bare state dict (the published `ema_*` files), or the training list `[model, optimizer, epoch,
             step]` with the EMA weights as a fifth entry; those are taken where `config["model"]["ema"]` is true, as the
-            original sampler does. The prefix `module.` of DataParallel is removed.
+            original sampler does. The prefixes of DataParallel and torch.compile are removed.
 
     Raises:
         ValueError: neither of the two.
@@ -138,9 +147,7 @@ def ddim_weights(checkpoint: Any, config: Mapping[str, Any]) -> Mapping[str, tor
         state = checkpoint[-1] if has_ema and config["model"].get("ema", False) else checkpoint[0]
     if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
         raise ValueError(f"the checkpoint holds a {type(state).__name__}, expected a state dict or DDIM's list of states")
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state
+    return plain_keys(state)
 
 
 def convert_ddim_state_dict(checkpoint: Any, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -97,8 +97,26 @@ def refuse(what: str, keys: Iterable[str]) -> None:
         raise ValueError(f"{len(found)} {what}: {', '.join(found[:_SHOWN])}{more}")
 
 
+def plain_keys(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict without what wrappers put into its keys: DataParallel's `module.`, torch.compile's `_orig_mod.`.
+
+    Raises:
+        ValueError: two keys differ by such a name alone.
+    """
+    # LitEma takes the dots out of the names of averaged weights.
+    names = {key: key.replace("_orig_mod.", "").replace("_orig_mod", "") for key in state}
+    if names and all(name.startswith("module.") for name in names.values()):
+        names = {key: name.removeprefix("module.") for key, name in names.items()}
+    plain = {name: state[key] for key, name in names.items()}
+    if len(plain) < len(state):
+        refuse("keys are there twice, with and without _orig_mod", [key for key, name in names.items() if key != name])
+    return plain
+
+
 def check_original(state: Mapping[str, Any], table: KeyTable, shapes: Mapping[str, torch.Size], kind: str) -> None:
     """Raise ValueError unless the state dict has the table's keys and no other, each with its shape.
+
+    The weight of a 1x1 convolution may also have that of a linear layer: some tools store attention so.
 
     Args:
         state: under original keys.
@@ -112,7 +130,8 @@ def check_original(state: Mapping[str, Any], table: KeyTable, shapes: Mapping[st
     wrong = []
     for old, layout in table.items():
         expected = layout.join(tuple(torch.empty(shapes[name], device="meta") for name in layout.names)).shape
-        if state[old].shape != expected:
+        allowed = (expected, expected[:2]) if isinstance(layout, Pointwise) else (expected,)
+        if state[old].shape not in allowed:
             wrong.append(f"{old} {tuple(state[old].shape)} for {tuple(expected)}")
     refuse("tensors of another shape than the config's", wrong)
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from qncd.models.network import Network, network_of
+from qncd.models.network import Network
 from qncd.ptq.context import Context
-from qncd.ptq.data import CalibrationSet
-from qncd.ptq.observing import Progress, find_ranges_
+from qncd.ptq.observing import find_ranges_
 from qncd.quant.inspection import quant_layers, set_stage
 from qncd.quant.quantizers import Stage as QuantizerStage
 from qncd.recipe import Recipe
@@ -18,26 +15,6 @@ def round_(network: Network) -> None:
     for layer in quant_layers(network.module).values():
         layer.quantize_weight_()
     set_stage(network.module, QuantizerStage.QUANTIZE)
-
-
-def calibrate_(
-    network: Network | nn.Module, data: CalibrationSet, batch_size: int = 32, progress: Progress | None = None
-) -> None:
-    """Find every range, round weights to nearest and switch the network over, in place: the last stages, and nothing else.
-
-    `qncd.quantize` runs all stages that a recipe asks for.
-
-    Args:
-        network: prepared by `quantize_`, or its module.
-        progress: called with (inputs done, inputs in all).
-
-    Raises:
-        ValueError: the set does not fit the model; a weight or an activation is NaN or infinite.
-    """
-    network = network_of(network)
-    data.check_model(network)
-    find_ranges_(network, data, batch_size, progress)
-    round_(network)
 
 
 class Ranges:

@@ -161,7 +161,7 @@ def test_what_torch_saves_is_read(tmp_path: Path, options: dict[str, Any]) -> No
     assert others == other
     assert rest == [None, 1.5, "text", b"bytes"]
     before = path.read_bytes()
-    read["weight"].zero_()  # memory of its own: the file stays as it is
+    read["weight"].zero_()  # not the file's memory, which stays as it is
     assert path.read_bytes() == before
     assert torch.equal(load_checkpoint(path)[0]["weight"], state["weight"])
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode, default_bpe
 
+from qncd.models.original.clip_tokenizer import CLIPTokenizer
 from qncd.models.original.conditioning import (
-    ClassConditioner,
     TextConditioner,
     build_class_conditioner,
     build_text_model,
+    clip_tokenizer,
+    load_class_folder,
     load_text_folder,
     text_key_map,
 )
@@ -41,6 +43,46 @@ def test_tokens_are_those_of_clip(text: TextConditioner) -> None:
     for prompt, row in zip(PROMPTS, found.tolist(), strict=True):
         ids = [49406, *reference.encode(prompt)][:76]
         assert row == ids + [end] * (77 - len(ids)), prompt
+
+
+# What CLIP's clean-up changes, and what it must leave alone.
+UNCLEAN = [
+    "“smart” ‘quotes’", "ﬁsh ﬂy", "fullwidth ＡＢＣ", "a&amp;b", "a&amp;amp;b &lt;b&gt;", "\ufeffa cat", "日本語 🎨",
+    "café", "cafe\u0301",
+    "schÃ¶n", "tab\tnew\nline\u2028x", "\x1b[31mred", "1½ ²", "ŉ ß ẞ İ", "ΑΣ is Σ", "don’t", "a\u200bb", "ﷺ", "Å", "  spaces  ",
+    "x" * 300, "…–—", "e.g. 3&deg;C", "Ｆｕｌｌ　ｓｐａｃｅ", "&#39;", "ÐŸÑ€Ð¸Ð²ÐµÑ‚", "naïve", "\u00a0nbsp\u00a0", "🏳️‍🌈 👩🏽‍🚀",
+]  # fmt: skip
+
+
+def test_tokens_are_those_of_open_clip(tmp_path: Path) -> None:
+    """Also those of a tokenizer that was saved, of texts alone, and through the methods that pipelines call."""
+    import open_clip
+
+    tokenizer, reference = clip_tokenizer(), open_clip.get_tokenizer("ViT-B-32")
+    tokenizer.save_pretrained(tmp_path)
+    again = CLIPTokenizer.from_pretrained(tmp_path)
+    texts = [*PROMPTS, *UNCLEAN]
+    arguments = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+    for text, row, expected in zip(texts, tokenizer(texts, **arguments)["input_ids"], reference(texts), strict=True):
+        length = int((expected != 0).sum())
+        assert row[:length].tolist() == expected[:length].tolist(), text
+        assert set(row[length:].tolist()) <= {49407}
+        for other in (tokenizer, again):
+            assert other(text, truncation=True)["input_ids"] == row[:length].tolist(), text
+    assert tokenizer.tokenize("“a”") == ['"</w>', "a</w>", '"</w>']
+    assert tokenizer.encode("“") == tokenizer.encode('"')
+    assert tokenizer(["“a”"], is_split_into_words=True)["input_ids"] != tokenizer("“a”")["input_ids"]  # words are left alone
+
+
+def test_padding_is_the_tokenizers(text: TextConditioner, tmp_path: Path) -> None:
+    """Stable Diffusion v2's tokenizer pads with "!", of id 0, and its pipeline of diffusers does."""
+    text.tokenizer.save_pretrained(tmp_path)
+    padded = TextConditioner(text.text_model, CLIPTokenizer.from_pretrained(tmp_path, pad_token="!"))
+    arguments = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+    found = padded.tokenize(PROMPTS)
+    assert torch.equal(found, padded.tokenizer(PROMPTS, **arguments)["input_ids"])
+    assert found[0, :4].tolist() == [49406, 49407, padded.tokenizer.pad_token_id, padded.tokenizer.pad_token_id]
+    assert padded.tokenizer.pad_token_id != 49407
 
 
 def test_tokens_are_those_of_transformers_from_files(text: TextConditioner, tmp_path: Path) -> None:
@@ -134,11 +176,11 @@ def test_classes(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"classes \[{wrong}\]: allowed are 0 to 4"):
             classes(torch.tensor([wrong]))
     classes.save_pretrained(tmp_path / "class_embedder")
-    loaded = ClassConditioner.from_pretrained(tmp_path / "class_embedder")
+    loaded = load_class_folder(tmp_path / "class_embedder")
     assert torch.equal(loaded(labels), classes(labels))
     (tmp_path / "class_embedder" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no n_classes and embed_dim"):
-        ClassConditioner.from_pretrained(tmp_path / "class_embedder")
+        load_class_folder(tmp_path / "class_embedder")
 
 
 @pytest.mark.parametrize(

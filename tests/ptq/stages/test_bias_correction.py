@@ -6,11 +6,16 @@ import copy
 from typing import Any
 
 import torch
+from quantized_networks import calibrate_with_
 from torch import Tensor, nn
 
-from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet, correct_biases_
+from qncd.models.network import network_of
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.pipeline import calibrate_
+from qncd.ptq.stages.bias_correction import correct_biases_
+from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.temporal import set_all_stepwise_
-from qncd.quant.convert import quant_layers, quantize_
+from qncd.quant.inspection import quant_layers
 from qncd.recipe import QuantConfig
 
 CONFIG = QuantConfig(3, 4, act_range="max", weight_range="max")
@@ -28,7 +33,7 @@ def mean_errors(float_unet: Any, quantized: Any, data: CalibrationSet) -> dict[s
             found[name] = ((layers[name](inputs[0]) - output).mean(dims), output.abs().mean())
 
         handles.append(layer.register_forward_hook(hook))
-    call_unet(float_unet, data.x, data.t, data.cond)
+    network_of(float_unet).predict(data.x, data.t, data.inputs)
     for handle in handles:
         handle.remove()
     return found
@@ -37,8 +42,8 @@ def mean_errors(float_unet: Any, quantized: Any, data: CalibrationSet) -> dict[s
 def check(unet: Any, data: CalibrationSet) -> None:
     quantize_(unet, CONFIG)
     plain, corrected = copy.deepcopy(unet), copy.deepcopy(unet)
-    calibrate_(plain, data, 4)
-    calibrate_(corrected, data, 4, correct=correct_biases_)
+    calibrate_with_(plain, data, 4)
+    calibrate_(corrected, data, CONFIG, 4)
     before, after = mean_errors(unet, plain, data), mean_errors(unet, corrected, data)
     assert max(float(error.abs().max() / size) for error, size in before.values()) > 0.05
     for name, (error, size) in after.items():
@@ -52,10 +57,10 @@ def test_mean_errors_are_gone(make_unet: Any) -> None:
 
 def test_layers_without_a_bias_get_one(make_cross_unet: Any) -> None:
     generator = torch.Generator().manual_seed(4)
-    x, cond = torch.randn(6, 4, 8, 8, generator=generator), torch.randn(6, 5, 12, generator=generator)
+    x, context = torch.randn(6, 4, 8, 8, generator=generator), torch.randn(6, 5, 12, generator=generator)
     unet = make_cross_unet()
     assert any(layer.bias is None for layer in unet.modules() if isinstance(layer, nn.Linear))
-    check(unet, CalibrationSet(x, torch.arange(6) * 150, cond))
+    check(unet, CalibrationSet(x, torch.arange(6) * 150, {"encoder_hidden_states": context}))
 
 
 def test_ranges_for_each_step_and_batches_larger_than_what_is_looked_at_together(make_unet: Any) -> None:
@@ -67,9 +72,9 @@ def test_ranges_for_each_step_and_batches_larger_than_what_is_looked_at_together
     x = torch.randn(8, 3, 8, 8, generator=generator, dtype=torch.float64)
     data, found = CalibrationSet(x, torch.tensor([1, 901] * 4)), []
     for batch in (8, 1):
-        unet = quantize_(make_unet().double(), CONFIG)
-        set_all_stepwise_(unet, [1, 901])
-        calibrate_(unet, data, batch, correct=correct_biases_)
+        unet = quantize_(make_unet().double(), CONFIG).module
+        set_all_stepwise_(network_of(unet), [1, 901])
+        calibrate_with_(unet, data, batch, correct=correct_biases_)
         found.append({name: layer.bias for name, layer in quant_layers(unet).items()})
     for name, bias in found[0].items():
         torch.testing.assert_close(bias, found[1][name], rtol=1e-9, atol=1e-12, msg=name)

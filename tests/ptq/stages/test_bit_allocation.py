@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from quantized_networks import CONTEXT, quantize_diffusion_
 from torch import Tensor
 
-from qncd.ptq.calibration import CalibrationSet, hooked
+from qncd.models.network import network_of
 from qncd.ptq.checkpoint import load_quantized_, peek_quantized, save_quantized
-from qncd.ptq.pipeline import Diffusion, quantize_with_, set_stepwise_
+from qncd.ptq.context import copied
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.observing import hooked
 from qncd.ptq.stages import bit_allocation
 from qncd.ptq.stages.bit_allocation import SEED_BASE, allocate_bits_, best_widths, free_quantizers, sample_errors
-from qncd.quant.convert import act_quantizers, quant_layers, quantize_, set_act_bits_
+from qncd.ptq.stages.prepare import quantize_
+from qncd.ptq.stages.temporal import set_all_stepwise_
+from qncd.quant.inspection import act_quantizers, quant_layers, set_act_bits_
 from qncd.quant.quantizers import ActQuantizer
 from qncd.recipe import QuantConfig, SamplerConfig
+from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
+from qncd.sampling.process import Process
 from qncd.sampling.schedule import linear_betas
 
+PROCESS = Process.from_betas(linear_betas(1e-4, 0.02, 1000))
 CONFIG = QuantConfig(8, 6, stepwise_activations=True, bit_allocation=True)
 
 
 def subject(kind: str, make_unet: Any, make_cross_unet: Any, sampler: str = "generalized") -> tuple[Diffusion, Conditions | None]:
-    betas, guided = linear_betas(1e-4, 0.02, 1000), kind == "cross_unet"
+    guided = kind == "cross_unet"
     unet = make_cross_unet() if guided else make_unet()
-    diffusion = Diffusion(unet, betas, SamplerConfig(sampler, timesteps=4), (4 if guided else 3, 8, 8), lane=4)
+    diffusion = Diffusion(network_of(unet), PROCESS, SamplerConfig(sampler, timesteps=4), (4 if guided else 3, 8, 8), lane=4)
     generator = torch.Generator().manual_seed(5)
     contexts = torch.randn(7, 5, 12, generator=generator)
-    return diffusion, Conditions(contexts[:6], contexts[6:], 3.0) if guided else None
+    return diffusion, Conditions({CONTEXT: contexts[:6]}, {CONTEXT: contexts[6:]}, 3.0) if guided else None
 
 
 def calibration(diffusion: Diffusion, conditions: Conditions | None) -> CalibrationSet:
@@ -41,12 +50,12 @@ def calibration(diffusion: Diffusion, conditions: Conditions | None) -> Calibrat
     times = torch.tensor([step.t for step in diffusion.steps]).repeat(6)
     if conditions is None or conditions.uncond is None:
         return CalibrationSet(x, times)
-    return CalibrationSet(x, times, conditions.cond, conditions.uncond)
+    return CalibrationSet(x, times, conditions.inputs, conditions.uncond)
 
 
 def prepared(diffusion: Diffusion, config: QuantConfig = CONFIG) -> Diffusion:
-    quantize_(diffusion.unet, config)
-    set_stepwise_(diffusion, config)
+    quantize_(diffusion.network, config)
+    set_all_stepwise_(diffusion.network, diffusion.times)
     return diffusion
 
 
@@ -66,7 +75,7 @@ class Louder(ActQuantizer):
 def test_errors_are_those_of_the_sample(kind: str, sampler: str, make_unet: Any, make_cross_unet: Any) -> None:
     """v . (x_0 with a small error at one activation - x_0), by sampling twice; through all steps, with guidance."""
     diffusion, conditions = subject(kind, make_unet, make_cross_unet, sampler)
-    unet = prepared(diffusion).unet
+    unet = prepared(diffusion).network.module
     quantizers = act_quantizers(unet)
     attention = "attentions.0.transformer_blocks.0.attn2" if kind == "cross_unet" else "attentions.0"
     names = ["down_blocks.0.resnets.0.conv2.act", "up_blocks.1.resnets.0.conv_shortcut.act", "time_embedding.linear_2.act"]
@@ -90,7 +99,7 @@ def test_errors_are_those_of_the_sample(kind: str, sampler: str, make_unet: Any,
 def test_batches_and_shared_inputs(make_unet: Any, make_cross_unet: Any) -> None:
     """The same in batches of any size; layers that share an input have errors of their own."""
     diffusion, conditions = subject("cross_unet", make_unet, make_cross_unet)
-    trials = bit_allocation._trials(prepared(diffusion).unet, CONFIG, calibration(diffusion, conditions), [6], 8)
+    trials = bit_allocation._trials(prepared(diffusion).network, CONFIG, calibration(diffusion, conditions), [6], 8)
     one, counts = sample_errors(diffusion, trials, conditions, 4, samples=4, probes=1)
     dones: list[tuple[int, int]] = []
     several, again = sample_errors(diffusion, trials, conditions, 3, 4, 1, lambda *done: dones.append(done))
@@ -106,9 +115,9 @@ def test_batches_and_shared_inputs(make_unet: Any, make_cross_unet: Any) -> None
 
 def test_multiplications(make_unet: Any, make_cross_unet: Any) -> None:
     diffusion, conditions = subject("cross_unet", make_unet, make_cross_unet)
-    trials = bit_allocation._trials(prepared(diffusion).unet, CONFIG, calibration(diffusion, conditions), [6], 8)
+    trials = bit_allocation._trials(prepared(diffusion).network, CONFIG, calibration(diffusion, conditions), [6], 8)
     _, counts = sample_errors(diffusion, trials, conditions, 4, samples=1, probes=1)
-    assert set(counts) == set(trials) == set(free_quantizers(diffusion.unet, CONFIG))
+    assert set(counts) == set(trials) == set(free_quantizers(diffusion.network, CONFIG))
     assert counts["down_blocks.0.resnets.0.conv2.act"] == 16 * 8 * 8 * 16 * 9
     block = "down_blocks.1.attentions.0.transformer_blocks.0"
     assert counts[f"{block}.attn2.to_k.act"] == 5 * 12 * 32  # contexts of 5 tokens
@@ -123,16 +132,18 @@ def test_the_mean_is_kept(kind: str, act_bits: int, make_unet: Any, make_cross_u
     config, data = dataclasses.replace(CONFIG, act_bits=act_bits), calibration(diffusion, conditions)
     prepared(diffusion, config)
     run = lambda: diffusion.sample([1, 2], conditions=conditions[:2] if conditions else None)  # noqa: E731
-    before, twin = run(), copy.deepcopy(diffusion.unet)
+    before, twin = run(), copied(diffusion.network)
     bits = allocate_bits_(diffusion, config, data, conditions, 4)
     assert torch.equal(run(), before)  # nothing is quantized yet
-    assert not any(q.observers or q._forward_hooks for q in act_quantizers(diffusion.unet).values())
+    assert not any(q.observers or q._forward_hooks for q in act_quantizers(diffusion.network.module).values())
     trials = bit_allocation._trials(twin, config, data, [act_bits], 8)
-    _, counts = sample_errors(dataclasses.replace(diffusion, unet=twin), trials, conditions, 4, samples=1, probes=1)
+    _, counts = sample_errors(dataclasses.replace(diffusion, network=twin), trials, conditions, 4, samples=1, probes=1)
     mean = sum(bits[name] * counts[name] for name in bits) / sum(counts.values())
     assert act_bits - 0.5 < mean <= act_bits
     assert len(set(bits.values())) > 2 and set(bits.values()) <= set(range(act_bits - 2, 9))
-    widths = {name: quantizer.codes.bits for name, quantizer in act_quantizers(diffusion.unet).items() if quantizer.codes}
+    widths = {
+        name: quantizer.codes.bits for name, quantizer in act_quantizers(diffusion.network.module).items() if quantizer.codes
+    }
     assert {name: width for name, width in widths.items() if name in bits} == bits
     others = {name: width for name, width in widths.items() if name not in bits}
     embedding = {name: width for name, width in others.items() if "time_emb" in name}  # whose ranges are known
@@ -143,11 +154,11 @@ def test_the_mean_is_kept(kind: str, act_bits: int, make_unet: Any, make_cross_u
 
 def test_gradients_of_parameters_are_left_alone(make_unet: Any, make_cross_unet: Any) -> None:
     diffusion, _ = subject("unet", make_unet, make_cross_unet)
-    trials = bit_allocation._trials(prepared(diffusion).unet, CONFIG, calibration(diffusion, None), [6], 8)
-    learning = diffusion.unet.conv_norm_out.weight.requires_grad_(True)
+    trials = bit_allocation._trials(prepared(diffusion).network, CONFIG, calibration(diffusion, None), [6], 8)
+    learning = diffusion.network.module.conv_norm_out.weight.requires_grad_(True)
     sample_errors(diffusion, trials, None, 4, samples=1, probes=1)
     assert learning.requires_grad and learning.grad is None
-    assert sum(p.requires_grad for p in diffusion.unet.parameters()) == 1
+    assert sum(p.requires_grad for p in diffusion.network.module.parameters()) == 1
 
 
 def test_the_least_error_for_the_bits() -> None:
@@ -175,14 +186,19 @@ def test_the_least_error_for_the_bits() -> None:
 
 def test_a_checkpoint_keeps_the_widths(make_unet: Any, make_cross_unet: Any, tmp_path: Path) -> None:
     diffusion, _ = subject("unet", make_unet, make_cross_unet)
-    base, data = copy.deepcopy(diffusion.unet), calibration(diffusion, None)
-    done: list[tuple[int, int]] = []
-    quantize_with_(diffusion, CONFIG, data, None, 4, width_progress=lambda *counts: done.append(counts))
+    base, data = copied(diffusion.network), calibration(diffusion, None)
+    done: list[tuple[int, ...]] = []
+
+    @contextmanager
+    def monitor(title: str, unit: str) -> Iterator[Any]:
+        yield lambda *counts: done.append(counts) if title == "allocating bits" else None
+
+    quantize_diffusion_(diffusion, CONFIG, data, None, 4, monitor=monitor)
     assert done[-1] == (12, 12)  # as many as the set has trajectories, twice
-    save_quantized(diffusion.unet, tmp_path / "q.safetensors", CONFIG, "base", None, {})
-    info, _ = peek_quantized(tmp_path / "q.safetensors")
+    save_quantized(diffusion.network, tmp_path / "q.safetensors", CONFIG, "base", {})
+    info = peek_quantized(tmp_path / "q.safetensors")
     assert info.act_bits and len(set(info.act_bits.values())) > 2
-    again = dataclasses.replace(diffusion, unet=base)
+    again = dataclasses.replace(diffusion, network=base)
     load_quantized_(base, tmp_path / "q.safetensors", "base")
     assert torch.equal(again.sample([1, 2]), diffusion.sample([1, 2]))
 
@@ -191,7 +207,7 @@ def test_bad_values(make_unet: Any) -> None:
     for act_bits in (8, None):
         with pytest.raises(ValueError, match=f"more than act_bits {act_bits}: allowed with it are 2 to 7"):
             QuantConfig(4, act_bits, bit_allocation=True)
-    unet = quantize_(make_unet(), QuantConfig(8, 6))
+    unet = quantize_(make_unet(), QuantConfig(8, 6)).module
     with pytest.raises(ValueError, match=r"nowhere: no activation quantizer"):
         set_act_bits_(unet, {"nowhere": 4})
     with pytest.raises(ValueError, match="bits 1: allowed are 2 to 16"):

@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_networks import calibrate_with_
 from torch import Tensor, nn
 
-from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet, correct_biases_
-from qncd.ptq.pipeline import Diffusion, quantize_with_, weight_correction
+from qncd.models.network import network_of
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.pipeline import calibrate_
 from qncd.ptq.stages import compensation
-from qncd.ptq.stages.compensation import compensate_
+from qncd.ptq.stages.bias_correction import correct_biases_
+from qncd.ptq.stages.prepare import quantize_
 from qncd.quant.affine import IntegerRange
-from qncd.quant.convert import quant_layers, quantize_
+from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLinear
-from qncd.recipe import QuantConfig, ReconstructionConfig, SamplerConfig
-from qncd.sampling.schedule import linear_betas
+from qncd.recipe import QuantConfig, Recipe, ReconstructionConfig
 
 CONFIG = QuantConfig(3, 4, gptq=True)
 
@@ -25,8 +27,8 @@ CONFIG = QuantConfig(3, 4, gptq=True)
 def inputs(kind: str) -> CalibrationSet:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(24, 3 if kind == "unet" else 4, 8, 8, generator=generator)
-    cond = None if kind == "unet" else torch.randn(24, 5, 12, generator=generator)
-    return CalibrationSet(x, torch.arange(24) * 40, cond)
+    given = {} if kind == "unet" else {"encoder_hidden_states": torch.randn(24, 5, 12, generator=generator)}
+    return CalibrationSet(x, torch.arange(24) * 40, given)
 
 
 def errors(reference: Any, quantized: Any, data: CalibrationSet) -> dict[str, tuple[float, float]]:
@@ -43,7 +45,7 @@ def errors(reference: Any, quantized: Any, data: CalibrationSet) -> dict[str, tu
             found[name] = (float(mean / output.abs().mean()), float(error.square().mean() / output.square().mean()))
 
         handles.append(layer.register_forward_hook(hook))
-    call_unet(reference, data.x, data.t, data.cond)
+    network_of(reference).predict(data.x, data.t, data.inputs)
     for handle in handles:
         handle.remove()
     return found
@@ -51,11 +53,11 @@ def errors(reference: Any, quantized: Any, data: CalibrationSet) -> dict[str, tu
 
 @pytest.mark.parametrize("kind", ["unet", "cross_unet"])
 def test_each_layer_is_nearer_and_right_in_the_mean(kind: str, make_unet: Any, make_cross_unet: Any) -> None:
-    reference = quantize_(make_unet() if kind == "unet" else make_cross_unet(), CONFIG)
+    reference = quantize_(make_unet() if kind == "unet" else make_cross_unet(), CONFIG).module
     data = inputs(kind)
     plain, solved = copy.deepcopy(reference), copy.deepcopy(reference)
-    calibrate_(plain, data, 8, correct=correct_biases_)
-    calibrate_(solved, data, 8, correct=weight_correction(CONFIG))
+    calibrate_with_(plain, data, 8, correct=correct_biases_)
+    calibrate_(solved, data, CONFIG, 8)
     before, after = errors(reference, plain, data), errors(reference, solved, data)
     assert all(mean < 1e-4 for mean, _ in after.values())
     assert all(after[name][1] < 1.02 * before[name][1] for name in before)
@@ -67,10 +69,10 @@ def test_each_layer_is_nearer_and_right_in_the_mean(kind: str, make_unet: Any, m
 
 
 def test_one_layer_at_a_time_gives_the_same(make_unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, together, apart = inputs("unet"), quantize_(make_unet(), CONFIG), quantize_(make_unet(), CONFIG)
-    calibrate_(together, data, 8, correct=compensate_)
+    data, together, apart = inputs("unet"), quantize_(make_unet(), CONFIG).module, quantize_(make_unet(), CONFIG).module
+    calibrate_(together, data, CONFIG, 8)
     monkeypatch.setattr(compensation, "MEMORY", 1)
-    calibrate_(apart, data, 8, correct=compensate_)
+    calibrate_(apart, data, CONFIG, 8)
     for name, layer in quant_layers(together).items():
         other = quant_layers(apart)[name]
         assert layer.weight.equal(other.weight) and layer.bias.equal(other.bias), name
@@ -111,17 +113,17 @@ def test_a_grouped_convolution_is_left_to_rounding() -> None:
 
 
 def test_a_layer_without_finite_inputs_is_named(make_unet: Any) -> None:
-    unet = quantize_(make_unet(), QuantConfig(4, None, gptq=True))
+    config = QuantConfig(4, None, gptq=True)
+    unet = quantize_(make_unet(), config).module
     unet.mid_block.resnets[0].norm1.weight[0] = torch.inf
     with pytest.raises(ValueError, match=r"mid_block\.resnets\.0\.conv1: .*NaN or infinity"):
-        calibrate_(unet, inputs("unet"), 8, correct=compensate_)
+        calibrate_(unet, inputs("unet"), config, 8)
 
 
-def test_what_excludes_it(make_unet: Any) -> None:
+def test_what_excludes_it() -> None:
     with pytest.raises(ValueError, match="weight_bits None"):
         QuantConfig(None, 8, gptq=True)
     with pytest.raises(ValueError, match="needs bias_correction"):
         QuantConfig(4, 8, gptq=True, bias_correction=False)
-    diffusion = Diffusion(make_unet(), linear_betas(1e-4, 2e-2, 1000), SamplerConfig(timesteps=5), "cpu")
-    with pytest.raises(ValueError, match="one of them"):
-        quantize_with_(diffusion, CONFIG, inputs("unet"), None, reconstruction=ReconstructionConfig())
+    with pytest.raises(ValueError, match="both round the weights"):
+        Recipe(quant=CONFIG, reconstruction=ReconstructionConfig())

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from qncd.models.network import network_of
 from qncd.ptq.activation_store import ActivationStore
 from qncd.ptq.blocks import execution_order, multiplications, reconstruction_units
-from qncd.ptq.calibration import CalibrationSet
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.reconstruction import TimeLeft, reconstruct_
-from qncd.quant.convert import quant_layers, quantize_
+from qncd.quant.inspection import quant_layers
 from qncd.recipe import QuantConfig, ReconstructionConfig
 
 FAST = ReconstructionConfig(iterations=60, batch_size=16, inputs=None)
@@ -24,8 +26,8 @@ FAST = ReconstructionConfig(iterations=60, batch_size=16, inputs=None)
 def calibration(kind: str = "unet", count: int = 32) -> CalibrationSet:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(count, 3 if kind == "unet" else 4, 8, 8, generator=generator)
-    cond = None if kind == "unet" else torch.randn(count, 5, 12, generator=generator)
-    return CalibrationSet(x, torch.randint(0, 1000, (count,), generator=generator), cond)
+    given = {} if kind == "unet" else {"encoder_hidden_states": torch.randn(count, 5, 12, generator=generator)}
+    return CalibrationSet(x, torch.randint(0, 1000, (count,), generator=generator), given)
 
 
 def prepared(unet: Any) -> tuple[Any, Any]:
@@ -34,16 +36,14 @@ def prepared(unet: Any) -> tuple[Any, Any]:
 
 
 def output(unet: Any, data: CalibrationSet) -> Tensor:
-    if data.cond is not None:
-        return unet(data.x, data.t, encoder_hidden_states=data.cond).sample
-    return unet(data.x, data.t).sample
+    return unet(data.x, data.t, **data.inputs).sample
 
 
 @pytest.mark.parametrize("kind", ["unet", "cross"])
 def test_units_are_the_blocks_in_the_order_of_the_forward_pass(make_unet: Any, make_cross_unet: Any, kind: str) -> None:
     unet, _ = prepared(make_unet() if kind == "unet" else make_cross_unet())
-    units = reconstruction_units(unet)
-    order = execution_order(unet, calibration(kind), units)
+    units = reconstruction_units(network_of(unet))
+    order = execution_order(network_of(unet), calibration(kind), units)
     assert set(order) == set(units) and order[0].startswith("time_embedding") and order[-1] == "conv_out"
     assert order.index("conv_in") < order.index("down_blocks.0.resnets.0") < order.index("mid_block.resnets.0")
     assert order.index("mid_block.resnets.1") < order.index("up_blocks.0.resnets.0") < order.index("up_blocks.1.resnets.0")
@@ -62,7 +62,9 @@ def test_it_brings_the_output_nearer(make_unet: Any, make_cross_unet: Any, kind:
     for layer in quant_layers(nearest).values():
         layer.quantize_weight_()
     seen: list[tuple[int, int, float]] = []
-    results = reconstruct_(unet, reference, data, FAST, lambda done, total, left: seen.append((done, total, left)))
+    results = reconstruct_(
+        network_of(unet), network_of(reference), data, FAST, lambda done, total, left: seen.append((done, total, left))
+    )
     assert seen[-1] == (len(results), len(results), 0.0)
     assert (
         all(result.after <= result.before for result in results if result.kept)
@@ -80,7 +82,7 @@ def test_it_brings_the_output_nearer(make_unet: Any, make_cross_unet: Any, kind:
 def test_it_goes_on_after_the_last_finished_block(make_unet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, data = dataclasses.replace(FAST, iterations=5), calibration(count=16)
     whole, reference = prepared(make_unet())
-    reconstruct_(whole, reference, data, config)
+    reconstruct_(network_of(whole), network_of(reference), data, config)
     cut, reference = prepared(make_unet())
 
     def stop(done: int, total: int, left: float) -> None:
@@ -88,14 +90,14 @@ def test_it_goes_on_after_the_last_finished_block(make_unet: Any, tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        reconstruct_(cut, reference, data, config, stop, tmp_path / "r")
+        reconstruct_(network_of(cut), network_of(reference), data, config, stop, tmp_path / "r")
     resumed, reference = prepared(make_unet())
-    results = reconstruct_(resumed, reference, data, config, folder=tmp_path / "r")
-    assert len(results) == len(reconstruction_units(resumed)) - 4
+    results = reconstruct_(network_of(resumed), network_of(reference), data, config, folder=tmp_path / "r")
+    assert len(results) == len(reconstruction_units(network_of(resumed))) - 4
     for (name, a), b in zip(quant_layers(whole).items(), quant_layers(resumed).values(), strict=True):
         assert torch.equal(a.weight, b.weight), name
     with pytest.raises(ValueError, match=r"holds a reconstruction with other settings"):
-        reconstruct_(prepared(make_unet())[0], reference, data, FAST, folder=tmp_path / "r")
+        reconstruct_(network_of(prepared(make_unet())[0]), network_of(reference), data, FAST, folder=tmp_path / "r")
 
 
 def test_a_small_budget_goes_to_files_and_changes_nothing(make_unet: Any) -> None:
@@ -103,7 +105,7 @@ def test_a_small_budget_goes_to_files_and_changes_nothing(make_unet: Any) -> Non
     models = []
     for memory in (4.0, 0.0):
         unet, reference = prepared(make_unet())
-        reconstruct_(unet, reference, data, dataclasses.replace(config, memory_gb=memory))
+        reconstruct_(network_of(unet), network_of(reference), data, dataclasses.replace(config, memory_gb=memory))
         models.append(quant_layers(unet))
     assert all(torch.equal(models[0][name].weight, models[1][name].weight) for name in models[0])
 
@@ -112,7 +114,7 @@ def test_a_block_that_fails_is_named(make_unet: Any) -> None:
     unet, reference = prepared(make_unet())
     reference.mid_block.resnets[0].norm1.weight[0] = torch.inf
     with pytest.raises(ValueError, match=r"^reconstruction of mid_block\.resnets\.0: an activation is NaN or infinite"):
-        reconstruct_(unet, reference, calibration(count=8), dataclasses.replace(FAST, iterations=1))
+        reconstruct_(network_of(unet), network_of(reference), calibration(count=8), dataclasses.replace(FAST, iterations=1))
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -172,7 +174,7 @@ def test_the_time_left_is_never_negative() -> None:
 @pytest.mark.parametrize("kind", ["unet", "cross"])
 def test_multiplications_are_those_of_the_layers_shapes(make_unet: Any, make_cross_unet: Any, kind: str) -> None:
     unet, _ = prepared(make_unet() if kind == "unet" else make_cross_unet())
-    found = multiplications(unet, calibration(kind), reconstruction_units(unet))
+    found = multiplications(network_of(unet), calibration(kind), reconstruction_units(network_of(unet)))
     resnet = unet.down_blocks[0].resnets[0]
     convolutions = 2 * 9 * 16 * 16 * 64 + resnet.time_emb_proj.weight.numel()  # 8x8 positions; the embedding once
     assert resnet.conv_shortcut is None and found["down_blocks.0.resnets.0"] == convolutions
@@ -189,8 +191,10 @@ def test_the_cache_may_be_in_another_dtype(make_unet: Any) -> None:
         model.conv_in.weight.mul_(1e5)
     data, config = calibration(count=16), dataclasses.replace(FAST, iterations=3)
     with pytest.raises(ValueError, match=r"^reconstruction of .*: an activation of .* is too large for a cache in fp16"):
-        reconstruct_(copy.deepcopy(unet), reference, data, config)
+        reconstruct_(network_of(copy.deepcopy(unet)), network_of(reference), data, config)
     for cache in ("bf16", "fp32"):
-        assert reconstruct_(copy.deepcopy(unet), reference, data, dataclasses.replace(config, cache=cache))
+        assert reconstruct_(
+            network_of(copy.deepcopy(unet)), network_of(reference), data, dataclasses.replace(config, cache=cache)
+        )
     with pytest.raises(ValueError, match=r"^cache 'int8': allowed are fp16, bf16, fp32$"):
         ReconstructionConfig(cache="int8")

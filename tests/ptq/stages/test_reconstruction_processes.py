@@ -22,10 +22,14 @@ def reconstruct(folder: Path, devices: int, broken: bool) -> None:
     """Quantize a tiny network with both phases and write codes, scales and errors; run by every process."""
     from diffusers.models.unets.unet_2d import UNet2DModel
 
-    from qncd.ptq.calibration import CalibrationSet, calibrate_
+    from qncd.models.network import network_of
+    from qncd.ptq.data import CalibrationSet
+    from qncd.ptq.observing import find_ranges_
     from qncd.ptq.stages.activation_steps import learn_steps_
+    from qncd.ptq.stages.prepare import quantize_
+    from qncd.ptq.stages.ranges import round_
     from qncd.ptq.stages.reconstruction import reconstruct_
-    from qncd.quant.convert import act_quantizers, quant_layers, quantize_
+    from qncd.quant.inspection import act_quantizers, quant_layers
     from qncd.recipe import QuantConfig, ReconstructionConfig
 
     processes = start_processes("cpu", devices)
@@ -40,15 +44,23 @@ def reconstruct(folder: Path, devices: int, broken: bool) -> None:
     if broken:  # in the second batch of 8, which the second process holds
         x[9] = 1e30
     config = ReconstructionConfig(iterations=50, batch_size=8, inputs=None, act_iterations=20, lr=1e-2)
-    unet, reference = (quantize_(m.eval().requires_grad_(False), QuantConfig(4, 8)) for m in models)
+    unet, reference = (quantize_(m.eval().requires_grad_(False), QuantConfig(4, 8)).module for m in models)
     seen: list[float] = []
     data, blocks_folder = CalibrationSet(x, t), folder / "blocks"
     with processes.quiet_failure():
         results = reconstruct_(
-            unet, reference, data, config, lambda done, total, left: seen.append(left), blocks_folder, (), processes
+            network_of(unet),
+            network_of(reference),
+            data,
+            config,
+            lambda done, total, left: seen.append(left),
+            blocks_folder,
+            (),
+            processes,
         )
-        calibrate_(unet, data, 8)
-        steps = learn_steps_(unet, reference, data, config, None, blocks_folder, processes)
+        find_ranges_(network_of(unet), data, 8)
+        round_(network_of(unet))
+        steps = learn_steps_(network_of(unet), network_of(reference), data, config, None, blocks_folder, processes)
     tensors = {name: layer.weight_codes() for name, layer in quant_layers(unet).items()}
     tensors |= {f"{name}.scale": quantizer.scale.clone() for name, quantizer in act_quantizers(unet).items()}
     save_file(tensors, folder / f"{processes.rank}.safetensors")

@@ -11,9 +11,12 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from torch.nn import functional as F
 
-from qncd.ptq.stages.smoothing import additive_factors, normalized_embedding, scale_shift_factors, smooth_, smoothing_factors
+from qncd.models.network import network_of
+from qncd.models.stretch import additive_factors, normalized_embedding, scale_shift_factors
+from qncd.ptq.stages.prepare import quantize_
+from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
 from qncd.quant.affine import IntegerRange
-from qncd.quant.convert import quant_layers, quantize_
+from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import LayerConfig, QuantConv2d
 from qncd.recipe import QuantConfig, SmoothingConfig
 
@@ -40,10 +43,10 @@ def test_smoothing_changes_nothing_in_floats(make_unet: Any, kind: str) -> None:
     unet = strong_embedding_unet(make_unet, kind)
     assert any((m.norm2.weight < 0).any() for m in unet.modules() if isinstance(m, ResnetBlock2D))
     expected = outputs(unet)
-    factors = smoothing_factors(unet, TIMES)
+    factors = smoothing_factors(network_of(unet), TIMES)
     quantize_(unet, QuantConfig(4, 8))
     weights = {name: unet.get_submodule(name).weight.clone() for name in factors}
-    smooth_(unet, factors)
+    smooth_(network_of(unet), factors)
     assert (outputs(unet) - expected).abs().max() <= 1e-5 * expected.abs().max()
     blocks = [name for name, m in unet.named_modules() if isinstance(m, ResnetBlock2D)]
     assert set(factors) == {f"{name}.conv2" for name in blocks}
@@ -57,7 +60,7 @@ def test_smoothing_changes_nothing_in_floats(make_unet: Any, kind: str) -> None:
 @pytest.mark.parametrize("classes", [None, 3])
 def test_factors_are_means_over_the_embeddings_that_blocks_receive(make_unet: Any, kind: str, classes: int | None) -> None:
     unet = strong_embedding_unet(make_unet, kind, num_class_embeds=classes)
-    found = smoothing_factors(unet, [*TIMES, TIMES[0]], SmoothingConfig(floor=0.25))  # a repeated step counts once
+    found = smoothing_factors(network_of(unet), [*TIMES, TIMES[0]], SmoothingConfig(floor=0.25))  # a repeated step counts once
     projected: dict[str, list[Tensor]] = {}
     blocks = {name: m for name, m in unet.named_modules() if isinstance(m, ResnetBlock2D)}
     for name, block in blocks.items():
@@ -77,13 +80,17 @@ def test_factors_are_means_over_the_embeddings_that_blocks_receive(make_unet: An
         torch.testing.assert_close(found[f"{name}.conv2"].double(), expected.clamp(min=0.25), rtol=1e-4, atol=1e-5)
 
 
-def test_named_classes_only(make_unet: Any) -> None:
-    unet = strong_embedding_unet(make_unet, "scale_shift", num_class_embeds=3)
-    every = smoothing_factors(unet, TIMES, SmoothingConfig(0.1))
-    single = [smoothing_factors(unet, TIMES, SmoothingConfig(0.1), classes=[label]) for label in range(3)]
+def test_classes_that_are_no_table_are_those_of_the_calibration_inputs(make_unet: Any) -> None:
+    network = network_of(strong_embedding_unet(make_unet, "scale_shift", class_embed_type="timestep"))
+    labels = [torch.tensor([label]) for label in (0, 40, 900)]
+    every = smoothing_factors(network, TIMES, SmoothingConfig(0.1), {"class_labels": torch.cat([*labels, labels[0]])})
+    single = [smoothing_factors(network, TIMES, SmoothingConfig(0.1), {"class_labels": label}) for label in labels]
     name = next(iter(every))
     low, high = torch.stack([s[name] for s in single]).aminmax(dim=0)
     assert ((every[name] >= low - 1e-6) & (every[name] <= high + 1e-6)).all() and (high > low).any()
+    torch.testing.assert_close(every[name], torch.stack([s[name] for s in single]).mean(0))
+    with pytest.raises(ValueError, match=r"calibration inputs have to hold class_labels$"):
+        smoothing_factors(network, TIMES)
 
 
 def resblock(data: Mapping[str, Tensor], kind: str) -> ResnetBlock2D:
@@ -153,12 +160,12 @@ def test_one_channel_a_group_gives_no_factor() -> None:
 
 def test_refusals(make_unet: Any, make_cross_unet: Any) -> None:
     unet = make_unet()
-    factors = smoothing_factors(unet, TIMES)
+    factors = smoothing_factors(network_of(unet), TIMES)
     with pytest.raises(ValueError, match=r"^down_blocks\.0\.resnets\.0\.conv2: smooth_ works on a model prepared by quantize_$"):
-        smooth_(unet, factors)
+        smooth_(network_of(unet), factors)
     text = make_cross_unet(addition_embed_type="text", encoder_hid_dim=12)
     with pytest.raises(ValueError, match=r"^addition_embed_type 'text': smoothing needs an embedding of time and class alone$"):
-        smoothing_factors(text, TIMES)
+        smoothing_factors(network_of(text), TIMES)
     for floor in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=rf"^floor {floor!r}: allowed are numbers above 0, up to 1$"):
             SmoothingConfig(floor)

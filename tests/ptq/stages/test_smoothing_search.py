@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_networks import calibrate_with_
 
-from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet
+from qncd.models.network import network_of
+from qncd.ptq.data import CalibrationSet
 from qncd.ptq.stages import smoothing_search
 from qncd.ptq.stages.compensation import compensate_
+from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.smoothing import smooth_
 from qncd.ptq.stages.smoothing_search import STRENGTHS, channel_ratios, search_smoothing_
-from qncd.quant.convert import quant_layers, quantize_
+from qncd.quant.inspection import quant_layers
 from qncd.recipe import QuantConfig
 
 from .test_compensation import errors, inputs
@@ -30,15 +33,15 @@ def with_a_wide_channel(unet: Any) -> Any:
 @pytest.mark.parametrize("kind", ["unet", "cross_unet"])
 def test_each_layer_keeps_the_strength_of_least_error(kind: str, make_unet: Any, make_cross_unet: Any) -> None:
     make, data = (make_unet if kind == "unet" else make_cross_unet), inputs(kind)
-    reference = quantize_(with_a_wide_channel(make()), CONFIG)
-    ratios = channel_ratios(reference, data, 8)
+    reference = quantize_(with_a_wide_channel(make()), CONFIG).module
+    ratios = channel_ratios(network_of(reference), data, 8)
     found = {}
     for strength in STRENGTHS:
         trial = copy.deepcopy(reference)
-        smooth_(trial, {name: ratio**strength for name, ratio in ratios.items()})
-        calibrate_(trial, data, 8, correct=compensate_)
+        smooth_(network_of(trial), {name: ratio**strength for name, ratio in ratios.items()})
+        calibrate_with_(trial, data, 8, correct=compensate_)
         found[strength] = {name: square for name, (_, square) in errors(reference, trial, data).items()}
-    chosen = search_smoothing_(copy.deepcopy(reference), data, 8)
+    chosen = search_smoothing_(network_of(copy.deepcopy(reference)), data, 8)
     assert chosen[WIDE] > 0 and len(set(chosen.values())) > 1
     best = {name: min(found[strength][name] for strength in STRENGTHS) for name in chosen}
     # Layers of the time embedding have errors of 1e-5 from 24 rows in all: the search's single grid decides among these.
@@ -47,26 +50,26 @@ def test_each_layer_keeps_the_strength_of_least_error(kind: str, make_unet: Any,
 
 
 def test_floating_point_stays(make_unet: Any) -> None:
-    data, unet = inputs("unet"), quantize_(with_a_wide_channel(make_unet()), CONFIG)
-    before, weights = call_unet(unet, data.x, data.t), {name: layer.weight for name, layer in quant_layers(unet).items()}
+    data, unet = inputs("unet"), quantize_(with_a_wide_channel(make_unet()), CONFIG).module
+    before, weights = network_of(unet).predict(data.x, data.t), {name: layer.weight for name, layer in quant_layers(unet).items()}
     kept = {name: weight.clone() for name, weight in weights.items()}
-    chosen = search_smoothing_(unet, data, 8)
+    chosen = search_smoothing_(network_of(unet), data, 8)
     assert all(weight.equal(kept[name]) for name, weight in weights.items())  # trials worked on their own
     for name, layer in quant_layers(unet).items():
         assert (layer.smoothing is not None) == (chosen[name] > 0), name
         assert layer.weight_scale is None and not layer.act.observers
-    torch.testing.assert_close(call_unet(unet, data.x, data.t), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network_of(unet).predict(data.x, data.t), before, rtol=1e-4, atol=1e-5)
 
 
 def test_ratios_are_of_what_the_quantizer_sees(make_unet: Any) -> None:
-    data, unet = inputs("unet"), quantize_(make_unet(), CONFIG)
+    data, unet = inputs("unet"), quantize_(make_unet(), CONFIG).module
     seen = []
     unet.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    ratios = channel_ratios(unet, data, 8)["conv_in"]
+    ratios = channel_ratios(network_of(unet), data, 8)["conv_in"]
     expected = torch.cat(seen).abs().amax((0, 2, 3)) / unet.conv_in.weight.abs().amax((0, 2, 3))
     torch.testing.assert_close(ratios, expected / expected.log().mean().exp())
     unet.conv_in.smooth_(expected**0.5)  # SmoothQuant at 0.5 leaves both sides equally wide
-    torch.testing.assert_close(channel_ratios(unet, data, 8)["conv_in"], torch.ones(3))
+    torch.testing.assert_close(channel_ratios(network_of(unet), data, 8)["conv_in"], torch.ones(3))
 
 
 def test_a_layer_that_sees_nothing_is_left_out(make_unet: Any) -> None:
@@ -74,7 +77,7 @@ def test_a_layer_that_sees_nothing_is_left_out(make_unet: Any) -> None:
     norm = unet.mid_block.resnets[0].norm2
     norm.weight.zero_(), norm.bias.zero_()
     quantize_(unet, CONFIG)
-    assert WIDE not in search_smoothing_(unet, inputs("unet"), 8)
+    assert WIDE not in search_smoothing_(network_of(unet), inputs("unet"), 8)
     assert quant_layers(unet)[WIDE].smoothing is None
 
 

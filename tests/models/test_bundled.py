@@ -1,4 +1,4 @@
-"""The models in the box: their sizes, and that they draw what they are asked for."""
+"""The bundled models: their sizes, and that they draw what they are asked for."""
 
 from __future__ import annotations
 

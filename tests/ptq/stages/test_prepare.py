@@ -12,8 +12,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
+from qncd.models.families.unet import UNet
+from qncd.models.network import network_of
+from qncd.ptq.stages.prepare import quantize_
 from qncd.quant.attention import QuantAttnProcessor
-from qncd.quant.convert import act_quantizers, observing, quant_layers, quantize_, set_stage, skip_boundaries
+from qncd.quant.inspection import act_quantizers, observing, quant_layers, set_stage
 from qncd.quant.layers import QuantConv2d, QuantLinear
 from qncd.quant.quantizers import Stage
 from qncd.recipe import QuantConfig
@@ -65,8 +68,8 @@ KINDS = [
 def test_before_switching_over_it_is_the_original(make: Any, kind: str, config: dict[str, Any]) -> None:
     unet = make(kind, **config)
     expected, names = run(unet, kind), set(unet.state_dict())
-    quantized = quantize_(unet, QuantConfig(4, 8, softmax_bits=16))
-    assert quantized is unet
+    quantized = quantize_(unet, QuantConfig(4, 8, softmax_bits=16)).module
+    assert quantized is unet and isinstance(network_of(quantized), UNet)
     found = run(unet, kind)
     assert (found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
     left = [name for name, m in unet.named_modules() if type(m) in (nn.Conv2d, nn.Linear)]
@@ -80,7 +83,7 @@ def test_eight_bits_are_close_and_four_are_further(make: Any, kind: str) -> None
     reference = run(make(kind), kind)
 
     def error(config: QuantConfig) -> float:
-        out = run(switch_over(quantize_(make(kind), config), kind), kind)
+        out = run(switch_over(quantize_(make(kind), config).module, kind), kind)
         return float((out - reference).square().mean() / reference.square().mean())
 
     errors = [error(QuantConfig(*bits, **MAX)) for bits in ((8, 8), (4, 8), (4, 4))]
@@ -91,14 +94,14 @@ def test_eight_bits_are_close_and_four_are_further(make: Any, kind: str) -> None
 @pytest.mark.parametrize("kind", ["unet", "cross"])
 @pytest.mark.parametrize("changes", [{"softmax_bits": 2}, {"quantize_attention": False}, {"split": False}])
 def test_each_setting_changes_the_output(make: Any, kind: str, changes: dict[str, Any]) -> None:
-    first = run(switch_over(quantize_(make(kind), QuantConfig(8, 4, **MAX)), kind), kind)
-    second = run(switch_over(quantize_(make(kind), QuantConfig(8, 4, **MAX, **changes)), kind), kind)
+    first = run(switch_over(quantize_(make(kind), QuantConfig(8, 4, **MAX)).module, kind), kind)
+    second = run(switch_over(quantize_(make(kind), QuantConfig(8, 4, **MAX, **changes)).module, kind), kind)
     assert (first - second).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["unet", "cross"])
 def test_attention_operands_have_the_configured_widths(make: Any, kind: str) -> None:
-    unet = quantize_(make(kind), QuantConfig(8, 4, softmax_bits=16, act_symmetric=True))
+    unet = quantize_(make(kind), QuantConfig(8, 4, softmax_bits=16, act_symmetric=True)).module
     processors = [m for m in unet.modules() if isinstance(m, QuantAttnProcessor)]
     assert len(processors) == (4 if kind == "unet" else 8)
     for processor in processors:
@@ -106,18 +109,18 @@ def test_attention_operands_have_the_configured_widths(make: Any, kind: str) -> 
             codes = getattr(processor, name).codes
             assert (codes.bits, codes.signed) == (4, True)
         assert (processor.softmax.codes.bits, processor.softmax.codes.signed) == (16, False)
-    assert not any(isinstance(m, QuantAttnProcessor) for m in quantize_(make(kind), QuantConfig(4, None)).modules())
+    assert not any(isinstance(m, QuantAttnProcessor) for m in quantize_(make(kind), QuantConfig(4, None)).module.modules())
 
 
 @pytest.mark.parametrize("kind", ["unet", "cross"])
 def test_first_and_last_layers_are_eight_bits(make: Any, kind: str) -> None:
-    layers = quant_layers(quantize_(make(kind), QuantConfig(4, 3)))
+    layers = quant_layers(quantize_(make(kind), QuantConfig(4, 3)).module)
     for name, layer in layers.items():
         edge = name in ("conv_in", "conv_out")
         assert layer.config.weight_codes.bits == (8 if edge else 4), name
         assert layer.config.act_codes.bits == (8 if edge else 3), name
     assert {"conv_in", "conv_out"} <= set(layers)
-    for name, layer in quant_layers(quantize_(make(kind), QuantConfig(4, None))).items():
+    for name, layer in quant_layers(quantize_(make(kind), QuantConfig(4, None)).module).items():
         assert layer.config.act_codes is None, name
         assert layer.config.weight_codes.bits == (8 if name in ("conv_in", "conv_out") else 4)
 
@@ -144,17 +147,17 @@ def test_skip_boundaries_are_where_the_network_concatenates(
         for hidden, skip in (parts for parts in joined if len(parts) == 2 and parts[0].ndim == 4):
             if cat([hidden, skip], 1).shape == x.shape and torch.equal(cat([hidden, skip], 1), x):
                 expected[name] = hidden.shape[1]
-    found = skip_boundaries(unet)
+    found = network_of(unet).splits()
     assert found == expected and len(found) >= 2
     monkeypatch.undo()
-    layers = quant_layers(quantize_(unet, QuantConfig(4, 8)))
+    layers = quant_layers(quantize_(unet, QuantConfig(4, 8)).module)
     for name, layer in layers.items():
         boundary = found.get(name)
         assert layer.config.segments == ((boundary, layer.weight.shape[1] - boundary) if boundary else None), name
 
 
 def test_no_split_without_the_setting(make_unet: Any) -> None:
-    layers = quant_layers(quantize_(make_unet(), QuantConfig(4, 8, split=False)))
+    layers = quant_layers(quantize_(make_unet(), QuantConfig(4, 8, split=False)).module)
     assert all(layer.config.segments is None for layer in layers.values())
 
 
@@ -162,8 +165,8 @@ def test_no_split_without_the_setting(make_unet: Any) -> None:
 def test_state_dict_round_trip(make: Any, kind: str) -> None:
     """A model calibrated otherwise computes the same once it has the other's state dict: nothing lives outside it."""
     config = QuantConfig(4, 4, **MAX)
-    source = switch_over(quantize_(make(kind), config), kind)
-    target = quantize_(make(kind, seed=1), config)
+    source = switch_over(quantize_(make(kind), config).module, kind)
+    target = quantize_(make(kind, seed=1), config).module
     switch_over(target, kind)
     expected = run(source, kind)
     assert not torch.allclose(run(target, kind), expected, atol=1e-3)
@@ -173,7 +176,7 @@ def test_state_dict_round_trip(make: Any, kind: str) -> None:
 
 
 def test_observing_ends_in_floats_even_after_an_error(make_unet: Any) -> None:
-    unet = quantize_(make_unet(), QuantConfig(4, 8))
+    unet = quantize_(make_unet(), QuantConfig(4, 8)).module
     with pytest.raises(RuntimeError, match="stop"), observing(unet):
         assert {q.stage for q in act_quantizers(unet).values()} == {Stage.OBSERVE}
         raise RuntimeError("stop")
@@ -181,13 +184,15 @@ def test_observing_ends_in_floats_even_after_an_error(make_unet: Any) -> None:
 
 
 def test_refusals(make_unet: Any) -> None:
-    unet = quantize_(make_unet(), QuantConfig(4, 8))
+    unet = quantize_(make_unet(), QuantConfig(4, 8)).module
     with pytest.raises(ValueError, match=r"^the model is quantized already$"):
         quantize_(unet, QuantConfig(4, 8))
     vq = VQModel(block_out_channels=(8,), norm_num_groups=4)
     for other, name in ((nn.Conv2d(3, 3, 1), "Conv2d"), (vq, "VQModel")):
-        with pytest.raises(ValueError, match=rf"^{name}: allowed are UNet2DModel and UNet2DConditionModel$"):
-            quantize_(other, QuantConfig(4, 8))  # type: ignore[arg-type]
+        with pytest.raises(
+            ValueError, match=rf"^{name}: no denoiser, its forward has no argument named timestep, timesteps, t, time$"
+        ):
+            quantize_(other, QuantConfig(4, 8))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +252,7 @@ def test_stable_diffusion_xls_unet_is_covered() -> None:
 
 
 def test_the_embedding_may_stay_in_floating_point_and_softmax_have_its_own_range(make_unet: Any) -> None:
-    unet = quantize_(make_unet(), QuantConfig(4, 8, quantize_embedding=False, softmax_range="running"))
+    unet = quantize_(make_unet(), QuantConfig(4, 8, quantize_embedding=False, softmax_range="running")).module
     assert not any("time_emb" in name for name in quant_layers(unet))
     assert type(unet.time_embedding.linear_1) is nn.Linear and type(unet.mid_block.resnets[0].time_emb_proj) is nn.Linear
     with observing(unet):

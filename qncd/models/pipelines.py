@@ -1,0 +1,111 @@
+"""Every model that this package knows as a pipeline of diffusers: bundled ones, original checkpoints, folders and the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.import_utils import is_accelerate_available
+
+from qncd.models.class_conditional import ClassConditionalLDMPipeline
+from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, HUB_ID, read_json
+from qncd.models.latent import latent_pipeline, load_latent_model
+from qncd.models.loading import ddim_pipeline, load_config, load_ddim
+
+__all__ = ["load_pipeline"]
+
+INDEX = "model_index.json"
+_YAML = (".yml", ".yaml")
+# The class that this package's folders of class-conditional models named before there was such a pipeline.
+_FORMER_CLASS = "ClassConditionalLDM"
+# What loading a folder or a hub id of diffusers ends in where something is wrong with it.
+_FAULTS = (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError)
+
+
+def load_pipeline(
+    source: str | Path,
+    *,
+    config: str | Path | Mapping[str, Any] | None = None,
+    ckpt: str | Path | None = None,
+    use_pretrained: bool = False,
+) -> DiffusionPipeline:
+    """A model as a pipeline of diffusers, on the CPU: call it, quantize its UNet, or save it as a folder.
+
+    | source | pipeline |
+    |---|---|
+    | yaml of a DDIM model (ermongroup/ddim) | DDIMPipeline, which samples as the `ddim` convention does |
+    | yaml of an unconditional latent model (CompVis) | LDMPipeline |
+    | yaml of a class-conditional latent model | `ClassConditionalLDMPipeline` |
+    | yaml of Stable Diffusion v1 or of another text model of that kind | StableDiffusionPipeline, no safety checker |
+    | a folder with model_index.json, or a hub id | whatever it names, as diffusers loads it |
+
+    The weights of a yaml are `ckpt`, else the published ones (`use_pretrained`), else the bundled ones that it names.
+    Networks of a yaml are in float32 and eval mode, without gradients. CLIP's clean-up of prompts (curly quotes, ligatures)
+    belongs to the tokenizer of a yaml's pipeline; a folder has diffusers' tokenizer, which does without.
+
+    Args:
+        source: a yaml, a diffusers folder, a hub id, or an original checkpoint or a UNet's folder together with `config`.
+        config: the yaml of a checkpoint that is given as `source`: its path, or what is in it.
+        ckpt: the weights, where `source` is a yaml: all that `load_ddim` and `load_latent_model` take.
+        use_pretrained: where `source` is a yaml, download the published weights for it.
+
+    Raises:
+        ValueError: weights and config do not fit, or the arguments do not go together; one line that says which.
+        FileNotFoundError: there is no such file, or the hub does not have or give the model.
+    """
+    path = Path(source)
+    is_yaml = path.suffix.lower() in _YAML and not path.is_dir()
+    if config is not None:
+        if is_yaml or ckpt is not None or use_pretrained:
+            raise ValueError(
+                f"{source}: config= is the yaml of a checkpoint that is the source: leave out ckpt= and use_pretrained="
+            )
+        return _from_yaml(config if isinstance(config, Mapping) else load_config(config), source, False)
+    if is_yaml:
+        return _from_yaml(load_config(path), ckpt, use_pretrained)
+    if ckpt is not None or use_pretrained:
+        raise ValueError(f"{source}: ckpt= and use_pretrained= are for a yaml as the source, and this is none")
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        raise ValueError(f"{source}: an original checkpoint needs its yaml, give config=PATH")
+    if HUB_ID.fullmatch(str(source)) and path.suffix not in CHECKPOINT_SUFFIXES:
+        return _from_hub(str(source))
+    raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (OWNER/NAME)")
+
+
+def _from_yaml(config: Mapping[str, Any], ckpt: str | Path | None, use_pretrained: bool) -> DiffusionPipeline:
+    if "params" in config["model"]:
+        return latent_pipeline(load_latent_model(config, ckpt, use_pretrained))
+    return ddim_pipeline(load_ddim(config, ckpt, use_pretrained), config)
+
+
+def _from_folder(folder: Path) -> DiffusionPipeline:
+    if not (folder / INDEX).is_file():
+        what = "a network's folder, which needs its yaml: give config=PATH" if (folder / "config.json").is_file() else "none"
+        raise ValueError(f"{folder}: not the folder of a pipeline (no {INDEX} in it; {what})")
+    kind = read_json(folder / INDEX).get("_class_name")
+    if kind == _FORMER_CLASS:
+        return latent_pipeline(load_latent_model(None, folder))
+    ours = ClassConditionalLDMPipeline
+    found = ours if kind == ours.__name__ else DiffusionPipeline
+    try:
+        return found.from_pretrained(str(folder), local_files_only=True, low_cpu_mem_usage=is_accelerate_available())
+    except _FAULTS as error:
+        raise ValueError(f"{folder}: diffusers cannot load this {kind} ({_reason(error)})") from error
+
+
+def _from_hub(name: str) -> DiffusionPipeline:
+    try:
+        return DiffusionPipeline.from_pretrained(name, low_cpu_mem_usage=is_accelerate_available())
+    except _FAULTS as error:
+        raise FileNotFoundError(
+            f"{name}: no such path here, and not to be had from the hub ({_reason(error)}): download its folder and name that"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
