@@ -6,7 +6,8 @@
 Takes Stable Diffusion v1's UNet (860 M parameters) with random weights at 512x512, guidance included: 2 PLMS steps, a tiny
 calibration set along its own trajectory, smoothing, bias correction and the noise table. Quantizing and using the checkpoint
 are one process each. The ratio is the peak resident set, interpreter and libraries included, over the bytes of the weights;
-above 2 the exit status is 1. A quantized network keeps int8 codes beside the float32 weights, a quarter of their bytes more. Some 40 network calls: 15 minutes of one CPU core, and 1 GB in the temporary folder. Linux only.
+above 2 the exit status is 1. A quantized network keeps int8 codes beside the float32 weights, a quarter of their bytes more.
+Some 40 network calls: 15 minutes of one CPU core, and 1 GB in the temporary folder. Linux only.
 """
 
 from __future__ import annotations

@@ -69,12 +69,12 @@ def alternate(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     its own weights in the caches.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(-1, rounds):
+    for turn in range(-1, rounds):
         for name, call in calls.items():
             call()
             start = time.perf_counter()
             call()
-            if round_ >= 0:
+            if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -155,7 +155,7 @@ def make_contest(network: Network, x: Tensor, folder: Path, threads: int) -> Con
         variant = copied(network)
         config = quantized(variant, data, **settings)  # type: ignore[arg-type]
         on_engines(name, variant, config)
-    compiled = torch_call(around(network, torch.compile(copy.deepcopy(network.module))), x, t)  # type: ignore[arg-type]
+    compiled = torch_call(around(network, torch.compile(copy.deepcopy(network.module))), x, t)
     try:
         compiled()
         contest.calls["torch.compile fp32"] = compiled

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qncd.benchmark.engine_speed import TIMES, Call, Contest, quantized, torch_call
 from qncd.benchmark.peers import around
@@ -29,14 +29,14 @@ def make_gpu_contest(network: Network, x: Tensor, inputs: Inputs | None = None) 
     inputs = inputs or {}
     contest, t = Contest(), torch.full((len(x),), TIMES[1], device=x.device)
     reference, module = copied(network), copy.deepcopy(network.module)
-    half: Any = module.half().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    half: Any = module.half().to(memory_format=torch.channels_last)
     half_x = x.half().contiguous(memory_format=torch.channels_last)
     half_inputs = {name: value.half() if value.is_floating_point() else value for name, value in inputs.items()}
     in_half = torch_call(around(network, half), half_x, t, half_inputs)
     contest.calls["torch fp32"] = _finished(torch_call(reference, x, t, inputs))
     contest.calls["torch fp16"] = _finished(in_half)
     contest.calls["torch fp16, CUDA graph"] = _finished(recorded(in_half)[0].replay)
-    compiled = around(network, torch.compile(half, mode="reduce-overhead"))
+    compiled = around(network, cast(nn.Module, torch.compile(half, mode="reduce-overhead")))
     contest.calls["torch.compile fp16"] = _finished(torch_call(compiled, half_x, t, half_inputs))
     some = {name: value[:CALIBRATION_INPUTS] for name, value in inputs.items()}
     steps = torch.tensor(TIMES, device=x.device)[:CALIBRATION_INPUTS]
