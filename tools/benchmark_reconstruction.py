@@ -14,7 +14,6 @@ prediction on trajectories of other seeds, relative to its mean square, before a
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import tempfile
@@ -24,12 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qncd.app import parser as cli
+from qncd.recipe import ACT_ITERATIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qncd.models.network import Network
     from qncd.ptq.blocks import BlockData
-    from qncd.ptq.calibration import CalibrationSet
+    from qncd.ptq.data import CalibrationSet
     from qncd.recipe import ReconstructionConfig
 
 MODELS = {"ddim": "fashion_mnist.yml", "ldm": "fashion_mnist_ldm.yaml"}
@@ -117,43 +118,42 @@ def published_loop(
         optimizer.step()
 
 
-def load(model: str, inputs: int, seed: int = 0) -> tuple[Any, CalibrationSet]:
+def load(model: str, inputs: int, seed: int = 0) -> tuple[Network, CalibrationSet]:
     """The network of a bundled model, and `inputs` calibration inputs along its own trajectories of 20 steps."""
+    from qncd.benchmark.cells import runs_of
     from qncd.benchmark.subjects import is_latent, load_subject
     from qncd.models.configs import CONFIGS
     from qncd.models.loading import load_config
-    from qncd.ptq.pipeline import sample_calibration
     from qncd.recipe import CalibrationConfig, SamplerConfig
 
     config = load_config(CONFIGS / MODELS[model])
     sampler = SamplerConfig(timesteps=20, convention="ldm" if is_latent(config) else "ddim")
     subject = load_subject(config, None, sampler, None, "cpu")
     samples = max(1, inputs // (16 if subject.calibration_conditions else 8))  # guidance doubles the inputs
-    conditions = subject.calibration_conditions(samples, seed) if subject.calibration_conditions else None
-    data, _ = sample_calibration(subject.diffusion, CalibrationConfig(samples, 8, seed=seed), None, conditions=conditions)
-    return subject.diffusion.unet, data
+    data = runs_of(subject, CalibrationConfig(samples, 8, seed=seed)).calibration_set()
+    return subject.diffusion.network, data
 
 
-def block_data(unet: Any, reference: Any, name: str, data: CalibrationSet, files: str) -> BlockData:
+def block_data(network: Network, reference: Network, name: str, data: CalibrationSet, files: str) -> BlockData:
     from qncd.distributed import OneProcess
     from qncd.ptq.blocks import collect
     from qncd.recipe import ReconstructionConfig
 
-    return collect(unet, reference, name, data, ReconstructionConfig(), Path(files), OneProcess())
+    return collect(network, reference, name, data, ReconstructionConfig(), Path(files), OneProcess())
 
 
 def time_model(model: str, rounds: int) -> dict[str, Any]:
     """Seconds of one iteration of every block, ours and published, and their ratio."""
     from qncd.ptq.blocks import execution_order, open_layers, reconstruction_units
-    from qncd.quant.convert import quantize_
+    from qncd.ptq.stages.prepare import quantize_
     from qncd.recipe import QuantConfig, ReconstructionConfig
 
-    unet, data = load(model, TIMED_INPUTS)
-    quantize_(unet, QuantConfig(4, 8))
+    network, data = load(model, TIMED_INPUTS)
+    quantize_(network, QuantConfig(4, 8))
     config, rows = ReconstructionConfig(TIMED_ITERATIONS), []
-    for name in execution_order(unet, data, reconstruction_units(unet)):
+    for name in execution_order(network, data, reconstruction_units(network)):
         with tempfile.TemporaryDirectory() as files:
-            block = block_data(unet, unet, name, data, files)
+            block = block_data(network, network, name, data, files)
             times = _times(block, open_layers(block.unit, ()), config, rounds)
         ours, published = (statistics.median(seconds) for seconds in times)
         rows.append({"block": name, "ours_ms": 1e3 * ours, "published_ms": 1e3 * published, "ratio": ours / published})
@@ -213,15 +213,16 @@ def runs_of(settings: list[str], iterations: list[int]) -> list[tuple[int, str]]
 def quality(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """Held-out error of chosen blocks against iterations, for each of the settings."""
     from qncd.ptq.blocks import execution_order, open_layers, reconstruction_units
+    from qncd.ptq.context import copied
+    from qncd.ptq.stages.prepare import quantize_
     from qncd.ptq.stages.reconstruction import _optimize
-    from qncd.quant.convert import quantize_
     from qncd.quant.rounding import LearnedRounding
     from qncd.recipe import QuantConfig
 
-    unet, data = load(model, args.inputs)
-    quantize_(unet, QuantConfig(4, 8))
-    reference, units = copy.deepcopy(unet), reconstruction_units(unet)
-    order, rows = execution_order(unet, data, units), []
+    network, data = load(model, args.inputs)
+    quantize_(network, QuantConfig(4, 8))
+    reference, units = copied(network), reconstruction_units(network)
+    order, rows = execution_order(network, data, units), []
     chosen = args.block or BLOCKS[model]
     for name in chosen:
         if name not in order:
@@ -231,12 +232,12 @@ def quality(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
             for layer in open_layers(units[before], ()).values():
                 layer.quantize_weight_()
         with tempfile.TemporaryDirectory() as files:
-            block = block_data(unet, reference, name, data, files)
+            block = block_data(network, reference, name, data, files)
             layers = open_layers(block.unit, ())
 
             def error(weights: Mapping[str, Tensor]) -> float:
                 named = {f"{key}.weight" if key else "weight": weight for key, weight in weights.items()}
-                return block.error(named, 32, unet.device)  # noqa: B023
+                return block.error(named, 32, network.device)  # noqa: B023
 
             for layer in layers.values():
                 layer.search_weight_range_()
@@ -266,31 +267,31 @@ def steps(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     import torch
 
     from qncd.benchmark.plan import parse_width
-    from qncd.ptq.calibration import calibrate_, call_unet, correct_biases_
+    from qncd.ptq.context import copied
+    from qncd.ptq.observing import call_on
+    from qncd.ptq.pipeline import calibrate_
     from qncd.ptq.stages.activation_steps import learn_steps_
-    from qncd.quant.convert import quantize_
+    from qncd.ptq.stages.prepare import quantize_
     from qncd.recipe import QuantConfig, ReconstructionConfig
 
     plain, data = load(model, args.inputs)
     _, unseen = load(model, args.inputs // 2, 1)
     rows = []
     for width in args.widths:
-        unet, reference = copy.deepcopy(plain), copy.deepcopy(plain)
-        weight_bits, act_bits = parse_width(width)
-        for network in (unet, reference):
-            quantize_(network, QuantConfig(weight_bits, act_bits))
+        config = QuantConfig(*parse_width(width))
+        network, reference = (quantize_(copied(plain), config) for _ in range(2))
 
         @torch.no_grad()
         def error() -> float:
             squared = expected = 0.0
-            for x, t, cond in unseen.batches(32):
-                exact, found = (call_unet(network, x, t, cond) for network in (reference, unet))  # noqa: B023
+            for x, t, inputs in unseen.batches(32):
+                exact, found = (call_on(one, x, t, inputs, unseen.constants) for one in (reference, network))  # noqa: B023
                 squared, expected = squared + float((found - exact).square().sum()), expected + float(exact.square().sum())
             return squared / expected
 
-        calibrate_(unet, data, 32, correct=correct_biases_)
+        calibrate_(network, data, config, 32)
         before, start = error(), time.perf_counter()
-        results = learn_steps_(unet, reference, data, ReconstructionConfig(act_iterations=cli.ACT_ITERATIONS))
+        results = learn_steps_(network, reference, data, ReconstructionConfig(act_iterations=ACT_ITERATIONS))
         row = {"model": model, "width": width, "before": before, "after": error(), "seconds": time.perf_counter() - start}
         rows.append(row | {"blocks": len(results), "kept": sum(result.kept for result in results)})
         print(f"{model} {width}: {before:.5f} as calibrated, {row['after']:.5f} with learned scales", flush=True)

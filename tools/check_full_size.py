@@ -6,7 +6,8 @@
 Takes Stable Diffusion v1's UNet (860 M parameters) with random weights at 512x512, guidance included: 2 PLMS steps, a tiny
 calibration set along its own trajectory, smoothing, bias correction and the noise table. Quantizing and using the checkpoint
 are one process each. The ratio is the peak resident set, interpreter and libraries included, over the bytes of the weights;
-above 2 the exit status is 1. Some 40 network calls: 15 minutes of one CPU core, and 1 GB in the temporary folder. Linux only.
+above 2 the exit status is 1. A quantized network keeps int8 codes beside the float32 weights, a quarter of their bytes more.
+Some 40 network calls: 15 minutes of one CPU core, and 1 GB in the temporary folder. Linux only.
 """
 
 from __future__ import annotations
@@ -23,13 +24,27 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qncd.app import parser as cli
 from qncd.models.configs import CONFIGS
-from qncd.recipe import WEIGHT_RANGES, CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
+from qncd.recipe import (
+    WEIGHT_RANGES,
+    CalibrationConfig,
+    CorrectionConfig,
+    QuantConfig,
+    Recipe,
+    SamplerConfig,
+    SmoothingConfig,
+)
+
+if TYPE_CHECKING:
+    from qncd.models.network import Network
+    from qncd.sampling.diffusion import Diffusion
+    from qncd.sampling.guidance import Conditions
 
 LIMIT = 2.0  # times the float32 weights
+CONTEXT = "encoder_hidden_states"  # what a network that takes text is conditioned on
 GB = 1e9
 
 
@@ -71,26 +86,28 @@ class Phases:
         print(f"{name:<38} {seconds:7.1f} s ({cpu:.1f} of CPU), peak {peak / GB:.2f} GB", flush=True)
 
 
-def state_of(unet: Any) -> list[str]:
+def state_of(network: Network) -> list[str]:
     """A digest of each tensor of the model. 0 is added, for rounding leaves zeros a sign that integer codes do not have."""
     from qncd.models.loading import state_dict_hash
 
-    return [state_dict_hash({name: tensor + 0}) for name, tensor in sorted(unet.state_dict().items())]
+    return [state_dict_hash({name: tensor + 0}) for name, tensor in sorted(network.module.state_dict().items())]
 
 
-def build(args: argparse.Namespace) -> Any:
+def build(args: argparse.Namespace) -> Diffusion:
     """The diffusion with a UNet of fresh weights, the same ones each time; its activations stay near 1."""
     import torch
 
-    from qncd.app.latent_jobs import latent_lane
+    from qncd.app.latent import latent_lane
     from qncd.models.loading import load_config
+    from qncd.models.network import network_of
     from qncd.models.original.ldm import build_ldm_unet, ldm_betas
-    from qncd.ptq.pipeline import Diffusion
+    from qncd.sampling.diffusion import Diffusion
+    from qncd.sampling.process import Process
 
     config = load_config(args.config)
     torch.manual_seed(0)
-    unet = build_ldm_unet(config).eval().requires_grad_(False)
-    if "cross_attention_dim" not in unet.config:
+    network = network_of(build_ldm_unet(config).eval().requires_grad_(False))
+    if network.condition != CONTEXT:
         raise ValueError(f"--config {args.config}: the model takes no text; allowed are models with cross-attention")
     try:
         factor = 2 ** (len(config["model"]["params"]["first_stage_config"]["params"]["ddconfig"]["ch_mult"]) - 1)
@@ -100,63 +117,73 @@ def build(args: argparse.Namespace) -> Any:
         raise ValueError(f"--size {args.size}: allowed are multiples of {8 * factor}")
     side = args.size // factor
     sampler = SamplerConfig("plms", "uniform", args.steps, 0.0, "ldm")
-    shape = (unet.config["in_channels"], side, side)
-    return Diffusion(unet, ldm_betas(config), sampler, shape, latent_lane(side, args.scale != 1))
+    shape = (network.config["in_channels"], side, side)
+    process = Process.from_betas(ldm_betas(config))
+    return Diffusion(network, process, sampler, shape, latent_lane(side, args.scale != 1))
 
 
-def contexts(args: argparse.Namespace, diffusion: Any) -> Any:
+def contexts(args: argparse.Namespace, diffusion: Diffusion) -> Conditions:
     """A random text context for each calibration trajectory, and one for no text."""
     import torch
 
     from qncd.sampling.guidance import Conditions
 
-    shape = (args.cali_n + 1, 77, diffusion.unet.config["cross_attention_dim"])
+    shape = (args.cali_n + 1, 77, diffusion.network.config["cross_attention_dim"])
     cond, uncond = torch.randn(shape, generator=torch.Generator().manual_seed(1)).split([args.cali_n, 1])
-    return Conditions(cond, uncond if args.scale != 1 else None, args.scale)
+    return Conditions({CONTEXT: cond}, {CONTEXT: uncond} if args.scale != 1 else None, args.scale)
 
 
-def correction_config(args: argparse.Namespace) -> CorrectionConfig | None:
-    """The correction with an interval that makes an estimate in the first step."""
-    return None if args.no_sample_reverse else CorrectionConfig(interval=2)
+def recipe_of(args: argparse.Namespace, lane: int) -> Recipe:
+    """Smoothing, bias correction, and noise correction with an interval that makes an estimate in the first step."""
+    return Recipe(
+        quant=QuantConfig(args.weight_bit, args.act_bit, weight_range=args.weight_range),
+        smoothing=SmoothingConfig(),
+        correction=None if args.no_sample_reverse else CorrectionConfig(interval=2),
+        calibration=CalibrationConfig(args.cali_n, args.cali_st, lane),
+    )
 
 
 def quantize_and_save(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """In a process of its own: from random weights to the quantized checkpoint. Returns the figures."""
+    """For a separate process: from random weights to the quantized checkpoint. Returns the figures."""
     from qncd.models.loading import state_dict_hash
     from qncd.ptq.checkpoint import save_quantized
-    from qncd.ptq.pipeline import quantize_with_, sample_calibration
+    from qncd.ptq.pipeline import quantize_network, sample_calibration
+    from qncd.ptq.runs import DiffusionRuns
 
     phase, baseline = Phases(), memory("VmRSS")
     with phase("random weights, their SHA-256"):
         diffusion = build(args)
-        base_hash = state_dict_hash(diffusion.unet)
-    weights = sum(p.numel() * 4 for p in diffusion.unet.parameters())
-    quant = QuantConfig(args.weight_bit, args.act_bit, weight_range=args.weight_range)
-    correction = correction_config(args)
-    with phase("calibration set and noise table" if correction else "calibration set"):
-        calibration = CalibrationConfig(args.cali_n, args.cali_st, diffusion.lane)
-        data, table = sample_calibration(diffusion, calibration, correction, base_hash, None, contexts(args, diffusion))
-    with phase(f"quantize to {quant.label}"):
-        quantize_with_(diffusion, quant, data, SmoothingConfig(), diffusion.lane)
+        network = diffusion.network
+        base_hash = state_dict_hash(network.module)
+    weights = sum(p.numel() * 4 for p in network.module.parameters())
+    recipe = recipe_of(args, diffusion.lane)
+    runs = DiffusionRuns(diffusion, recipe.calibration, contexts(args, diffusion))
+    with phase("calibration set and noise table" if recipe.correction else "calibration set"):
+        data, record = sample_calibration(runs, recipe, base_hash)
+    with phase(f"quantize to {recipe.quant.label}"):
+        outcome = quantize_network(runs, recipe, data, record)
     with phase("save"):
-        save_quantized(diffusion.unet, path, quant, base_hash, table, {"sampler": dataclasses.asdict(diffusion.config)})
-    return {"baseline_bytes": baseline, "fp32_bytes": weights, "phases": phase.rows, "state": state_of(diffusion.unet)}
+        settings = {"sampler": dataclasses.asdict(diffusion.config)}
+        save_quantized(network, path, recipe.quant, base_hash, settings, outcome.record)
+    return {"baseline_bytes": baseline, "fp32_bytes": weights, "phases": phase.rows, "state": state_of(network)}
 
 
 def load_and_sample(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """In a process of its own: a fresh base model takes the checkpoint and samples one image. Returns the figures."""
+    """For a separate process: a fresh base model takes the checkpoint and samples one image. Returns the figures."""
     from qncd.models.loading import state_dict_hash
     from qncd.ptq.checkpoint import load_quantized_
-    from qncd.sampling.correctors.runtime import RuntimeNoiseCorrector
+    from qncd.sampling.correctors.registry import corrector_of, kind_of
 
     phase = Phases()
     with phase("load into a fresh base model"):
         diffusion = build(args)
-        _, table = load_quantized_(diffusion.unet, path, state_dict_hash(diffusion.unet))
-    corrector = RuntimeNoiseCorrector(correction, table) if (correction := correction_config(args)) else None
+        info = load_quantized_(diffusion.network, path, state_dict_hash(diffusion.network.module))
+    recipe = recipe_of(args, diffusion.lane)
+    kind = kind_of(recipe)
+    corrector = corrector_of(recipe, info.records[kind.prefix] if kind else None)
     with phase(f"{args.steps} PLMS steps, {args.size}x{args.size}, quantized"):
         diffusion.sample([0], corrector, conditions=contexts(args, diffusion)[:1])  # raises where it is not finite
-    return {"phases": phase.rows, "state": state_of(diffusion.unet)}
+    return {"phases": phase.rows, "state": state_of(diffusion.network)}
 
 
 def alone(function: Callable[[argparse.Namespace, Path], dict[str, Any]], args: argparse.Namespace, path: Path) -> dict[str, Any]:

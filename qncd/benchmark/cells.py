@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import logging
@@ -23,13 +22,16 @@ from qncd.benchmark.plan import ERROR_IMAGES, FULL, PART, Cell, Plan, parse_widt
 from qncd.benchmark.subjects import Subject
 from qncd.io.runs import Run
 from qncd.metrics.statistics.moments import mse_to_psnr, paired_mse
-from qncd.ptq.calibration import CalibrationSet, load_calibration, save_calibration
+from qncd.models.network import Network
+from qncd.ptq.data import CalibrationSet, load_calibration, save_calibration
 from qncd.ptq.evaluation import NoiseErrorRecorder, sample_images
-from qncd.ptq.pipeline import Diffusion, quantize_with_, record_offline, sample_calibration
+from qncd.ptq.pipeline import Job, Outcome, quantize_network, sample_calibration
+from qncd.ptq.runs import DiffusionRuns
+from qncd.recipe import CalibrationConfig, Recipe
 from qncd.sampling.corrector import Corrector
-from qncd.sampling.correctors.registry import offline_corrector
-from qncd.sampling.correctors.runtime import NoiseTable, RuntimeNoiseCorrector
-from qncd.sampling.guidance import Conditions
+from qncd.sampling.correctors.registry import corrector_of
+from qncd.sampling.correctors.runtime import NoiseTable
+from qncd.sampling.diffusion import Diffusion
 
 log = logging.getLogger("qncd")
 WHOLE = "whole.json"  # in the folder of a reconstruction: it is finished
@@ -139,54 +141,48 @@ def full_precision_images(plan: Plan) -> np.ndarray:
 
 def sample_calibration_set(plan: Plan, seed: int) -> None:
     """Calibration set and noise table of one repetition, into the cache; the set is written last and marks both as complete."""
-    config = dataclasses.replace(plan.calibration, seed=seed)
-    subject, correction = plan.subject(), plan.correction if plan.controlled else None
-    conditions = _conditions(plan, seed, subject)
-    data, table = sample_calibration(subject.diffusion, config, correction, plan.subject_settings["model"], conditions=conditions)
+    recipe = plan.calibration_recipe(seed)
+    data, record = sample_calibration(runs_of(plan.subject(), recipe.calibration), recipe, plan.subject_settings["model"])
     data_path, table_path = plan.calibration_paths(seed)
-    if table is not None:
-        tensors, head = table.to_tensors()
+    if record is not None:
+        tensors, head = record.to_tensors()
         partial = table_path.with_name(f".{table_path.name}.{os.getpid()}.part")
         save_file(tensors, partial, {"noise_table": head})
         partial.replace(table_path)
     save_calibration(data, data_path)
 
 
-def load_calibration_set(plan: Plan, seed: int) -> tuple[CalibrationSet, NoiseTable | None]:
-    """What `sample_calibration_set` has written."""
+def runs_of(subject: Subject, calibration: CalibrationConfig) -> DiffusionRuns:
+    """Calibration runs of a subject, with a condition for each trajectory where it is conditional."""
+    given = subject.calibration_conditions
+    return DiffusionRuns(subject.diffusion, calibration, given(calibration.samples, calibration.seed) if given else None)
+
+
+def load_calibration_set(plan: Plan, seed: int, network: Network) -> tuple[CalibrationSet, NoiseTable | None]:
+    """What `sample_calibration_set` has written for a network."""
     data_path, table_path = plan.calibration_paths(seed)
     table = None
     if plan.controlled:
         with safe_open(table_path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             table = NoiseTable.from_tensors(tensors, file.metadata()["noise_table"])
-    return load_calibration(data_path, plan.calibration.samples, plan.calibration.steps), table
+    return load_calibration(data_path, plan.calibration.samples, plan.calibration.steps, network.condition), table
 
 
 def reconstruct_weights(plan: Plan, cell: Cell) -> None:
     """Reconstruct the blocks that cells with the same weights share, into the cache; a file WHOLE marks them as complete."""
-    folder = cell.reconstruction_folder(plan)
-    assert folder is not None
-    data, _ = load_calibration_set(plan, cell.seed)
-    start = time.perf_counter()
-    _quantize_(plan, cell, plan.subject(), data)
-    (folder / WHOLE).write_text(json.dumps({"seconds": time.perf_counter() - start}) + "\n", encoding="utf-8")
+    folder, recipe = cell.reconstruction_folder(plan), cell.recipe_in(plan)
+    assert folder is not None and recipe is not None
+    recipe = recipe.without("offline").without("correction")  # of the cell that takes the blocks
+    outcome = _quantize_(plan, cell, recipe, runs_of(plan.subject(), recipe.calibration))
+    (folder / WHOLE).write_text(json.dumps({"seconds": outcome.seconds}) + "\n", encoding="utf-8")
 
 
-def _quantize_(plan: Plan, cell: Cell, subject: Subject, data: CalibrationSet) -> float:
-    """Quantize the network as the cell says, in place, with the blocks reconstructed so far; returns the seconds taken."""
-    assert cell.quant is not None
-    return quantize_with_(
-        subject.diffusion, cell.quant, data, cell.smoothing, plan.calibration.batch_size,
-        reconstruction=cell.reconstruction(plan), folder=cell.reconstruction_folder(plan),
-        conditions=_conditions(plan, cell.seed, subject),
-    )  # fmt: skip
-
-
-def _conditions(plan: Plan, seed: int, subject: Subject) -> Conditions | None:
-    """One for each calibration trajectory of a repetition."""
-    given = subject.calibration_conditions
-    return given(plan.calibration.samples, seed) if given else None
+def _quantize_(plan: Plan, cell: Cell, recipe: Recipe, runs: DiffusionRuns) -> Outcome:
+    """Quantize the network of `runs` in place, with the blocks reconstructed so far, and fit its correction."""
+    data, table = load_calibration_set(plan, cell.seed, runs.network)
+    record = table if recipe.controlled else None
+    return quantize_network(runs, recipe, data, record, Job(folder=cell.reconstruction_folder(plan)))
 
 
 def run_cell(plan: Plan, cell: Cell) -> None:
@@ -194,9 +190,11 @@ def run_cell(plan: Plan, cell: Cell) -> None:
     full, figures, start = full_precision_images(plan), dict[str, Any](), time.perf_counter()
     images, subject = full, plan.subject()
     if cell.mode != FULL:
-        reference = dataclasses.replace(subject.diffusion, unet=copy.deepcopy(subject.diffusion.unet))
-        diffusion, corrector, figures = quantize_cell_(plan, cell, subject, reference)
-        errors = NoiseErrorRecorder(reference, ERROR_IMAGES)
+        runs = runs_of(subject, dataclasses.replace(plan.calibration, seed=cell.seed))
+        runs.keep_reference()
+        assert runs.reference is not None
+        diffusion, corrector, figures = quantize_cell_(plan, cell, runs)
+        errors = NoiseErrorRecorder(runs.reference, ERROR_IMAGES)
         try:
             seeds = range(plan.image_seed, plan.image_seed + plan.images)
             images = sample_images(diffusion, seeds, plan.batch_size, corrector, errors, subject.conditions, subject.decode)
@@ -222,24 +220,18 @@ def run_cell(plan: Plan, cell: Cell) -> None:
     write_text(cell.path(plan), json.dumps(record, indent=2) + "\n")
 
 
-def quantize_cell_(
-    plan: Plan, cell: Cell, subject: Subject, reference: Diffusion
-) -> tuple[Diffusion, Corrector | None, dict[str, Any]]:
-    """The subject's model as the cell's mode quantizes it, what corrects it, and the figures of that."""
-    diffusion, correction = subject.diffusion, cell.correction(plan)
-    data, table = load_calibration_set(plan, cell.seed)
-    if cell.peer:
-        start = time.perf_counter()
-        bits, size = parse_width(cell.width), plan.calibration.batch_size
-        unet, integer = quantize_with_peer(cell.mode, diffusion.unet, data, *bits, size)
-        figures = {"calibration_seconds": time.perf_counter() - start, "integer": integer}
-        return dataclasses.replace(diffusion, unet=unet), None, figures
-    figures = {"calibration_seconds": _quantize_(plan, cell, subject, data)}
-    if cell.offline:
-        config = dataclasses.replace(plan.calibration, seed=cell.seed)
-        record = record_offline(cell.offline, reference, diffusion, config, conditions=_conditions(plan, cell.seed, subject))
-        return diffusion, offline_corrector(cell.offline, record), figures
-    return diffusion, RuntimeNoiseCorrector(correction, table) if correction else None, figures
+def quantize_cell_(plan: Plan, cell: Cell, runs: DiffusionRuns) -> tuple[Diffusion, Corrector | None, dict[str, Any]]:
+    """The model of `runs` as the cell's mode quantizes it, in place, what corrects it, and the figures of that."""
+    recipe, diffusion = cell.recipe_in(plan), runs.diffusion
+    if recipe is not None:
+        outcome = _quantize_(plan, cell, recipe, runs)
+        return diffusion, corrector_of(recipe, outcome.record), {"calibration_seconds": outcome.seconds}
+    data, _ = load_calibration_set(plan, cell.seed, diffusion.network)
+    start = time.perf_counter()
+    bits, size = parse_width(cell.width), plan.calibration.batch_size
+    network, integer = quantize_with_peer(cell.mode, diffusion.network, data, *bits, size)
+    figures = {"calibration_seconds": time.perf_counter() - start, "integer": integer}
+    return dataclasses.replace(diffusion, network=network), None, figures
 
 
 def write_text(path: Path, text: str) -> None:

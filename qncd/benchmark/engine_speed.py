@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qncd.benchmark.peers import quantize_with_peer
+from qncd.benchmark.peers import around, quantize_with_peer
 from qncd.engines.engine import export, open_engine
 from qncd.engines.onnx.engine import Arrays, ArraySession
 from qncd.engines.onnx.model import FILE
@@ -28,11 +28,16 @@ from qncd.engines.onnxruntime import open_session
 from qncd.engines.openvino import openvino_options
 from qncd.engines.openvino_graph import read_network
 from qncd.engines.packages import require
-from qncd.ptq.calibration import CalibrationSet, calibrate_, call_unet
+from qncd.models.network import Inputs, Network
+from qncd.ptq.context import copied
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.observing import find_ranges_
 from qncd.ptq.stages.bit_allocation import free_quantizers
+from qncd.ptq.stages.prepare import quantize_
+from qncd.ptq.stages.ranges import round_
 from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
 from qncd.ptq.stages.temporal import set_all_stepwise_
-from qncd.quant.convert import UNet, quantize_, set_act_bits_
+from qncd.quant.inspection import set_act_bits_
 from qncd.recipe import QuantConfig, SmoothingConfig
 
 TIMES = (1, 251, 501, 751)
@@ -64,12 +69,12 @@ def alternate(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     its own weights in the caches.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(-1, rounds):
+    for turn in range(-1, rounds):
         for name, call in calls.items():
             call()
             start = time.perf_counter()
             call()
-            if round_ >= 0:
+            if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -80,42 +85,44 @@ def ratio(seconds: dict[str, list[float]], first: str, second: str) -> float:
 
 
 def quantized(
-    unet: UNet, data: CalibrationSet, bits: int = 8, smoothing: bool = True, stepwise: bool = False, mixed: bool = False
+    network: Network, data: CalibrationSet, bits: int = 8, smoothing: bool = True, stepwise: bool = False, mixed: bool = False
 ) -> QuantConfig:
     """Quantize in place with max ranges, split and attention; returns the configuration.
 
     To W`bits`A8; `mixed`: activations of 4 to 8 bits in turn, so that layers which share an input seldom share its codes.
     """
     config = QuantConfig(
-        bits, 6 if mixed else 8, weight_range="max", act_range="max", stepwise_activations=stepwise, bit_allocation=mixed
-    )
-    factors = smoothing_factors(unet, TIMES, SmoothingConfig()) if smoothing else None
-    quantize_(unet, config)
-    if factors is not None:
-        smooth_(unet, factors)
+        bits, 6 if mixed else 8, weight_range="max", act_range="max", stepwise_activations=stepwise, bit_allocation=mixed,
+        bias_correction=False,
+    )  # fmt: skip
+    factors = smoothing_factors(network, TIMES, SmoothingConfig()) if smoothing else {}
+    quantize_(network, config)
+    smooth_(network, factors)
     if stepwise:
-        set_all_stepwise_(unet, TIMES)
-    if mixed:
-        set_act_bits_(unet, {name: 4 + index % 5 for index, name in enumerate(free_quantizers(unet, config))})
-    calibrate_(unet, data, len(data))
+        set_all_stepwise_(network, TIMES)
+    if mixed:  # what allocating bits would choose costs a call nothing
+        widths = {name: 4 + index % 5 for index, name in enumerate(free_quantizers(network, config))}
+        set_act_bits_(network.module, widths)
+    find_ranges_(network, data, len(data))
+    round_(network)
     return config
 
 
-def torch_call(network: Any, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Call:
+def torch_call(network: Network, x: Tensor, t: Tensor, inputs: Inputs | None = None) -> Call:
     """A call of a network, or of an engine in its place, without gradients."""
 
     def call() -> None:
         with torch.no_grad():
-            call_unet(network, x, t, cond)
+            network.predict(x, t, inputs)
 
     return call
 
 
-def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
+def make_contest(network: Network, x: Tensor, folder: Path, threads: int) -> Contest:
     """Everybody who can take part.
 
     Args:
-        unet: an unconditional network in full precision.
+        network: an unconditional one in full precision.
         x: (N, C, H, W) inputs; all calls are at one time step.
         folder: for the exported files.
         threads: of every engine and of torch.
@@ -124,16 +131,16 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
     contest, t = Contest(), torch.full((len(x),), TIMES[1])
     data = CalibrationSet(torch.randn(8, *x.shape[1:], generator=torch.Generator().manual_seed(2)), torch.tensor(TIMES * 2))
 
-    def on_engines(name: str, network: UNet, config: QuantConfig | None) -> None:
-        path = export(network, folder / name, config)
+    def on_engines(name: str, exported: Network, config: QuantConfig | None) -> None:
+        path = export(exported, folder / name, config)
         contest.sizes[name] = file_size(path.parent)
         for backend in ("onnxruntime", "openvino"):
-            engine = open_engine(network, path.parent, backend, threads=threads)
+            engine = open_engine(exported, path.parent, backend, threads=threads)
             contest.calls[f"{backend} {name}"] = functools.partial(engine, x, t)
 
-    contest.calls["torch fp32"] = torch_call(unet, x, t)
-    on_engines("fp32", unet, None)
-    arrays: Arrays = {"sample": x.numpy(), "timestep": t.numpy()}
+    contest.calls["torch fp32"] = torch_call(network, x, t)
+    on_engines("fp32", network, None)
+    arrays: Arrays = {network.sample_name: x.numpy(), network.time_name: t.numpy()}
     core = require("openvino").Core()
     if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         model = core.read_model(folder / "fp32" / FILE)
@@ -145,14 +152,13 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
         "w4a8": {"bits": 4}, "w4a6 mixed stepwise": {"bits": 4, "smoothing": False, "stepwise": True, "mixed": True},
     }  # fmt: skip
     for name, settings in variants.items():
-        network = copy.deepcopy(unet)
-        config = quantized(network, data, **settings)  # type: ignore[arg-type]
-        on_engines(name, network, config)
-    compiled = torch.compile(copy.deepcopy(unet))
+        variant = copied(network)
+        config = quantized(variant, data, **settings)  # type: ignore[arg-type]
+        on_engines(name, variant, config)
+    compiled = torch_call(around(network, torch.compile(copy.deepcopy(network.module))), x, t)
     try:
-        with torch.no_grad():
-            compiled(x, t)
-        contest.calls["torch.compile fp32"] = torch_call(compiled, x, t)
+        compiled()
+        contest.calls["torch.compile fp32"] = compiled
     except Exception as error:  # the compiler's own exceptions, without a common base
         contest.notes.append(f"torch.compile: {' '.join(str(error).split())[:200]}")
     session = _onnxruntime_static(folder / "fp32", folder / "onnxruntime_static", data, threads)
@@ -165,31 +171,31 @@ def make_contest(unet: UNet, x: Tensor, folder: Path, threads: int) -> Contest:
         if importlib.util.find_spec(package.split(".")[0]) is None:
             contest.notes.append(NOT_THERE.format(package))
             continue
-        network, _ = quantize_with_peer(mode, copy.deepcopy(unet), data, 8, 8, len(data))
-        contest.calls[f"{mode} on torch"] = torch_call(network, x, t)
+        of_peer, _ = quantize_with_peer(mode, copied(network), data, 8, 8, len(data))
+        contest.calls[f"{mode} on torch"] = torch_call(of_peer, x, t)
     return contest
 
 
-def export_pair(unet: UNet, data: CalibrationSet, folder: Path) -> None:
+def export_pair(network: Network, data: CalibrationSet, folder: Path) -> None:
     """Write DIR/fp32 and DIR/int8 (W8A8 with everything that a step pays for); the network is quantized in place."""
-    export(unet, folder / "fp32", None)
-    config = quantized(unet, data)
-    export(unet, folder / "int8", config)
+    export(network, folder / "fp32", None)
+    config = quantized(network, data)
+    export(network, folder / "int8", config)
 
 
-def make_large_contest(unet: UNet, data: CalibrationSet, folder: Path, threads: int) -> Contest:
+def make_large_contest(network: Network, data: CalibrationSet, folder: Path, threads: int) -> Contest:
     """A large network in PyTorch, what `export_pair` wrote of it on OpenVINO, and in integers on ONNX Runtime.
 
     Args:
-        unet: in full precision.
-        data: what a call gets, condition included; all of it at one time step.
+        network: in full precision.
+        data: what a call gets, conditions included; all of it at one time step.
     """
     torch.set_num_threads(threads)
     contest, t = Contest(), torch.full((len(data),), TIMES[1])
-    contest.calls["torch fp32"] = torch_call(unet, data.x, t, data.cond)
+    contest.calls["torch fp32"] = torch_call(network, data.x, t, data.inputs)
     for backend, name in (("openvino", "fp32"), ("openvino", "int8"), ("onnxruntime", "int8")):
-        engine = open_engine(unet, folder / name, backend, threads=threads)
-        contest.calls[f"{backend} {name}"] = functools.partial(engine, data.x, t, data.cond)
+        engine = open_engine(network, folder / name, backend, threads=threads)
+        contest.calls[f"{backend} {name}"] = functools.partial(engine, data.x, t, **data.inputs)
     contest.sizes = {name: file_size(folder / name) for name in ("fp32", "int8")}
     return contest
 
@@ -262,7 +268,7 @@ class Kind:
     gmacs: float | None
 
 
-def multiply_adds(unet: UNet, x: Tensor) -> dict[str, int]:
+def multiply_adds(network: Network, x: Tensor) -> dict[str, int]:
     """Multiply-adds of one call in convolutions and in linear layers."""
     found = {"Convolution": 0, "FullyConnected": 0}
 
@@ -274,11 +280,11 @@ def multiply_adds(unet: UNet, x: Tensor) -> dict[str, int]:
         else:
             found["FullyConnected"] += output.numel() * weight.shape[1]
 
-    layers = [module for module in unet.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    layers = [module for module in network.module.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
     try:
         with torch.no_grad():
-            call_unet(unet, x, torch.full((len(x),), TIMES[1]))
+            network.predict(x, torch.full((len(x),), TIMES[1]))
     finally:
         for hook in hooks:
             hook.remove()

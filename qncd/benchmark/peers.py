@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from qncd.ptq.calibration import CalibrationSet
-    from qncd.quant.convert import UNet
+    from qncd.models.network import Network
+    from qncd.ptq.data import CalibrationSet
 
 # Layers that ModelOpt's example for diffusers (examples/diffusers/quantization, filter_func_default) leaves in floating point.
 MODELOPT_FLOAT = ("time_emb_proj", "time_embedding", "add_embedding", "conv_in", "conv_out", "conv_shortcut")
@@ -43,9 +43,9 @@ class Peer:
         weight_bits: widths of weights that it can do.
         act_bits: the same of activations.
         settings: what is done, in words.
-        quantize: (unet, calibration set, bits of weights, bits of activations, batch size) -> the quantized network; `unet`
-            may have been changed in place.
-        integer_weights: how many convolutions and linear layers of a quantized network have integer weights.
+        quantize: (network, calibration set, bits of weights, bits of activations, batch size) -> the quantized module; the
+            network's may have been changed in place.
+        integer_weights: how many convolutions and linear layers of a quantized module have integer weights.
         calibrated: whether the calibration set matters; without it, inputs are quantized by their own extremes, in the layer.
     """
 
@@ -54,8 +54,8 @@ class Peer:
     weight_bits: tuple[int, ...]
     act_bits: tuple[int, ...]
     settings: str
-    quantize: Callable[[UNet, CalibrationSet, int, int, int], UNet]
-    integer_weights: Callable[[UNet], int]
+    quantize: Callable[[Network, CalibrationSet, int, int, int], nn.Module]
+    integer_weights: Callable[[nn.Module], int]
     calibrated: bool = True
 
     def allows(self, weight_bits: int, act_bits: int) -> bool:
@@ -89,45 +89,52 @@ def check_peer(mode: str, weight_bits: int | None = None, act_bits: int | None =
 
 
 def quantize_with_peer(
-    mode: str, unet: UNet, data: CalibrationSet, weight_bits: int, act_bits: int, batch_size: int = 32
-) -> tuple[UNet, dict[str, int]]:
+    mode: str, network: Network, data: CalibrationSet, weight_bits: int, act_bits: int, batch_size: int = 32
+) -> tuple[Network, dict[str, int]]:
     """The network as the peer quantizes it, and how much of it is quantized.
 
     Args:
-        unet: in full precision; not to be used afterwards.
+        network: in full precision; not to be used afterwards.
         data: its calibration set.
         batch_size: inputs a forward pass where the peer leaves that open.
 
     Returns:
-        the quantized network, to be called as `unet` was, and the numbers of `layers` (convolutions and linear layers), of
+        the quantized network, to be called as `network` was, and the numbers of `layers` (convolutions and linear layers), of
         those with integer `weights` and of those with integer `inputs`.
 
     Raises:
         ValueError: as `check_peer`; the set does not fit the model; the package cannot be imported.
     """
     peer = check_peer(mode, weight_bits, act_bits)
-    data.check_model(unet)
+    data.check_model(network)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # progress bars and counts, where our table goes
-            quantized = peer.quantize(unet, data, weight_bits, act_bits, batch_size).eval()
+            quantized = around(network, peer.quantize(network, data, weight_bits, act_bits, batch_size).eval())
     except ImportError as error:
         raise ValueError(f"--modes {mode}: {peer.package} {peer.version} cannot be imported: {error}") from error
     return quantized, count_integer(peer, quantized, data)
 
 
-def count_integer(peer: Peer, unet: UNet, data: CalibrationSet) -> dict[str, int]:
+def around(network: Network, module: nn.Module) -> Network:
+    """The network with a module in the place of its own that is called in the same way."""
+    other = copy.copy(network)
+    other.module = module
+    return other
+
+
+def count_integer(peer: Peer, network: Network, data: CalibrationSet) -> dict[str, int]:
     """How many convolutions and linear layers there are, and how many have integer weights and get integer inputs."""
     import torch
 
-    weights = peer.integer_weights(unet)
+    weights = peer.integer_weights(network.module)
     probe = data.subset(torch.arange(PROBE) % len(data))
     # A different time step for each input: with few of them, time embeddings would look quantized.
     probe = dataclasses.replace(probe, t=torch.linspace(0, 999, PROBE).long())
-    inputs = _integer_inputs(unet, probe) if peer.calibrated else weights
-    return {"layers": len(_layers(unet)), "weights": weights, "inputs": inputs}
+    inputs = _integer_inputs(network, probe) if peer.calibrated else weights
+    return {"layers": len(_layers(network.module)), "weights": weights, "inputs": inputs}
 
 
-def _integer_inputs(unet: UNet, probe: CalibrationSet) -> int:
+def _integer_inputs(network: Network, probe: CalibrationSet) -> int:
     """How many calls of a convolution or a linear layer get a quantized tensor, or a float one with at most 256 values."""
     import torch
     from torch.nn import functional
@@ -144,29 +151,29 @@ def _integer_inputs(unet: UNet, probe: CalibrationSet) -> int:
             return func(*args, **(kwargs or {}))
 
     with Watch():
-        _run(unet, probe, PROBE)
+        _run(network, probe, PROBE)
     return found
 
 
-def _layers(unet: UNet) -> list[Any]:
+def _layers(module: nn.Module) -> list[Any]:
     from torch import nn
 
-    return [module for module in unet.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    return [part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
 
 
-def _run(unet: UNet, data: CalibrationSet, batch_size: int, order: Tensor | None = None) -> None:
+def _run(network: Network, data: CalibrationSet, batch_size: int, order: Tensor | None = None) -> None:
     """Run the network over the whole set."""
     import torch
 
-    from qncd.ptq.calibration import call_unet
+    from qncd.ptq.observing import call_on
 
     with torch.no_grad():
-        for x, t, cond in data.batches(batch_size, order):
-            call_unet(unet, x.to(unet.device), t.to(unet.device), None if cond is None else cond.to(unet.device))
+        for x, t, inputs in data.batches(batch_size, order):
+            call_on(network, x, t, inputs, data.constants)
 
 
-def _modelopt(preset: str) -> Callable[[UNet, CalibrationSet, int, int, int], UNet]:
-    def quantize(unet: UNet, data: CalibrationSet, weight_bits: int, act_bits: int, batch_size: int) -> UNet:
+def _modelopt(preset: str) -> Callable[[Network, CalibrationSet, int, int, int], nn.Module]:
+    def quantize(network: Network, data: CalibrationSet, weight_bits: int, act_bits: int, batch_size: int) -> nn.Module:
         import modelopt.torch.quantization as mtq
 
         config = copy.deepcopy(getattr(mtq, preset))
@@ -177,32 +184,31 @@ def _modelopt(preset: str) -> Callable[[UNet, CalibrationSet, int, int, int], UN
         config["quant_cfg"] += [{"quantizer_name": f"*{name}*", "enable": False} for name in MODELOPT_FLOAT]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* is not calibrated, skip smoothing")  # the layers just disabled
-            quantized: UNet = mtq.quantize(unet, config, lambda model: _run(model, data, batch_size))
+            run = lambda module: _run(around(network, module), data, batch_size)  # noqa: E731
+            quantized: nn.Module = mtq.quantize(network.module, config, run)
         return quantized
 
     return quantize
 
 
-def _modelopt_weights(unet: UNet) -> int:
-    return sum(layer.weight_quantizer.is_enabled for layer in _layers(unet))
+def _modelopt_weights(module: nn.Module) -> int:
+    return sum(layer.weight_quantizer.is_enabled for layer in _layers(module))
 
 
-def _quantize_nncf(unet: UNet, data: CalibrationSet, weight_bits: int, act_bits: int, batch_size: int) -> UNet:
+def _quantize_nncf(network: Network, data: CalibrationSet, weight_bits: int, act_bits: int, batch_size: int) -> nn.Module:
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.WARNING)
-    key = "encoder_hidden_states" if "cross_attention_dim" in unet.config else "class_labels"
-    device = unet.device
+    device = network.device
 
-    def inputs(item: tuple[Tensor, Tensor, Tensor | None]) -> dict[str, Tensor]:
-        x, t, cond = item
-        given = {"sample": x, "timestep": t} | ({} if cond is None else {key: cond})
-        return {name: value.to(device) for name, value in given.items()}
+    def arguments(item: tuple[Tensor, Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
+        x, t, inputs = item
+        return {name: v.to(device) for name, v in {network.sample_name: x, network.time_name: t, **inputs}.items()}
 
     # One input at a time (two with guidance), as in its notebooks: ranges are means over the extremes of the items.
-    quantized: UNet = nncf.quantize(
-        unet,
-        nncf.Dataset(list(data.batches(1)), inputs),
+    quantized: nn.Module = nncf.quantize(
+        network.module,
+        nncf.Dataset(list(data.batches(1)), arguments),
         subset_size=len(data),
         model_type=nncf.ModelType.TRANSFORMER,
         ignored_scope=nncf.IgnoredScope(names=[f"{name}/conv2d/0" for name in NNCF_FLOAT]),
@@ -211,43 +217,44 @@ def _quantize_nncf(unet: UNet, data: CalibrationSet, weight_bits: int, act_bits:
     return quantized
 
 
-def _nncf_weights(unet: UNet) -> int:
+def _nncf_weights(module: nn.Module) -> int:
     from nncf.torch.function_hook import get_hook_storage
     from nncf.torch.quantization.layers import BaseQuantizer
 
     # Hooks are named after the function, its call and the argument: conv1/conv2d/3__1 is the weight of the fourth conv1.
-    hooks = get_hook_storage(unet).pre_hooks.items()
+    hooks = get_hook_storage(module).pre_hooks.items()
     weights = [chain for name, chain in hooks if name.endswith("__1") and name.split("/")[-2] in ("conv2d", "linear")]
     return sum(any(isinstance(hook, BaseQuantizer) for hook in chain.values()) for chain in weights)
 
 
-def _quantize_quanto(unet: UNet, data: CalibrationSet, weight_bits: int, act_bits: int, batch_size: int) -> UNet:
+def _quantize_quanto(network: Network, data: CalibrationSet, weight_bits: int, act_bits: int, batch_size: int) -> nn.Module:
     import torch
     from optimum import quanto
 
     weights = {2: quanto.qint2, 4: quanto.qint4, 8: quanto.qint8}[weight_bits]
-    quanto.quantize(unet, weights=weights, activations=quanto.qint8)
+    quanto.quantize(network.module, weights=weights, activations=quanto.qint8)
     # Its scales are moving averages: over a set in the order of its time steps they would hold the last ones' alone.
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     with quanto.Calibration():
-        _run(unet, data, batch_size, order)
-    quanto.freeze(unet)
-    return unet
+        _run(network, data, batch_size, order)
+    quanto.freeze(network.module)
+    return network.module
 
 
-def _tensor_subclasses(unet: UNet) -> int:
+def _tensor_subclasses(module: nn.Module) -> int:
     import torch
 
-    return sum(type(layer.weight.data) is not torch.Tensor for layer in _layers(unet))
+    return sum(type(layer.weight.data) is not torch.Tensor for layer in _layers(module))
 
 
-def _quantize_torchao(unet: UNet, data: CalibrationSet, weight_bits: int, act_bits: int, batch_size: int) -> UNet:
+def _quantize_torchao(network: Network, data: CalibrationSet, weight_bits: int, act_bits: int, batch_size: int) -> nn.Module:
     import torch
     from torchao import quantization as ao
 
+    module = network.module
     if weight_bits == 8:
-        ao.quantize_(unet, ao.Int8DynamicActivationInt8WeightConfig())
-        return unet
+        ao.quantize_(module, ao.Int8DynamicActivationInt8WeightConfig())
+        return module
     kind = getattr(torch, f"int{weight_bits}")
 
     def grouped(layer: nn.Module, name: str) -> bool:
@@ -258,8 +265,8 @@ def _quantize_torchao(unet: UNet, data: CalibrationSet, weight_bits: int, act_bi
 
     for granularity, chosen in ((ao.PerGroup(TORCHAO_GROUP), grouped), (ao.PerAxis(0), rest)):
         config = ao.Int8DynamicActivationIntxWeightConfig(weight_dtype=kind, weight_granularity=granularity)
-        ao.quantize_(unet, config, chosen)
-    return unet
+        ao.quantize_(module, config, chosen)
+    return module
 
 
 PEERS = {

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from qncd.benchmark.peers import PEERS, Peer
 from qncd.modes import MODES as RECIPES
+from qncd.modes import TRACKING
 from qncd.recipe import (
-    TRACKING,
     CalibrationConfig,
     CorrectionConfig,
     QuantConfig,
     Recipe,
     ReconstructionConfig,
     SamplerConfig,
-    SmoothingConfig,
 )
 
 if TYPE_CHECKING:
@@ -127,6 +126,12 @@ class Plan:
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         return self.out / "cache" / f"{kind}_{key}{suffix}"
 
+    def calibration_recipe(self, seed: int) -> Recipe:
+        """What one repetition's calibration set and noise table are sampled with; all modes take them."""
+        correction = self.correction if self.controlled else None
+        calibration = dataclasses.replace(self.calibration, seed=seed)
+        return Recipe(smoothing=None, reconstruction=None, correction=correction, offline=None, calibration=calibration)
+
     def part_path(self, start: int) -> Path:
         stop = min(start + PART, self.images)
         return self.cached(f"fp_{start:06d}_{stop:06d}", ".npz", self.base_settings())
@@ -166,59 +171,49 @@ class Cell:
         """None for full precision and peers."""
         return COMPOSITIONS[self.mode].at(self.width) if self.mode in COMPOSITIONS else None
 
+    def recipe_in(self, plan: Plan) -> Recipe | None:
+        """The recipe with what the plan says about reconstruction, correction and calibration, and the cell's seed."""
+        recipe = self.recipe
+        return recipe and dataclasses.replace(
+            recipe,
+            reconstruction=recipe.reconstruction and plan.reconstruction,
+            correction=recipe.correction and plan.correction,
+            calibration=dataclasses.replace(plan.calibration, seed=self.seed),
+        )
+
     @property
     def quant(self) -> QuantConfig | None:
         return self.recipe.quant if self.recipe else None
 
-    @property
-    def smoothing(self) -> SmoothingConfig | None:
-        return self.recipe.smoothing if self.recipe else None
-
-    @property
-    def offline(self) -> str | None:
-        return self.recipe.offline if self.recipe else None
-
-    def reconstruction(self, plan: Plan) -> ReconstructionConfig | None:
-        return plan.reconstruction if self.recipe and self.recipe.reconstruction else None
-
     def reconstruction_folder(self, plan: Plan) -> Path | None:
         """Where the reconstructed blocks are: one folder for all cells whose weights come out the same."""
-        quant, recon = self.quant, self.reconstruction(plan)
-        if quant is None or recon is None:
+        recipe = self.recipe_in(plan)
+        if recipe is None or recipe.reconstruction is None:
             return None
         settings = plan.base_settings() | {
-            "weights": {key: value for key, value in dataclasses.asdict(quant).items() if key not in ACTIVATIONS},
-            "smoothing": self.smoothing and dataclasses.asdict(self.smoothing),
-            "reconstruction": dataclasses.asdict(recon),
-            "calibration": dataclasses.asdict(dataclasses.replace(plan.calibration, seed=self.seed)),
+            "weights": {key: value for key, value in dataclasses.asdict(recipe.quant).items() if key not in ACTIVATIONS},
+            "smoothing": recipe.smoothing and dataclasses.asdict(recipe.smoothing),
+            "reconstruction": dataclasses.asdict(recipe.reconstruction),
+            "calibration": dataclasses.asdict(recipe.calibration),
         }
         return plan.cached("reconstruction", "", settings)
 
-    def correction(self, plan: Plan) -> CorrectionConfig | None:
-        return plan.correction if corrects(self.mode) else None
-
     def settings(self, plan: Plan) -> dict[str, Any]:
         """Everything that decides the cell's figures, as it comes back from JSON."""
-        quant, smoothing, correction, recon = self.quant, self.smoothing, self.correction(plan), self.reconstruction(plan)
-        calibration = dataclasses.replace(plan.calibration, seed=self.seed)
-        settings = plan.base_settings() | {
-            "images": plan.images,
-            "error_images": ERROR_IMAGES,
-            "quantization": quant and dataclasses.asdict(quant),
-            "smoothing": smoothing and dataclasses.asdict(smoothing),
-            "correction": correction and dataclasses.asdict(correction),
-            "reconstruction": recon and dataclasses.asdict(recon),
-            "calibration": quant and dataclasses.asdict(calibration),
-        }
-        if self.offline == TRACKING:
-            settings["tracking"] = True
-        for name in ("smoothing_search", "bit_allocation"):  # cells are older than they are
-            if self.quant and not getattr(self.quant, name):
-                del settings["quantization"][name]
+        settings = plan.base_settings() | {"images": plan.images, "error_images": ERROR_IMAGES}
+        settings |= dict.fromkeys(("quantization", "smoothing", "correction", "reconstruction", "calibration"))
+        if recipe := self.recipe_in(plan):
+            content = recipe.to_json()
+            settings |= {"quantization": content["quant"]} | {key: content[key] for key in settings if key in content}
+            if recipe.offline == TRACKING:
+                settings["tracking"] = True
+            for name in ("smoothing_search", "bit_allocation"):  # cells that are older than these settings stay valid
+                if not getattr(recipe.quant, name):
+                    del settings["quantization"][name]
         if self.peer:
-            given = {"peer": self.mode, "width": self.width, "settings": self.peer.settings}
-            used = dataclasses.asdict(calibration) if self.peer.calibrated else None
-            settings |= {"quantization": given, "calibration": used}
+            settings["quantization"] = {"peer": self.mode, "width": self.width, "settings": self.peer.settings}
+            if self.peer.calibrated:
+                settings["calibration"] = dataclasses.asdict(dataclasses.replace(plan.calibration, seed=self.seed))
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
 

@@ -12,55 +12,64 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qncd.models.configs import CONFIGS
+
+if TYPE_CHECKING:
+    from qncd.models.network import Network
+    from qncd.ptq.data import CalibrationSet
+    from qncd.recipe import QuantConfig
 
 CALIBRATION_BATCH = 32
 GPU_BATCH = 64  # of the CIFAR-10-size network
 JOB_PROMPT = "a large red circle above a small blue square"
 
 
-def _cifar_unet() -> Any:
+def _cifar() -> Network:
+    """The CIFAR-10-size network with random weights."""
     import torch
 
     from qncd.models.loading import load_config
+    from qncd.models.network import network_of
     from qncd.models.original.ddim import build_ddim_unet
 
     torch.manual_seed(0)
-    return build_ddim_unet(load_config(CONFIGS / "cifar10.yml")).eval().requires_grad_(False)
+    return network_of(build_ddim_unet(load_config(CONFIGS / "cifar10.yml")).eval().requires_grad_(False))
 
 
-def _box_unet() -> Any:
+def _bundled() -> Network:
+    """The network of the bundled Fashion-MNIST model."""
     from qncd.models.loading import load_config, load_ddim
+    from qncd.models.network import network_of
 
-    return load_ddim(load_config(CONFIGS / "fashion_mnist.yml"))
+    return network_of(load_ddim(load_config(CONFIGS / "fashion_mnist.yml")))
 
 
-def _inputs(unet: Any, count: int) -> Any:
+def _inputs(network: Network, count: int) -> CalibrationSet:
     import torch
 
-    from qncd.ptq.calibration import CalibrationSet
+    from qncd.ptq.data import CalibrationSet
 
-    generator = torch.Generator().manual_seed(1)
-    shape = (count, unet.config["in_channels"], unet.config["sample_size"], unet.config["sample_size"])
+    generator, config = torch.Generator().manual_seed(1), network.config
+    shape = (count, config["in_channels"], config["sample_size"], config["sample_size"])
     times = torch.randint(0, 1000, (count,), generator=generator)
     return CalibrationSet(torch.randn(shape, generator=generator), times)
 
 
-def _quantized(unet: Any, bits: int = 8) -> Any:
-    """W`bits`A8 with every part of the method that a step pays for: smoothing, split, attention."""
-    from qncd.ptq.calibration import calibrate_
+def _quantized(network: Network, bits: int = 8) -> QuantConfig:
+    """To W`bits`A8, in place, with every part of the method that a step pays for: smoothing, split, attention."""
+    from qncd.ptq.pipeline import calibrate_
+    from qncd.ptq.stages.prepare import quantize_
     from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
-    from qncd.quant.convert import quantize_
     from qncd.recipe import QuantConfig
 
-    config = QuantConfig(weight_bits=bits, weight_range="max", act_range="max")
-    factors = smoothing_factors(unet, range(0, 1000, 10))
-    quantize_(unet, config)
-    smooth_(unet, factors)
-    calibrate_(unet, _inputs(unet, 8), 8)
-    return unet, config
+    config = QuantConfig(weight_bits=bits, weight_range="max", act_range="max", bias_correction=False)
+    factors = smoothing_factors(network, range(0, 1000, 10))
+    quantize_(network, config)
+    smooth_(network, factors)
+    calibrate_(network, _inputs(network, 8), config, 8)
+    return config
 
 
 def _ratio(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
@@ -76,44 +85,48 @@ def _ratio(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> 
     return ratio, statistics.median(times[0]), statistics.median(times[1])
 
 
-def step_cost(make: Callable[[], Any], batch: int, rounds: int) -> tuple[float, float, float]:
+def step_cost(make: Callable[[], Network], batch: int, rounds: int) -> tuple[float, float, float]:
     """A fake-quantized W8A8 step over a full-precision one."""
     import torch
 
-    from qncd.ptq.calibration import call_unet
-
-    plain, (quantized, _) = make(), _quantized(make())
+    plain, quantized = make(), make()
+    _quantized(quantized)
     data = _inputs(plain, batch)
     with torch.no_grad():
-        return _ratio(lambda: call_unet(quantized, data.x, data.t), lambda: call_unet(plain, data.x, data.t), rounds)
+        return _ratio(lambda: quantized.predict(data.x, data.t), lambda: plain.predict(data.x, data.t), rounds)
 
 
 def calibration_run(kind: str, samples: int, threads: int | None, queue: Any) -> None:
-    """In a process of its own: a full-precision pass ("fp") or a calibration; puts seconds and MiB of peak growth."""
+    """For a separate process: a full-precision pass ("fp") or a calibration; puts seconds and MiB of peak growth.
+
+    A calibration is ranges of least error and bias correction.
+    """
     import torch
 
-    from qncd.ptq.calibration import calibrate_, call_unet, correct_biases_
-    from qncd.quant.convert import quantize_
+    from qncd.ptq.observing import run_over
+    from qncd.ptq.pipeline import calibrate_
+    from qncd.ptq.stages.prepare import quantize_
     from qncd.recipe import QuantConfig
 
     if threads:
         torch.set_num_threads(threads)
-    unet = _cifar_unet()
-    data = _inputs(unet, samples)
+    network = _cifar()
+    data = _inputs(network, samples)
     with torch.no_grad():
-        call_unet(unet, data.x[:1], data.t[:1])  # kernels are chosen on first use
+        network.predict(data.x[:1], data.t[:1])  # kernels are chosen on first use
     bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if kind == "fp":
         start = time.perf_counter()
         with torch.no_grad():
-            for x, t, _ in data.batches(CALIBRATION_BATCH):
-                call_unet(unet, x, t)
-        seconds = time.perf_counter() - start
+            run_over(network, data, CALIBRATION_BATCH)
     else:
-        quantize_(unet, QuantConfig(weight_bits=8, act_bits=8, weight_range="mse", act_range="mse"))
-        seconds = calibrate_(unet, data, CALIBRATION_BATCH, correct=correct_biases_)
+        config = QuantConfig(weight_bits=8, act_bits=8, weight_range="mse", act_range="mse")
+        quantize_(network, config)
+        start = time.perf_counter()
+        calibrate_(network, data, config, CALIBRATION_BATCH)
+    seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    weights = sum(p.numel() * p.element_size() for p in unet.parameters()) / 1024
+    weights = sum(p.numel() * p.element_size() for p in network.module.parameters()) / 1024
     # The weights belong to both sides; what was there before them (the interpreter, libraries) to neither.
     queue.put((seconds, (peak - bare + weights) / 1024))
 
@@ -139,17 +152,17 @@ def checkpoint_size(bits: int) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         full, small = Path(folder) / "fp32.safetensors", Path(folder) / "quantized.safetensors"
-        unet = _cifar_unet()
-        save_file(unet.state_dict(), full)
-        unet, config = _quantized(unet, bits)
-        save_quantized(unet, small, config, "", None, {})
+        network = _cifar()
+        save_file(network.module.state_dict(), full)
+        config = _quantized(network, bits)
+        save_quantized(network, small, config, "", {})
         return small.stat().st_size / full.stat().st_size
 
 
 def measure_simulation(rounds: int, samples: int, threads: int | None) -> dict[str, Any]:
     """Fake quantization in PyTorch over full precision: steps, calibration, files."""
     figures = dict[str, Any]()
-    for key, make, batch in (("fake_quant_over_fp", _cifar_unet, 4), ("fake_quant_over_fp_box", _box_unet, 64)):
+    for key, make, batch in (("fake_quant_over_fp", _cifar, 4), ("fake_quant_over_fp_box", _bundled, 64)):
         ratio, quantized, plain = step_cost(make, batch, rounds)
         figures[key] = ratio
         print(f"{key} {ratio:.3f}   ({quantized * 1e3:.0f} ms against {plain * 1e3:.0f} ms, batch {batch})", flush=True)
@@ -178,10 +191,10 @@ def measure_engines(rounds: int, threads: int, profiled: bool) -> dict[str, Any]
 
     from qncd.benchmark.engine_speed import alternate, fp32_peak, make_contest, multiply_adds, profile, ratio
 
-    unet = _cifar_unet()
-    x = _inputs(unet, 4).x
+    network = _cifar()
+    x = _inputs(network, 4).x
     with tempfile.TemporaryDirectory() as folder:
-        contest = make_contest(unet, x, Path(folder), threads)
+        contest = make_contest(network, x, Path(folder), threads)
         seconds = alternate(contest.calls, rounds)
         base, figures = "torch fp32", dict[str, Any]()
         for name in contest.calls:
@@ -201,7 +214,7 @@ def measure_engines(rounds: int, threads: int, profiled: bool) -> dict[str, Any]
         for note in contest.notes:
             print(f"note: {note}")
         if profiled:
-            macs, peak = multiply_adds(unet, x), fp32_peak(threads)
+            macs, peak = multiply_adds(network, x), fp32_peak(threads)
             print(f"float32 product of 2048x2048 matrices in PyTorch: {peak:.0f} billion multiply-adds a second")
             figures["fp32_gmacs"], figures["profile"] = peak, {}
             for name in ("fp32", "int8"):
@@ -228,7 +241,8 @@ def measure_jobs(rounds: int, images: int) -> dict[str, float]:
     figures = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _cifar_unet().save_pretrained(folder / "cifar_size")
+        saved: Any = _cifar().module
+        saved.save_pretrained(folder / "cifar_size")
         cifar = ("--config", CONFIGS / "cifar10.yml", "--ckpt", folder / "cifar_size")
         scenes = ("--config", CONFIGS / "scenes.yaml")
         steps, count = ("--timesteps", "20"), ("--max_images", str(images), "--lane", "4")
@@ -253,23 +267,24 @@ def measure_jobs(rounds: int, images: int) -> dict[str, float]:
     return figures
 
 
-def _stable_diffusion() -> tuple[Any, Any]:
-    """The UNet and what a guided call gets."""
+def _stable_diffusion() -> tuple[Network, CalibrationSet]:
+    """The network and what a guided call gets."""
     import torch
 
     from qncd.models.loading import load_config
+    from qncd.models.network import network_of
     from qncd.models.original.ldm import build_ldm_unet
-    from qncd.ptq.calibration import CalibrationSet
+    from qncd.ptq.data import CalibrationSet
 
     torch.manual_seed(0)
-    unet = build_ldm_unet(load_config(CONFIGS / "sd-v1-inference.yaml")).eval().requires_grad_(False)
+    network = network_of(build_ldm_unet(load_config(CONFIGS / "sd-v1-inference.yaml")).eval().requires_grad_(False))
     generator = torch.Generator().manual_seed(1)
-    x, cond = torch.randn(2, 4, 64, 64, generator=generator), torch.randn(2, 77, 768, generator=generator)
-    return unet, CalibrationSet(x, torch.tensor([1, 501]), cond)
+    x, context = torch.randn(2, 4, 64, 64, generator=generator), torch.randn(2, 77, 768, generator=generator)
+    return network, CalibrationSet(x, torch.tensor([1, 501]), {"encoder_hidden_states": context})
 
 
 def _export_stable_diffusion(folder: Path, threads: int) -> None:
-    """In a process of its own, whose memory is free again afterwards."""
+    """For a separate process, whose memory is free again afterwards."""
     import torch
 
     from qncd.benchmark.engine_speed import export_pair
@@ -311,13 +326,14 @@ def measure_gpu(rounds: int) -> dict[str, Any]:
 
     device, figures = torch.device("cuda"), dict[str, Any](gpu=torch.cuda.get_device_name())
     generator = torch.Generator().manual_seed(1)
-    unet, data = _stable_diffusion()
+    large, data = _stable_diffusion()
     networks = {
-        "cifar": (_cifar_unet(), torch.randn(GPU_BATCH, 3, 32, 32, generator=generator), None),
-        "sd": (unet, data.x, data.cond.to(device)),
+        "cifar": (_cifar(), torch.randn(GPU_BATCH, 3, 32, 32, generator=generator), {}),
+        "sd": (large, data.x, data.inputs),
     }
-    for title, (network, x, cond) in networks.items():
-        contest = make_gpu_contest(network.to(device), x.to(device), cond)
+    for title, (network, x, inputs) in networks.items():
+        network.module.to(device)
+        contest = make_gpu_contest(network, x.to(device), {name: value.to(device) for name, value in inputs.items()})
         seconds = alternate(contest.calls, rounds)
         for name in contest.calls:
             milliseconds = 1e3 * statistics.median(seconds[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import sys
 from typing import Any
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from qncd.benchmark.peers import PEERS, check_peer, quantize_with_peer
 from qncd.benchmark.plan import FULL, WIDTHS, Cell, make_cells
+from qncd.models.network import Network, network_of
 from qncd.models.original.ddim import build_ddim_unet
-from qncd.ptq.calibration import CalibrationSet, call_unet
-from qncd.quant.convert import UNet
+from qncd.ptq.context import copied
+from qncd.ptq.data import CalibrationSet
 
 MODULES = {
     "modelopt-int8": "modelopt.torch.quantization",
@@ -26,15 +26,14 @@ MODULES = {
 }
 
 
-def tiny_unet() -> UNet:
+def tiny_network() -> Network:
     """16 and 32 channels, with attention; 8x8 images."""
     torch.manual_seed(0)
     model = {
         "in_channels": 1, "out_ch": 1, "ch": 16, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4],
         "num_groups": 4, "dropout": 0.0, "resamp_with_conv": True,
     }  # fmt: skip
-    unet = build_ddim_unet({"data": {"image_size": 8, "channels": 1}, "model": model}).eval()
-    return unet
+    return network_of(build_ddim_unet({"data": {"image_size": 8, "channels": 1}, "model": model}).eval())
 
 
 def calibration_set() -> CalibrationSet:
@@ -43,9 +42,9 @@ def calibration_set() -> CalibrationSet:
 
 
 @torch.no_grad()
-def outputs(unet: UNet) -> Tensor:
+def outputs(network: Network) -> Tensor:
     torch.manual_seed(2)
-    return call_unet(unet, torch.randn(8, 1, 8, 8), torch.arange(8) * 120)
+    return network.predict(torch.randn(8, 1, 8, 8), torch.arange(8) * 120)
 
 
 def test_every_peer_is_tested() -> None:
@@ -64,7 +63,7 @@ def test_every_peer_is_tested() -> None:
 )
 def test_width_is_refused(mode: str, bits: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=f"{message}$"):
-        quantize_with_peer(mode, tiny_unet(), calibration_set(), *bits)
+        quantize_with_peer(mode, tiny_network(), calibration_set(), *bits)
 
 
 @pytest.mark.parametrize("mode", PEERS)
@@ -81,7 +80,7 @@ def test_broken_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
     monkeypatch.setitem(sys.modules, "nncf", None)  # import nncf raises ImportError
     with pytest.raises(ValueError, match=r"^--modes nncf: nncf 9\.9 cannot be imported: "):
-        quantize_with_peer("nncf", tiny_unet(), calibration_set(), 8, 8)
+        quantize_with_peer("nncf", tiny_network(), calibration_set(), 8, 8)
 
 
 def test_plan_leaves_out_what_a_peer_cannot_do() -> None:
@@ -107,20 +106,20 @@ def test_cells_know_their_peer() -> None:
 @pytest.mark.parametrize("mode", PEERS)
 def test_quantizes_and_counts(mode: str) -> None:
     pytest.importorskip(MODULES[mode], exc_type=ImportError)
-    unet = tiny_unet()
-    reference, before = copy.deepcopy(unet), outputs(unet)
-    quantized, counts = quantize_with_peer(mode, unet, calibration_set(), 8, 8, batch_size=4)
+    network = tiny_network()
+    reference, before = copied(network), outputs(network)
+    quantized, counts = quantize_with_peer(mode, network, calibration_set(), 8, 8, batch_size=4)
     after: Any = outputs(quantized)
     error = float((after - before).square().sum() / before.square().sum())
     assert type(after) is Tensor and 0 < error < 0.1
     assert torch.equal(outputs(quantized), after)
     assert quantized.config["in_channels"] == 1 and quantized.device == torch.device("cpu")  # what a denoiser reads
-    layers = [m for m in reference.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    layers = [m for m in reference.module.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     linear = sum(isinstance(m, torch.nn.Linear) for m in layers)
     floats = ("time_emb_proj", "time_embedding", "conv_in", "conv_out", "conv_shortcut")
     kept = sum(
         any(part in name for part in floats)
-        for name, m in reference.named_modules()
+        for name, m in reference.module.named_modules()
         if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))
     )
     expected = {
@@ -138,8 +137,8 @@ def test_quantizes_and_counts(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["modelopt-int8", "quanto", "torchao"])
 def test_fewer_bits_cost_more(mode: str) -> None:
     pytest.importorskip(MODULES[mode], exc_type=ImportError)
-    before, errors = outputs(tiny_unet()), []
+    before, errors = outputs(tiny_network()), []
     for bits in (8, 4, 2):
-        quantized, _ = quantize_with_peer(mode, tiny_unet(), calibration_set(), bits, 8, batch_size=4)
+        quantized, _ = quantize_with_peer(mode, tiny_network(), calibration_set(), bits, 8, batch_size=4)
         errors.append(float((outputs(quantized) - before).square().sum()))
     assert errors[0] < errors[1] < errors[2]

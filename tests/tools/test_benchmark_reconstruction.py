@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -13,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from qncd.models.network import network_of
 from qncd.ptq.blocks import open_layers
-from qncd.ptq.calibration import CalibrationSet
+from qncd.ptq.context import copied
+from qncd.ptq.data import CalibrationSet
 from qncd.ptq.stages import reconstruction
-from qncd.quant.convert import quantize_
+from qncd.ptq.stages.prepare import quantize_
 from qncd.quant.rounding import LearnedRounding
 from qncd.recipe import QuantConfig, ReconstructionConfig
 
@@ -40,8 +41,8 @@ def inputs(count: int, seed: int = 0) -> CalibrationSet:
 @pytest.mark.parametrize("name", ["down_blocks.0.resnets.0", "mid_block.attentions.0", "conv_out"])
 def test_the_published_loop_and_ours_agree(script: ModuleType, make_unet: Any, tmp_path: Path, name: str) -> None:
     """With equal settings: the same batches, so the same rounding; what is measured is time and settings alone."""
-    unet = quantize_(make_unet(), QuantConfig(4, 8))
-    block = script.block_data(unet, copy.deepcopy(unet), name, inputs(24), str(tmp_path))
+    network = quantize_(make_unet(), QuantConfig(4, 8))
+    block = script.block_data(network, copied(network), name, inputs(24), str(tmp_path))
     layers = open_layers(block.unit, ())
     ours = {key: LearnedRounding(layer) for key, layer in layers.items()}
     published = {key: script.PublishedRounding(layer) for key, layer in layers.items()}
@@ -57,7 +58,7 @@ def test_the_published_loop_and_ours_agree(script: ModuleType, make_unet: Any, t
 def test_three_reports(
     script: ModuleType, make_unet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(script, "load", lambda model, count, seed=0: (make_unet(), inputs(count, seed)))
+    monkeypatch.setattr(script, "load", lambda model, count, seed=0: (network_of(make_unet()), inputs(count, seed)))
     monkeypatch.setattr(
         "sys.argv", ["benchmark_reconstruction.py", "--model", "ddim", "--rounds", "1", "--json", str(tmp_path / "s")]
     )
@@ -74,7 +75,7 @@ def test_three_reports(
         (s, n) for n in (2, 60) for s in ("published", "0.05:8")
     ] + [("published", 5)]
     assert rows[3]["of_nearest"] < min(0.99, rows[1]["of_nearest"]) and all(row["seconds"] > 0 for row in rows)
-    monkeypatch.setattr(script.cli, "ACT_ITERATIONS", 20)
+    monkeypatch.setattr(script, "ACT_ITERATIONS", 20)
     flags = ["--steps", "--model", "ddim", "--inputs", "32", "--widths", "W8A3", "--json", str(tmp_path / "a")]
     monkeypatch.setattr("sys.argv", ["benchmark_reconstruction.py", *flags])
     script.main(script.parse_args())

@@ -1,4 +1,4 @@
-"""The tools that train the two classifiers in the box, on a handful of pictures."""
+"""The tools that train the two bundled classifiers, on a handful of pictures."""
 
 from __future__ import annotations
 

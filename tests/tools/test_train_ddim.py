@@ -43,4 +43,4 @@ def test_train_resume_and_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert snapshot["global_step"] == int(steps)
     assert not torch.equal(*weights)
     metrics = (out / "log" / "version_1").is_dir()
-    assert metrics  # the second run had a log of its own: it was a run, not a no-op
+    assert metrics  # the second run had a separate log: it was a run, not a no-op

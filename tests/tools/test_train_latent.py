@@ -47,7 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 
 
 def tiny(name: str) -> dict[str, Any]:
-    """The config of a model in the box with everything narrow."""
+    """The config of a bundled model with everything narrow."""
     config: dict[str, Any] = load_config(ROOT / "configs" / name)
     params = config["model"]["params"]
     params["unet_config"]["params"] |= {"model_channels": 8, "num_groups": 2, "context_dim": 8, "num_heads": 1}

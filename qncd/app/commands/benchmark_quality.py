@@ -1,4 +1,4 @@
-"""Measure what quantization costs a model in the box, and what each part of QNCD gives back.
+"""Measure what quantization costs a bundled model, and what each part of QNCD gives back.
 
     qncd benchmark quality --out runs/quality
     qncd benchmark quality --out runs/quality --widths W4A8 --modes linear qncd --seeds 1
@@ -115,7 +115,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, str]:
 
     from qncd.benchmark.subjects import is_latent
     from qncd.models.loading import load_config
-    from qncd.ptq.calibration import CalibrationCollector
+    from qncd.ptq.data import CalibrationCollector
     from qncd.sampling.correctors.runtime import check_table_images, is_due
 
     model_config = load_config(args.config)

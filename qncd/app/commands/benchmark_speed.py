@@ -8,7 +8,7 @@
 Parts: "simulation" is fake quantization in PyTorch, calibration and checkpoints; "engines" is one call of the exported
 network on ONNX Runtime and OpenVINO against PyTorch, torch.compile and other toolkits (those of `pip install -e '.[peers]'`
 where they are installed); "jobs" is whole command lines, from start to last PNG. They use the CIFAR-10-size UNet (35.7 M
-parameters, random weights, batch 4) and the models in the box. "stable_diffusion" is one guided call of Stable Diffusion v1's
+parameters, random weights, batch 4) and the bundled models. "stable_diffusion" is one guided call of Stable Diffusion v1's
 UNet (860 M parameters, random weights, 64x64 latents, batch 2): 10 minutes, 20 GB of memory, 5 GB of the temporary folder.
 "gpu" is the same two networks (batch 64 and 2) on a CUDA device, in PyTorch and in integers.
 Times are medians over alternating runs; memory is the growth of the peak resident set over the bare process, one process a
