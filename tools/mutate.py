@@ -10,8 +10,9 @@ ranges, dropped statements, returned values and swapped branches. Annotations, d
 messages and decorators are left alone. The work tree is never written to: the checkout is copied to a temporary folder.
 
 The tests of qncd/a/b.py are tests/a/test_b.py and every other test file below tests/a that imports qncd.a.b. They run once
-without a fault, which tells how long each takes and which lines it reaches. For a fault, those that reach its line run, the
-quickest first, until one fails; where none reaches it (what runs while a module is imported, or in another process), all run.
+without a fault, which tells how long each takes and which lines it reaches. For a fault, those that reach its line run, file by
+file and the quickest first, until one fails; where none reaches it (what runs while a module is imported, or in another process),
+all run.
 Faults that change nothing that can be observed are listed in tools/mutate_equivalent.json, with a reason, and do not count.
 With --json, a call goes on where an earlier one was cut off, and repeats only survivors whose tests have changed since.
 
@@ -198,7 +199,7 @@ class Finder:
         elif isinstance(node, ast.Constant):
             self.change_constant(node)
         elif isinstance(node, ast.Call) and _name(node.func) == "range":
-            self.change_ends(node.args[-2:-1] if len(node.args) > 1 else [], node.args[:2][-1:])
+            self.change_ends(node.args[:1] if len(node.args) > 1 else [], node.args[:2][-1:])
         elif isinstance(node, ast.Slice):
             self.change_ends([node.lower] if node.lower else [], [node.upper] if node.upper else [])
 
@@ -387,20 +388,14 @@ class Checker:
             print(f"{file}: {len(result['seconds'])} tests, {time.monotonic() - start:.0f} s", flush=True)
             self.save()
 
-    def chosen(self, mutant: Mutant, files: Sequence[str]) -> dict[str, float]:
-        """Seconds of the tests that reach a fault, or of all where none does."""
-        every: dict[str, float] = {}
-        reaching: dict[str, float] = {}
+    def chosen(self, mutant: Mutant, file: str) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds of a file's tests that reach a fault, and of all of them."""
+        self.measure([file])
+        record = self.state["baseline"][file]
         lines = set(range(mutant.first_line, mutant.last_line + 1))
-        for file in files:
-            record = self.state["baseline"][file]
-            for test, seconds in record["seconds"].items():
-                if test in record["failed"]:
-                    continue
-                every[test] = seconds
-                if any(lines & set(record["lines"].get(name, {}).get(mutant.file, ())) for name in (test, file)):
-                    reaching[test] = seconds
-        return reaching or every
+        every = {test: seconds for test, seconds in record["seconds"].items() if test not in record["failed"]}
+        reached = {name for name, files in record["lines"].items() if lines & set(files.get(mutant.file, ()))}
+        return {test: seconds for test, seconds in every.items() if {test, file} & reached}, every
 
     def check(self, mutant: Mutant) -> dict[str, Any]:
         """Whether the tests notice a fault, by which test; from an earlier call where that still holds."""
@@ -409,23 +404,38 @@ class Checker:
         known = self.state.setdefault("mutants", {}).get(mutant.key)
         if known and known["source"] == texts["source"] and (known["killed"] or known["tests"] == texts["tests"]):
             return dict(known)
-        self.measure(files)
-        tests = self.chosen(mutant, files)
+        by = next(filter(None, (self.killer(mutant, tests) for tests in self.tests_of(mutant, files))), "")
+        result = {**texts, "killed": bool(by), "by": by, "mutant": str(mutant)}
+        self.state["mutants"][mutant.key] = result
+        self.save()
+        return result
+
+    def tests_of(self, mutant: Mutant, files: Sequence[str]) -> Iterator[dict[str, float]]:
+        """The tests to try, file by file: those that reach the fault, or all where none does."""
+        reached = False
+        for file in files:
+            tests, _ = self.chosen(mutant, file)
+            reached |= bool(tests)
+            yield tests
+        for file in files if not reached else ():
+            yield self.chosen(mutant, file)[1]
+
+    def killer(self, mutant: Mutant, tests: dict[str, float]) -> str:
+        """The test of one file that fails, or what else went wrong; nothing where all pass."""
+        if not tests:
+            return ""
+        file = next(iter(tests)).partition("::")[0]
+        limit = self.timeout + 4 * sum(tests.values())
         path = self.copy / mutant.file
         original = path.read_bytes()
         path.write_bytes(original[: mutant.start] + mutant.after.encode() + original[mutant.end :])
         try:
-            wanted = [file for file in files if any(test.startswith(f"{file}::") for test in tests)]
-            limit = self.timeout + 4 * sum(tests.values())
-            status, by = run_forked(self.copy, ["-x", "-m", "not slow", *wanted], Selected(tests), limit) if tests else (0, "")
+            status, failed = run_forked(self.copy, ["-x", "-m", "not slow", file], Selected(tests), limit)
         finally:
             path.write_bytes(original)
-        if not by and status not in (0, 5):
-            by = "too slow" if status is None else f"pytest's exit status {status}"
-        result = {**texts, "killed": status not in (0, 5), "by": by or "", "mutant": str(mutant)}
-        self.state["mutants"][mutant.key] = result
-        self.save()
-        return result
+        if status in (0, 5):
+            return ""
+        return failed or ("too slow" if status is None else f"pytest's exit status {status}, {file}")
 
 
 def digest(paths: Iterable[Path]) -> str:
