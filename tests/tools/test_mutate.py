@@ -140,7 +140,7 @@ class Box:
             raise ValueError(f"at {at + 1}: allowed is {0}")
         warnings.warn("less than " + str(at - 1), stacklevel=2)
         self.rows = rows[at : at + 2]
-        for index in range(at, len(rows)):
+        for index in range(at, len(rows), 3):
             rows.append(-index)
         assert at == 1
         return 0.5 if at in rows else -1
@@ -160,6 +160,7 @@ def test_the_rules(mutate: ModuleType) -> None:
             ("off by one", "at + 2", "(at + 2 - 1)"),
             ("arithmetic", "at + 2", "(at - 2)"), ("constant", "2", "3"), ("sign", "2", "(-2)"),
             ("off by one", "at", "(at + 1)"), ("off by one", "len(rows)", "(len(rows) - 1)"),
+            ("constant", "3", "4"), ("sign", "3", "(-3)"),
             ("dropped", "rows.append(-index)", "pass"), ("sign", "-index", "index"),
             ("return", "return 0.5 if at in rows else -1", "return None"),
             ("branches", "0.5 if at in rows else -1", "(-1 if at in rows else 0.5)"),
