@@ -139,7 +139,7 @@ def test_with_learned_scales_it_gives_the_same_and_lsqs_gradients(segments: tupl
     assert quantizer.scale.grad is not None and wide.grad is not None
     parts = zip(wide.detach().split(segments or (6,), 1), wide.grad.split(segments or (6,), 1), strict=True)
     for i, (part, gradient) in enumerate(parts):
-        scale, zero = float(quantizer.scale[i]), float(quantizer.zero_point[i])
+        scale, zero = float(quantizer.scale[i].detach()), float(quantizer.zero_point[i])
         code = (part / scale).round()
         clipped = code.clamp(0 - zero, 7 - zero)
         inside = code == clipped
