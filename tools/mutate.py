@@ -9,10 +9,10 @@ Faults are made by rule: comparison, arithmetic and boolean operators, numbers, 
 ranges, dropped statements, returned values and swapped branches. Annotations, docstrings, raised errors, assertions, log
 messages and decorators are left alone. The work tree is never written to: the checkout is copied to a temporary folder.
 
-The tests of qncd/a/b.py are tests/a/test_b.py and every other test file below tests/a that imports qncd.a.b. They run once
-without a fault, which tells how long each takes and which lines it reaches. For a fault, those that reach its line run, file by
-file and the quickest first, until one fails; where none reaches it (what runs while a module is imported, or in another process),
-all run.
+The tests of qncd/a/b.py are tests/a/test_b.py and every other test file below tests/a that imports qncd.a.b; where nothing
+does, all files below tests/a. They run once without a fault, which tells how long each takes and which lines it reaches. For a
+fault, those that reach its line run, file by file and the quickest first, until one fails; where none reaches it (what runs while
+a module is imported, or in another process), all run.
 Faults that change nothing that can be observed are listed in tools/mutate_equivalent.json, with a reason, and do not count.
 With --json, a call goes on where an earlier one was cut off, and repeats only survivors whose tests have changed since.
 
@@ -245,14 +245,15 @@ def find_mutants(root: Path, file: str) -> list[Mutant]:
 
 
 def mirroring_tests(root: Path, file: str) -> list[str]:
-    """Test files of a module: the one at the mirrored path, and those below its first folder whose text imports it."""
+    """Test files of a module: the one at the mirrored path, and those below its first folder that import it; or all there."""
     parts = Path(file).with_suffix("").parts
     if parts[-1] == "__init__":
         parts = parts[:-1]
     module, folder = ".".join(parts), root / "tests" / Path(*parts[1:-1][:1])
     mirror = root.joinpath("tests", *parts[1:-1], f"test_{parts[-1]}.py")
     imports = (module, f"from {'.'.join(parts[:-1])} import {parts[-1]}")
-    found = [path for path in sorted(folder.rglob("test_*.py")) if any(text in path.read_text("utf-8") for text in imports)]
+    every = sorted(folder.rglob("test_*.py"))
+    found = [path for path in every if any(text in path.read_text("utf-8") for text in imports)] or every
     found = [mirror] * mirror.is_file() + [path for path in found if path != mirror]
     return [path.relative_to(root).as_posix() for path in found]
 
