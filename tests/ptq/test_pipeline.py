@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from qncd.ptq.calibration import CalibrationSet
-from qncd.ptq.pipeline import Diffusion, quantize_with_, record_noise_table, sample_calibration
+from qncd.ptq.pipeline import Diffusion, fit_tracking, quantize_with_, record_noise_table, sample_calibration
 from qncd.quant.convert import act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
 from qncd.recipe import CalibrationConfig, CorrectionConfig, QuantConfig, SamplerConfig, SmoothingConfig
 from qncd.sampling.correctors.runtime import TABLE_TENSORS, NoiseTable, RuntimeNoiseCorrector
+from qncd.sampling.correctors.tracking import TrackingCorrector
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.schedule import linear_betas
 
@@ -210,3 +211,18 @@ def test_a_set_that_does_not_fit_leaves_the_model_as_it_was(make_unet: Any) -> N
     with pytest.raises(ValueError, match=r"^the calibration set holds inputs of shape \(4, 8, 8\), the model takes \(3, 8, 8\)$"):
         quantize_with_(diffusion, QuantConfig(4, 8), wrong, None)
     assert not quant_layers(diffusion.unet)
+
+
+def test_tracking_filters_are_fitted_to_runs_of_the_same_seeds(make_unet: Any) -> None:
+    """Of a network that predicts 0.9 times as much as it should: the filters put it right, on twice the calibration's images."""
+    reference = make_diffusion(make_unet(), steps=4)
+    weaker = make_unet()
+    weaker.register_forward_hook(lambda _m, _a, out: type(out)(sample=0.9 * out.sample))
+    rough = make_diffusion(weaker, steps=4)
+    done: list[tuple[int, int]] = []
+    filters = fit_tracking(reference, rough, CalibrationConfig(8, 3, 16), lambda *counts: done.append(counts))
+    assert filters.images == 16 and filters.kernels.shape == (4, 3, 6, 3, 3)
+    assert done[-1] == (32, 32) and all(0 < count <= total == 32 for count, total in done)
+    expected = reference.sample([1, 2, 3])
+    plain, tracked = ((rough.sample([1, 2, 3], c) - expected).square().mean() for c in (None, TrackingCorrector(filters)))
+    assert tracked < 0.1 * plain
