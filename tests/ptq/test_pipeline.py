@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +21,7 @@ from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
 from qncd.recipe import CalibrationConfig, CorrectionConfig, QuantConfig, Recipe, SamplerConfig, SmoothingConfig
 from qncd.sampling.correctors.runtime import TABLE_TENSORS, NoiseTable, RuntimeNoiseCorrector
+from qncd.sampling.correctors.tracking import Tracking, TrackingCorrector
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.process import Process
@@ -233,3 +236,25 @@ def test_a_set_that_does_not_fit_leaves_the_model_as_it_was(make_unet: Any) -> N
     with pytest.raises(ValueError, match=r"^the calibration set holds inputs of shape \(4, 8, 8\), the model takes \(3, 8, 8\)$"):
         quantize_diffusion_(diffusion, QuantConfig(4, 8), wrong, None)
     assert not quant_layers(diffusion.network.module)
+
+
+def test_tracking_filters_are_fitted_to_runs_of_the_same_seeds(make_unet: Any) -> None:
+    """Of a network that predicts 0.9 times as much as it should: the filters put it right, on twice the calibration's images."""
+    reference = make_diffusion(make_unet(), steps=4)
+    weaker = make_unet()
+    weaker.register_forward_hook(lambda _m, _a, out: type(out)(sample=0.9 * out.sample))
+    rough = make_diffusion(weaker, steps=4)
+    done: dict[str, list[tuple[int, ...]]] = {}
+
+    @contextmanager
+    def monitor(title: str, unit: str) -> Iterator[Any]:
+        yield lambda *counts: done.setdefault(title, []).append(counts)
+
+    runs = DiffusionRuns(rough, CalibrationConfig(8, 3, 16), monitor=monitor, reference=reference)
+    filters = Tracking().fit(runs, Recipe(correction=None, offline="tracking"))
+    assert filters.images == 16 and filters.kernels.shape == (4, 3, 6, 3, 3)
+    steps = [(count, 4) for count in (1, 2, 3, 4)]
+    assert done == {"full-precision trajectories": [(16, 16)], "quantized trajectories": steps}
+    expected = reference.sample([1, 2, 3])
+    plain, tracked = ((rough.sample([1, 2, 3], c) - expected).square().mean() for c in (None, TrackingCorrector(filters)))
+    assert tracked < 0.1 * plain
