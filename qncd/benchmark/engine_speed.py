@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -155,7 +155,7 @@ def make_contest(network: Network, x: Tensor, folder: Path, threads: int) -> Con
         variant = copied(network)
         config = quantized(variant, data, **settings)  # type: ignore[arg-type]
         on_engines(name, variant, config)
-    compiled = torch_call(around(network, torch.compile(copy.deepcopy(network.module))), x, t)
+    compiled = torch_call(around(network, cast(nn.Module, torch.compile(copy.deepcopy(network.module)))), x, t)
     try:
         compiled()
         contest.calls["torch.compile fp32"] = compiled
