@@ -6,11 +6,11 @@ A mode is a recipe by name: the options of `qncd.recipe.Recipe` that it sets, so
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qncd.options import RecipeError, check_choice, options_of, paths_of, resolve, sections_of
+from qncd.options import Option, RecipeError, check_choice, options_of, paths_of, resolve, sections_of
 
 WIDEST = 8  # bits of an activation: what integer kernels take
 TRACKING = "tracking"  # the offline correction of qncd.sampling.correctors.tracking
@@ -95,11 +95,12 @@ def _as_number(value: Any) -> Any:
         return value
 
 
-def compose(tree: type, mode: str, given: Mapping[str, Any]) -> Any:
+def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection[str] = ()) -> Any:
     """A mode with changes by path. What the mode sets gives way where the changes leave it nothing to do.
 
     Args:
         tree: `qncd.recipe.Recipe`, or one with more options.
+        watched: those of the changes that must have an effect.
 
     Raises:
         ValueError: an option is out of range, contradicts another one, or is of a part that is off.
@@ -123,8 +124,20 @@ def compose(tree: type, mode: str, given: Mapping[str, Any]) -> Any:
             if details:
                 raise RecipeError(f"{{{next(iter(details))}}} needs {{{name}}}")
             continue
+        _check_effects(name, options_of(part.kind), asked, watched)
         values[name] = part.kind(**{path.partition(".")[2]: value for path, value in details.items()})
     return tree(**values)
+
+
+def _check_effects(section: str, options: Mapping[str, Option], asked: Mapping[str, Any], watched: Collection[str]) -> None:
+    idle = {"act_bits": "is about quantized activations: they are in floating point here"}
+    for name, option in options.items():
+        path = f"{section}.{name}"
+        if path not in watched or option.needs is None or asked[path] == option.default:
+            continue
+        needed = f"{section}.{option.needs}"
+        if not asked.get(needed, options[option.needs].default):
+            raise RecipeError(f"{{{path}}} {idle.get(option.needs, f'needs {{{needed}}}')}")
 
 
 def _corrections(mode: str, usual: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[str | None, bool]:

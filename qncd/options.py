@@ -62,17 +62,29 @@ def check_seed(seed: int, high: int = MAX_SEED) -> None:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """The range of a number.
+
+    Attributes:
+        low, high: both included; None for no limit.
+        above: it must be larger than this.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+
+
+@dataclass(frozen=True)
 class Option:
     """What a field says of itself.
 
     Attributes:
         default: of the field.
         flag: name of the command-line flag, without dashes; None where there is none.
-        aliases: further names of the flag.
         help: what `--help` says; the default is added to it unless it speaks of one.
         choices: the values that are allowed.
-        low, high: the range of a number, both included.
-        above: a number must be larger than this.
+        limits: the range of a number.
         optional: None is allowed as well.
         group: title of the flag's group in `--help`; None: that of the section.
         needs: another option of the same dataclass, without which this one has no effect.
@@ -80,12 +92,9 @@ class Option:
 
     default: Any
     flag: str | None = None
-    aliases: tuple[str, ...] = ()
     help: str = ""
     choices: Sequence[Any] | None = None
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
+    limits: Limits = Limits()
     optional: bool = False
     group: str | None = None
     needs: str | None = None
@@ -93,7 +102,7 @@ class Option:
     @property
     def kind(self) -> type:
         """The type of its values: bool, int, float or str."""
-        examples = (self.default, *(self.choices or ()), self.low, self.high, self.above, "")
+        examples = (self.default, *(self.choices or ()), self.limits.low, self.limits.high, self.limits.above, "")
         return type(next(value for value in examples if value is not None))
 
     def check(self, name: str, value: Any) -> None:
@@ -103,8 +112,8 @@ class Option:
         if self.choices is not None:
             check_choice(name, value, tuple(self.choices))
         elif self.kind is int:
-            assert isinstance(self.low, int) and not isinstance(self.high, float)
-            check_int(name, value, self.low, self.high)
+            assert isinstance(self.limits.low, int) and not isinstance(self.limits.high, float)
+            check_int(name, value, self.limits.low, self.limits.high)
         elif self.kind is float:
             self._check_number(name, value)
         elif not isinstance(value, self.kind):
@@ -112,29 +121,28 @@ class Option:
             raise OptionError(name, f"{name} {value!r}: allowed are {allowed}")
 
     def _check_number(self, name: str, value: Any) -> None:
-        low, high = self.low, self.high
+        low, high, above = self.limits.low, self.limits.high, self.limits.above
         inside = (
             isinstance(value, int | float)
             and not isinstance(value, bool)
             and (low is None or value >= low)
             and (high is None or value <= high)
-            and (self.above is None or value > self.above)
+            and (above is None or value > above)
             and value == value
         )
         if not inside:
-            start = f" from {low:g}" if low is not None else f" above {self.above:g}" if self.above is not None else ""
+            start = f" from {low:g}" if low is not None else f" above {above:g}" if above is not None else ""
             end = f" to {high:g}" if high is not None else " on" if low is not None else ""
-            comma = ", up" if self.above is not None and high is not None else ""
+            comma = ", up" if above is not None and high is not None else ""
             raise OptionError(name, f"{name} {value!r}: allowed are numbers{start}{comma}{end}")
 
 
 def option(
-    default: Any, *, flag: str | None = None, aliases: tuple[str, ...] = (), help: str = "",
-    choices: Sequence[Any] | None = None, low: float | None = None, high: float | None = None, above: float | None = None,
+    default: Any, *, flag: str | None = None, help: str = "", choices: Sequence[Any] | None = None, limits: Limits | None = None,
     optional: bool = False, group: str | None = None, needs: str | None = None,
 ) -> Any:  # fmt: skip
     """A dataclass field with what `Option` says of it."""
-    about = Option(default, flag, aliases, help, choices, low, high, above, optional, group, needs)
+    about = Option(default, flag, help, choices, limits or Limits(), optional, group, needs)
     return field(default=default, metadata={_OPTION: about})
 
 

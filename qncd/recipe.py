@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qncd.modes import MODES, WIDEST, changes_of, compose, parse_width
-from qncd.options import RecipeError, check_options, option, options_of, read_tree, read_yaml, section, sections_of
+from qncd.options import Limits, RecipeError, check_options, option, options_of, read_tree, read_yaml, section, sections_of
 from qncd.options import check_choice as check_choice
 from qncd.options import check_int as check_int
 
@@ -64,12 +64,12 @@ class QuantConfig:
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
 
-    weight_bits: int | None = option(8, flag="weight_bit", low=2, high=8, optional=True, help="bits of the weights, 2 to 8")
-    act_bits: int | None = option(8, flag="act_bit", low=2, high=8, optional=True, help="bits of the activations, 2 to 8")
+    weight_bits: int | None = option(8, flag="weight_bit", limits=Limits(2, 8), optional=True, help="bits of the weights, 2 to 8")
+    act_bits: int | None = option(8, flag="act_bit", limits=Limits(2, 8), optional=True, help="bits of the activations, 2 to 8")
     softmax_bits: int = option(
-        8, flag="sm_abit", low=2, high=16, needs="act_bits", help="bits of the softmax output, 2 to 16"
+        8, flag="sm_abit", limits=Limits(2, 16), needs="act_bits", help="bits of the softmax output, 2 to 16"
     )  # fmt: skip
-    edge_bits: int | None = option(8, low=2, high=8, optional=True)
+    edge_bits: int | None = option(8, limits=Limits(2, 8), optional=True)
     weight_range: str = option("mse", choices=WEIGHT_RANGES)
     act_range: str = option(
         "max", flag="act_range", choices=ACT_RANGES, needs="act_bits",
@@ -99,7 +99,7 @@ class QuantConfig:
         "to leave the sample the least error",
     )  # fmt: skip
     bias_correction: bool = option(
-        True, flag="bias_correction", help="take each layer's mean rounding error out of its bias (not in the paper)"
+        True, flag="bias_correction", help="take each layer's mean rounding error out of its bias; not in the paper"
     )
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ class SmoothingConfig:
         floor: smallest factor; 1 only ever shrinks channels, as in the paper.
     """
 
-    floor: float = option(1.0, above=0, high=1)
+    floor: float = option(1.0, limits=Limits(above=0, high=1))
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -156,24 +156,28 @@ class ReconstructionConfig:
     """
 
     iterations: int = option(
-        2000, flag="cali_iters", low=1, help="iterations a block (default {default}; the papers: 20000)"
+        2000, flag="cali_iters", limits=Limits(1), help="iterations a block (default {default}; the papers: 20000)"
     )  # fmt: skip
-    batch_size: int = option(32, low=1)
-    lr: float = option(1e-2, flag="recon_lr", above=0, help="Adam's learning rate (default {default}; the papers: 0.001)")
-    inputs: int | None = option(512, flag="recon_inputs", low=1, optional=True, help="calibration inputs used")
+    batch_size: int = option(32, limits=Limits(1))
+    lr: float = option(
+        1e-2, flag="recon_lr", limits=Limits(above=0), help="Adam's learning rate (default {default}; the papers: 0.001)"
+    )
+    inputs: int | None = option(512, flag="recon_inputs", limits=Limits(1), optional=True, help="calibration inputs used")
     memory_gb: float = option(
-        4.0, flag="recon_memory", low=0, help="GB of activations in memory, the rest in files (default {default})"
+        4.0, flag="recon_memory", limits=Limits(0), help="GB of activations in memory, the rest in files (default {default})"
     )
     cache: str = option(
         "fp16", flag="recon_cache", choices=CACHES,
         help="how activations are kept (default {default}); bf16 where one is too large for fp16",
     )  # fmt: skip
-    seed: int = option(0, low=0)
+    seed: int = option(0, limits=Limits(0))
     act_iterations: int = option(
-        0, flag="cali_iters_a", low=0,
+        0, flag="cali_iters_a", limits=Limits(0),
         help=f"iterations a block for the activation scales (default {ACT_ITERATIONS}; the papers: 5000)",
     )  # fmt: skip
-    act_lr: float = option(1e-2, flag="cali_lr", above=0, needs="act_iterations", help="their relative learning rate")
+    act_lr: float = option(
+        1e-2, flag="cali_lr", limits=Limits(above=0), needs="act_iterations", help="their relative learning rate"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -194,9 +198,12 @@ class CorrectionConfig:
         correct_variance: take the estimated variance out of the sampler's noise where eta > 0.
     """
 
-    interval: int = option(4, flag="reverse_interval", low=1, help="the N of --sample_reverse, as its own flag")
+    interval: int = option(4, flag="reverse_interval", limits=Limits(1), help="the N of --sample_reverse, as its own flag")
     target: str = option("paper", flag="reverse_target", choices=TARGETS, help="what the estimate is compared with")
-    statistics: str = option("sample", flag="reverse_statistics", choices=STATISTICS, help="one mean for what")
+    statistics: str = option(
+        "sample", flag="reverse_statistics", choices=STATISTICS,
+        help="one mean of the estimates: of each image, of the batch, or of each image and channel",
+    )  # fmt: skip
     control: bool = option(True)
     shrink: bool = option(True)
     correct_variance: bool = option(True)
@@ -220,8 +227,8 @@ class SamplerConfig:
 
     sample_type: str = option("generalized", choices=SAMPLE_TYPES)
     skip_type: str = option("uniform", choices=SKIP_TYPES)
-    timesteps: int = option(100, low=1)
-    eta: float = option(0.0, low=0, high=1)
+    timesteps: int = option(100, limits=Limits(1))
+    eta: float = option(0.0, limits=Limits(0, 1))
     convention: str = option("ddim", choices=CONVENTIONS)
 
     def __post_init__(self) -> None:
@@ -241,12 +248,13 @@ class CalibrationConfig:
         seed: of the trajectories' own seeds.
     """
 
-    samples: int = option(64, flag="cali_n", low=1, help="inputs at each calibration time step")
-    steps: int = option(10, flag="cali_st", low=1, help="calibration time steps")
+    samples: int = option(64, flag="cali_n", limits=Limits(1), help="inputs at each calibration time step")
+    steps: int = option(10, flag="cali_st", limits=Limits(1), help="calibration time steps")
     batch_size: int = option(
-        32, flag="cali_batch_size", low=1, optional=True, help="inputs at a time (default {default}; 2 for large inputs)"
+        32, flag="cali_batch_size", limits=Limits(1), optional=True,
+        help="inputs at a time (default {default}; 2 for large inputs)",
     )  # fmt: skip
-    seed: int = option(0, flag="cali_seed", low=0, high=2**35 - 1, help="of the calibration images' own seeds")
+    seed: int = option(0, flag="cali_seed", limits=Limits(0, 2**35 - 1), help="of the calibration images' own seeds")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -312,18 +320,8 @@ class Recipe:
             ValueError: an option is unknown, out of range, contradicts another one, or has no effect.
         """
         given = changes_of(cls, changes)
-        recipe: R = compose(cls, mode, {**parse_width(width), **given})
-        recipe.check_effects(given)
+        recipe: R = compose(cls, mode, {**parse_width(width), **given}, given)
         return recipe
-
-    def check_effects(self, given: Mapping[str, Any]) -> None:
-        """Raise RecipeError where an option among the given ones, by path, has no effect in this recipe."""
-        idle = {"act_bits": "is about quantized activations: they are in floating point here"}
-        for path, value in given.items():
-            name, _, key = path.partition(".")
-            about = options_of(type(getattr(self, name))).get(key) if key else None
-            if about and about.needs and value != about.default and not getattr(getattr(self, name), about.needs):
-                raise RecipeError(f"{{{path}}} {idle.get(about.needs, f'needs {{{name}.{about.needs}}}')}")
 
     @property
     def label(self) -> str:
@@ -383,9 +381,8 @@ class Recipe:
         content = read_yaml(path)
         try:
             given = changes_of(cls, content)
-            recipe: R = compose(cls, given.get("mode", cls.mode), given)
-            if not {*options_of(cls), *sections_of(cls)} <= content.keys():
-                recipe.check_effects(given)
+            whole = {*options_of(cls), *sections_of(cls)} <= content.keys()
+            recipe: R = compose(cls, given.get("mode", cls.mode), given, () if whole else given)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return recipe

@@ -38,7 +38,8 @@ def main() -> None:
     from qncd.models.configs import find_config
     from qncd.models.loading import load_unet_folder
     from qncd.models.original.ddim import build_ddim_unet
-    from qncd.sampling.schedule import alphas_cumprod, betas_of
+    from qncd.sampling.process import Process
+    from qncd.sampling.schedule import betas_of
     from qncd.training.diffusion import NoisePrediction, TrainingSettings, fit
 
     config = yaml.safe_load(find_config(args.config).read_text())
@@ -50,7 +51,7 @@ def main() -> None:
     if args.init:
         unet.load_state_dict(load_unet_folder(args.init).state_dict())
     images, _ = load_fashion_mnist("train", args.data)
-    objective = NoisePrediction(unet, alphas_cumprod(betas_of(config)))
+    objective = NoisePrediction(unet, Process.from_betas(betas_of(config)).alphas_cumprod)
     compiled = ("unet",) if args.compile else ()
     trained = fit(objective, (torch.from_numpy(images),), settings, args.out, args.precision, compiled)
     trained.get_submodule("unet").half().save_pretrained(args.out / "unet")

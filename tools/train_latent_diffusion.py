@@ -92,7 +92,7 @@ def main() -> None:
     from qncd.models.original.compvis import build_conditioner, original_state_dict
     from qncd.models.original.conditioning import TextConditioner
     from qncd.models.original.ldm import build_ldm_unet, ldm_betas
-    from qncd.sampling.schedule import alphas_cumprod
+    from qncd.sampling.process import Process
     from qncd.training.diffusion import NoisePrediction, TrainingSettings, condition_tensor, fit
 
     config = yaml.safe_load(find_config(args.config).read_text())
@@ -110,7 +110,10 @@ def main() -> None:
     if isinstance(conditioner, TextConditioner):
         conditioner.text_model.set_attn_implementation("eager")
     tokens = condition_tensor(conditioner, conditions)
-    objective = NoisePrediction(unet, alphas_cumprod(ldm_betas(config)), conditioner, float(section["condition_dropout"]))
+    abar, dropout = Process.from_betas(ldm_betas(config)).alphas_cumprod, float(section["condition_dropout"])
+    objective = NoisePrediction(unet, abar, conditioner, dropout)
+        unet, Process.from_betas(ldm_betas(config)).alphas_cumprod, conditioner, float(section["condition_dropout"])
+    )
     compiled = ("unet",) if args.compile else ()
     trained = fit(objective, (latents, tokens), settings, args.out / "diffusion_run", args.precision, compiled)
 

@@ -47,14 +47,15 @@ def add_recipe_arguments(
         "--recipe", type=Path, metavar="FILE", help="YAML with mode, width and options by name; flags override it"
     )
     sections = sections_of(recipe_type)
+    switches = {name: part for name, part in sections.items() if part.switch}
     for path, option in paths_of(recipe_type).items():
-        title = option.group or (sections[path.partition(".")[0]].title if "." in path else QUANTIZATION)
-        if option.flag:
-            _add_option(group(title), path, option)
-    for name, part in sections.items():
-        if part.switch:
+        name = path.partition(".")[0]
+        if part := switches.pop(name, None):
             text = part.help + _modes_with(name)
             group(part.title).add_argument(f"--{part.switch}", action=argparse.BooleanOptionalAction, help=text)
+        if option.flag:
+            title = option.group or (sections[name].title if name in sections else QUANTIZATION)
+            _add_option(group(title), path, option)
     for spelling in SPELLINGS:
         text = spelling.help + (_modes_with(spelling.switch) if spelling.switch else "")
         destination = spellings.attribute(spelling.flag)
@@ -63,7 +64,7 @@ def add_recipe_arguments(
 
 
 def _add_option(group: argparse._ArgumentGroup, path: str, option: Option) -> None:
-    names = [f"--{name}" for name in (option.flag, *option.aliases)]
+    names = [f"--{name}" for name in (option.flag,)]
     if option.kind is bool:
         text = option.help + _modes_with(path, option.default)
         group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
@@ -74,7 +75,7 @@ def _add_option(group: argparse._ArgumentGroup, path: str, option: Option) -> No
         text += f" (default {default})"
     kind: Any = {int: int, float: float}.get(option.kind)
     if path.endswith(".seed"):
-        kind = functools.partial(seed, high=int(option.high or MAX_SEED))
+        kind = functools.partial(seed, high=int(option.limits.high or MAX_SEED))
     group.add_argument(*names, type=kind, choices=option.choices, help=text)
 
 
@@ -114,8 +115,13 @@ def recipe_of(args: argparse.Namespace, recipe_type: type[Recipe] = Recipe) -> R
     given = _given_options(args, recipe_type)
     for path, value in given.items():
         option = paths_of(recipe_type).get(path)
-        if option and option.kind is int and None not in (option.low, option.high) and not option.low <= value <= option.high:
-            raise ValueError(f"--{option.flag} {value}: allowed are {option.low} to {option.high}")
+        if (
+            option
+            and option.kind is int
+            and None not in (option.limits.low, option.limits.high)
+            and not option.limits.low <= value <= option.limits.high
+        ):
+            raise ValueError(f"--{option.flag} {value}: allowed are {option.limits.low} to {option.limits.high}")
     file = _read_file(args.recipe, recipe_type) if args.recipe else {}
     mode = given.pop("mode", None) or file.get("mode", recipe_type.mode)
     given.pop("quant.act_bits", None)
@@ -126,8 +132,7 @@ def recipe_of(args: argparse.Namespace, recipe_type: type[Recipe] = Recipe) -> R
     names |= {name: f"--{part.switch}" for name, part in sections_of(recipe_type).items() if part.switch}
     names |= spellings.names(args)
     try:
-        recipe: Recipe = compose(recipe_type, mode, {**_overridden(file, flags), **flags})
-        recipe.check_effects(flags)
+        recipe: Recipe = compose(recipe_type, mode, {**_overridden(file, flags), **flags}, flags)
     except RecipeError as error:
         raise ValueError(error.told(names)) from None
     except OptionError as error:

@@ -301,4 +301,5 @@ def _nested(inputs: Inputs) -> dict[str, Any]:
 
 
 def few(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are: for a log line."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

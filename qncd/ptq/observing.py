@@ -19,7 +19,7 @@ RUNNING_BATCH = 16  # inputs by which "running" ranges move once, as in Q-Diffus
 
 
 @torch.no_grad()
-def find_ranges_(network: Network, data: CalibrationSet, batch_size: int, progress: Progress | None = None) -> None:
+def find_ranges_(network: Network, data: CalibrationSet, batch_size: int, progress: Progress | None = None) -> list[str]:
     """Find the scales of weights and activations and leave both as they are.
 
     Args:
@@ -27,6 +27,10 @@ def find_ranges_(network: Network, data: CalibrationSet, batch_size: int, progre
         data: its inputs; all of them pass every observer once, in floating point.
         batch_size: inputs a forward pass; the result depends on it only for "running" ranges.
         progress: called with (inputs done, inputs in all).
+
+    Returns:
+        names of the activation quantizers that never ran, which have no range: parts that the network does not use, such as
+        the projections that an attention processor has its own in the place of.
 
     Raises:
         ValueError: a weight or an activation is NaN or infinite; the layer or quantizer is named.
@@ -36,15 +40,17 @@ def find_ranges_(network: Network, data: CalibrationSet, batch_size: int, progre
         raise ValueError("ranges are found for a model prepared by quantize_")
     for name, layer in layers.items():
         named(name, layer.search_weight_range_)
-    for name, quantizer in observe_(network, data, batch_size, progress).items():
+    observed = observe_(network, data, batch_size, progress)
+    for name, quantizer in observed.items():
         named(name, quantizer.finish_observing)
+    return [name for name in act_quantizers(network.module) if name not in observed]
 
 
 @torch.no_grad()
 def observe_(
     network: Network, data: CalibrationSet, batch_size: int, progress: Progress | None = None
 ) -> dict[str, ActQuantizer]:
-    """Show every activation quantizer the whole set in floating point. Returns them by name, in the order in which they run.
+    """Show every activation quantizer the whole set in floating point. Returns those that ran by name, in their order.
 
     The observers stay in the quantizers, until `finish_observing` makes ranges of them.
     """
@@ -69,7 +75,9 @@ def observe_(
                 progress(done, data.passed)
         for quantizer in quantizers.values():
             quantizer.more_follows = False
-    return {name: quantizers[name] for name in [*first, *(name for name in quantizers if name not in first)]}
+    for name in quantizers.keys() - first.keys():
+        quantizers[name].observers = []
+    return {name: quantizers[name] for name in first}
 
 
 @contextmanager

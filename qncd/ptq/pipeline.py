@@ -112,6 +112,8 @@ def quantize_network(
         ValueError: the set does not fit the network, or what a stage raises.
     """
     job, start = job or Job(), time.perf_counter()
+    if job.weights and recipe.reconstruction:
+        raise ValueError("weights of a checkpoint are taken as they are: no reconstruction with them")
     kind = kind_of(recipe)
     later = kind is not None and record is None and kind.recorder(recipe) is None and kind.record is not None
     if later and kind is not None and not kind.calls_network:

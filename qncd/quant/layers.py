@@ -176,6 +176,14 @@ class QuantLayer(nn.Module):
         steps = self.codes.to(torch.float32) - self._shift()
         self.weight = nn.Parameter((steps * self.expanded_scale()).to(dtype), requires_grad=False)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.codes is not None:  # they follow the weight that was loaded
+            codes, shift = self.config.weight_codes, self._shift()
+            assert codes is not None
+            found = torch.div(self.weight.detach().float(), self.expanded_scale()).add_(shift).round_()
+            self.set_weight_codes(found.clamp_(codes.qmin, codes.qmax), self.weight_scale, self.weight_zero_point)
+
     def expanded_scale(self) -> Tensor:
         """The scales as they broadcast against the weight: (O, I, 1, ...)."""
         assert self.weight_scale is not None

@@ -58,6 +58,11 @@ class Process:
         t = np.arange(steps + 1, dtype=np.float64) / steps
         return cls(1 - t, t)
 
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        """alpha^2, (T,): of a variance-preserving process what DDPM calls the cumulative alphas."""
+        return self.alpha**2
+
     def at(self, t: float) -> tuple[float, float]:
         """(alpha, sigma) at a time step, linear between whole ones; (1, 0), the clean image, before the first."""
         if t < 0:

@@ -101,6 +101,9 @@ def make_steps(config: SamplerConfig, process: Process) -> list[Step]:
 
     DDIM: sigma = eta (sigma_p / sigma_t) sqrt(sigma_t^2 - r^2 sigma_p^2), r = alpha_t / alpha_p (arXiv 2010.02502, eq. 16).
     DDPM: sigma^2 = 1 - abar_t/abar_p (the "fixed large" variance), 0 at t = 0; of variance-preserving processes.
+
+    Raises:
+        ValueError: a time step of pure noise would be visited (the end of a flow, or of a schedule of zero SNR).
     """
     if process.times is not None:
         times: list[float] = sorted(set(process.times))
@@ -110,6 +113,8 @@ def make_steps(config: SamplerConfig, process: Process) -> list[Step]:
     steps: list[Step] = []
     for index, (t, t_prev) in enumerate(zip(reversed(times), reversed([end, *times[:-1]]), strict=True)):
         (alpha, noise), (alpha_prev, noise_prev) = process.at(t), process.at(t_prev)
+        if alpha == 0:
+            raise ValueError(f"time step {t}: holds no signal, from which no clean image can be read off")
         step = Step(index, t, t_prev, alpha, noise, alpha_prev, noise_prev, 0.0, 0.0)
         if config.sample_type == "ddpm_noisy":
             beta = step.renoise**2  # of a variance-preserving process

@@ -17,9 +17,10 @@ from qncd.engines.openvino import openvino_options
 from qncd.engines.openvino_graph import expand_group_norms_, multiply_codes_, raise_scalars_, read_network
 from qncd.engines.packages import require
 from qncd.models.loading import load_config, load_ddim
-from qncd.ptq.calibration import CalibrationSet
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.temporal import set_all_stepwise_, set_stepwise_ranges_
-from qncd.quant.convert import act_quantizers, quantize_
+from qncd.quant.inspection import act_quantizers
 from qncd.recipe import QuantConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,9 +89,9 @@ def test_ranges_for_each_step(kind: str, config: QuantConfig, make_unet: Any, ma
     for backend in ENGINES:
         check(make(), unet, tmp_path, backend)
     data = inputs(unet, 96)
-    again = CalibrationSet(data.x, torch.full((96,), TIMES[1]), data.cond)
+    again = CalibrationSet(data.x, torch.full((96,), TIMES[1]), data.inputs)
     found, expected = (call(network, again) for network in (open_engine(unet, tmp_path, "onnxruntime", threads=1), unet))
-    other = call(unet, CalibrationSet(data.x, torch.full((96,), TIMES[3]), data.cond))
+    other = call(unet, CalibrationSet(data.x, torch.full((96,), TIMES[3]), data.inputs))
     assert (found - expected).square().mean() < 0.1 * (other - expected).square().mean()
 
 
@@ -207,7 +208,10 @@ def test_attention_in_integers_on_openvino(stepwise: Any, make_cross_unet: Any, 
     unet = prepared(make_cross_unet(), config, stepwise)
     data = inputs(unet, 2)
     path = export_network(unet, tmp_path / "onnx", config, "")
-    assert data.cond is not None
-    shapes = {"sample": data.x.shape, "timestep": data.t.shape, "encoder_hidden_states": data.cond.shape}
+    shapes = {
+        "sample": data.x.shape,
+        "timestep": data.t.shape,
+        "encoder_hidden_states": data.inputs["encoder_hidden_states"].shape,
+    }
     compiled = openvino.Core().compile_model(read_network(path, shapes), "CPU", openvino_options(1))
     assert product_inputs(compiled) == {("u8", "i8")}

@@ -18,10 +18,11 @@ from qncd.engines.engine import check_engine
 from qncd.engines.network import EngineNetwork
 from qncd.models.loading import load_config, load_ddim
 from qncd.models.network import network_of
+from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
-from qncd.quant.convert import quant_layers, quantize_
+from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.quantizers import Stage
 from qncd.recipe import QuantConfig
@@ -192,7 +193,7 @@ def test_what_has_no_kernel_is_refused(make_unet: Any, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="conv_out: activations of 16 bits; backend triton has kernels for up to 8"):
         open_triton(unet)
     with pytest.raises(ValueError, match="weights are in floating point"):
-        open_triton(quantize_(make_unet(), QuantConfig(8, 8)).to(DEVICE))
+        open_triton(quantize_(make_unet(), QuantConfig(8, 8)).module.to(DEVICE))
     if DEVICE == "cuda":
         with pytest.raises(ValueError, match="backend triton on --device cpu: allowed is cuda"):
             open_triton(prepared(make_unet(), QuantConfig(8, 8)))

@@ -259,7 +259,10 @@ def test_attention_that_is_not_known_stays(
     assert sum(type(p).__name__ == kind for p in found) == left
     assert sum(isinstance(p, QuantAttnProcessor) for p in found) == len(found) - left
     call = network.bind((x, t), given)
+    caplog.clear()
     calibrate_(network, CalibrationSet(call.x, call.t, call.inputs, constants=call.constants), QuantConfig(8, 8))
+    idle = [r.getMessage() for r in caplog.records if "never came up while calibrating" in r.getMessage()]
+    assert bool(idle) is (make is custom_diffusion)  # its processor has projections of its own
     quantized = network.predict(call.x, call.t, call.inputs)
     assert 0 < (quantized - before).norm() < 0.3 * before.norm()
 

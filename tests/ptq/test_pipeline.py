@@ -114,7 +114,9 @@ def test_guidance_sees_both_halves(make_cross_unet: Any, scale: float) -> None:
 
 
 def test_conditioned_images_depend_on_seed_and_condition_alone(make_cross_unet: Any) -> None:
-    diffusion = Diffusion(make_cross_unet(), PROCESS, SamplerConfig("plms", timesteps=4, convention="ldm"), (4, 8, 8), lane=4)
+    diffusion = Diffusion(
+        network_of(make_cross_unet()), PROCESS, SamplerConfig("plms", timesteps=4, convention="ldm"), (4, 8, 8), lane=4
+    )
     conditions = Conditions({CONTEXT: torch.randn(8, 5, 12)}, {CONTEXT: torch.randn(1, 5, 12)}, 3.0)
     data, table = sampled(diffusion, CalibrationConfig(8, 2, 4), CorrectionConfig(interval=2), conditions)
     assert data.uncond is not None and len(data.uncond[CONTEXT]) == 1 and len(data.inputs[CONTEXT]) == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -208,3 +209,77 @@ def test_refusals() -> None:
         layer.weight[2, 3, 1, 1] = bad
         with pytest.raises(ValueError, match=r"^a weight is NaN or infinite$"):
             wrap(layer, layer_config()).quantize_weight_()
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+@pytest.mark.parametrize("segments", [None, (7, 3)])
+def test_gradients_through_the_layer_are_those_of_the_straight_formula(kind: str, segments: tuple[int, ...] | None) -> None:
+    """With scales that are learned, as if rounding did nothing within the range; without, rounding is flat."""
+    layer, x = small_layer(kind)
+    channel = 1 if kind == "conv" else 2
+    if kind == "linear" and segments:
+        x, channel = x[:, 0], 1  # halves are of dimension 1
+    wrapped = switch_over(wrap(layer, layer_config(4, IntegerRange(4, False), segments=segments)), x)
+    x = (1.5 * x).requires_grad_()  # some values are clipped
+    expected = wrapped(x.detach())
+    flat = wrapped(x)
+    assert torch.equal(flat, expected)
+    flat.sum().backward()
+    assert x.grad is not None and not x.grad.any()
+    x.grad = None
+    wrapped.act.scale.requires_grad_(True)
+    out = wrapped(x)
+    assert torch.equal(out, expected)
+    target = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * target).sum().backward()
+    found = x.grad.clone(), wrapped.act.scale.grad.clone()
+    x.grad = None
+    scales = wrapped.act.scale.detach().clone().requires_grad_()
+    parts = []
+    for part, scale, zero in zip(x.split(segments or x.shape[channel], channel), scales, wrapped.act.zero_point, strict=True):
+        steps = part / scale
+        inside = (steps.round() >= -zero) & (steps.round() <= 15 - zero)
+        assert 0.5 < float(inside.float().mean()) < 1
+        straight = steps + (steps.round() - steps).detach()
+        parts.append(torch.where(inside, straight, steps.detach().round().clamp(float(-zero), float(15 - zero))) * scale)
+    rounded = torch.cat(parts, channel)
+    plain = nn.functional.linear if kind == "linear" else layer._conv_forward
+    straight_out = plain(rounded, wrapped.weight, wrapped.bias)
+    torch.testing.assert_close(straight_out, expected)
+    (straight_out * target).sum().backward()
+    torch.testing.assert_close(found[0], x.grad)
+    torch.testing.assert_close(found[1], scales.grad)
+
+
+@pytest.mark.parametrize("segments", [None, (7, 3)])
+def test_codes_are_kept_as_they_were_set(segments: tuple[int, ...] | None) -> None:
+    """Not made from the weight again: that is what costs ties their codes."""
+    wrapped = wrap(small_layer("conv")[0], layer_config(8, segments=segments))
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, wrapped.weight.shape, dtype=torch.int8, generator=generator)
+    scale = torch.rand(6, len(segments or (1,)), generator=generator) + 0.01
+    wrapped.set_weight_codes(codes, scale)
+    assert wrapped.weight_codes() is codes and wrapped.weight_scale is scale
+    wrapped.quantize_weight_()
+    wrapped.search_weight_range_()
+    assert wrapped.weight_codes() is codes and wrapped.rounded_weight() is wrapped.weight
+    torch.testing.assert_close(wrapped.weight, codes * wrapped.expanded_scale(), rtol=0, atol=0)
+    half = wrapped.bfloat16()
+    assert half.weight_codes().dtype == torch.int8 and torch.equal(half.weight_codes(), codes)
+    assert "codes" not in wrapped.state_dict()
+    assert torch.equal(copy.deepcopy(wrapped).weight_codes(), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_codes_follow_a_state_dict(dtype: torch.dtype, zero_points: bool) -> None:
+    source, target = (wrap(small_layer("conv")[0].to(dtype), layer_config(4, segments=(7, 3))) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for layer in (source, target):
+        codes = torch.randint(-8, 8, layer.weight.shape, dtype=torch.int8, generator=generator)
+        zeros = torch.randint(0, 16, (6, 2), generator=generator).float() if zero_points else None
+        layer.set_weight_codes(codes, torch.rand(6, 2, generator=generator) + 0.01, zeros)
+    assert not torch.equal(target.weight_codes(), source.weight_codes())
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.weight, source.weight) and target.weight.dtype == dtype
+    assert target.weight_codes().dtype == torch.int8 and torch.equal(target.weight_codes(), source.weight_codes())

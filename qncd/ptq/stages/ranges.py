@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from qncd.models.network import Network
+import logging
+
+from qncd.models.network import Network, few
 from qncd.ptq.context import Context
 from qncd.ptq.observing import find_ranges_
 from qncd.quant.inspection import quant_layers, set_stage
 from qncd.quant.quantizers import Stage as QuantizerStage
 from qncd.recipe import Recipe
+
+log = logging.getLogger("qncd")
 
 
 def round_(network: Network) -> None:
@@ -29,7 +33,9 @@ class Ranges:
 
     def run(self, context: Context) -> None:
         with context.monitor(f"{self.title} {context.recipe.quant.label}", self.unit) as update:
-            find_ranges_(context.network, context.data, context.batch_size, update)
+            idle = find_ranges_(context.network, context.data, context.batch_size, update)
+        if idle:
+            log.warning("%d activations never came up while calibrating and have no range: %s", len(idle), few(idle))
 
 
 class Rounding:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from qncd.models.families.unet import UNet
 from qncd.models.network import network_of
-from qncd.ptq.stages.prepare import quantize_
+from qncd.ptq.stages.prepare import quantize_, restored_on_error
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.inspection import act_quantizers, observing, quant_layers, set_stage
 from qncd.quant.layers import QuantConv2d, QuantLinear
@@ -258,3 +260,90 @@ def test_the_embedding_may_stay_in_floating_point_and_softmax_have_its_own_range
     with observing(unet):
         kinds = {name.rpartition(".")[2]: {type(o).__name__ for o in q.observers} for name, q in act_quantizers(unet).items()}
     assert kinds["softmax"] == {"RunningObserver"} and kinds["q"] != kinds["softmax"]
+
+
+def undone_by(change: str, unet: Any) -> None:
+    """What users of diffusers call on a network, and what replaces its attention processors."""
+    if change == "slicing":
+        unet.set_attention_slice("auto")
+    elif change == "processor":
+        unet.set_attn_processor(AttnProcessor2_0())
+    elif change == "fusing":
+        unet.fuse_qkv_projections()
+    else:
+        unet.down_blocks[1].attentions[0].set_processor(AttnProcessor2_0())
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [("cross", "slicing"), ("cross", "processor"), ("cross", "fusing"), ("unet", "a single layer's")]
+)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_call_notices_that_quantized_attention_was_replaced(make: Any, kind: str, change: str, calibrated: bool) -> None:
+    unet = quantize_(make(kind), QuantConfig(4, 8)).module
+    if calibrated:
+        switch_over(unet, kind)
+    run(unet, kind)
+    undone_by(change, unet)
+    name = "down_blocks.1.attentions.0" + (".transformer_blocks.0.attn1" if kind == "cross" else "")
+    with pytest.raises(ValueError) as caught:
+        run(unet, kind)
+    new = {"slicing": "SlicedAttnProcessor", "fusing": "FusedAttnProcessor2_0"}.get(change, "AttnProcessor2_0")
+    reason = f"its quantized attention was replaced by a {new}: set attention up before quantizing"
+    assert str(caught.value) == f"{name}: {reason}"
+
+
+def test_attention_without_quantizers_may_be_replaced(make: Any) -> None:
+    unet = make("cross")
+    unet.set_attention_slice("auto")
+    expected = run(unet, "cross")
+    quantize_(unet, QuantConfig(4, 8))  # sliced attention is plain attention
+    torch.testing.assert_close(run(unet, "cross"), expected, rtol=1e-4, atol=1e-5)
+    other = quantize_(make("cross"), QuantConfig(4, 8, quantize_attention=False)).module
+    undone_by("processor", other)
+    run(other, "cross")
+
+
+@pytest.mark.parametrize("kind", ["unet", "cross"])
+def test_save_pretrained_is_refused(make: Any, kind: str, tmp_path: Path) -> None:
+    unet = make(kind)
+    unet.save_pretrained(tmp_path / "before")
+    quantize_(unet, QuantConfig(4, 8))
+    for module in (unet, copy.deepcopy(unet)):
+        with pytest.raises(
+            ValueError, match=r"^a quantized network is saved by qncd\.save: save_pretrained would write one that"
+        ):
+            module.save_pretrained(tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+
+
+@pytest.mark.parametrize("kind", ["unet", "cross"])
+def test_an_error_leaves_the_network_as_it_was(make: Any, kind: str, tmp_path: Path) -> None:
+    network = network_of(make(kind))
+    unet = network.module
+    expected, state = run(unet, kind), {name: value.clone() for name, value in unet.state_dict().items()}
+    modules = dict(unet.named_modules())
+    processors = {name: m.processor for name, m in modules.items() if isinstance(m, Attention)}
+    with pytest.raises(KeyboardInterrupt), restored_on_error(network):
+        quantize_(network, QuantConfig(4, 4))
+        switch_over(unet, kind)
+        for layer in quant_layers(unet).values():
+            layer.shift_bias_(torch.ones(len(layer.weight)))
+        unet.conv_norm_out.weight.mul_(3)
+        assert not torch.allclose(run(unet, kind), expected)
+        raise KeyboardInterrupt
+    assert torch.equal(run(unet, kind), expected)
+    assert all(m is modules[name] for name, m in unet.named_modules()) and len(list(unet.named_modules())) == len(modules)
+    assert processors and all(modules[name].processor is processor for name, processor in processors.items())
+    assert unet.state_dict().keys() == state.keys() and all(torch.equal(v, state[n]) for n, v in unet.state_dict().items())
+    assert not unet._forward_pre_hooks
+    unet.save_pretrained(tmp_path / "after")
+    quantize_(network, QuantConfig(4, 8))  # and it can be quantized again
+
+
+def test_without_an_error_it_stays_quantized(make: Any) -> None:
+    network = network_of(make("unet"))
+    with restored_on_error(network):
+        quantize_(network, QuantConfig(4, 8))
+    assert quant_layers(network.module)
+    with pytest.raises(ValueError, match=r"a quantized network is saved by"):
+        network.module.save_pretrained("nowhere")

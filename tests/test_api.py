@@ -1,0 +1,262 @@
+"""The Python API on the bundled text model, on a small StableDiffusionPipeline, and on bare denoisers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from torch import Tensor
+
+import qncd
+from qncd.models.original.conditioning import build_text_model, clip_tokenizer
+from qncd.quant.inspection import quant_layers
+from qncd.recipe import MODES
+
+PROMPTS = ["a large red circle above a small blue square", "a small green square left of a large blue circle"]
+FEW = {"prompts": PROMPTS, "steps": 4, "samples": 4}
+RECONSTRUCTED = ("qdiff", "ptqd", "tfmq", "d2dpm")
+
+
+def small_pipeline(seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
+    """Random weights, latents of 8x8."""
+    torch.manual_seed(seed)
+    settings = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32), "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4, "cross_attention_dim": 16, "attention_head_dim": 2,
+    }  # fmt: skip
+    text = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 16,
+    }  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    network = UNet2DConditionModel(**{**settings, **unet})
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+    )
+    pipe = StableDiffusionPipeline(
+        vae,
+        build_text_model(text),
+        clip_tokenizer(),
+        network,
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,  # type: ignore[arg-type]
+    )
+    for name in ("vae", "unet", "text_encoder"):
+        getattr(pipe, name).eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(pipe: Any, steps: int = 4, **arguments: Any) -> Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+    out: Tensor = pipe(PROMPTS, num_inference_steps=steps, generator=generators, output_type="latent", **arguments).images
+    return out
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module")
+def base() -> StableDiffusionPipeline:
+    return small_pipeline()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_on_a_pipeline(mode: str, base: Any, tmp_path: Path) -> None:
+    pipe = copy.deepcopy(base)
+    options = {"iterations": 2, "inputs": 8} if mode in RECONSTRUCTED else {}
+    width = "W4A6" if mode == "qncd+" else "W8A8"
+    report = qncd.quantize(pipe, width, mode, **FEW, **options)
+    assert len(report.layers) == len(quant_layers(pipe.unet)) > 30 and not report.left_out
+    assert report.inputs == 4 * 4 * 2  # samples, steps, halves of guidance
+    exact, images = latents(base), latents(pipe)
+    assert 0 < distance(images, exact) < (0.5 if mode == "qncd+" else 0.2)
+    qncd.save(pipe, tmp_path)
+    again = copy.deepcopy(base)
+    assert qncd.load_quantized(again, tmp_path) == report.recipe
+    assert torch.equal(latents(again), images)
+
+
+def test_the_bundled_text_model(tmp_path: Path) -> None:
+    pipe = qncd.load("configs/scenes.yaml")
+    pipe.set_progress_bar_config(disable=True)
+    exact = latents(pipe, guidance_scale=4.0)
+    report = qncd.quantize(pipe, "W4A8", mode="qncd+", **FEW)
+    assert "W4A8 qncd+" in str(report)
+    images = latents(pipe, guidance_scale=4.0)
+    assert 0 < distance(images, exact) < 0.3
+    qncd.save(pipe, tmp_path / "w4a8")
+    fresh = qncd.load("configs/scenes.yaml")
+    fresh.set_progress_bar_config(disable=True)
+    qncd.load_quantized(fresh, tmp_path / "w4a8")
+    assert torch.equal(latents(fresh, guidance_scale=4.0), images)
+
+
+def test_a_correction_acts_through_the_scheduler(base: Any) -> None:
+    corrected, plain = copy.deepcopy(base), copy.deepcopy(base)
+    qncd.quantize(corrected, "W4A8", "qncd+", **FEW)
+    qncd.quantize(plain, "W4A8", "qncd+", tracking=False, **FEW)
+    # On the very runs that the filters were fitted to: the same seeds and prompts as in calibration.
+    record = corrected.unet._qncd.record
+    assert record.kernels.shape[0] == 4 and bool((record.left <= 1).all())
+    del corrected.scheduler.step  # without the correction the pipelines are the same
+    corrected.unet._forward_pre_hooks.clear()
+    from qncd.ptq.stages.prepare import watch_
+    from qncd.quant.stepwise import select_steps_on_call
+
+    network = qncd.network_of(corrected.unet)
+    watch_(network)
+    select_steps_on_call(corrected.unet, network.times_of)
+    assert torch.equal(latents(corrected), latents(plain))
+
+
+def test_another_number_of_steps_is_refused(base: Any) -> None:
+    pipe = copy.deepcopy(base)
+    qncd.quantize(pipe, "W8A8", "ptqd", iterations=1, inputs=8, **FEW)
+    with pytest.raises(ValueError, match="fitted for 4 steps"):
+        latents(pipe, steps=5)
+    assert bool(torch.isfinite(latents(pipe)).all())
+
+
+def test_a_replaced_scheduler_or_processor_is_noticed(base: Any) -> None:
+    pipe = copy.deepcopy(base)
+    qncd.quantize(pipe, "W8A8", "ptqd", iterations=1, inputs=8, **FEW)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="scheduler was replaced by a DPMSolverMultistepScheduler"):
+        latents(pipe)
+    pipe = copy.deepcopy(base)
+    qncd.quantize(pipe, "W8A8", "linear", **FEW)
+    pipe.enable_attention_slicing()
+    with pytest.raises(ValueError, match="quantized attention was replaced"):
+        latents(pipe)
+    with pytest.raises(ValueError, match=r"qncd\.save"):
+        pipe.unet.save_pretrained("nowhere")
+
+
+def test_the_control_of_runtime_correction(base: Any) -> None:
+    """With full precision in the quantized network's place, corrected runs are nearly those without correction."""
+    pipe = copy.deepcopy(base)
+    qncd.quantize(pipe, "W8A8", "qncd", interval=2, **FEW)
+    exact, images = latents(base), latents(pipe)
+    assert distance(images, exact) < 0.1
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_other_schedulers(base: Any, scheduler: Any) -> None:
+    pipe = copy.deepcopy(base)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    exact = latents(pipe)
+    qncd.quantize(pipe, "W8A8", "qncd+", **FEW)
+    assert 0 < distance(latents(pipe), exact) < 0.2
+    if scheduler is EulerDiscreteScheduler:
+        other = copy.deepcopy(base)
+        other.scheduler = scheduler.from_config(other.scheduler.config)
+        with pytest.raises(ValueError, match="runtime correction with EulerDiscreteScheduler"):
+            qncd.quantize(other, "W8A8", "qncd", interval=2, **FEW)
+
+
+def test_calls_instead_of_prompts(make_unet: Any) -> None:
+    pipe = DDIMPipeline(make_unet(), DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    report = qncd.quantize(pipe, "W8A8", "qncd+", calls=[{"batch_size": 2, "eta": 0.0}, {"batch_size": 3, "eta": 0.0}], steps=3)
+    assert report.recipe.calibration.samples == 5 and report.inputs == 5 * 3
+    with pytest.raises(ValueError, match="takes no colour"):
+        qncd.quantize(DDIMPipeline(make_unet(), DDIMScheduler()), "W8A8", "linear", calls=[{"colour": 1}])
+    with pytest.raises(ValueError, match="takes no prompts"):
+        qncd.quantize(DDIMPipeline(make_unet(), DDIMScheduler()), "W8A8", "linear", prompts=PROMPTS)
+
+
+def calibration(unet: Any, count: int = 8) -> qncd.CalibrationSet:
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, unet.config.in_channels, 8, 8)
+    given = (
+        {"encoder_hidden_states": torch.randn(count, 5, 12, generator=generator)} if "cross_attention_dim" in unet.config else {}
+    )
+    return qncd.CalibrationSet(torch.randn(shape, generator=generator), torch.arange(count) * 120, given)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_on_a_bare_denoiser(mode: str, make_cross_unet: Any, caplog: pytest.LogCaptureFixture) -> None:
+    unet = make_cross_unet()
+    data = calibration(unet)
+    exact = unet(data.x, data.t, data.inputs["encoder_hidden_states"]).sample
+    options = {"iterations": 2, "inputs": 8} if mode in RECONSTRUCTED else {}
+    report = qncd.quantize(unet, "W8A8", mode, calibration=data, **options)
+    found = unet(data.x, data.t, data.inputs["encoder_hidden_states"]).sample
+    assert 0 < distance(found, exact) < 0.1
+    corrects = mode in ("ptqd", "d2dpm", "qncd", "qncd+")
+    assert bool(report.left_out) == corrects and ("scheduler=" in caplog.text) == corrects
+    with_sampler = make_cross_unet()
+    report = qncd.quantize(
+        with_sampler, "W4A6" if mode == "qncd+" else "W8A8", mode, calibration=data, scheduler=DDIMScheduler(), steps=4, **options
+    )
+    assert not report.left_out
+    record = with_sampler._qncd.record
+    assert (record is not None) == corrects
+
+
+def test_settings_have_an_effect(make_unet: Any) -> None:
+    """Every switch changes the result, or is refused."""
+    switches: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "gptq": {"gptq": True, "bias_correction": True},
+        "bias": {"bias_correction": True},
+        "split": {"split": True},
+        "reconstruction": {"reconstruction": True, "iterations": 20},
+    }
+    results = {}
+    for name, options in switches.items():
+        unet = make_unet()
+        data = calibration(unet, 16)
+        qncd.quantize(unet, "W4A8", "linear", calibration=data, **options)
+        results[name] = unet(data.x, data.t).sample
+    names = list(results)
+    assert not any(torch.equal(results[a], results[b]) for i, a in enumerate(names) for b in names[i + 1 :])
+    unet = make_unet()
+    refused = {
+        "tracking": True, "bit_allocation": True, "no_such_option": 1, "gtpq": True, "prompts": PROMPTS, "steps": 3,
+    }  # fmt: skip
+    for name, value in refused.items():
+        with pytest.raises(ValueError, match=name.split("_")[0]):
+            qncd.quantize(unet, "W8A6", "linear", calibration=calibration(unet), **{name: value})  # type: ignore[arg-type]
+    assert not quant_layers(unet)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_engine_in_a_pipeline(engine: str, base: Any, tmp_path: Path) -> None:
+    pytest.importorskip(engine)
+    pipe = copy.deepcopy(base)
+    qncd.quantize(pipe, "W8A8", "qncd+", **FEW)
+    qncd.export(pipe, tmp_path, engine=engine)
+    fast = qncd.open_engine(pipe, tmp_path, engine)
+    expected = latents(pipe)
+    assert distance(latents(fast), expected) < 0.5 * distance(expected, latents(base))
+    assert fast.unet is not pipe.unet and pipe.unet is not base.unet
+
+
+def test_half_precision(base: Any) -> None:
+    pipe = copy.deepcopy(base)
+    pipe.unet.to(torch.bfloat16)
+    pipe.text_encoder.to(torch.bfloat16)
+    exact = latents(pipe).float()
+    qncd.quantize(pipe, "W8A8", "linear", **FEW)
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
+    assert distance(latents(pipe).float(), exact) < 0.2
