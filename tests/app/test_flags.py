@@ -13,7 +13,7 @@ import pytest
 
 from qncd.app import flags
 from qncd.app import parser as cli
-from qncd.options import MAX_SEED, option, section
+from qncd.options import MAX_SEED, Limits, option, section
 from qncd.recipe import QUANTIZATION, CorrectionConfig, QuantConfig, Recipe, ReconstructionConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,9 +226,9 @@ def test_a_recipe_in_a_file_and_flags_over_it(tmp_path: Path) -> None:
 
 Wider = dataclasses.make_dataclass(
     "Wider",
-    [("outlier_channels", int, option(2, flag="outliers", aliases=("outlier_channels",), low=1, high=9, help="kept apart")),
+    [("outlier_channels", int, option(2, flag="outliers", limits=Limits(1, 9), help="kept apart")),
      ("rotate", bool, option(False, flag="rotate", help="rotate the inputs")),
-     ("damping", float, option(0.5, flag="damping", above=0, high=1, help="of the Hessian"))],
+     ("damping", float, option(0.5, flag="damping", limits=Limits(above=0, high=1), help="of the Hessian"))],
     bases=(QuantConfig,), frozen=True,
 )  # fmt: skip
 WiderRecipe = dataclasses.make_dataclass(
@@ -247,11 +247,11 @@ def test_a_new_option_is_one_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--help", recipe_type=WiderRecipe)
     text = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"--outliers \S+, --outlier_channels \S+ kept apart \(default 2\)", text)
+    assert re.search(r"--outliers \S+ kept apart \(default 2\)", text)
     assert "--rotate, --no-rotate rotate the inputs" in text and "of the Hessian (default 0.5)" in text
 
     assert made("--ptq").settings()["quantization"]["outlier_channels"] == 2
-    changed = made("--ptq", "--outlier_channels", "3", "--rotate", "--damping", "0.1")
+    changed = made("--ptq", "--outliers", "3", "--rotate", "--damping", "0.1")
     assert changed == open_batch(WiderRecipe.of("qncd", outlier_channels=3, rotate=True, damping=0.1))
     assert {"outlier_channels": 3, "rotate": True, "damping": 0.1}.items() <= changed.settings()["quantization"].items()
     stored = json.loads(json.dumps(changed.to_json()))
