@@ -185,3 +185,21 @@ def _refuse_all(args: argparse.Namespace, recipe_type: type[Recipe]) -> None:
         raise ValueError(f"--{details[0] if details else 'recon_act'} needs --recon")
     if typed:
         raise ValueError(f"--{typed[0]} needs --ptq")
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags about files that need --ptq, or contradict one another; OSError for a file that is not there."""
+    for name in ("cali_ckpt", "cali_data_path", "resume", "resume_w", "compare_fp"):
+        if getattr(args, name) and not args.ptq:
+            raise ValueError(f"--{name} needs --ptq")
+    if args.resume_w and args.recon:
+        raise ValueError("--resume_w takes weights as they are: it excludes --recon")
+    if args.resume_w and args.gptq:
+        raise ValueError("--resume_w takes weights as they are: it excludes --gptq")
+    if args.resume and args.resume_w:
+        raise ValueError("--resume and --resume_w exclude one another: all of the checkpoint, or its weights alone")
+    if args.cali_ckpt is not None and args.cali_ckpt.is_dir():
+        raise ValueError(f"--cali_ckpt {args.cali_ckpt}: is a folder, expected a file")
+    for name in ("resume", "resume_w"):
+        if getattr(args, name) and (args.cali_ckpt is None or not args.cali_ckpt.is_file()):
+            raise FileNotFoundError(f"--{name} needs a quantized checkpoint: --cali_ckpt {args.cali_ckpt} is none")

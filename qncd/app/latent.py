@@ -35,7 +35,7 @@ def find_model(config: Path | None, ckpt: str | None, default_config: Path) -> t
     """The yaml and the weights that the flags mean.
 
     A checkpoint without --config brings its yaml along: config.yaml (or another single yaml) in its folder. A folder of
-    diffusers and a hub id need none. Without both, the model in the box.
+    diffusers and a hub id need none. Without both, the bundled model.
 
     Raises:
         ValueError, FileNotFoundError: there is no yaml for the checkpoint, or no such file.

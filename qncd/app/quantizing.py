@@ -49,22 +49,10 @@ def bars(title: str, unit: str) -> Iterator[Update]:
         yield update
 
 
-def check_quantization_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that need --ptq without it, a checkpoint that is not there, or a backend that is not."""
-    for name in ("cali_ckpt", "cali_data_path", "resume", "resume_w", "compare_fp"):
-        if getattr(args, name) and not args.ptq:
-            raise ValueError(f"--{name} needs --ptq")
-    if args.resume_w and args.recon:
-        raise ValueError("--resume_w takes weights as they are: it excludes --recon")
-    if args.resume_w and args.gptq:
-        raise ValueError("--resume_w takes weights as they are: it excludes --gptq")
-    if args.resume and args.resume_w:
-        raise ValueError("--resume and --resume_w exclude one another: all of the checkpoint, or its weights alone")
-    if args.cali_ckpt is not None and args.cali_ckpt.is_dir():
-        raise ValueError(f"--cali_ckpt {args.cali_ckpt}: is a folder, expected a file")
-    for name in ("resume", "resume_w"):
-        if getattr(args, name) and (args.cali_ckpt is None or not args.cali_ckpt.is_file()):
-            raise FileNotFoundError(f"--{name} needs a quantized checkpoint: --cali_ckpt {args.cali_ckpt} is none")
+def check_engine_arguments(args: argparse.Namespace, recipe: Recipe | None) -> None:
+    """Raise ValueError for a backend that is not there, flags that it does not take, or a correction that there is not."""
+    if recipe is not None:
+        kind_of(recipe)
     check_engine(args.backend, args.engine_precision)
     if args.onnx and args.backend not in file_engines():
         raise ValueError(f"--onnx needs --backend {' or '.join(file_engines())}: {args.backend} does not run it")

@@ -235,7 +235,7 @@ def make_cells(widths: Sequence[str] | None, modes: Sequence[str], seeds: int) -
         seeds: repetitions; one of a mode that no calibration set changes.
 
     Raises:
-        ValueError: a width is none, or a peer can do none of those asked for.
+        ValueError: a text is no width such as W4A8, or a peer can do none of those asked for.
     """
     named = [f"W{w}A{a}" for w, a in dict.fromkeys(parse_width(text) for text in widths or WIDTHS)]
     chosen = [mode for mode in MODES if mode in modes]

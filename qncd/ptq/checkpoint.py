@@ -5,8 +5,8 @@ Layout, for a layer `L` of the UNet: `L.weight_codes` (int8, shape of the weight
 `L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every activation quantizer Q, (S, K) with `Q.times` (S,) where there
 is a range for each of S time steps; all other parameters under their own names. `noise_table.*` is the full-precision control,
 `offline.*` the statistics of an offline correction, `tracking.*` the filters of trajectory tracking.
-The header's metadata carries the configuration, the SHA-256 of the base model's weights and, where activations have widths
-of their own, `act_bits`, the width of each quantizer.
+The header's metadata carries the configuration, the SHA-256 of the base model's weights and, in mixed precision, `act_bits`, the
+number of bits of each activation quantizer.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class QuantizedInfo:
         base_hash: SHA-256 of the full-precision weights (`qncd.models.loading.state_dict_hash`).
         settings: what else the calibration depended on (time steps, seeds, ...), as plain JSON values.
         records: what corrections know, by their prefixes, where the file has it.
-        act_bits: of each activation quantizer, where they have widths of their own.
+        act_bits: of each activation quantizer, where the precision is mixed.
     """
 
     config: QuantConfig

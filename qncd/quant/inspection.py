@@ -22,7 +22,7 @@ def act_quantizers(module: nn.Module) -> dict[str, ActQuantizer]:
 
 
 def set_act_bits_(module: nn.Module, bits: Mapping[str, int]) -> None:
-    """Give activation quantizers widths of their own, in place, before they are calibrated.
+    """Set the number of bits of each activation quantizer, in place, before they are calibrated.
 
     Raises:
         ValueError: a name is none of theirs, or a width is not 2 to 16.

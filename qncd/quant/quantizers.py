@@ -28,7 +28,7 @@ class ActQuantizer(nn.Module):
     Args:
         codes: the integer codes, or None to leave activations in floating point.
         act_range: "mse", "max" or "running".
-        segments: sizes of consecutive channel groups (dimension 1) with ranges of their own.
+        segments: sizes of consecutive channel groups (dimension 1), each with its own range.
 
     Buffers:
         scale (K,) float32 and zero_point (K,) float32 holding whole numbers, K the number of segments.

@@ -8,7 +8,7 @@
 
 REAL and SYNTH are folders of images (any depth), ADM's .npz files of images (arr_0), statistics (mu, sigma) of ADM or
 pytorch-fid, or the name of a data set: with --features fashion_mnist, the name fashion_mnist means the statistics of its
-training images in the box. REAL may be - where only CLIP metrics are wanted. Folders with the same file names also give
+bundled training images. REAL may be - where only CLIP metrics are wanted. Folders with the same file names also give
 PSNR, SSIM and MSE. Without --metrics, those that the convention's own package reports are computed.
 """
 

@@ -21,6 +21,7 @@ from qncd.app import parser as cli
 
 if TYPE_CHECKING:
     from qncd.distributed import Processes
+    from qncd.recipe import Recipe
 
 log = logging.getLogger("qncd")
 
@@ -36,6 +37,17 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     return parser
 
 
+def check(args: argparse.Namespace) -> Recipe | None:
+    """The recipe that is asked for. Raises ValueError for faulty arguments, before anything is loaded."""
+    cli.check_counts(args, ("batch_size", "lane", "cali_n", "cali_st", "cali_batch_size"))
+    cli.sampler_config(args)
+    recipe = flags.recipe_of(args)
+    flags.check_files(args)
+    if args.cond:
+        raise ValueError("--cond: the models of this script are unconditional; allowed without it")
+    return recipe
+
+
 def main(args: argparse.Namespace) -> None:
     cli.check_counts(args, ("max_images",))
     run(args)
@@ -43,14 +55,15 @@ def main(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The same for 0 images too: the network is quantized and nothing is sampled."""
+    recipe = check(args)
     from qncd.app import job
 
     processes = job.start_job(args)
     with processes.quiet_failure():
-        sample(args, processes)
+        sample(args, recipe, processes)
 
 
-def sample(args: argparse.Namespace, processes: Processes) -> None:
+def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
     """The run, in each of the processes."""
     from qncd.app import job, quantizing
     from qncd.io.runs import open_run
@@ -61,11 +74,8 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
     from qncd.sampling.process import Process
     from qncd.sampling.schedule import betas_of
 
-    cli.check_counts(args, ("batch_size", "lane", "cali_n", "cali_st", "cali_batch_size"))
-    sampler, recipe = cli.sampler_config(args), flags.recipe_of(args)
-    quantizing.check_quantization_arguments(args)
-    if args.cond:
-        raise ValueError("--cond: the models of this script are unconditional; allowed without it")
+    quantizing.check_engine_arguments(args, recipe)
+    sampler = cli.sampler_config(args)
     model_config = load_config(args.config)
     betas = betas_of(model_config)
     device = str(processes.device)

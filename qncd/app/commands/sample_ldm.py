@@ -23,6 +23,7 @@ from qncd.recipe import SamplerConfig
 
 if TYPE_CHECKING:
     from qncd.distributed import Processes
+    from qncd.recipe import Recipe
 
 DEFAULT_CONFIG = CONFIGS / "fashion_mnist_ldm.yaml"
 GUIDANCE = 3.0  # of the published ImageNet figures
@@ -73,6 +74,15 @@ def chosen_classes(text: str | None, n_classes: int) -> list[int]:
     return classes
 
 
+def check(args: argparse.Namespace) -> Recipe | None:
+    """The recipe that is asked for. Raises ValueError for faulty arguments, before anything is loaded."""
+    cli.check_counts(args, ("batch_size", "lane", "custom_steps", "cali_n", "cali_st", "cali_batch_size"))
+    sampler_config(args, 1000)
+    recipe = flags.recipe_of(args)
+    flags.check_files(args)
+    return recipe
+
+
 def main(args: argparse.Namespace) -> None:
     cli.check_counts(args, ("n_samples",))
     run(args)
@@ -80,23 +90,22 @@ def main(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The same for 0 images too: the network is quantized and nothing is sampled."""
+    recipe = check(args)
     from qncd.app import job
 
     processes = job.start_job(args)
     with processes.quiet_failure():
-        sample(args, processes)
+        sample(args, recipe, processes)
 
 
-def sample(args: argparse.Namespace, processes: Processes) -> None:
+def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
     """The run, in each of the processes."""
     from qncd.app import job, latent, quantizing
     from qncd.io.runs import open_run
     from qncd.models.original.conditioning import ClassConditioner, TextConditioner
     from qncd.sampling.guidance import Conditions
 
-    cli.check_counts(args, ("batch_size", "lane", "custom_steps", "cali_n", "cali_st", "cali_batch_size"))
-    recipe = flags.recipe_of(args)
-    quantizing.check_quantization_arguments(args)
+    quantizing.check_engine_arguments(args, recipe)
     device = str(processes.device)
     model, config = latent.load_model(args, DEFAULT_CONFIG, device)
     if isinstance(model.conditioner, TextConditioner):

@@ -30,6 +30,7 @@ from qncd.recipe import SamplerConfig
 if TYPE_CHECKING:
     from qncd.distributed import Processes
     from qncd.models.latent import LatentModel
+    from qncd.recipe import Recipe
 
 DEFAULT_CONFIG = CONFIGS / "scenes.yaml"
 GUIDANCE = 7.5
@@ -121,27 +122,14 @@ def latent_shape(args: argparse.Namespace, model: LatentModel) -> tuple[int, int
     return channels, args.H // factor if args.H else height, args.W // factor if args.W else width
 
 
-def main(args: argparse.Namespace) -> None:
-    cli.check_counts(args, ("n_iter",))
-    run(args)
+def sampler_config(args: argparse.Namespace) -> SamplerConfig:
+    """DDIM, PLMS or DPM-Solver++ in latent-diffusion's convention."""
+    kind = "plms" if args.plms else "dpm_solver" if args.dpm else "generalized"
+    return SamplerConfig(kind, "uniform", args.ddim_steps, args.ddim_eta, "ldm")
 
 
-def run(args: argparse.Namespace) -> None:
-    """The same for 0 images too: the network is quantized and nothing is sampled."""
-    from qncd.app import job
-
-    processes = job.start_job(args)
-    with processes.quiet_failure():
-        sample(args, processes)
-
-
-def sample(args: argparse.Namespace, processes: Processes) -> None:
-    """The run, in each of the processes."""
-    from qncd.app import job, latent, quantizing
-    from qncd.io.runs import open_run
-    from qncd.models.safety import image_finishers
-    from qncd.sampling.guidance import Conditions
-
+def check(args: argparse.Namespace) -> Recipe | None:
+    """The recipe that is asked for. Raises ValueError for faulty arguments, before anything is loaded."""
     counts = ("n_samples", "n_rows", "max_prompts", "lane", "ddim_steps", "cali_n", "cali_st", "cali_batch_size")
     cli.check_counts(args, counts)
     if args.begin_data < 0:
@@ -149,10 +137,36 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
     if args.skip_grid and args.skip_save:
         raise ValueError("--skip_grid and --skip_save together leave nothing to look at")
     recipe = flags.recipe_of(args)
-    quantizing.check_quantization_arguments(args)
-    kind = "plms" if args.plms else "dpm_solver" if args.dpm else "generalized"
-    sampler = SamplerConfig(kind, "uniform", args.ddim_steps, args.ddim_eta, "ldm")
-    prompts = read_prompts(args)
+    flags.check_files(args)
+    sampler_config(args)
+    read_prompts(args)
+    return recipe
+
+
+def main(args: argparse.Namespace) -> None:
+    cli.check_counts(args, ("n_iter",))
+    run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The same for 0 images too: the network is quantized and nothing is sampled."""
+    recipe = check(args)
+    from qncd.app import job
+
+    processes = job.start_job(args)
+    with processes.quiet_failure():
+        sample(args, recipe, processes)
+
+
+def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
+    """The run, in each of the processes."""
+    from qncd.app import job, latent, quantizing
+    from qncd.io.runs import open_run
+    from qncd.models.safety import image_finishers
+    from qncd.sampling.guidance import Conditions
+
+    quantizing.check_engine_arguments(args, recipe)
+    sampler, prompts = sampler_config(args), read_prompts(args)
     device = str(processes.device)
     finishers = image_finishers(args.safety_checker, args.watermark, device)
     model, config = latent.load_model(args, DEFAULT_CONFIG, device)

@@ -1,4 +1,4 @@
-"""Activations with widths of their own, the configured one in the mean (`QuantConfig.bit_allocation`; not in the paper).
+"""Mixed precision: each activation gets its own number of bits, the configured one in the mean (not in the paper).
 
 What rounding an activation a does to the sample x_0 is, to first order, its error d_t at every step t times the derivative of
 the sample by it. With v a vector of random signs,
