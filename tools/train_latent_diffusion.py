@@ -112,8 +112,6 @@ def main() -> None:
     tokens = condition_tensor(conditioner, conditions)
     abar, dropout = Process.from_betas(ldm_betas(config)).alphas_cumprod, float(section["condition_dropout"])
     objective = NoisePrediction(unet, abar, conditioner, dropout)
-        unet, Process.from_betas(ldm_betas(config)).alphas_cumprod, conditioner, float(section["condition_dropout"])
-    )
     compiled = ("unet",) if args.compile else ()
     trained = fit(objective, (latents, tokens), settings, args.out / "diffusion_run", args.precision, compiled)
 
