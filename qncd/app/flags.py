@@ -14,6 +14,8 @@ from qncd.modes import MODES, TRACKING, changes_of, compose
 from qncd.options import MAX_SEED, Option, OptionError, RecipeError, check_seed, paths_of, read_yaml, sections_of
 from qncd.recipe import QUANTIZATION, Recipe
 
+_UNDECIDED = {"calibration.batch_size": None}  # follows from the size of the model's inputs, which is not known yet
+
 
 def seed(text: str, high: int = MAX_SEED) -> int:
     """The type of a flag for seeds."""
@@ -105,6 +107,8 @@ def _is_on(path: str, options: Mapping[str, Any], default: bool) -> bool:
 def recipe_of(args: argparse.Namespace, recipe_type: type[Recipe] = Recipe) -> Recipe | None:
     """The recipe that the flags ask for, and the file of --recipe; None without --ptq.
 
+    Where nothing says a calibration batch size it is None, for `Recipe.with_batch_size`.
+
     Raises:
         ValueError: naming the flag: flags contradict one another, are out of range, have no effect, or need --ptq.
         FileNotFoundError: there is no file at --recipe.
@@ -132,7 +136,7 @@ def recipe_of(args: argparse.Namespace, recipe_type: type[Recipe] = Recipe) -> R
     names |= {name: f"--{part.switch}" for name, part in sections_of(recipe_type).items() if part.switch}
     names |= spellings.names(args)
     try:
-        recipe: Recipe = compose(recipe_type, mode, {**_overridden(file, flags), **flags}, flags)
+        recipe: Recipe = compose(recipe_type, mode, {**_UNDECIDED, **_overridden(file, flags), **flags}, flags)
     except RecipeError as error:
         raise ValueError(error.told(names)) from None
     except OptionError as error:

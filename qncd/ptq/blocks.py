@@ -18,6 +18,7 @@ from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import call_on, hooked
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.layers import QuantLayer
+from qncd.quant.quantizers import HALVES
 from qncd.quant.rounding import reconstruction_loss
 from qncd.quant.stepwise import select_steps
 from qncd.recipe import ReconstructionConfig
@@ -97,6 +98,12 @@ def _run(network: Network, data: CalibrationSet, batch_size: int, processes: Pro
             continue
 
 
+def in_float(module: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`changed` parameters and buffers of a module by name and, where the module is in half precision, all others in float32."""
+    wide = {name: value.float() for name, value in [*module.named_parameters(), *module.named_buffers()] if value.dtype in HALVES}
+    return wide | {name: value.float() if value.dtype in HALVES else value for name, value in changed.items()}
+
+
 def spread(total: int, count: int) -> Tensor:
     """`count` of `total` rows, evenly."""
     return torch.arange(count) * total // count
@@ -138,7 +145,8 @@ class BlockData:
         select_steps(self.unit, self.times[rows])
         here = self.place[rows]
         args, kwargs = self.calls.batch(here, device)
-        return functional_call(self.unit, dict(changed), tuple(args), kwargs), self.targets.batch(here, device)
+        output = functional_call(self.unit, in_float(self.unit, changed), tuple(args), kwargs)
+        return output, self.targets.batch(here, device)
 
     def loss(self, rows: Tensor, changed: Mapping[str, Tensor], p: float = 2.0) -> Tensor:
         """`reconstruction_loss` over `rows`; with several processes their mean is, each sees its own rows alone."""

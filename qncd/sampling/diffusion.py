@@ -61,7 +61,7 @@ class Diffusion:
             conditions: one for each of the images that the denoiser will get, or for the first of them.
         """
         network, lane = self.network, self.lane
-        given = None if conditions is None else conditions.to(network.device)
+        given = None if conditions is None else conditions.to(network.device, network.dtype)
 
         def predict(x: Tensor, times: Tensor, part: Conditions | None) -> Tensor:
             if part is None:
@@ -81,6 +81,7 @@ class Diffusion:
             return output if network.prediction == "epsilon" else noise_of(network.prediction, output, x, *self.process.at(t))
 
         def in_lanes(x: Tensor, t: float) -> Tensor:
+            x = x.to(network.dtype)
             filler = -len(x) % lane
             padded, all_of = fill_up(x, filler), None if given is None else _filled(given[: len(x)], filler)
             times = torch.full((lane,), t, device=x.device)

@@ -57,10 +57,10 @@ class Conditions:
         """Whether the network is called for both halves."""
         return self.uncond is not None and self.scale != 1
 
-    def to(self, device: torch.device | str) -> Conditions:
-        """The same on a device."""
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditions:
+        """The same on a device, in the precision of a network: `dtype`, for what is no whole number."""
 
         def moved(inputs: Inputs) -> Inputs:
-            return {name: value.to(device) for name, value in inputs.items()}
+            return {name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in inputs.items()}
 
         return Conditions(moved(self.inputs), self.uncond and moved(self.uncond), self.scale)

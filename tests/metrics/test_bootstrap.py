@@ -108,6 +108,13 @@ def test_interval_of_a_mean_is_the_known_one():
     assert np.array_equal(shifts, again)
 
 
+def test_an_interval_holds_the_middle_95_percent():
+    """Of the shifts 0, 1, ... 1000 the middle 951 are 25 to 975; with another confidence others."""
+    shifts = np.random.default_rng(0).permutation(1001).astype(np.float64)
+    assert interval(-3.0, shifts) == Interval(pytest.approx(22), pytest.approx(972))
+    assert interval(0.0, shifts, confidence=0.5) == Interval(pytest.approx(250), pytest.approx(750))
+
+
 def test_frechet_intervals_hold_what_other_seeds_give(to_rows):
     """Not narrower than the spread of FID over new draws, and not twice as wide."""
     rng = np.random.default_rng(4)

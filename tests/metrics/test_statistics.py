@@ -111,6 +111,17 @@ def test_factors_give_the_covariance_back(features):
         assert frechet_distance(first, second) == pytest.approx(frechet_distance(few, other), rel=1e-6)
 
 
+def test_the_set_of_fewer_images_is_factored():
+    """A singular covariance without its factor: the other way round the rounding noise of its zeros would count, 1e-8 each."""
+    rng = np.random.default_rng(5)
+    many, few = (features_to_statistics(torch.from_numpy(rng.normal(size=(count, 64)) + 0.1)) for count in (200, 10))
+    plain = FeatureStatistics(few.mu, few.sigma, few.count)
+    root = np.linalg.svd(few.factor.T @ np.linalg.cholesky(many.sigma), compute_uv=False).sum()
+    expected = ((few.mu - many.mu) ** 2).sum() + np.trace(few.sigma) + np.trace(many.sigma) - 2 * root
+    for first, second in ((plain, many), (many, plain)):
+        assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-12)
+
+
 def test_frechet_distance_refuses_other_dimensions():
     a, b = (FeatureStatistics(np.zeros(d), np.eye(d)) for d in (3, 4))
     with pytest.raises(ValueError, match="statistics of 3 and of 4 dimensions cannot be compared"):

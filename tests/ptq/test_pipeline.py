@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from quantized_networks import CONTEXT, quantize_diffusion_
+from quantized_networks import CONTEXT, calibrate_with_, inputs, quantize_diffusion_
 from torch import Tensor
 
 from qncd.models.network import network_of
+from qncd.ptq.checkpoint import load_weights_, save_quantized
 from qncd.ptq.data import CalibrationSet
-from qncd.ptq.pipeline import record_before, sample_calibration
+from qncd.ptq.pipeline import Job, calibrate_, quantize_network, record_before, sample_calibration
 from qncd.ptq.runs import DiffusionRuns
+from qncd.ptq.stages.bias_correction import correct_biases_
+from qncd.ptq.stages.compensation import compensate_
+from qncd.ptq.stages.prepare import quantize_
+from qncd.ptq.stages.smoothing_search import search_smoothing_
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
-from qncd.recipe import CalibrationConfig, CorrectionConfig, QuantConfig, Recipe, SamplerConfig, SmoothingConfig
+from qncd.quant.stepwise import StepwiseActQuantizer
+from qncd.recipe import (
+    CalibrationConfig,
+    CorrectionConfig,
+    QuantConfig,
+    Recipe,
+    ReconstructionConfig,
+    SamplerConfig,
+    SmoothingConfig,
+)
 from qncd.sampling.correctors.runtime import TABLE_TENSORS, NoiseTable, RuntimeNoiseCorrector
+from qncd.sampling.correctors.tracking import Tracking, TrackingCorrector
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.process import Process
@@ -233,3 +251,91 @@ def test_a_set_that_does_not_fit_leaves_the_model_as_it_was(make_unet: Any) -> N
     with pytest.raises(ValueError, match=r"^the calibration set holds inputs of shape \(4, 8, 8\), the model takes \(3, 8, 8\)$"):
         quantize_diffusion_(diffusion, QuantConfig(4, 8), wrong, None)
     assert not quant_layers(diffusion.network.module)
+
+
+def test_tracking_filters_are_fitted_to_runs_of_the_same_seeds(make_unet: Any) -> None:
+    """Of a network that predicts 0.9 times as much as it should: the filters put it right, on twice the calibration's images."""
+    reference = make_diffusion(make_unet(), steps=4)
+    weaker = make_unet()
+    weaker.register_forward_hook(lambda _m, _a, out: type(out)(sample=0.9 * out.sample))
+    rough = make_diffusion(weaker, steps=4)
+    done: dict[str, list[tuple[int, ...]]] = {}
+
+    @contextmanager
+    def monitor(title: str, unit: str) -> Iterator[Any]:
+        yield lambda *counts: done.setdefault(title, []).append(counts)
+
+    runs = DiffusionRuns(rough, CalibrationConfig(8, 3, 16), monitor=monitor, reference=reference)
+    filters = Tracking().fit(runs, Recipe(correction=None, offline="tracking"))
+    assert filters.images == 16 and filters.kernels.shape == (4, 3, 6, 3, 3)
+    steps = [(count, 4) for count in (1, 2, 3, 4)]
+    assert done == {"full-precision trajectories": [(16, 16)], "quantized trajectories": steps}
+    expected = reference.sample([1, 2, 3])
+    plain, tracked = ((rough.sample([1, 2, 3], c) - expected).square().mean() for c in (None, TrackingCorrector(filters)))
+    assert tracked < 0.1 * plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "correct"),
+    [
+        ({"bias_correction": False}, None),
+        ({}, correct_biases_),
+        ({"gptq": True}, compensate_),
+        ({"gptq": True, "smoothing_search": True}, compensate_),
+    ],
+)
+def test_calibrate_does_what_the_configuration_asks_for(make_unet: Any, settings: dict[str, Any], correct: Any) -> None:
+    """By hand, stage by stage, it is the same to the last bit."""
+    config, data = QuantConfig(4, 6, **settings), inputs(make_unet())
+    network, by_hand = (quantize_(make_unet(), config) for _ in range(2))
+    calibrate_(network.module, data, config, 8)
+    if config.smoothing_search:
+        search_smoothing_(by_hand, data, 8)
+    calibrate_with_(by_hand, data, 8, correct)
+    state, expected = network.module.state_dict(), by_hand.module.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+    assert all(layer.weight_codes().dtype == torch.int8 for layer in quant_layers(network.module).values())
+
+
+@pytest.mark.parametrize("name", ["bit_allocation", "stepwise_activations", "stepwise_embedding"])
+def test_calibrate_refuses_what_needs_a_sampler(make_unet: Any, name: str) -> None:
+    config = QuantConfig(4, 6, **{name: True})
+    with pytest.raises(ValueError, match=rf"^{name} needs the sampler's time steps: "):
+        calibrate_(quantize_(make_unet(), config), inputs(make_unet()), config)
+
+
+def test_weights_of_a_checkpoint_exclude_reconstruction(make_unet: Any) -> None:
+    diffusion = make_diffusion(make_unet())
+    recipe = Recipe(quant=QuantConfig(4, 8), smoothing=None, reconstruction=ReconstructionConfig(), correction=None)
+    runs = DiffusionRuns(diffusion, recipe.calibration)
+    job = Job(weights=lambda network: pytest.fail("they were asked for"))
+    with pytest.raises(ValueError, match=r"^weights of a checkpoint are taken as they are: no reconstruction with them$"):
+        quantize_network(runs, recipe, inputs(make_unet()), job=job)
+
+
+def test_weights_of_a_checkpoint_are_calibrated_anew(make_unet: Any, tmp_path: Path) -> None:
+    """Their weights, biases and smoothing stay; the activations get ranges, at other widths than in the file."""
+    source, target = make_diffusion(make_unet()), make_diffusion(make_unet(seed=1))
+    data, path = inputs(make_unet()), tmp_path / "q.safetensors"
+    quantize_diffusion_(source, QuantConfig(4, 8), data, SmoothingConfig())
+    save_quantized(source.network, path, QuantConfig(4, 8), "h", {})
+    config = QuantConfig(4, 6, stepwise_activations=True)
+    recipe = Recipe(quant=config, smoothing=SmoothingConfig(), correction=None)
+    job = Job(weights=lambda network: load_weights_(network, path, config))
+    quantize_network(DiffusionRuns(target, recipe.calibration), recipe, data, job=job)
+    layers = quant_layers(source.network.module)
+    for name, layer in quant_layers(target.network.module).items():
+        assert torch.equal(layer.weight, layers[name].weight) and torch.equal(layer.bias, layers[name].bias), name
+        assert torch.equal(layer.weight_codes(), layers[name].weight_codes()) and isinstance(layer.act, StepwiseActQuantizer)
+        assert (layer.smoothing is None) == (layers[name].smoothing is None)
+        assert layer.act.codes.bits == (8 if name in ("conv_in", "conv_out") else 6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_each_image_may_have_a_negative_condition_of_its_own(make_cross_unet: Any, scale: float) -> None:
+    unet = make_cross_unet()
+    x, cond, uncond = torch.randn(6, 4, 8, 8), torch.randn(6, 5, 12), torch.randn(6, 5, 12)
+    diffusion = Diffusion(network_of(unet), PROCESS, SamplerConfig(timesteps=6), (4, 8, 8), lane=4)
+    out = diffusion.denoiser(Conditions({CONTEXT: cond}, {CONTEXT: uncond}, scale))(x, 50)
+    e_c, e_u = (unet(x, 50, encoder_hidden_states=context).sample for context in (cond, uncond))
+    torch.testing.assert_close(out, e_u + scale * (e_c - e_u), rtol=0, atol=1e-4 * float(out.abs().max()))

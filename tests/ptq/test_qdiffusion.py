@@ -10,18 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.loading import load_config, load_ddim
 from qncd.models.network import network_of
 from qncd.models.original.compvis import load_ldm_unet
 from qncd.models.original.ddim import ddim_key_table
+from qncd.models.original.key_tables import Renamed
 from qncd.models.original.ldm import ldm_unet_key_map
 from qncd.ptq.checkpoint import load_quantized_, save_quantized
-from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_
+from qncd.ptq.qdiffusion import _Part, _set_act, _set_weight, is_qdiffusion, load_qdiffusion_
+from qncd.quant.affine import IntegerRange
 from qncd.quant.inspection import act_quantizers, quant_layers, set_stage
-from qncd.quant.quantizers import Stage
+from qncd.quant.layers import LayerConfig, QuantConv2d
+from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.recipe import QuantConfig
 
 from ..conftest import FAR
@@ -128,6 +131,42 @@ def test_files_that_do_not_do(golden: Any, change: Any, message: str) -> None:
     change(content)
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         load_qdiffusion_(network_of(unet), content, table, config)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(("edge", "learned"), [(None, False), (None, True), (4, True)])
+def test_weights_are_rounded_by_the_files_quantizers(edge: int | None, learned: bool, kernel: int) -> None:
+    """clamp(floor(w / delta) + (alpha >= 0) + z, 0, 15), minus z, times delta, of each part; to the nearest without alpha."""
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(6, 5, kernel).requires_grad_(False)
+    weight = torch.randn(conv.weight.shape, generator=generator)
+    segments = None if edge is None else (edge, 6 - edge)
+    layer = QuantConv2d.from_float(conv, LayerConfig(IntegerRange(4, True), None, "max", "max", segments))
+    parts, expected = [], []
+    for piece in weight.split(segments or 6, 1):
+        delta = torch.rand(5, 1, 1, 1, generator=generator) * 0.2 + 0.1
+        zero = torch.randint(4, 12, (5, 1, 1, 1), generator=generator).float()
+        alpha = torch.randn(piece.shape, generator=generator) if learned else None
+        steps = piece / delta
+        whole = steps.round() if alpha is None else steps.floor() + (alpha >= 0)
+        expected.append(((whole + zero).clamp(0, 15) - zero) * delta)
+        parts.append(_Part(delta, zero, alpha))
+    _set_weight({"conv": layer}, "old", parts, weight, {"old.weight": Renamed("conv.weight")}, {"conv": edge or 0})
+    torch.testing.assert_close(layer.weight, torch.cat(expected, 1), rtol=1e-6, atol=1e-6)
+    assert layer.weight_scale is not None and layer.weight_scale.shape == (5, len(parts))
+    if len(parts) > 1:
+        with pytest.raises(ValueError, match=r"^old: split at another channel than this model's, 3$"):
+            _set_weight({"conv": layer}, "old", parts, weight, {"old.weight": Renamed("conv.weight")}, {"conv": 3})
+
+
+def test_activations_get_the_files_ranges() -> None:
+    quantizer = ActQuantizer(IntegerRange(8, False), "max", (2, 3))
+    parts = [_Part(torch.tensor([0.5]), torch.tensor([3.0])), _Part(torch.tensor(0.25), torch.tensor(7.0))]
+    _set_act(quantizer, parts, 2.0)
+    assert quantizer.scale.tolist() == [1.0, 0.5] and quantizer.zero_point.tolist() == [3.0, 7.0]
+    assert quantizer.stage is Stage.QUANTIZE
+    with pytest.raises(ValueError, match=r"^1 activation quantizers for a layer with 2$"):
+        _set_act(quantizer, parts[:1])
 
 
 @pytest.mark.parametrize("mode", ["qdiff", "qncd"])

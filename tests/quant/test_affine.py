@@ -145,6 +145,12 @@ def test_the_search_reaches_down_to_a_fifth_and_the_first_of_equals_wins() -> No
     assert float(scale) == pytest.approx(2 / 15)  # every ratio is exact: the widest range is taken
 
 
+def test_the_first_of_equal_weight_scales_wins() -> None:
+    """With 2 bits -1 is a code at scale 1 and at scale 0.5, without any error at either."""
+    weight = torch.tensor([[-1.0], [-8.0]])
+    torch.testing.assert_close(search_weight_scale(weight, IntegerRange(2, True)), torch.tensor([[1.0], [8.0]]), rtol=0, atol=0)
+
+
 def test_weight_search_clips_outliers_and_beats_max() -> None:
     torch.manual_seed(0)
     weight, codes = torch.randn(1, 400), IntegerRange(4, True)

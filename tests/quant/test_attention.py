@@ -210,3 +210,16 @@ def test_added_projections_are_refused() -> None:
     attention.fuse_projections()
     with pytest.raises(ValueError, match=r"^mid\.attn: attention with added or fused projections"):
         UNet(Holder(attention)).attentions()
+
+
+@pytest.mark.parametrize(("upcast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_scores_of_half_precision_are_cast_where_that_is_asked_for(upcast: bool, dtype: torch.dtype) -> None:
+    """The softmax is taken in float32 or as the operands are; what comes out has the operands' type either way."""
+    processor = QuantAttnProcessor(None, None, "max")
+    seen: list[torch.dtype] = []
+    processor.softmax.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    q, k, v = torch.randn(3, 2, 4, 9, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    out = processor.attend(q, k, v, None, 0.4, upcast)
+    assert seen == [dtype] and out.dtype == torch.bfloat16
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.4)
+    torch.testing.assert_close(out.double(), expected, rtol=0.05, atol=0.02)

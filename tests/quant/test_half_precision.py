@@ -13,14 +13,20 @@ from torch import Tensor
 from qncd.models.network import network_of
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import find_ranges_
-from qncd.ptq.pipeline import calibrate_
+from qncd.ptq.pipeline import calibrate_, quantize_network, sample_calibration
+from qncd.ptq.runs import DiffusionRuns
 from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.ranges import round_
 from qncd.ptq.stages.reconstruction import reconstruct_
 from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.quant.quantizers import ActQuantizer, Stage
-from qncd.recipe import QuantConfig, ReconstructionConfig
+from qncd.recipe import CalibrationConfig, QuantConfig, Recipe, ReconstructionConfig, SamplerConfig, SmoothingConfig
+from qncd.sampling.correctors.registry import corrector_of
+from qncd.sampling.diffusion import Diffusion
+from qncd.sampling.guidance import Conditions
+from qncd.sampling.process import Process
+from qncd.sampling.schedule import linear_betas
 
 HALVES = [torch.bfloat16, torch.float16]
 TIMES = [3, 250, 500, 900]
@@ -43,8 +49,10 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("kind", ["unet", "cross"])
-@pytest.mark.parametrize("changes", [{}, {"gptq": True}, {"gptq": True, "smoothing_search": True}, {"act_range": "mse"}])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("unet", {}), ("cross", {}), ("unet", {"act_range": "mse"}), ("cross", {"gptq": True, "smoothing_search": True})],
+)
 def test_the_result_is_that_of_float32(
     make_unet: Any, make_cross_unet: Any, kind: str, dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
@@ -119,3 +127,33 @@ def test_values_are_rounded_as_in_float32(dtype: torch.dtype, segments: tuple[in
         found = quantizer(x, given)
         assert found.dtype == dtype
         assert torch.equal(found, quantizer(x.float(), None if given is None else given.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_all_stages_run_and_it_is_sampled(make_cross_unet: Any, dtype: torch.dtype) -> None:
+    """The time embedding's and the blocks' rounding, scales, widths and a correction, around a network in half precision."""
+    config = QuantConfig(4, 6, stepwise_embedding=True, bit_allocation=True)
+    network = network_of(make_cross_unet().to(dtype))
+    sampler = SamplerConfig(timesteps=4)
+    diffusion = Diffusion(network, Process.from_betas(linear_betas(1e-4, 0.02, 1000)), sampler, (4, 8, 8), lane=4)
+    generator = torch.Generator().manual_seed(5)
+    contexts, nothing = torch.randn(4, 5, 12, generator=generator), torch.randn(1, 5, 12, generator=generator)
+    conditions = Conditions({CONTEXT: contexts}, {CONTEXT: nothing}, 3.0)
+    exact = diffusion.sample(range(4), conditions=conditions)
+    calibration = CalibrationConfig(samples=4, steps=2, batch_size=4)
+    learning = ReconstructionConfig(iterations=3, batch_size=4, act_iterations=2)
+    recipe = Recipe(
+        quant=config,
+        smoothing=SmoothingConfig(),
+        reconstruction=learning,
+        correction=None,
+        offline="ptqd",
+        calibration=calibration,
+    )
+    runs = DiffusionRuns(diffusion, calibration, conditions)
+    data, record = sample_calibration(runs, recipe)
+    outcome = quantize_network(runs, recipe, data, record)
+    found = diffusion.sample(range(4), corrector_of(recipe, outcome.record), conditions=conditions)
+    assert found.dtype == torch.float32 and network.dtype == dtype
+    assert {parameter.dtype for parameter in network.module.parameters()} == {dtype}
+    assert 0 < distance(found, exact) < 0.5

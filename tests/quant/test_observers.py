@@ -61,6 +61,15 @@ def test_histogram_counts_everything_through_doublings() -> None:
     assert observer.low == -7.9 and observer.high == pytest.approx(7.9)
 
 
+def test_a_bin_stands_for_its_centre() -> None:
+    """Four bins over [-1, 1], whose centres are -0.75, -0.25, 0.25 and 0.75; the first bin is empty."""
+    observer, codes = HistogramObserver(bins=4), IntegerRange(2, False)
+    observer.observe(torch.tensor([-0.3, -0.2, 0.2, 0.3, 0.6, 0.9]))
+    centres, counts, ends = torch.tensor([-0.25, 0.25, 0.75]), torch.tensor([2, 2, 2]), torch.tensor([-0.3, 0.9])
+    assert observer.counts is not None and observer.counts.tolist() == [0, 2, 2, 2]
+    assert observer.qparams(codes) == search_qparams(centres, counts, *ends, codes)
+
+
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
 @pytest.mark.parametrize("act_range", ["max", "mse"])
 def test_order_and_size_of_batches_do_not_matter(act_range: str, bits: int) -> None:

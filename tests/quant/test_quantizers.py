@@ -123,3 +123,27 @@ def test_refusals() -> None:
     quantizer.set_stage(Stage.OBSERVE)
     with pytest.raises(ValueError, match=r"^an activation quantizer saw no calibration data$"):
         quantizer.finish_observing()
+
+
+@pytest.mark.parametrize("segments", [None, (2, 4)])
+def test_with_learned_scales_it_gives_the_same_and_lsqs_gradients(segments: tuple[int, ...] | None) -> None:
+    """By hand, for each segment: inside its range round(x/s) - x/s, outside the bound; x gets 1 inside and 0 outside."""
+    x = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(4)) * torch.tensor([1.0, 1, 5, 5, 5, 5]).view(1, 6, 1)
+    quantizer = calibrated(x, 3, segments=segments)
+    wide = (1.5 * x).requires_grad_()
+    expected = quantizer(wide.detach())
+    quantizer.scale.requires_grad_()
+    out = quantizer(wide)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    out.sum().backward()
+    assert quantizer.scale.grad is not None and wide.grad is not None
+    parts = zip(wide.detach().split(segments or (6,), 1), wide.grad.split(segments or (6,), 1), strict=True)
+    for i, (part, gradient) in enumerate(parts):
+        scale, zero = float(quantizer.scale[i].detach()), float(quantizer.zero_point[i])
+        code = (part / scale).round()
+        clipped = code.clamp(0 - zero, 7 - zero)
+        inside = code == clipped
+        assert 0 < inside.float().mean() < 1
+        torch.testing.assert_close(gradient, inside.float())
+        lsq = torch.where(inside, code - part / scale, clipped).sum()
+        torch.testing.assert_close(quantizer.scale.grad[i], lsq, rtol=1e-4, atol=1e-4)

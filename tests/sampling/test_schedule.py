@@ -79,6 +79,12 @@ def test_sigma_at_eta_1_is_ddpms_posterior(golden: Any) -> None:
         assert step.sigma**2 == pytest.approx(1 - step.alpha**2 / step.alpha_prev**2, rel=1e-9)
 
 
+def test_ddpm_adds_noise_down_to_time_step_1() -> None:
+    *_, before, last = make_steps(SamplerConfig("ddpm_noisy", timesteps=1000), PROCESS)
+    assert (before.t, before.alpha_prev, last.t, last.sigma) == (1, math.sqrt(ABAR[0]), 0, 0.0)
+    assert before.sigma**2 == pytest.approx(1 - ABAR[1] / ABAR[0], rel=1e-9)
+
+
 @pytest.mark.parametrize("count", [0, 1001])
 def test_numbers_of_steps_out_of_range(count: int) -> None:
     with pytest.raises(ValueError, match=rf"^timesteps {count}: allowed are 1 to 1000$"):

@@ -84,6 +84,15 @@ def test_what_narrow_activations_get(common: list[str], tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_recipe_in_a_file_gives_the_images_of_its_flags(common: list[str], tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("mode: qncd+\nwidth: W4A6\ntracking: false\nsteps: 1\n")
+    run(common, tmp_path / "flags", *PLUS, "--no-tracking")
+    run(common, tmp_path / "file", "--ptq", "--recipe", str(tmp_path / "r.yaml"))  # --cali_st 2 overrides its steps
+    assert same(pixels(tmp_path / "flags" / "images"), pixels(tmp_path / "file" / "images"))
+    settings = [json.loads((tmp_path / name / "run.json").read_text())["settings"] for name in ("flags", "file")]
+    assert settings[0] == settings[1] and settings[0]["calibration"]["steps"] == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -69,7 +69,7 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
     model_config = load_config(args.config)
     betas = betas_of(model_config)
     device = str(processes.device)
-    unet = load_ddim(model_config, args.ckpt, args.use_pretrained).to(device)  # type: ignore[arg-type]
+    unet = load_ddim(model_config, args.ckpt, args.use_pretrained, args.sample_type).to(device)  # type: ignore[arg-type]
     size, channels = int(model_config["data"]["image_size"]), int(model_config["model"]["in_channels"])
     recipe = recipe.with_batch_size(cli.default_calibration_batch(size)) if recipe else None
     lane, process = args.lane or cli.default_lane(size), Process.from_betas(betas)

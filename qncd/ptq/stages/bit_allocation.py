@@ -75,13 +75,7 @@ def allocate_bits_(
     trials = _trials(diffusion.network, config, data.spread(INPUTS), widths, batch_size)
     samples = min(SAMPLES, len(data) // len(data.t.unique()))
     errors, multiplications = sample_errors(diffusion, trials, conditions, batch_size, samples, PROBES, progress)
-    # In parts of what each sample loses at one width for all: the few samples that lose most do not decide for all.
-    lost = torch.stack([by_width[config.act_bits].square() for by_width in errors.values()]).sum(0).clamp(min=1e-30)
-    shares = {
-        name: {width: float((error.square() / lost).mean()) for width, error in by_width.items()}
-        for name, by_width in errors.items()
-    }
-    bits = best_widths(shares, multiplications, config.act_bits)
+    bits = best_widths(shares_of_loss(errors, config.act_bits), multiplications, config.act_bits)
     set_act_bits_(diffusion.network.module, bits)
     return bits
 
@@ -168,6 +162,22 @@ def sample_errors(
                 progress(probe * samples + start + count, probes * samples)
     errors = {name: {width: torch.cat(parts) for width, parts in by_width.items()} for name, by_width in found.items()}
     return errors, {name: counts[name] for name in trials}
+
+
+def shares_of_loss(errors: Mapping[str, Mapping[int, Tensor]], uniform: int) -> dict[str, dict[int, float]]:
+    """Squared errors as parts of what each sample loses at one width for all, in the mean over the samples.
+
+    So the few samples that lose most do not decide for all.
+
+    Args:
+        errors: (N,) of each sample, by name and width.
+        uniform: the width for all.
+    """
+    lost = torch.stack([by_width[uniform].square() for by_width in errors.values()]).sum(0).clamp(min=1e-30)
+    return {
+        name: {width: float((error.square() / lost).mean()) for width, error in by_width.items()}
+        for name, by_width in errors.items()
+    }
 
 
 def _step_by_step(denoise: Denoiser) -> Denoiser:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qncd.models.network import Network, TimePath
+from qncd.ptq.blocks import in_float
 from qncd.ptq.context import Context
 from qncd.quant.inspection import replace_quantizers_
 from qncd.quant.layers import QuantLayer
+from qncd.quant.quantizers import HALVES
 from qncd.quant.rounding import LearnedRounding, learn_roundings_, reconstruction_loss
 from qncd.quant.stepwise import StepwiseActQuantizer, make_stepwise, select_steps_on_call
 from qncd.recipe import Recipe, ReconstructionConfig
@@ -61,14 +63,16 @@ def reconstruct_temporal_(
     path = TemporalPath(found)
     assert found is not None
     sinusoid = found.sinusoid(times)
+    sinusoid = sinusoid.float() if sinusoid.dtype in HALVES else sinusoid
+    exact = TemporalPath(reference.time_path())
     with torch.no_grad():
-        targets = TemporalPath(reference.time_path())(sinusoid)
+        targets = functional_call(exact, in_float(exact, {}), (sinusoid,))
     layers = {name: m for name, m in path.named_modules() if isinstance(m, QuantLayer) and m.config.weight_codes is not None}
     roundings = {name: LearnedRounding(layer) for name, layer in layers.items()}
     total = sum(float(target.square().sum()) for target in targets)
 
     def outputs(weights: dict[str, Tensor]) -> list[Tensor]:
-        return functional_call(path, {f"{name}.weight": weight for name, weight in weights.items()}, (sinusoid,))
+        return functional_call(path, in_float(path, {f"{name}.weight": weight for name, weight in weights.items()}), (sinusoid,))
 
     def loss(weights: dict[str, Tensor]) -> Tensor:
         return torch.stack([reconstruction_loss(o, t) for o, t in zip(outputs(weights), targets, strict=True)]).sum()

@@ -20,7 +20,14 @@ from qncd.ptq.context import copied
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import hooked
 from qncd.ptq.stages import bit_allocation
-from qncd.ptq.stages.bit_allocation import SEED_BASE, allocate_bits_, best_widths, free_quantizers, sample_errors
+from qncd.ptq.stages.bit_allocation import (
+    SEED_BASE,
+    allocate_bits_,
+    best_widths,
+    free_quantizers,
+    sample_errors,
+    shares_of_loss,
+)
 from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.quant.inspection import act_quantizers, quant_layers, set_act_bits_
@@ -182,6 +189,19 @@ def test_the_least_error_for_the_bits() -> None:
     assert best_widths({"a": {4: 0.0, 6: 0.0, 8: 0.0}, "b": {4: 1.0, 6: 0.1, 8: 0.01}}, {"a": 1, "b": 1}, 6) == {"a": 4, "b": 8}
     # An error that rises with the width is noise: a wider one beyond it still counts.
     assert best_widths({"a": {4: 1.0, 6: 1.1, 8: 0.1}, "b": {4: 0.0, 6: 0.0, 8: 0.0}}, {"a": 1, "b": 1}, 6)["a"] == 8
+
+
+def test_no_sample_decides_for_all() -> None:
+    """The second sample loses 20 times as much as the first, and yet counts as much: they lose 4 + 1 and 36 + 64."""
+    errors = {
+        "a": {4: torch.tensor([4.0, 60.0]), 6: torch.tensor([2.0, 6.0])},
+        "b": {4: torch.tensor([3.0, 40.0]), 6: torch.tensor([-1.0, 8.0])},
+    }
+    shares = shares_of_loss(errors, 6)
+    assert shares["a"] == {4: pytest.approx((16 / 5 + 36) / 2), 6: pytest.approx((4 / 5 + 36 / 100) / 2)}
+    assert shares["b"] == {4: pytest.approx((9 / 5 + 16) / 2), 6: pytest.approx((1 / 5 + 64 / 100) / 2)}
+    nothing = shares_of_loss({"a": {4: torch.zeros(2), 6: torch.zeros(2)}}, 6)
+    assert nothing == {"a": {4: 0.0, 6: 0.0}}
 
 
 def test_a_checkpoint_keeps_the_widths(make_unet: Any, make_cross_unet: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from qncd.recipe import SamplerConfig
 from qncd.rng import ImageNoise
 from qncd.sampling.corrector import Denoiser
-from qncd.sampling.correctors.offline_noise import KINDS, OfflineCorrector, OfflineRecorder, OfflineStatistics
+from qncd.sampling.correctors.offline_noise import KINDS, OfflineCorrector, OfflineRecorder, OfflineStatistics, _gaussian_row
 from qncd.sampling.process import Process
 from qncd.sampling.samplers import StepState, reduced_sigma, sample_ddim
 from qncd.sampling.schedule import linear_betas, make_steps
@@ -90,6 +91,23 @@ def test_the_variance_of_random_error_is_known(kind: str) -> None:
     noisy = make_steps(SamplerConfig(timesteps=5, eta=1.0), PROCESS)[2]
     reduced = reduced_sigma(noisy, corrector.correct(noisy, torch.zeros(1), torch.zeros(1, 3, 4, 4), exact, None).variance)  # type: ignore[arg-type]
     assert 0 < float(reduced) < noisy.sigma
+
+
+def test_d2dpm_leaves_out_pairs_beyond_four_standard_deviations() -> None:
+    """A prediction 6 deviations off, and an error 6 deviations off, do not count; 3 deviations do."""
+    generator = torch.Generator().manual_seed(0)
+    e, d = torch.randn(2, 4000, generator=generator, dtype=torch.float64).clamp(-3, 3)
+    e, d = 2 * e + 0.5, 0.1 * d - 0.2
+    far_e, far_d = e.clone(), d.clone()
+    far_e[7], far_d[11] = 12.5, -0.8
+    keep = torch.ones(4000, dtype=torch.bool)
+    keep[[7, 11]] = False
+    row = _gaussian_row(far_e, far_d)
+    assert float(row["mean_e"]) == pytest.approx(float(e[keep].mean()), rel=1e-12)
+    assert float(row["mean_d"]) == pytest.approx(float(d[keep].mean()), rel=1e-12)
+    assert float(row["std_e"]) == pytest.approx(float(e[keep].std()), rel=1e-12)
+    assert float(row["std_d"]) == pytest.approx(float(d[keep].std()), rel=1e-12)
+    assert float(row["correlation"]) == pytest.approx(np.corrcoef(e[keep], d[keep])[0, 1], rel=1e-3)
 
 
 def test_it_goes_to_a_file_and_back() -> None:

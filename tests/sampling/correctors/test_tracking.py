@@ -12,7 +12,15 @@ from torch.nn import functional as F
 
 from qncd.recipe import Recipe, SamplerConfig
 from qncd.sampling.correctors.registry import corrector_of
-from qncd.sampling.correctors.tracking import SURE, TrackingCorrector, TrackingFilters, TrackingFitter, filtered, fit_filter
+from qncd.sampling.correctors.tracking import (
+    SURE,
+    TrackingCorrector,
+    TrackingFilters,
+    TrackingFitter,
+    _held_out_errors,
+    filtered,
+    fit_filter,
+)
 from qncd.sampling.process import Process
 from qncd.sampling.samplers import sample
 from qncd.sampling.schedule import linear_betas
@@ -85,6 +93,22 @@ def test_an_error_that_no_filter_sees_is_left() -> None:
     kernel, constant, left = fit_filter(eps, x, lack)
     assert left > 0.99 and kernel.abs().max() < 0.05 and constant.abs().max() < 0.05
     assert SURE >= 2
+
+
+def test_held_out_errors_are_those_of_ridge_regression_without_the_fold() -> None:
+    """By the normal equations, from the features themselves: six ridges on features of mean square 1, every fourth image out."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(8, 50, 4, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 10.0, 0.1, 3.0])
+    targets = torch.randn(8, 50, 2, generator=generator, dtype=torch.float64) + features[..., :2]
+    grams, products = (features.mT @ other / 50 for other in (features, targets))
+    found = _held_out_errors(grams, products, targets.square().sum((1, 2)) / 50)
+    for row, ridge in zip(found, (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0), strict=True):
+        for image, error in enumerate(row):
+            others = [i for i in range(8) if i % 4 != image % 4]
+            gram = grams[others].mean(0)
+            weights = torch.linalg.solve(gram + ridge * gram.diagonal().diag(), products[others].mean(0))
+            expected = (targets[image] - features[image] @ weights).square().sum() / 50
+            assert float(error) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_few_images_get_no_filter() -> None:

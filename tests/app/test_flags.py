@@ -1,0 +1,287 @@
+"""Flags that are made from a recipe's fields, and the recipe that they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from qncd.app import flags
+from qncd.app import parser as cli
+from qncd.options import MAX_SEED, option, section
+from qncd.recipe import QUANTIZATION, CorrectionConfig, QuantConfig, Recipe, ReconstructionConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("sample_diffusion_ddim", "sample_diffusion_ldm", "txt2img")
+MODES = "linear|qdiff|ptqd|tfmq|d2dpm|qncd|qncd+"
+# A flag, what it takes (a type, choices, nothing, or on and off), and the default that help shows. Written down from the
+# hand-written parser, before flags came from the recipe; new are --recipe, and `running` of --act_range.
+FLAGS = {
+    "quantization": (
+        ("ptq", "", ""), ("recipe", "path", ""), ("quant_mode", MODES, "qncd"), ("weight_bit", "int", "8"),
+        ("quant_act", "", ""), ("act_bit", "int", "8"), ("sm_abit", "int", "8"), ("a_sym", "", ""), ("a_min_max", "", ""),
+        ("running_stat", "", ""), ("rs_sm_only", "", ""), ("emb_float", "", ""), ("act_range", "mse|max|running", "at"),
+        ("split", "on/off", ""), ("scale_split_static", "on/off", ""), ("bias_correction", "on/off", ""),
+        ("gptq", "on/off", ""), ("smooth_search", "on/off", ""), ("allocate_bits", "on/off", ""),
+        ("stepwise_act", "on/off", ""), ("tracking", "on/off", ""), ("weight_only", "", ""),
+    ),
+    "reconstruction (BRECQ)": (
+        ("recon", "on/off", ""), ("cali_iters", "int", "2000"), ("recon_lr", "float", "0.01"), ("recon_inputs", "int", "512"),
+        ("recon_memory", "float", "4"), ("recon_cache", "fp16|bf16|fp32", "fp16"), ("recon_act", "", ""),
+        ("cali_iters_a", "int", "500"), ("cali_lr", "float", "0.01"),
+    ),
+    "noise correction (inter noise)": (
+        ("sample_reverse", "int?", ""), ("no-sample_reverse", "", ""), ("reverse_interval", "int", "4"),
+        ("reverse_target", "consistent|paper", "paper"), ("reverse_statistics", "sample|batch|channel", "sample"),
+        ("reverse_control", "on/off", ""),
+    ),
+    "calibration": (
+        ("cali_n", "int", "64"), ("cali_st", "int", "10"), ("cali_batch_size", "int", "32"), ("cali_seed", "seed", "0"),
+        ("cond", "", ""), ("cali_data_path", "path", ""), ("cali_ckpt", "path", ""), ("resume", "", ""), ("resume_w", "", ""),
+    ),
+}  # fmt: skip
+
+
+def script_parser(name: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """The parser that a script makes."""
+    found: list[argparse.ArgumentParser] = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *_: found.append(self))
+    runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="parsed")["parse_args"]()
+    monkeypatch.undo()
+    return found[0]
+
+
+def described(action: argparse.Action) -> tuple[str, str, str]:
+    kind = getattr(action.type, "__name__", "seed") if action.type else "|".join(action.choices or ())
+    if isinstance(action, argparse.BooleanOptionalAction):
+        kind = "on/off"
+    kind = kind.lower() + ("?" if action.nargs == "?" else "")
+    shown = re.search(r"\(default ([^\s;)]+)", action.help or "")
+    return action.option_strings[0].removeprefix("--"), kind, shown[1] if shown else ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_of_the_sampling_scripts(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = {group.title: group._group_actions for group in script_parser(script, monkeypatch)._action_groups}
+    for title, expected in FLAGS.items():
+        assert {described(action) for action in groups[title]} == set(expected)
+        assert all(action.default in (None, False) for action in groups[title]), "a default would look like a flag"
+        assert all(action.help for action in groups[title])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("flag", "high"), [("--seed", MAX_SEED), ("--cali_seed", 2**35 - 1)])
+def test_seeds_are_refused_first(
+    script: str, flag: str, high: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = script_parser(script, monkeypatch)
+    # No --config and no --logdir: seeds are looked at before anything else is.
+    for text, message in (
+        ("-1", "seed -1: allowed are whole numbers, 0 or more"),
+        (str(high + 1), f"seed {high + 1}: allowed are whole numbers, 0 to {high}"),
+        ("one", "invalid int value: 'one'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args([flag, text])
+        assert stop.value.code == 2 and capsys.readouterr().err.endswith(f"error: argument {flag}: {message}\n")
+
+
+def parse(*words: str, recipe_type: type[Recipe] = Recipe) -> argparse.Namespace:
+    parser = cli.make_parser("")
+    cli.add_checkpoint_arguments(flags.add_recipe_arguments(parser, recipe_type)["calibration"])
+    return parser.parse_args(words)
+
+
+def recipe(*words: str) -> Recipe:
+    found = flags.recipe_of(parse("--ptq", *words))
+    assert found is not None
+    return found
+
+
+def open_batch(made: Recipe) -> Recipe:
+    """As flags leave it: how many inputs a forward pass takes follows from the model."""
+    return dataclasses.replace(made, calibration=dataclasses.replace(made.calibration, batch_size=None))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", Recipe.of("qncd", "W8A8")),
+        ("--quant_mode linear", Recipe.of("linear", "W8A32")),
+        ("--quant_mode linear --act_bit 4", Recipe.of("linear", "W8A32")),
+        ("--quant_mode linear --quant_act --weight_bit 4", Recipe.of("linear", "W4A8")),
+        ("--weight_only --act_bit 4", Recipe.of("qncd", "W8A32")),
+        ("--a_min_max --act_bit 6", Recipe.of("qncd", "W8A6", act_range="max")),
+        ("--running_stat --sm_abit 16", Recipe.of("qncd", act_range="running", softmax_bits=16)),
+        ("--running_stat --rs_sm_only", Recipe.of("qncd", softmax_range="running")),
+        ("--rs_sm_only --act_range mse", Recipe.of("qncd", softmax_range="running", act_range="mse")),
+        ("--emb_float --a_sym", Recipe.of("qncd", quantize_embedding=False, act_symmetric=True)),
+        ("--sample_reverse --reverse_interval 10", Recipe.of("qncd", interval=10)),
+        ("--sample_reverse 3", Recipe.of("qncd", interval=3)),
+        ("--no-sample_reverse --no-scale_split_static", Recipe.of("qncd", correction=False, smoothing=False)),
+        ("--no-reverse_control", Recipe.of("qncd", control=False, shrink=False)),
+        ("--quant_mode linear --reverse_target consistent", Recipe.of("linear", "W8A32", correction={"target": "consistent"})),
+        ("--quant_mode qncd+ --sample_reverse 2", Recipe.of("qncd+", correction={"interval": 2})),
+        ("--tracking", Recipe.of("qncd", tracking=True)),
+        ("--recon --cali_iters 5", Recipe.of("qncd", reconstruction={"iterations": 5})),
+        ("--quant_mode qdiff --recon_act", Recipe.of("qdiff", act_iterations=500)),
+        ("--quant_mode qdiff --recon_act --cali_iters_a 7 --cali_lr 0.1", Recipe.of("qdiff", act_iterations=7, act_lr=0.1)),
+        ("--quant_mode qdiff --no-recon", Recipe.of("qdiff", reconstruction=False)),
+        ("--quant_mode qdiff --gptq", Recipe.of("qdiff", gptq=True)),
+        ("--quant_mode qdiff --resume_w", Recipe.of("qdiff", reconstruction=False)),
+        ("--cali_n 7 --cali_st 3 --cali_seed 4", Recipe.of("qncd", samples=7, steps=3, calibration={"seed": 4})),
+    ],
+)
+def test_what_flags_stand_for(words: str, expected: Recipe) -> None:
+    assert recipe(*words.split()) == open_batch(expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--act_bit 9", "--act_bit 9: allowed are 2 to 8"),
+        ("--recon --cali_iters 0", "--cali_iters: iterations 0: allowed are whole numbers, 1 or more"),
+        ("--recon --recon_memory -1", "--recon_memory: memory_gb -1.0: allowed are numbers from 0 on"),
+        ("--weight_only --quant_act", "--weight_only and --quant_act exclude one another"),
+        ("--running_stat --act_range max", "--running_stat and --act_range exclude one another"),
+        ("--weight_only --running_stat", "--running_stat is about quantized activations: they are in floating point here"),
+        ("--weight_only --sm_abit 16", "--sm_abit is about quantized activations: they are in floating point here"),
+        ("--quant_mode qdiff --no-reverse_control", "--reverse_control needs --sample_reverse"),
+        (
+            "--no-sample_reverse --reverse_interval 3",
+            "--no-sample_reverse contradicts --sample_reverse and the --reverse_* flags",
+        ),
+        ("--sample_reverse 3 --reverse_interval 4", "--sample_reverse 3 and --reverse_interval 4 name two intervals"),
+        ("--recon --gptq", "--recon with GPTQ (--gptq, or --quant_mode qncd): both round the weights, allowed is one"),
+        ("--quant_mode ptqd --sample_reverse", "--sample_reverse: --quant_mode ptqd has a correction of its own"),
+        ("--cali_iters_a 3", "--cali_iters_a needs --recon"),
+        ("--quant_mode qdiff --cali_iters_a 3", "--cali_iters_a needs --recon_act"),
+        ("--quant_mode qdiff --cali_lr 0.01", "--cali_lr needs --recon_act"),
+    ],
+)
+def test_refusals_name_the_flag(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+        recipe(*words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--weight_bit 4 --quant_mode qncd+", "--quant_mode needs --ptq"),
+        ("--weight_bit 4", "--weight_bit needs --ptq"),
+        ("--no-split", "--no-split needs --ptq"),
+        ("--a_sym", "--a_sym needs --ptq"),
+        ("--recipe r.yaml", "--recipe needs --ptq"),
+        ("--recon", "--recon needs --ptq"),
+        ("--no-recon", "--no-recon needs --ptq"),
+        ("--cali_iters 3", "--cali_iters needs --recon"),
+        ("--reverse_interval 3", "--sample_reverse corrects a quantized network: it needs --ptq"),
+        ("--tracking", "--tracking corrects a quantized network: it needs --ptq"),
+    ],
+)
+def test_without_ptq_no_flag_is_ignored(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+        flags.recipe_of(parse(*words.split()))
+
+
+def test_full_precision_has_no_recipe() -> None:
+    assert flags.recipe_of(parse()) is None
+    assert flags.recipe_of(parse("--cali_n", "4")) is None, "one command line with and without --ptq"
+
+
+def test_a_recipe_in_a_file_and_flags_over_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+
+    def given(content: dict[str, object], words: str = "") -> Recipe:
+        path.write_text(json.dumps(content))  # JSON is YAML
+        return recipe("--recipe", str(path), *words.split())
+
+    content = {"mode": "qdiff", "width": "W4A6", "reconstruction": {"iterations": 40}, "samples": 12}
+    expected = open_batch(Recipe.of("qdiff", "W4A6", iterations=40, samples=12))
+    assert given(content) == expected
+    assert given(content, "--cali_iters 50 --act_bit 8") == open_batch(Recipe.of("qdiff", "W4A8", iterations=50, samples=12))
+    assert given(content, "--no-recon").reconstruction is None
+    assert given(content, "--resume_w").reconstruction is None
+    assert given(content, "--quant_mode ptqd").offline == "ptqd"
+    assert given({"mode": "linear", "width": "W4A6"}).quant.act_bits == 6, "the file says that activations are quantized"
+    assert given({"mode": "linear", "width": "W4A32"}, "--quant_act").quant.act_bits == 8
+    assert given({"width": "W4A6", "bit_allocation": False}, "--weight_only").quant.act_bits is None
+    assert given({"tracking": True}, "--sample_reverse 3").correction == CorrectionConfig(3)
+    assert given({"correction": {"interval": 3}}, "--tracking").offline == "tracking"
+    assert given({"calibration": {"batch_size": 3}}).with_batch_size(2).calibration.batch_size == 3
+    whole = Recipe.of("qncd+", "W4A4").to_json()
+    assert given(whole) == Recipe.of("qncd+", "W4A4")
+    assert given(whole, "--sample_reverse 2").offline is None
+    for bad, message in (({"intervall": 3}, "did you mean interval?"), ({"gptq": 1}, "gptq 1: allowed are True and False")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            given(bad)
+    with pytest.raises(FileNotFoundError, match="no such recipe"):
+        recipe("--recipe", str(tmp_path / "none.yaml"))
+
+
+Wider = dataclasses.make_dataclass(
+    "Wider",
+    [("outlier_channels", int, option(2, flag="outliers", aliases=("outlier_channels",), low=1, high=9, help="kept apart")),
+     ("rotate", bool, option(False, flag="rotate", help="rotate the inputs")),
+     ("damping", float, option(0.5, flag="damping", above=0, high=1, help="of the Hessian"))],
+    bases=(QuantConfig,), frozen=True,
+)  # fmt: skip
+WiderRecipe = dataclasses.make_dataclass(
+    "WiderRecipe", [("quant", Wider, section(Wider, QUANTIZATION, optional=False))], bases=(Recipe,), frozen=True
+)
+
+
+def test_a_new_option_is_one_field(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its flags, help, check, default, and its places in run.json and the checkpoint follow."""
+
+    def made(*words: str) -> Recipe:
+        found = flags.recipe_of(parse(*words, recipe_type=WiderRecipe), WiderRecipe)
+        assert found is not None
+        return found
+
+    with pytest.raises(SystemExit):
+        parse("--help", recipe_type=WiderRecipe)
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"--outliers \S+, --outlier_channels \S+ kept apart \(default 2\)", text)
+    assert "--rotate, --no-rotate rotate the inputs" in text and "of the Hessian (default 0.5)" in text
+
+    assert made("--ptq").settings()["quantization"]["outlier_channels"] == 2
+    changed = made("--ptq", "--outlier_channels", "3", "--rotate", "--damping", "0.1")
+    assert changed == open_batch(WiderRecipe.of("qncd", outlier_channels=3, rotate=True, damping=0.1))
+    assert {"outlier_channels": 3, "rotate": True, "damping": 0.1}.items() <= changed.settings()["quantization"].items()
+    stored = json.loads(json.dumps(changed.to_json()))
+    assert stored["quant"]["outlier_channels"] == 3 and WiderRecipe.from_json(stored) == changed
+    assert WiderRecipe.from_json(Recipe.of("qncd").to_json()) == WiderRecipe.of("qncd"), "files from before it"
+    with pytest.raises(ValueError, match=r"^quant: unknown option 'outlier_channels'"):
+        Recipe.from_json(stored)
+
+    for words, message in (
+        (("--outliers", "10"), "--outliers 10: allowed are 1 to 9"),
+        (("--damping", "0"), "--damping: damping 0.0: allowed are numbers above 0, up to 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+            made("--ptq", *words)
+    with pytest.raises(ValueError, match=r"^--rotate needs --ptq$"):
+        made("--rotate")
+    with pytest.raises(ValueError, match=r"^outlier_channels 0: allowed are whole numbers, 1 to 9$"):
+        Wider(outlier_channels=0)
+
+
+def test_reconstruction_options_keep_their_flags() -> None:
+    """One flag an option, whatever its section is called."""
+    made = recipe("--recon", "--recon_lr", "0.5", "--recon_inputs", "9", "--recon_memory", "1", "--recon_cache", "bf16")
+    assert made.reconstruction == ReconstructionConfig(lr=0.5, inputs=9, memory_gb=1.0, cache="bf16")
+
+
+def test_the_published_line() -> None:
+    words = "--weight_bit 8 --quant_mode qncd --quant_act --act_bit 8 --cali_st 25 --cali_batch_size 1 --cali_n 128 --ptq"
+    words += " --cond --scale_split_static --sample_reverse --reverse_interval 10 --running_stat --sm_abit 16"
+    made = flags.recipe_of(parse(*words.split()))
+    assert made == Recipe.of(
+        "qncd", "W8A8", steps=25, samples=128, interval=10, act_range="running", softmax_bits=16, **{"calibration.batch_size": 1}
+    )
