@@ -218,7 +218,7 @@ class Cell:
         return plain
 
     def finished(self, plan: Plan) -> dict[str, Any] | None:
-        """The cell's file, None where there is none, or one with other settings, or a damaged one."""
+        """The cell's file; None if it is missing, damaged or made with other settings."""
         try:
             record = json.loads(self.path(plan).read_text(encoding="utf-8"))
             return record if record["settings"] == self.settings(plan) and record["figures"] else None
@@ -231,11 +231,11 @@ def make_cells(widths: Sequence[str] | None, modes: Sequence[str], seeds: int) -
 
     Args:
         widths: asked for; None for WIDTHS.
-        modes: in the order of MODES from then on.
-        seeds: repetitions; one of a mode that no calibration set changes.
+        modes: sorted into the order of MODES.
+        seeds: repetitions; a mode that does not use the calibration set is run once.
 
     Raises:
-        ValueError: a text is no width such as W4A8, or a peer can do none of those asked for.
+        ValueError: a width is not a name such as W4A8, or a peer cannot do any of the widths asked for.
     """
     named = [f"W{w}A{a}" for w, a in dict.fromkeys(parse_width(text) for text in widths or WIDTHS)]
     chosen = [mode for mode in MODES if mode in modes]
@@ -252,7 +252,7 @@ def make_cells(widths: Sequence[str] | None, modes: Sequence[str], seeds: int) -
 
 
 def can_do(mode: str, width: str) -> bool:
-    """Whether a mode has a width such as W4A8: peers do not have all."""
+    """Whether a mode supports a width such as W4A8: peers support only some."""
     return mode not in PEERS or PEERS[mode].allows(*parse_width(width))
 
 

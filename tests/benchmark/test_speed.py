@@ -19,7 +19,8 @@ def test_jobs_parse(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1.0 if getattr(args, "backend", "torch") == "torch" else 0.5
 
     monkeypatch.setattr(speed, "_run_command", run)
-    monkeypatch.setattr(speed, "_cifar_unet", lambda: SimpleNamespace(save_pretrained=lambda folder: None))
+    module = SimpleNamespace(save_pretrained=lambda folder: None)
+    monkeypatch.setattr(speed, "_cifar", lambda: SimpleNamespace(module=module))
     figures = speed.measure_jobs(rounds=1, images=4)
     assert called == [
         (module, backend)

@@ -125,7 +125,7 @@ def test_bad_input(
 def test_noise_error_is_relative_and_counts_the_first_images_only() -> None:
     reference = SimpleNamespace(denoiser=lambda conditions: lambda x, t: 2 * x)
     recorder = NoiseErrorRecorder(reference, images=3)  # type: ignore[arg-type]
-    step = Step(0, 10, 0, 0.5, 0.9, 0.0, 0.0)
+    step = Step(0, 10, 0, 0.7, 0.7, 0.9, 0.4, 0.0, 0.0)
     x = torch.ones(2, 1, 4, 4)
     for error in (0.2, 0.4, 9.0):
         recorder(StepState(step, x, x, 2 * x + error, x, x))
