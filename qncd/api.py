@@ -163,10 +163,10 @@ def _recipe(given: Recipe | str | Path | None, mode: str, width: str | None, opt
 
 
 def _bare_runs(
-    module: nn.Module, recipe: Recipe, data: CalibrationSet, scheduler: Any, asked: tuple[int | None, frozenset[str]]
+    module: nn.Module, recipe: Recipe, data: CalibrationSet, scheduler: Any, wanted: tuple[int | None, frozenset[str]]
 ) -> tuple[CalibrationRuns, Recipe, list[str]]:
     """Runs of a bare denoiser, and the recipe without what they cannot do, which is named."""
-    steps, given = asked
+    steps, given = wanted
     network = network_of(module, prediction_of(scheduler) if scheduler is not None else None)
     runs = BareRuns(network, data, recipe.calibration, scheduler, steps)
     if scheduler is not None:
@@ -178,8 +178,9 @@ def _bare_runs(
         value = getattr(recipe.quant if name == "bit_allocation" else recipe, name)
         if not value:
             continue
-        if name in given or (name == "offline" and "tracking" in given):
-            raise ValueError(f"{name} needs a sampler: give scheduler=, a diffusers scheduler, or the whole pipeline")
+        asked = name if name in given else "tracking" if name == "offline" and "tracking" in given else None
+        if asked:
+            raise ValueError(f"{asked} needs a sampler: give scheduler=, a diffusers scheduler, or the whole pipeline")
         left_out.append(
             f"{name.replace('_', ' ')} ({value if name == 'offline' else recipe.mode}): needs a sampler, give scheduler="
         )

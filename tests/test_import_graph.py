@@ -209,7 +209,7 @@ def test_layering(name: str) -> None:
         ("qncd.ptq.stages.smoothing", "from qncd import __version__", True),
         ("qncd.ptq.stages.smoothing", 'importlib.import_module("qncd.app.parser")', False),
         ("qncd.app.parser", "from qncd.ptq import smoothing", True),
-        ("qncd.app.jobs", "from qncd.app.commands import sample", False),
+        ("qncd.app.job", "from qncd.app.commands import sample", False),
         ("qncd.benchmark.plan", "from qncd.app.commands import sample", False),
         ("qncd.app.commands.sample", "from qncd.benchmark import plan\nfrom qncd.app import parser", True),
         ("qncd.misc", "", False),

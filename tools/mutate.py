@@ -497,7 +497,7 @@ def warm_up(root: Path, modules: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -510,7 +510,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep results here, and go on from there")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="the checkout")
     parser.add_argument("--warm", nargs="*", default=WARM, metavar="MODULE", help="imported once for all")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     root = args.root.resolve()
     files = wanted_files(root, args)
     if not files:

@@ -57,9 +57,8 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
         generator: Generators | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
-        return_dict: bool = True,
         callback_on_step_end: StepEnd | None = None,
-    ) -> ImagePipelineOutput | tuple[Any, ...]:
+    ) -> ImagePipelineOutput:
         """One image for each class label.
 
         Args:
@@ -70,7 +69,6 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
             generator: of all noise; one, or one for each image.
             latents: (N, C, h, w) standard normal noise to begin with, drawn from the generator where there is none.
             output_type: "pil", "np" (N, H, W, C) in [0, 1], "pt" (N, C, H, W) in [0, 1], or "latent".
-            return_dict: return an ImagePipelineOutput, not a tuple.
             callback_on_step_end: called as callback(pipeline, step, time step, {"latents": latents}) after each step; may
                 return a dict with other latents to go on with.
 
@@ -104,7 +102,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
             decoded = self.vqvae.decode(x / self.vqvae.config.scaling_factor).sample
             images = self.image_processor.postprocess(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=images)
 
     def _noise(self, count: int, generator: Generators | None, latents: Tensor | None) -> Tensor:
         size = self.unet.config.sample_size

@@ -35,8 +35,11 @@ from qncd.sampling.corrector import Record
 from qncd.sampling.correctors.registry import CORRECTORS
 
 FORMAT = "qncd-1"
-RECORDS: dict[str, type[Any]] = {kind.prefix: kind.record for kind in CORRECTORS.values() if kind.record is not None}
-CORRECTIONS = tuple(f"{prefix}." for prefix in RECORDS)  # in front of what is no part of the network
+
+
+def record_kinds() -> dict[str, type[Any]]:
+    """What corrections know, by the prefixes of its tensors: no part of the network."""
+    return {kind.prefix: kind.record for kind in CORRECTORS.values() if kind.record is not None}
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def save_quantized(
             {name: quantizer.codes.bits for name, quantizer in quantizers.items() if quantizer.codes}
         )
     if record is not None:
-        prefix = next(prefix for prefix, kind in RECORDS.items() if isinstance(record, kind))
+        prefix = next(prefix for prefix, kind in record_kinds().items() if isinstance(record, kind))
         fields, metadata[prefix] = record.to_tensors()
         tensors |= {f"{prefix}.{name}": value for name, value in fields.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +163,7 @@ def peek_quantized(path: Path) -> QuantizedInfo:
     try:
         with safe_open(path, "pt") as file:
             metadata, names = dict(file.metadata() or {}), list(file.keys())
-            prefixed = [name for name in names if name.startswith(CORRECTIONS)]
+            prefixed = [name for name in names if _is_record(name)]
             fields = {name: file.get_tensor(name) for name in prefixed}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole quantized checkpoint (cut off or of another kind): {error}") from None
@@ -171,13 +174,17 @@ def peek_quantized(path: Path) -> QuantizedInfo:
         smoothed = any(name.endswith(".smoothing") for name in names)
         records = {
             prefix: kind.from_tensors(_below(f"{prefix}.", fields), metadata[prefix])
-            for prefix, kind in RECORDS.items()
+            for prefix, kind in record_kinds().items()
             if prefix in metadata
         }
         bits = json.loads(metadata["act_bits"]) if config.bit_allocation else None
         return QuantizedInfo(config, smoothed, metadata["base_hash"], json.loads(metadata["settings"]), records, bits)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged header: {error}") from None
+
+
+def _is_record(name: str) -> bool:
+    return name.startswith(tuple(f"{prefix}." for prefix in record_kinds()))
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -219,7 +226,7 @@ def _load_(network: Network, path: Path, config: QuantConfig | None, base_hash: 
     info = peek_quantized(path)
     if base_hash is not None and base_hash != info.base_hash:
         raise ValueError(f"{path}: made from a base model with weights {info.base_hash[:12]}, this one has {base_hash[:12]}")
-    tensors = {key: value for key, value in load_file(path).items() if not key.startswith(CORRECTIONS)}
+    tensors = {key: value for key, value in load_file(path).items() if not _is_record(key)}
     # On a twin without memory first: a file that does not fit leaves the network as it was, and no second copy is held.
     _take_over(without_memory(network), dict(tensors), info, config, path)
     _take_over(network, tensors, info, config, path)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from qncd.models.network import Call, Network, network_of
@@ -108,7 +109,7 @@ class InLanes(nn.Module):
             return getattr(super().__getattr__("module"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the denoiser; returns a tuple of one."""
+        """As the denoiser."""
         call = self._network.bind(args, kwargs)
         size = len(call.x)
         parts = []
@@ -116,7 +117,8 @@ class InLanes(nn.Module):
             rows = slice(start, start + self.lane)
             inputs = {name: v[rows] if v.ndim and len(v) == size else v for name, v in call.inputs.items()}
             parts.append(self._network.predict(call.x[rows], call.t[rows], inputs, **call.constants))
-        return (torch.cat(parts),)
+        out = torch.cat(parts)
+        return UNet2DOutput(out) if call.constants.get("return_dict", True) else (out,)
 
 
 @dataclass

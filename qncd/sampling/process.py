@@ -54,8 +54,8 @@ class Process:
 
     @classmethod
     def rectified_flow(cls, steps: int = 1000) -> Process:
-        """alpha = 1 - t / T, sigma = t / T for the time steps t = 0 to T (rectified flow, arXiv 2209.03003)."""
-        t = np.arange(steps + 1, dtype=np.float64) / steps
+        """alpha = 1 - t, sigma = t with t = (i + 1) / T (rectified flow, arXiv 2209.03003)."""
+        t = np.arange(1, steps + 1, dtype=np.float64) / steps
         return cls(1 - t, t)
 
     @property

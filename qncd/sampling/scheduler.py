@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,8 +47,9 @@ def process_of(scheduler: Any) -> Process | None:
     """
     times = tuple(int(t) if float(t).is_integer() else float(t) for t in getattr(scheduler, "timesteps", ()))
     if FLOW in type(scheduler).__name__:
-        flow = Process.rectified_flow(int(scheduler.config.num_train_timesteps))
-        return Process(flow.alpha, flow.sigma, None, times)
+        count = int(scheduler.config.num_train_timesteps)
+        t = np.arange(count + 1) / count  # these schedulers' time steps are 1 to T
+        return Process(1 - t, t, None, times)
     abar = getattr(scheduler, "alphas_cumprod", None)
     if abar is None:
         return None

@@ -210,10 +210,10 @@ def test_quantize_then_sample(capsys: pytest.CaptureFixture[str], model: tuple[s
 
 def test_quantizing_latent_models_samples_none(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to where calibration would begin; a text model is calibrated on prompts."""
-    from qncd.app import jobs
+    from qncd.app import job
 
     counts = []
-    monkeypatch.setattr(jobs.SamplingJob, "sample_and_finish", lambda self, *_, **__: counts.append(self.plan.count))
+    monkeypatch.setattr(job.SamplingJob, "sample_and_finish", lambda self, *_, **__: counts.append(self.plan.count))
     words = ("quantize", "--ddim_steps", 2, "--cali_n", 4, "--cali_st", 1, "--device", "cpu", "--cali_ckpt", "q.safetensors")
     error = call(capsys, *words, "--config", "scenes.yaml", status=2)[1]
     assert "give either --prompt TEXT or --from_file FILE" in error

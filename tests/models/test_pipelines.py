@@ -19,17 +19,21 @@ from safetensors.torch import save_file
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
 from qncd.models.latent import LatentModel, load_latent_model, save_latent_model
 from qncd.models.loading import load_config, load_ddim, state_dict_hash
+from qncd.models.network import network_of
 from qncd.models.original.ddim import to_ddim_state_dict
 from qncd.models.pipelines import load_pipeline
-from qncd.ptq.pipeline import Diffusion
 from qncd.recipe import SamplerConfig
+from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
+from qncd.sampling.process import Process
 from qncd.sampling.schedule import betas_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DDIM, CLASSES, TEXT = (CONFIGS / name for name in ("fashion_mnist.yml", "fashion_mnist_ldm.yaml", "scenes.yaml"))
 SEEDS, STEPS = (3, 4), 10
 PROMPTS = ["a red circle above a blue square", "a small “green” triangle"]
+
+CONTEXT = "encoder_hidden_states"
 
 
 def generators() -> list[torch.Generator]:
@@ -39,7 +43,9 @@ def generators() -> list[torch.Generator]:
 
 def own_samples(model: LatentModel, conditions: Conditions | None, eta: float = 0.0) -> torch.Tensor:
     sampler = SamplerConfig(timesteps=STEPS, eta=eta, convention="ldm")
-    return Diffusion(model.unet, model.betas, sampler, model.latent_shape, lane=2).sample(SEEDS, conditions=conditions)
+    return Diffusion(network_of(model.unet), Process.from_betas(model.betas), sampler, model.latent_shape, lane=2).sample(
+        SEEDS, conditions=conditions
+    )
 
 
 def pixels(images: torch.Tensor) -> np.ndarray:
@@ -49,7 +55,8 @@ def pixels(images: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_ddim_pipeline_equals_the_sampler(eta: float) -> None:
     config, sampler = load_config(DDIM), SamplerConfig(timesteps=STEPS, eta=eta)
-    expected = pixels(Diffusion(load_ddim(config), betas_of(config), sampler, (1, 32, 32), lane=2).sample(SEEDS))
+    network, process = network_of(load_ddim(config)), Process.from_betas(betas_of(config))
+    expected = pixels(Diffusion(network, process, sampler, (1, 32, 32), lane=2).sample(SEEDS))
     pipeline = load_pipeline(DDIM)
     assert type(pipeline) is DDIMPipeline
     found = pipeline(batch_size=2, generator=generators(), num_inference_steps=STEPS, eta=eta, output_type="np").images
@@ -60,7 +67,7 @@ def test_ddim_pipeline_equals_the_sampler(eta: float) -> None:
 def test_class_conditional_pipeline_equals_the_sampler(scale: float, eta: float) -> None:
     model = load_latent_model(load_config(CLASSES))
     classes: Any = model.conditioner
-    conditions = Conditions(classes(torch.tensor([1, 7])), classes.unconditional(1), scale)
+    conditions = Conditions({CONTEXT: classes(torch.tensor([1, 7]))}, {CONTEXT: classes.unconditional(1)}, scale)
     pipeline = load_pipeline(CLASSES)
     assert type(pipeline) is ClassConditionalLDMPipeline
     arguments: dict[str, Any] = {"guidance_scale": scale, "num_inference_steps": STEPS, "eta": eta, "output_type": "latent"}
@@ -76,7 +83,7 @@ def test_text_pipeline_equals_the_sampler() -> None:
     """Curly quotes too: the pipeline's tokenizer cleans prompts as CLIP's does."""
     model = load_latent_model(load_config(TEXT))
     text: Any = model.conditioner
-    expected = own_samples(model, Conditions(text(PROMPTS), text.unconditional(1), 4.0))
+    expected = own_samples(model, Conditions({CONTEXT: text(PROMPTS)}, {CONTEXT: text.unconditional(1)}, 4.0))
     pipeline = load_pipeline(TEXT)
     assert type(pipeline) is StableDiffusionPipeline and pipeline.safety_checker is None
     arguments: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": STEPS}
@@ -148,7 +155,7 @@ def test_output_types_and_callback() -> None:
     assert result.images.abs().max() == 0
     (image,) = pipeline(1, num_inference_steps=2).images
     assert (image.mode, image.size) == ("L", (32, 32))
-    assert pipeline(1, num_inference_steps=2, output_type="pt", return_dict=False)[0].shape == (1, 1, 32, 32)
+    assert pipeline(1, num_inference_steps=2, output_type="pt").images.shape == (1, 1, 32, 32)
     assert load_pipeline(DDIM)(num_inference_steps=2).images[0].mode == "L"
 
 

@@ -52,7 +52,7 @@ def test_unconditional_with_each_sampler(
         from qncd.ptq import pipeline
 
         seen: list[int] = []
-        monkeypatch.setattr(pipeline, "sample", lambda *a, **k: (seen.append(len(a[4])), a[1](k.get("x", _noise(a)), 5))[1])
+        monkeypatch.setattr(pipeline, "sample", lambda *a, **k: (seen.append(len(a[4])), a[2](k.get("x", _noise(a)), 5))[1])
         run_script("sample_diffusion_ldm.py", "-r", latent_folder("none"), "-n", 1, "-l", tmp_path / "o", "--lane", 1, *flags)
         assert seen == [1000]
         return
