@@ -49,10 +49,10 @@ def test_unconditional_with_each_sampler(
     run_script: Any, latent_folder: Callable[[str], Path], tmp_path: Path, flags: tuple[str, ...], monkeypatch: Any
 ) -> None:
     if "-v" in flags:  # 1000 steps: enough to see that they are asked for
-        from qncd.ptq import pipeline
+        from qncd.sampling import diffusion
 
         seen: list[int] = []
-        monkeypatch.setattr(pipeline, "sample", lambda *a, **k: (seen.append(len(a[4])), a[2](k.get("x", _noise(a)), 5))[1])
+        monkeypatch.setattr(diffusion, "sample", lambda *a, **k: (seen.append(a[0].timesteps), a[2](k.get("x", _noise(a)), 5))[1])
         run_script("sample_diffusion_ldm.py", "-r", latent_folder("none"), "-n", 1, "-l", tmp_path / "o", "--lane", 1, *flags)
         assert seen == [1000]
         return
@@ -69,7 +69,7 @@ def test_unconditional_with_each_sampler(
 def _noise(arguments: tuple[Any, ...]) -> Any:
     import torch
 
-    return torch.zeros(len(arguments[3]), *arguments[2])
+    return torch.zeros(len(arguments[4]), *arguments[3])
 
 
 def test_weights_of_a_checkpoint_with_new_activation_ranges(

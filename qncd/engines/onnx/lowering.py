@@ -192,13 +192,14 @@ class Lowering:
             self.nodes = outer
         return self._op("Gather", self._constant(table), self.rows[quantizer.known])
 
-    def _scaled(self, product: ir.Value, *operands: ir.Value) -> ir.Value:
-        """A product times the scales that its operands were divided by."""
+    def _scaled(self, product: ir.Value, *operands: ir.Value, scores: bool = False) -> ir.Value:
+        """A product times the scales that its operands were divided by; `scores` have another shape than the marker's output."""
         factors = [self.factors[id(operand)] for operand in operands if id(operand) in self.factors]
         if not factors:
             return product
         factor = factors[0] if len(factors) == 1 else self._op("Mul", *factors)
-        return self._floats(self._op("Mul", product, factor))
+        scaled = self._op("Mul", product, factor)
+        return scaled if scores else self._floats(scaled)
 
     def _smoothed(self, x: ir.Value, smoothing: Tensor | None) -> ir.Value:
         return x if smoothing is None else self._op("Mul", x, self._constant(_array(smoothing.float().reciprocal())))
@@ -303,7 +304,7 @@ class Lowering:
         if processor.q.codes is None:
             query = self._op("Mul", query, self._scalar(scale))
         key = self._act(self._op("Transpose", key, perm=[0, 1, 3, 2]), processor.k, signed=True)
-        scores = self._op("Softmax", self._scaled(self._op("MatMul", query, key), query, key), axis=-1)
+        scores = self._op("Softmax", self._scaled(self._op("MatMul", query, key), query, key, scores=True), axis=-1)
         weights, value = self._act(scores, processor.softmax), self._act(value, processor.v, signed=True)
         return self._scaled(self._floats(self._op("MatMul", weights, value)), weights, value)
 
