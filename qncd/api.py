@@ -235,11 +235,14 @@ def save(model: Any, folder: str | Path) -> Path:
 def load_quantized(model: Any, folder: str | Path) -> Recipe:
     """Turn a full-precision pipeline (or denoiser) into the one that `save` wrote, in place; returns its recipe.
 
+    Args:
+        folder: of `save`, or a quantized checkpoint that a script wrote with --cali_ckpt.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is cut off or of another kind, or was made from another base model. The model is then as before.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) if Path(folder).suffix == ".safetensors" else Path(folder) / FILE
     module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
     scheduler = getattr(model, "scheduler", None)
     network = network_of(module, prediction_of(scheduler) if scheduler is not None else None)
@@ -248,7 +251,7 @@ def load_quantized(model: Any, folder: str | Path) -> Recipe:
     try:
         recipe = Recipe.from_json(info.settings["recipe"])
     except KeyError:
-        raise ValueError(f"{path}: has no recipe: written by a script; pass it with --cali_ckpt") from None
+        raise ValueError(f"{path}: has no recipe: written by an older version; pass it to a script with --cali_ckpt") from None
     kind = kind_of(recipe)
     record = info.records.get(kind.prefix) if kind else None
     state = _State(recipe, base_hash, record, tuple(info.settings.get("times", ())), dict(info.settings))
