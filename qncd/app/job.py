@@ -55,6 +55,17 @@ def start_job(args: argparse.Namespace) -> Processes:
     return processes
 
 
+def in_processes(
+    args: argparse.Namespace,
+    recipe: Recipe | None,
+    sample: Callable[[argparse.Namespace, Recipe | None, Processes], None],
+) -> None:
+    """Run `sample` in each of the processes that the flags ask for; of an error, the first one tells."""
+    processes = start_job(args)
+    with processes.quiet_failure():
+        sample(args, recipe, processes)
+
+
 def environment(args: argparse.Namespace, device: str | torch.device, batch_size: int) -> dict[str, Any]:
     """What changes no image, for run.json: the arguments as they were, the device, the batch size."""
     plain = {k: v if v is None or isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}

@@ -91,11 +91,9 @@ def main(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     """The same for 0 images too: the network is quantized and nothing is sampled."""
     recipe = check(args)
-    from qncd.app import job
+    from qncd.app.job import in_processes
 
-    processes = job.start_job(args)
-    with processes.quiet_failure():
-        sample(args, recipe, processes)
+    in_processes(args, recipe, sample)
 
 
 def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
