@@ -213,10 +213,6 @@ class Network:
         """Attention layers whose operands can be quantized, by name."""
         return {}
 
-    def stretched(self) -> bool:
-        """Whether the embedding stretches channels in a way that this family knows."""
-        return False
-
     def stretch(self, times: Sequence[int], inputs: Inputs | None = None) -> dict[str, Tensor]:
         """|factor| by which the embedding stretches the input channels of a layer, (C,) means over `times`, by layer.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -142,7 +142,6 @@ class PipelineRuns:
     times: tuple[float, ...] = ()
     diffusion: Diffusion | None = None
     conditions: Conditions | None = None
-    found: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.component, module = denoiser_of(self.pipe)

@@ -68,6 +68,7 @@ class Taken:
         output: the guided prediction (N, ...), in what the network predicts.
         scheduler: as it was before the step.
         arguments: of the scheduler's step beside these.
+        time_given: the same time step in the form that the scheduler takes it, a tensor as a rule.
     """
 
     index: int
@@ -76,6 +77,7 @@ class Taken:
     output: Tensor
     scheduler: Any
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    time_given: Any
 
     def advance(self, output: Tensor) -> Tensor:
         """The next sample, if `output` were the prediction; nothing is changed."""
@@ -83,8 +85,6 @@ class Taken:
         args, kwargs = self.arguments
         kwargs = {name: copy.deepcopy(value) if name == "generator" else value for name, value in kwargs.items()}
         return earlier(type(trial).step(trial, output, self.time_given, self.x, *args, **kwargs))
-
-    time_given: Any = None
 
 
 def earlier(result: Any) -> Tensor:

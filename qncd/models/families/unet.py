@@ -38,7 +38,7 @@ class UNet(Network):
         config, device = self.config, self.device
         if config.get("addition_embed_type") or getattr(self.module, "encoder_hid_proj", None) is not None:
             raise ValueError("networks with added embeddings (SDXL, image prompts) are not exported")
-        if config.get("time_cond_proj_dim") or (self._added("class_embed_type") and "cross_attention_dim" in config):
+        if config.get("time_cond_proj_dim") or (self.config.get("class_embed_type") and "cross_attention_dim" in config):
             raise ValueError("networks with guidance or class embeddings beside a context are not exported")
         if shape is None:
             size = config.sample_size
@@ -99,12 +99,6 @@ class UNet(Network):
 
     # The time embedding.
 
-    def _added(self, key: str) -> Any:
-        return self.config.get(key)
-
-    def stretched(self) -> bool:
-        return True
-
     @torch.no_grad()
     def embeddings(self, times: Sequence[int], inputs: Inputs | None = None) -> Tensor:
         """The embedding that every residual block receives: (T, E), times the number of classes or of calibration inputs.
@@ -115,7 +109,7 @@ class UNet(Network):
         module: Any = self.module
         visited = torch.tensor(sorted(set(times)), device=self.device)
         emb = module.time_embedding(module.time_proj(visited).to(self.dtype))  # (T, E)
-        kind = self._added("addition_embed_type")
+        kind = self.config.get("addition_embed_type")
         if kind is not None:
             emb = self._with_added(emb, kind, inputs)
         if getattr(module, "class_embedding", None) is None:
@@ -146,7 +140,7 @@ class UNet(Network):
         elif labels is None:
             raise ValueError("this model's class embedding is no table: calibration inputs have to hold class_labels")
         labels = labels.unique(dim=0).to(self.device)
-        if self._added("class_embed_type") == "timestep":
+        if self.config.get("class_embed_type") == "timestep":
             labels = module.time_proj(labels).to(self.dtype)
         elif labels.is_floating_point():
             labels = labels.to(self.dtype)
@@ -172,7 +166,7 @@ class UNet(Network):
 
     def time_path(self) -> TimePath | None:
         module: Any = self.module
-        if getattr(module, "class_embedding", None) is not None or self._added("addition_embed_type") is not None:
+        if getattr(module, "class_embedding", None) is not None or self.config.get("addition_embed_type") is not None:
             return None
         blocks = {
             f"{name}.time_emb_proj": m
