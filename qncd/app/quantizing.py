@@ -172,7 +172,7 @@ class _Task:
 
     def keep_reference(self) -> None:
         """Keep the full-precision network for a correction that compares with it."""
-        if self.kind is not None and self.kind.record is not None and not self.kind.calls_network:
+        if self.kind is not None and self.kind.fitted_afterwards(self.recipe):
             self.runs.keep_reference()
 
     def from_qdiffusion(self, path: Path) -> Corrector | None:

@@ -115,8 +115,8 @@ def quantize_network(
     if job.weights and recipe.reconstruction:
         raise ValueError("weights of a checkpoint are taken as they are: no reconstruction with them")
     kind = kind_of(recipe)
-    later = kind is not None and record is None and kind.recorder(recipe) is None and kind.record is not None
-    if later and kind is not None and not kind.calls_network:
+    to_fit = kind if kind is not None and record is None and kind.fitted_afterwards(recipe) else None
+    if to_fit is not None:
         runs.keep_reference()
     context = Context(
         runs.network, recipe, data, runs.times, runs.diffusion, runs.conditions, job.monitor, job.folder, job.processes
@@ -124,8 +124,8 @@ def quantize_network(
     if job.weights:
         job.weights(runs.network)
     run_stages(context, job.weights is not None)
-    if later and kind is not None:
-        record = kind.fit(runs, recipe)
+    if to_fit is not None:
+        record = to_fit.fit(runs, recipe)
     return Outcome(record, context.found, time.perf_counter() - start)
 
 

@@ -99,6 +99,14 @@ class CorrectorKind:
     record: ClassVar[type[Any] | None]
     calls_network: ClassVar[bool] = False
 
+    def needs_record(self, recipe: Recipe) -> bool:
+        """Whether it cannot correct without a record."""
+        return self.record is not None
+
+    def fitted_afterwards(self, recipe: Recipe) -> bool:
+        """Whether `fit` makes its record, by comparing with the full-precision network."""
+        return self.needs_record(recipe) and self.recorder(recipe) is None
+
     def recorder(self, recipe: Recipe) -> Recorder | None:
         """What has to watch a full-precision run before the network is quantized; None for nothing."""
         return None

@@ -29,7 +29,7 @@ def kind_of(recipe: Recipe) -> CorrectorKind | None:
 def fits(kind: CorrectorKind, recipe: Recipe, record: Record | None) -> bool:
     """Whether a record is what this correction needs."""
     if record is None:
-        return kind.record is None or (kind.recorder(recipe) is None and isinstance(kind, RuntimeNoise))
+        return not kind.needs_record(recipe)
     return kind.record is not None and isinstance(record, kind.record)
 
 

@@ -226,6 +226,9 @@ class RuntimeNoise(CorrectorKind):
     prefix, record = "noise_table", NoiseTable
     calls_network = True
 
+    def needs_record(self, recipe: Recipe) -> bool:
+        return bool(recipe.controlled)
+
     def recorder(self, recipe: Recipe) -> NoiseRecorder | None:
         return NoiseRecorder(recipe.controlled, recipe.calibration.samples) if recipe.controlled else None
 
