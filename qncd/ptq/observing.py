@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qncd.models.network import Network
 from qncd.ptq.data import CalibrationSet
 from qncd.quant.inspection import act_quantizers, observing, quant_layers
 from qncd.quant.quantizers import ActQuantizer
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 RUNNING_BATCH = 16  # inputs by which "running" ranges move once, as in Q-Diffusion's code
 
@@ -112,9 +113,35 @@ def _passes(network: Network, data: CalibrationSet, batch_size: int, order: Tens
         yield done
 
 
-def named(name: str, function: Callable[[], None]) -> None:
-    """Call it; a ValueError says the name first."""
+def named(name: str, function: Callable[[], T]) -> T:
+    """What it returns; whatever goes wrong with its numbers is a ValueError of one line that says the name first."""
     try:
-        function()
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        return function()
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{name}: {first_line(error)}") from error
+
+
+@contextmanager
+def naming(title: str) -> Iterator[None]:
+    """Whatever torch or arithmetic raises in the body becomes a ValueError of one line: the title, the layer, what went wrong."""
+    try:
+        yield
+    except (ArithmeticError, RuntimeError) as error:
+        raise ValueError(": ".join(filter(None, [title, _layer_at(error), first_line(error)]))) from error
+
+
+def _layer_at(error: BaseException) -> str:
+    """Name of the innermost module in whose call an error came up, within the outermost; empty where it was in none."""
+    called: list[nn.Module] = []
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            called.append(owner)
+        trace = trace.tb_next
+    return next((name for name, part in called[0].named_modules() if part is called[-1]), "") if called else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: torch's go on with where they come from."""
+    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__

@@ -14,7 +14,9 @@ from torch import Tensor
 # Q-Diffusion's range search: 80 clip ratios 1.00, 0.99, ... 0.21, error |x - x^|^2.4.
 SEARCH_RATIOS = tuple(1.0 - 0.01 * i for i in range(80))
 SEARCH_NORM = 2.4
-SMALLEST_SCALE = 1e-8
+SMALLEST_SCALE = 1e-8  # of a range of zeros, as in Q-Diffusion
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_ORDINARY = 2.0**-40, 2.0**40  # magnitudes whose search errors, raised to SEARCH_NORM and summed, stay within float32
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,25 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, codes: IntegerRa
     return dequantize(quantize(x, scale, zero_point, codes), scale, zero_point)
 
 
+def _usable(scale: Tensor, codes: IntegerRange) -> Tensor:
+    """Scales by which every value can be divided, and with which every code stands for a finite one.
+
+    0, of a range of zeros, becomes SMALLEST_SCALE; what float32 holds with few digits its smallest normal number.
+    """
+    scale = torch.where(scale == 0, SMALLEST_SCALE, scale)
+    return scale.clamp(min=_TINY, max=_HUGE / 2 ** (codes.bits - codes.signed))
+
+
+def ordinary_factor(largest: Tensor) -> Tensor:
+    """Powers of two that bring magnitudes near 1 where float32 would not hold their powers; 1 for all others."""
+    _, exponent = torch.frexp(largest)
+    extreme = (largest > 0) & ((largest < _ORDINARY[0]) | (largest > _ORDINARY[1]))
+    return torch.where(extreme, torch.ldexp(torch.ones_like(largest), (-exponent).clamp(-126, 126)), 1.0)
+
+
 def symmetric_scale(largest: Tensor, codes: IntegerRange) -> Tensor:
     """Scale that maps the largest magnitude to the largest code: max|x| / qmax."""
-    return torch.clamp(largest / codes.qmax, min=SMALLEST_SCALE)
+    return _usable(largest / codes.qmax, codes)
 
 
 def affine_qparams(low: Tensor, high: Tensor, codes: IntegerRange) -> tuple[Tensor, Tensor]:
@@ -70,8 +88,10 @@ def affine_qparams(low: Tensor, high: Tensor, codes: IntegerRange) -> tuple[Tens
     if codes.signed:
         scale = symmetric_scale(torch.maximum(-low, high), codes)
         return scale, torch.zeros_like(scale)
-    scale = torch.clamp((high - low) / (codes.qmax - codes.qmin), min=SMALLEST_SCALE)
-    return scale, torch.round(-low / scale)
+    levels = codes.qmax - codes.qmin
+    width = high - low
+    scale = _usable(torch.where(width.isfinite(), width / levels, high / levels - low / levels), codes)
+    return scale, torch.round(-low / scale).clamp(codes.qmin, codes.qmax)
 
 
 def shared_zero_qparams(low: Tensor, high: Tensor, codes: IntegerRange) -> tuple[Tensor, Tensor]:
@@ -92,7 +112,7 @@ def shared_zero_qparams(low: Tensor, high: Tensor, codes: IntegerRange) -> tuple
     below, above = -low / (zeros - codes.qmin).view(-1, 1, 1), high / (codes.qmax - zeros).view(-1, 1, 1)  # (Z, S, K)
     # No code below 0 is fine where nothing is below 0 (0/0), and no scale is enough where there is something (x/0).
     scales = torch.maximum(below.nan_to_num(0.0, posinf=torch.inf), above.nan_to_num(0.0, posinf=torch.inf))
-    scales = scales.clamp(min=SMALLEST_SCALE)
+    scales = torch.where(scales.isfinite(), _usable(scales, codes), scales)  # infinite: no zero point to choose
     best = scales.double().log().sum(1).argmin(0)  # (K,)
     return scales.gather(0, best.expand(1, *low.shape))[0], zeros[best].expand_as(low).clone()
 
@@ -108,10 +128,12 @@ def search_weight_scale(weight: Tensor, codes: IntegerRange, chunk_elements: int
         scales (O, 1). All channels of a chunk are searched at once; the first of equal ratios wins.
     """
     largest = weight.abs().amax(1, keepdim=True)  # (O, 1)
+    factor = ordinary_factor(largest)
     best_scale = torch.empty_like(largest)
     rows = max(1, chunk_elements // max(1, weight.shape[1]))
     for start in range(0, len(weight), rows):
-        part, peak = weight[start : start + rows], largest[start : start + rows]
+        near_one = factor[start : start + rows]
+        part, peak = weight[start : start + rows] * near_one, largest[start : start + rows] * near_one
         best_error = torch.full_like(peak, torch.inf)
         scale = torch.empty_like(peak)
         for ratio in SEARCH_RATIOS:
@@ -121,8 +143,8 @@ def search_weight_scale(weight: Tensor, codes: IntegerRange, chunk_elements: int
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             scale = torch.where(better, candidate, scale)
-        best_scale[start : start + rows] = scale
-    return best_scale
+        best_scale[start : start + rows] = scale / near_one
+    return _usable(best_scale, codes)
 
 
 def search_qparams(
@@ -139,6 +161,8 @@ def search_qparams(
     Returns:
         scale and zero point, 0-dim. The first of equal candidates wins, as in Q-Diffusion.
     """
+    factor = ordinary_factor(torch.maximum(-low, high))
+    values, low, high = values * factor, low * factor, high * factor
     ratios = torch.tensor(SEARCH_RATIOS, dtype=low.dtype, device=low.device)
     scales, zero_points = affine_qparams(low * ratios, high * ratios, codes)
     errors = []
@@ -148,4 +172,4 @@ def search_qparams(
         error = (fake_quantize(values, scale, zero, codes) - values).abs_().pow_(SEARCH_NORM).double()
         errors.append(error.mean(1) if counts is None else error.mul_(counts).sum(1))
     best = int(torch.cat(errors).cpu().numpy().argmin())  # torch's own does not say which of equal ones it gives
-    return scales[best], zero_points[best]
+    return _usable(scales[best] / factor, codes), zero_points[best]

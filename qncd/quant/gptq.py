@@ -23,6 +23,8 @@ from torch import Tensor
 from qncd.quant.affine import IntegerRange
 
 BLOCK = 128  # inputs whose errors are passed on together
+DAMPING = 0.01  # of the mean of the gram matrix's diagonal
+RIDGES = 16  # each ten times the one before: those that are tried
 
 
 def solve_rounding(
@@ -31,7 +33,7 @@ def solve_rounding(
     codes: IntegerRange,
     gram: Tensor,
     cross: Tensor | None = None,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     grids: Sequence[float] = (1.0,),
 ) -> tuple[Tensor, Tensor]:
     """Weights on their grid that give on rounded inputs what `weight` gives on exact ones, as nearly as GPTQ finds.
@@ -43,6 +45,7 @@ def solve_rounding(
         gram: (n, n), E[x_q x_q^T].
         cross: (n, n), E[x_f x_q^T]; None for inputs that are not rounded, where it is `gram`.
         damping: added to the gram matrix's diagonal, as a part of the diagonal's mean; it holds `weight` where inputs say little.
+            More is added to a matrix that rounding errors have left without a Cholesky factor.
         grids: factors of `scale` to try.
 
     Returns:
@@ -50,16 +53,13 @@ def solve_rounding(
         codes * scale * factor.
 
     Raises:
-        ValueError: `gram` holds NaN or infinity.
+        ValueError: `gram` or `cross` holds NaN or infinity, or the weights that come nearest are no finite numbers.
     """
-    if not bool(torch.isfinite(gram).all()):
+    if not all(bool(torch.isfinite(matrix).all()) for matrix in (gram, gram if cross is None else cross)):
         raise ValueError("the layer's inputs hold NaN or infinity")
-    ridge = damping * float(gram.diagonal().mean()) or 1.0  # inputs that are all 0: any ridge leaves the weight as it is
     order = gram.diagonal().argsort()  # the inputs that carry most are rounded first: all others can make up for them
     work = weight[:, order].to(gram.dtype)
-    damped = gram[order][:, order]
-    damped.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(damped)
+    factor, ridge = _damped_factor_(gram[order][:, order], damping)
     if cross is not None:
         wanted = work @ cross[order][:, order] + ridge * work
         work = torch.cholesky_solve(wanted.T, factor).T
@@ -72,9 +72,28 @@ def solve_rounding(
         better = cost < least
         best = torch.where(better[:, None], found, best)
         least, chosen = torch.where(better, cost, least), torch.where(better, grid, chosen)
+    if not bool(torch.isfinite(least).all()):
+        raise ValueError("the error of its rounded weights is NaN or infinite")
     result = torch.empty_like(best)
     result[:, order] = best
     return result, chosen
+
+
+def _damped_factor_(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """L with L L^T = gram + ridge, and the ridge: the smallest of those tried that leaves the matrix positive definite.
+
+    `gram` is changed in place.
+    """
+    mean = float(gram.diagonal().clamp(min=0).mean())
+    ridge = max(damping * mean, torch.finfo(gram.dtype).tiny) if mean else 1.0  # all inputs 0: any leaves the weight as it is
+    added = 0.0
+    for _ in range(RIDGES):
+        gram.diagonal().add_(ridge - added)
+        factor, failed_at = torch.linalg.cholesky_ex(gram)
+        if int(failed_at) == 0 and bool(torch.isfinite(factor).all()):
+            return factor, ridge
+        ridge, added = 10 * ridge, ridge
+    raise ValueError("the Gram matrix of its inputs is not positive definite")
 
 
 def _round_backwards(target: Tensor, scale: Tensor, codes: IntegerRange, factor: Tensor) -> tuple[Tensor, Tensor]:

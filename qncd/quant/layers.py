@@ -153,7 +153,9 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def shift_bias_(self, shift: Tensor) -> None:
-        """Add `shift` (O,) to the bias, which is made where there was none."""
+        """Add `shift` (O,) to the bias, which is made where there was none. Raises ValueError where it is NaN or infinite."""
+        if not bool(torch.isfinite(shift.to(self.weight.dtype)).all()):
+            raise ValueError("the mean error of its output is NaN or infinite")
         bias = shift.to(self.weight) if self.bias is None else self.bias + shift.to(self.weight)
         self.bias = nn.Parameter(bias, requires_grad=False)
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qncd.quant.affine import IntegerRange, affine_qparams, search_qparams
+from qncd.quant.affine import IntegerRange, affine_qparams, ordinary_factor, search_qparams
 
 
 class Observer(Protocol):
@@ -107,8 +107,10 @@ class HistogramObserver(MinMaxObserver):
             self.counts = torch.zeros(self.bins, dtype=torch.float64, device=x.device)
         while self.limit < needed:
             self._double()
-        for part in x.detach().flatten().split(1 << 20):  # the library's own working memory grows with its input
-            self.counts += torch.histc(part.float(), self.bins, -self.limit, self.limit).double()
+        factor = float(ordinary_factor(torch.tensor(needed)))  # the library's own arithmetic is in float32
+        for part in x.detach().flatten().split(1 << 20):  # and its working memory grows with its input
+            values = part.float() * factor if factor != 1 else part.float()
+            self.counts += torch.histc(values, self.bins, -self.limit * factor, self.limit * factor).double()
 
     def _double(self) -> None:
         assert self.counts is not None
@@ -123,7 +125,8 @@ class HistogramObserver(MinMaxObserver):
             return affine_qparams(low, high, codes)
         assert self.counts is not None
         width = 2 * self.limit / self.bins
-        centres = (torch.arange(self.bins, device=self.counts.device) + 0.5) * width - self.limit
+        places = torch.arange(self.bins, device=self.counts.device, dtype=torch.float64) + 0.5
+        centres = places * width - self.limit  # in float64: the limit may be 2^128
         filled = self.counts > 0
         return search_qparams(centres[filled].float(), self.counts[filled], low, high, codes)
 

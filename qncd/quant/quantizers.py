@@ -86,7 +86,7 @@ class ActQuantizer(nn.Module):
         self._refresh_bounds()
 
     def _refresh_bounds(self) -> None:
-        if self.codes is not None:
+        if self.codes is not None and not self.zero_point.is_meta:
             self._bounds = [(self.codes.qmin - z, self.codes.qmax - z) for z in self.zero_point.tolist()]
 
     def _load_from_state_dict(self, *args: object) -> None:
@@ -138,7 +138,9 @@ class ActQuantizer(nn.Module):
         """With scales (K,) and bounds of each segment."""
         # clamp(round(x/s) + z, qmin, qmax) - z = clamp(round(x/s), qmin - z, qmax - z): one pass over memory fewer.
         if x.dtype in HALVES:  # codes of more than 8 bits, and the quotients, need more digits
-            return self._to_grid(x.float(), None if smoothing is None else smoothing.float(), True, scales, bounds).to(x.dtype)
+            wide = self._to_grid(x.float(), None if smoothing is None else smoothing.float(), True, scales, bounds)
+            largest = torch.finfo(x.dtype).max  # the grid's last step may lie beyond it
+            return wide.clamp_(-largest, largest).to(x.dtype)
         if self.segments is None:
             scale = scales[0]
             divisor = scale if smoothing is None else smoothing * scale

@@ -47,7 +47,7 @@ class StepwiseActQuantizer(ActQuantizer):
     @classmethod
     def from_values(cls, codes: IntegerRange, times: Tensor, values: Tensor) -> StepwiseActQuantizer:
         """With the ranges of `values` (S, C), one row a step: all that the layer will ever see; one zero point for all steps."""
-        quantizer = cls(codes, times).to(values.device)
+        quantizer, values = cls(codes, times).to(values.device), values.float()
         quantizer.set_qparams(*shared_zero_qparams(values.amin(1, keepdim=True), values.amax(1, keepdim=True), codes))
         quantizer.fixed = True
         return quantizer
@@ -84,6 +84,8 @@ class StepwiseActQuantizer(ActQuantizer):
         self.observers = []
 
     def _refresh_bounds(self) -> None:
+        if self.zero_point.is_meta:
+            return
         self.known = tuple(getattr(self, "times", torch.empty(0)).tolist())  # the base class asks before there are any
         if self.codes is not None:
             low, high = self.codes.qmin, self.codes.qmax

@@ -9,21 +9,22 @@ block keeps the scales of least held-out error on the way, those of the calibrat
 
 from __future__ import annotations
 
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qncd.distributed import OneProcess, Processes
+from qncd.io.files import scratch_folder
 from qncd.models.network import Network
 from qncd.ptq.blocks import BlockData, collect, execution_order, multiplications, reconstruction_units
+from qncd.ptq.checkpoint_schema import Rule
 from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
-from qncd.ptq.stages.reconstruction import BlockProgress, BlockResult, TimeLeft, open_folder, part_of, save_block
+from qncd.ptq.observing import first_line
+from qncd.ptq.stages.reconstruction import BlockProgress, BlockResult, TimeLeft, load_block, open_folder, part_of, save_block
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.rounding import backpropagate
 from qncd.quant.stepwise import StepwiseActQuantizer
@@ -80,7 +81,8 @@ def learn_steps_(
         quantizers = step_quantizers(units[name])
         try:
             if name in done:
-                scales = processes.first(lambda file=done[name]: load_file(file))  # type: ignore[misc]
+                rules = {_scale(key): Rule(tuple(part.scale.shape), positive=True) for key, part in quantizers.items()}
+                scales = processes.first(lambda file=done[name], rules=rules: load_block(file, rules))  # type: ignore[misc]
                 time_left.skip(name)
             else:
                 result, scales = _learn_unit(network, reference, name, data, config, processes)
@@ -91,8 +93,8 @@ def learn_steps_(
                     save_block(folder, f"{name}.steps", scales)
             for key, quantizer in quantizers.items():
                 quantizer.set_qparams(scales[_scale(key)].to(quantizer.scale), quantizer.zero_point)
-        except (ValueError, RuntimeError, FloatingPointError) as error:
-            raise ValueError(f"activation steps of {name}: {error}") from None
+        except (ValueError, RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"activation steps of {name}: {first_line(error)}") from None
         if progress:
             progress(count + 1, len(order), time_left.left)
     return results
@@ -102,8 +104,8 @@ def _learn_unit(
     network: Network, reference: Network, name: str, inputs: CalibrationSet, config: ReconstructionConfig, processes: Processes
 ) -> tuple[BlockResult, dict[str, Tensor]]:
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as files:
-        data = collect(network, reference, name, inputs, config, Path(files), processes)
+    with scratch_folder() as files:
+        data = collect(network, reference, name, inputs, config, files, processes)
         calibrated = {_scale(key): quantizer.scale.clone() for key, quantizer in step_quantizers(data.unit).items()}
         before = data.error(calibrated, config.batch_size, network.device)
         learned, after = _optimize(data, calibrated, config, network.device)

@@ -5,6 +5,7 @@ Nagel et al. 2019 (arXiv 1906.04721), section 4.2, measured on calibration data.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from qncd.models.network import Network
 from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
-from qncd.ptq.observing import hooked, run_over
+from qncd.ptq.observing import hooked, named, run_over
 from qncd.quant.inspection import quant_layers
 from qncd.recipe import Recipe
 
@@ -26,9 +27,13 @@ def correct_biases_(network: Network, data: CalibrationSet, batch_size: int = 32
 
     Each layer is compared with itself on the full-precision network's own activations, so the order of the layers
     does not matter. A deterministic sampler adds such a mean up over all its steps.
+
+    Raises:
+        ValueError: a layer's mean error is NaN or infinite; the layer is named.
     """
     layers = quant_layers(network.module)
     sums = {name: torch.zeros(len(layer.weight), dtype=torch.float64, device=network.device) for name, layer in layers.items()}
+    ran: dict[str, None] = {}  # in their order: the first to see NaN is the one to name
     inside = False  # rounding_error calls the layer itself
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -36,6 +41,7 @@ def correct_biases_(network: Network, data: CalibrationSet, batch_size: int = 32
             nonlocal inside
             if not inside:
                 inside = True
+                ran.setdefault(name)
                 sums[name] += layers[name].rounding_error(inputs[0]) * len(inputs[0])
                 inside = False
 
@@ -45,8 +51,8 @@ def correct_biases_(network: Network, data: CalibrationSet, batch_size: int = 32
     part = data.spread(BIAS_INPUTS)  # a mean needs fewer inputs than a range does
     with hooked(handles):
         run_over(network, part, batch_size)
-    for name, layer in layers.items():
-        layer.shift_bias_(-sums[name] / part.passed)
+    for name in [*ran, *(name for name in layers if name not in ran)]:
+        named(name, functools.partial(layers[name].shift_bias_, -sums[name] / part.passed))
 
 
 class BiasCorrection:

@@ -68,13 +68,17 @@ def allocate_bits_(
         conditions: of calibration trajectories, where the network takes some.
 
     Raises:
-        ValueError: an activation is NaN or infinite; the quantizer is named. FloatingPointError: a sample is.
+        ValueError: an activation or what it does to the samples is NaN or infinite; the quantizer is named.
+        FloatingPointError: a sample is NaN or infinite.
     """
     assert config.act_bits is not None
     widths = range(max(2, config.act_bits - NARROWER), WIDEST + 1)
     trials = _trials(diffusion.network, config, data.spread(INPUTS), widths, batch_size)
     samples = min(SAMPLES, len(data) // len(data.t.unique()))
     errors, multiplications = sample_errors(diffusion, trials, conditions, batch_size, samples, PROBES, progress)
+    for name, by_width in errors.items():
+        if not all(bool(torch.isfinite(error).all()) for error in by_width.values()):
+            raise ValueError(f"{name}: what its rounding does to the samples is NaN or infinite")
     bits = best_widths(shares_of_loss(errors, config.act_bits), multiplications, config.act_bits)
     set_act_bits_(diffusion.network.module, bits)
     return bits

@@ -8,6 +8,7 @@ order to keep and no prefix to quantize.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from qncd.models.network import Network
 from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
-from qncd.ptq.observing import hooked, run_over
-from qncd.quant.gptq import solve_rounding
+from qncd.ptq.observing import hooked, named, run_over
+from qncd.quant.gptq import DAMPING, solve_rounding
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.quantizers import Stage
@@ -29,25 +30,37 @@ INPUTS = 320  # of the calibration set, evenly spread, that the moments are take
 ROWS = 8  # wanted for each input of a layer, where the layer has so many positions
 MIN_POSITIONS = 128  # of each image, where there are so many
 GRIDS = (0.7, 0.76, 0.82, 0.88, 0.94, 1.0, 1.08)  # of the scales that the range search has found, those that are tried
+PRECISION = 0.1 * DAMPING  # of the variance of a layer's inputs: what rounding errors of their moments may come to
 MEMORY = 4 << 30  # bytes of moments at a time where the device does not say what it has
 
 
 class Moments:
     """First and second moments of a layer's rounded inputs x_q and exact ones x_f, n of them.
 
+    Args:
+        exactly: sum in float64 about the first inputs instead of in float32 about 0, which loses what is left of nearly constant
+            inputs when their means are taken out, and has no room for squares beyond 1e38.
+
     Attributes:
-        rounded, exact: (n,), the means.
-        gram, cross: (n, n), E[x_q x_q^T] and E[x_f x_q^T].
+        rounded, exact: (n,), the sums.
+        gram, cross: (n, n), of x_q x_q^T and x_f x_q^T.
     """
 
-    def __init__(self, inputs: int, device: torch.device) -> None:
+    def __init__(self, inputs: int, device: torch.device, exactly: bool = False) -> None:
         self.count = 0
+        self.exactly = exactly
+        self.origin: tuple[Tensor, Tensor] | None = None  # (n,) of x_q and x_f, what is summed about
         self.rounded, self.exact = torch.zeros(2, inputs, dtype=torch.float64, device=device)
-        self.gram, self.cross = torch.zeros(2, inputs, inputs, device=device)
+        dtype = torch.float64 if exactly else torch.float32
+        self.gram, self.cross = torch.zeros(2, inputs, inputs, dtype=dtype, device=device)
 
     def add(self, rounded: Tensor, exact: Tensor) -> None:
         """Take in (M, n) rows of both."""
         self.count += len(rounded)
+        if self.exactly:
+            rounded, exact = rounded.double(), exact.double()
+            self.origin = self.origin or (rounded.mean(0), exact.mean(0))
+            rounded, exact = rounded - self.origin[0], exact - self.origin[1]
         self.rounded += rounded.sum(0)
         self.exact += exact.sum(0)
         self.gram.addmm_(rounded.T, rounded)
@@ -55,11 +68,23 @@ class Moments:
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(gram, cross, mean of x_q, mean of x_f), the first two about the means; float64 where that is affordable."""
-        dtype = torch.float64 if len(self.gram) <= 4096 else torch.float32
+        dtype = torch.float64 if self.exactly or len(self.gram) <= 4096 else torch.float32
         rounded, exact = self.rounded / self.count, self.exact / self.count
         gram = (self.gram.to(dtype) / self.count).sub_(torch.outer(rounded, rounded).to(dtype))
         cross = (self.cross.to(dtype) / self.count).sub_(torch.outer(exact, rounded).to(dtype))
+        if self.origin is not None:
+            rounded, exact = rounded + self.origin[0], exact + self.origin[1]
         return gram, cross, rounded, exact
+
+    def lost(self) -> bool:
+        """Whether float32 has left too little of the second moments about the means: to be summed exactly."""
+        if self.exactly:
+            return False
+        rounded, exact = self.rounded / self.count, self.exact / self.count
+        squares = self.gram.diagonal().double() / self.count
+        rounding = torch.finfo(torch.float32).eps * torch.maximum(squares, exact.square()).max()
+        varies = (squares - rounded.square()).clamp(min=0).mean()
+        return not bool(rounding <= PRECISION * varies)  # NaN and infinity are lost too
 
 
 @dataclass(frozen=True)
@@ -85,12 +110,12 @@ def compensate_(network: Network, data: CalibrationSet, batch_size: int = 32) ->
     """Put every layer's weights on their grid and its mean error into its bias, in place; ranges are known, weights still float.
 
     Raises:
-        ValueError: a layer's inputs hold NaN or infinity; the layer is named.
+        ValueError: a layer's inputs hold NaN or infinity, or its weights cannot be solved for; the layer is named.
     """
     layers = quant_layers(network.module)
     for name, solution in solutions(network, data.spread(INPUTS), batch_size).items():
         layers[name].set_weight_codes(solution.codes, solution.scale)
-        layers[name].shift_bias_(solution.shift)
+        named(name, functools.partial(layers[name].shift_bias_, solution.shift))
 
 
 @torch.no_grad()
@@ -103,7 +128,8 @@ def solutions(
 ) -> dict[str, Solution]:
     """What `compensate_` puts into each layer, by name; the network stays as it is: every pass is one in full precision.
 
-    Takes memory for the moments of as many layers at once as there is room for, and a pass over the inputs for each group.
+    Takes memory for the moments of as many layers at once as there is room for, and a pass over the inputs for each group. Layers
+    whose moments float32 does not hold, those of nearly constant or very large inputs, are looked at once more in float64.
 
     Args:
         data: the inputs that the moments are taken over, all of them.
@@ -112,15 +138,19 @@ def solutions(
     """
     layers = {name: layer for name, layer in quant_layers(network.module).items() if _fits(layer)}
     solved: dict[str, Solution] = {}
-    for group in _groups(layers, _memory(network.device)):
-        moments: dict[str, Moments] = {}  # in the order in which the layers run: the first to see NaN is the one to name
-        with _watching(group, moments, data.passed, rows):
-            run_over(network, data, batch_size)
-        for name in list(moments):
-            try:
-                solved[name] = _solved(layers[name], moments.pop(name), grids)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    for exactly in (False, True):
+        again: dict[str, QuantLayer] = {}
+        for group in _groups(layers, _memory(network.device), exactly):
+            moments: dict[str, Moments] = {}  # in the order in which the layers run: the first to see NaN is the one to name
+            with _watching(group, moments, data.passed, rows, exactly):
+                run_over(network, data, batch_size)
+            for name in list(moments):
+                found = moments.pop(name)
+                if found.lost():
+                    again[name] = layers[name]
+                else:
+                    solved[name] = named(name, functools.partial(_solved, layers[name], found, grids))
+        layers = again
     return solved
 
 
@@ -137,12 +167,12 @@ def _memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0] * 0.5) if device.type == "cuda" else MEMORY
 
 
-def _groups(layers: Mapping[str, QuantLayer], memory: int) -> Iterator[dict[str, QuantLayer]]:
-    """Layers in their order, as many at a time as have room for two float32 matrices each; one always has."""
+def _groups(layers: Mapping[str, QuantLayer], memory: int, exactly: bool) -> Iterator[dict[str, QuantLayer]]:
+    """Layers in their order, as many at a time as have room for two matrices each; one always has."""
     group: dict[str, QuantLayer] = {}
     taken = 0
     for name, layer in layers.items():
-        need = 8 * layer.weight[0].numel() ** 2
+        need = (16 if exactly else 8) * layer.weight[0].numel() ** 2
         if group and taken + need > memory:
             yield group
             group, taken = {}, 0
@@ -152,7 +182,9 @@ def _groups(layers: Mapping[str, QuantLayer], memory: int) -> Iterator[dict[str,
 
 
 @contextmanager
-def _watching(layers: Mapping[str, QuantLayer], moments: dict[str, Moments], inputs: int, rows: int) -> Iterator[None]:
+def _watching(
+    layers: Mapping[str, QuantLayer], moments: dict[str, Moments], inputs: int, rows: int, exactly: bool
+) -> Iterator[None]:
     """Add what each layer sees to its moments, as it comes and as its quantizer leaves it; `rows` for each of its inputs."""
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -169,7 +201,7 @@ def _watching(layers: Mapping[str, QuantLayer], moments: dict[str, Moments], inp
                 layer.act.set_stage(stage)
             take = _positions(layer, exact, max(MIN_POSITIONS, -(-rows * size // inputs)), generator)
             if name not in moments:
-                moments[name] = Moments(size, exact.device)
+                moments[name] = Moments(size, exact.device, exactly)
             moments[name].add(_rows(layer, rounded, take), _rows(layer, exact, take))
 
         return hook

@@ -6,7 +6,7 @@ import logging
 
 from qncd.models.network import Network, few
 from qncd.ptq.context import Context
-from qncd.ptq.observing import find_ranges_
+from qncd.ptq.observing import find_ranges_, named
 from qncd.quant.inspection import quant_layers, set_stage
 from qncd.quant.quantizers import Stage as QuantizerStage
 from qncd.recipe import Recipe
@@ -16,8 +16,8 @@ log = logging.getLogger("qncd")
 
 def round_(network: Network) -> None:
     """Round all weights whose codes are not known yet and quantize activations from now on, in place; ranges are known."""
-    for layer in quant_layers(network.module).values():
-        layer.quantize_weight_()
+    for name, layer in quant_layers(network.module).items():
+        named(name, layer.quantize_weight_)
     set_stage(network.module, QuantizerStage.QUANTIZE)
 
 

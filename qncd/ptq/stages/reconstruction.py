@@ -9,7 +9,6 @@ Activations stay in floating point meanwhile, as in Q-Diffusion: their ranges ar
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qncd.distributed import OneProcess, Processes
+from qncd.io.files import read_json, remove_leftovers, scratch_folder, write_json
+from qncd.models.files.safetensors_files import read_safetensors, write_safetensors
 from qncd.models.network import Network
 from qncd.ptq.blocks import (
     BlockData,
@@ -33,8 +33,10 @@ from qncd.ptq.blocks import (
     reconstruction_units,
     spread,
 )
+from qncd.ptq.checkpoint_schema import Rule
 from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
+from qncd.ptq.observing import first_line, named
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantLayer
 from qncd.quant.rounding import LearnedRounding, learn_roundings_
@@ -144,7 +146,8 @@ def reconstruct_(
     for count, name in enumerate(order):
         try:
             if name in done:
-                tensors = processes.first(lambda file=done[name]: load_file(file))  # type: ignore[misc]
+                rules = _unit_rules(units[name])
+                tensors = processes.first(lambda file=done[name], rules=rules: load_block(file, rules))  # type: ignore[misc]
                 time_left.skip(name)
             else:
                 result = _reconstruct_unit_(network, reference, name, data, config, rounded, processes)
@@ -157,12 +160,12 @@ def reconstruct_(
                 for key, layer in layers_of(units[name]).items():
                     if f"{key}|codes" in tensors:
                         layer.set_weight_codes(tensors[f"{key}|codes"], tensors[f"{key}|scale"])
-        except (ValueError, RuntimeError, FloatingPointError) as error:
-            raise ValueError(f"reconstruction of {name}: {error}") from None
+        except (ValueError, RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"reconstruction of {name}: {first_line(error)}") from None
         if progress:
             progress(count + 1, len(order), time_left.left)
-    for layer in quant_layers(network.module).values():
-        layer.quantize_weight_()
+    for name, layer in quant_layers(network.module).items():
+        named(name, layer.quantize_weight_)
     return results
 
 
@@ -182,8 +185,8 @@ def _reconstruct_unit_(
 ) -> BlockResult:
     start = time.perf_counter()
     unit = network.module.get_submodule(name)
-    with tempfile.TemporaryDirectory() as files:
-        data = collect(network, reference, name, inputs, config, Path(files), processes)
+    with scratch_folder() as files:
+        data = collect(network, reference, name, inputs, config, files, processes)
         layers = open_layers(unit, rounded)
         roundings = {key: LearnedRounding(layer) for key, layer in layers.items()}
         nearest = {key: layer.rounded_weight() for key, layer in layers.items()}
@@ -220,6 +223,17 @@ def _unit_tensors(unit: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def _unit_rules(unit: nn.Module) -> dict[str, Rule]:
+    """What `_unit_tensors` has to give."""
+    rules: dict[str, Rule] = {}
+    for key, layer in layers_of(unit).items():
+        codes, shape = layer.config.weight_codes, tuple(layer.weight.shape)
+        if codes is not None:
+            rules[f"{key}|codes"] = Rule(shape, torch.int8, codes.qmin, codes.qmax)
+            rules[f"{key}|scale"] = Rule((shape[0], len(layer.parts())), positive=True)
+    return rules
+
+
 def open_folder(folder: Path, settings: Mapping[str, Any], name: str, suffix: str) -> dict[str, Path]:
     """Files of the blocks that are finished. Raises ValueError where the folder's run had other settings.
 
@@ -227,20 +241,32 @@ def open_folder(folder: Path, settings: Mapping[str, Any], name: str, suffix: st
         settings: kept in the folder as `name`; "blocks" of them are the blocks' names.
         suffix: of the blocks' files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     wanted, file = json.loads(json.dumps(settings)), folder / name
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != wanted:
+    if not file.exists():
+        write_json(file, wanted)
+    elif read_json(file) != wanted:
         raise ValueError(f"{folder}: holds a reconstruction with other settings: name another folder or delete it")
-    file.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    remove_leftovers(folder)
     found = {block: folder / f"{block}{suffix}" for block in settings["blocks"]}
     return {block: path for block, path in found.items() if path.is_file()}
 
 
 def save_block(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write what was learned of a block, whole or not at all."""
-    partial = folder / f".{name}.part"
-    save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, partial)
-    partial.replace(folder / name)
+    """Write what was learned of a block, whole or not at all. Raises ValueError where it cannot be written."""
+    write_safetensors(tensors, folder / name)
+
+
+def load_block(file: Path, rules: Mapping[str, Rule]) -> dict[str, Tensor]:
+    """What `save_block` wrote. Raises ValueError that names the file where it is damaged, or not what the rules say."""
+    try:
+        tensors = read_safetensors(file)
+        if tensors.keys() != rules.keys():
+            raise ValueError(f"holds {', '.join(sorted(tensors)[:3])}, expected {', '.join(sorted(rules)[:3])}")
+        for key, rule in rules.items():
+            rule.check(key, tensors[key])
+    except ValueError as error:
+        raise ValueError(f"{file}: not a finished block of this network: {error}: delete it") from None
+    return {key: value.clone() for key, value in tensors.items()}  # not the file's memory
 
 
 class Reconstruction:

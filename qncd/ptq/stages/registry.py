@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qncd.ptq.context import Context, Stage
+from qncd.ptq.observing import naming
 from qncd.ptq.stages.activation_steps import ActivationSteps
 from qncd.ptq.stages.bias_correction import BiasCorrection
 from qncd.ptq.stages.bit_allocation import BitAllocation
@@ -37,9 +38,11 @@ def run_stages(context: Context, weights_given: bool = False) -> None:
         weights_given: the network was prepared with weights of a checkpoint: the stages that make weights are left out.
 
     Raises:
-        ValueError: the calibration set does not fit the network, or what a stage raises.
+        ValueError: the calibration set does not fit the network; what a stage raises; the stage is named, and the layer where it
+            was in the call of one, for errors of torch and of arithmetic.
     """
     context.data.check_model(context.network)
     for stage in STAGES:
         if stage.wanted(context.recipe) and not (weights_given and stage.weights):
-            stage.run(context)
+            with naming(stage.title):
+                stage.run(context)

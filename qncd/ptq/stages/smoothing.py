@@ -7,12 +7,14 @@ conv2(silu(.)) = (W2 * S)(silu(.) / S) is exact in floating point and easier to 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from qncd.models.network import Inputs, Network
 from qncd.ptq.context import Context
+from qncd.ptq.observing import named
 from qncd.quant.layers import QuantLayer
 from qncd.recipe import Recipe, SmoothingConfig
 
@@ -44,7 +46,7 @@ def smooth_(network: Network, factors: dict[str, Tensor]) -> None:
         layer = network.module.get_submodule(name)
         if not isinstance(layer, QuantLayer):
             raise ValueError(f"{name}: smooth_ works on a model prepared by quantize_")
-        layer.smooth_(factor)
+        named(name, functools.partial(layer.smooth_, factor))
 
 
 class Smoothing:

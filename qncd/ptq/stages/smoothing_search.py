@@ -65,7 +65,7 @@ def search_smoothing_(network: Network, data: CalibrationSet, batch_size: int = 
 def channel_ratios(network: Network, data: CalibrationSet, batch_size: int) -> dict[str, Tensor]:
     """Largest magnitude of each input channel over that of its weights, (C,) with geometric mean 1, by layer.
 
-    Layers are left out whose inputs or weights are all 0, or not finite.
+    Layers are left out whose inputs or weights are all 0, or not finite, or so far apart that float32 does not hold their ratio.
     """
     layers = quant_layers(network.module)
     largest: dict[str, Tensor] = {}
@@ -88,7 +88,9 @@ def channel_ratios(network: Network, data: CalibrationSet, batch_size: int) -> d
         sides = [side.clamp(min=SMALLEST * side.max()) for side in (inputs, weights)]
         if all(bool(torch.isfinite(side).all() and (side > 0).all()) for side in sides):
             ratio = sides[0] / sides[1]
-            ratios[name] = ratio / ratio.log().mean().exp()
+            centred = ratio / ratio.log().mean().exp()
+            if bool((torch.isfinite(centred) & (centred > 0)).all()):
+                ratios[name] = centred
     return ratios
 
 

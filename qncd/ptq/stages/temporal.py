@@ -6,6 +6,7 @@ weights' rounding is learned against exactly those outputs, and their inputs get
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,7 @@ from torch.func import functional_call
 from qncd.models.network import Network, TimePath
 from qncd.ptq.blocks import in_float
 from qncd.ptq.context import Context
+from qncd.ptq.observing import named
 from qncd.quant.inspection import replace_quantizers_
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import HALVES
@@ -94,6 +96,9 @@ def set_stepwise_ranges_(network: Network, times: Sequence[int]) -> None:
     """Give the temporal layers' inputs a range for each time step (finite set calibration), in place.
 
     The ranges are the inputs' extremes: each step has a single input.
+
+    Raises:
+        ValueError: an input is NaN or infinite; the quantizer is named.
     """
     visited = sorted(set(times))
     found = network.time_path()
@@ -105,9 +110,11 @@ def set_stepwise_ranges_(network: Network, times: Sequence[int]) -> None:
     emb = path.nonlinearity(embedding(sinusoid))
     inputs: list[tuple[nn.Module, Tensor]] = [(embedding.linear_1, sinusoid), (embedding.linear_2, hidden)]
     inputs += [(projection, emb) for projection in path.projections]
+    names = {part: name for name, part in network.module.named_modules()}
     for layer, values in inputs:
         if isinstance(layer, QuantLayer) and layer.act.codes is not None:
-            layer.act = StepwiseActQuantizer.from_values(layer.act.codes, torch.tensor(visited), values)
+            ranges = functools.partial(StepwiseActQuantizer.from_values, layer.act.codes, torch.tensor(visited), values)
+            layer.act = named(f"{names[layer]}.act", ranges)
     select_steps_on_call(network.module, network.times_of)
 
 

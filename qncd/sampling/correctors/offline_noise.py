@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from qncd.recipe import Recipe, check_choice
-from qncd.sampling.corrector import Advance, Corrected, Corrector, CorrectorKind, Denoiser, Runs
+from qncd.sampling.corrector import Advance, Corrected, Corrector, CorrectorKind, Denoiser, Runs, check_record
 from qncd.sampling.schedule import Step
 
 KINDS = ("ptqd", "d2dpm")
 OUTLIERS = 4.0  # D2-DPM leaves out pairs further than so many standard deviations from their mean
 LARGEST_CORRELATION = 0.9999
+CONSTANT = 1e-24  # of the mean square: a variance below it is that of rounding errors
 FIELDS = ("slope", "bias", "residual", "mean_e", "mean_d", "std_e", "std_d", "correlation")
 
 
@@ -52,8 +53,17 @@ class OfflineStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], head: str) -> OfflineStatistics:
-        """The inverse of `to_tensors`. Raises KeyError or JSONDecodeError for something else."""
-        return cls(**{name: tensors[name] for name in FIELDS}, images=json.loads(head)["images"])
+        """The inverse of `to_tensors`. Raises KeyError for what is missing, TypeError or ValueError for something else."""
+        record = cls(**{name: tensors[name] for name in FIELDS}, images=json.loads(head)["images"])
+        check_record(record, {name: ("S", "C") if name == "bias" else ("S",) for name in FIELDS}, record.images)
+        if bool((record.correlation.abs() > 1).any()) or any(bool((v < 0).any()) for v in (record.std_e, record.std_d)):
+            raise ValueError("a correlation beyond 1, or a negative standard deviation")
+        return record
+
+    @property
+    def channels(self) -> int:
+        """C of the predictions that it corrects."""
+        return self.bias.shape[-1]
 
 
 class OfflineRecorder:
@@ -67,6 +77,10 @@ class OfflineRecorder:
         self.keep = keep
         self.pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
+    @property
+    def kept(self) -> tuple[dict[int, list[tuple[Tensor, Tensor]]], ...]:
+        return (self.pairs,)
+
     def __call__(self, step: Step, x: Tensor, rough: Tensor, exact: Tensor) -> None:
         rough, exact = rough.flatten(2), exact.flatten(2)  # (N, C, H W)
         stride = max(1, exact.shape[1] * exact.shape[2] // self.keep)
@@ -74,39 +88,57 @@ class OfflineRecorder:
         self.pairs.setdefault(step.index, []).append(pair)
 
     def statistics(self) -> OfflineStatistics:
-        """Of everything seen. Raises ValueError where nothing was, or steps are missing."""
+        """Of everything seen. Raises ValueError where nothing was, steps are missing, or a prediction is NaN or infinite."""
         if not self.pairs or sorted(self.pairs) != list(range(len(self.pairs))):
             raise ValueError("the recorder has not seen every step")
         rows = []
         for index in range(len(self.pairs)):
             rough = torch.cat([pair[0] for pair in self.pairs[index]]).double()  # (N, C, P)
             exact = torch.cat([pair[1] for pair in self.pairs[index]]).double()
+            if not bool(torch.isfinite(rough).all() and torch.isfinite(exact).all()):
+                raise ValueError(f"step {index}: a noise prediction is NaN or infinite")
             rows.append(_ptqd_row(rough, exact) | _gaussian_row(rough, rough - exact))
         stacked = {name: torch.stack([row[name] for row in rows]).float() for name in FIELDS}
+        if not all(bool(torch.isfinite(values).all()) for values in stacked.values()):
+            raise ValueError("the statistics of the quantization noise are too large for float32")
         return OfflineStatistics(**stacked, images=sum(len(pair[0]) for pair in self.pairs[0]))
 
 
 def _ptqd_row(rough: Tensor, exact: Tensor) -> dict[str, Tensor]:
     error = rough - exact
     centred = exact - exact.mean()
-    slope = (centred * (error - error.mean())).sum() / centred.square().sum().clamp(min=1e-30)
+    energy = centred.square().sum()
+    slope = (centred * (error - error.mean())).sum() / energy.clamp(min=1e-30)
+    if energy <= CONSTANT * exact.square().sum():
+        slope = torch.zeros_like(slope)  # what is left of a constant prediction are the rounding errors of its mean
     k = slope.clamp(min=0)
     rest = error - k * exact  # (N, C, P)
     bias = rest.mean((0, 2))
-    return {"slope": slope, "bias": bias, "residual": ((rest - bias[:, None]) / (1 + k)).std()}
+    return {"slope": slope, "bias": bias, "residual": _std((rest - bias[:, None]) / (1 + k))}
 
 
 def _gaussian_row(rough: Tensor, error: Tensor) -> dict[str, Tensor]:
     e, d = rough.flatten(), error.flatten()
-    inside = ((e - e.mean()).abs() <= OUTLIERS * e.std()) & ((d - d.mean()).abs() <= OUTLIERS * d.std())
+    inside = _inside(e) & _inside(d)
     e, d = e[inside], d[inside]
-    std_e, std_d = e.std(), d.std()
+    std_e, std_d = _std(e), _std(d)
     covariance = ((e - e.mean()) * (d - d.mean())).mean()
     correlation = covariance / (std_e * std_d).clamp(min=1e-30)
     return {
         "mean_e": e.mean(), "mean_d": d.mean(), "std_e": std_e, "std_d": std_d,
         "correlation": correlation.clamp(-LARGEST_CORRELATION, LARGEST_CORRELATION),
     }  # fmt: skip
+
+
+def _std(values: Tensor) -> Tensor:
+    """Standard deviation, of a single value 0."""
+    return values.std(correction=min(1, values.numel() - 1))
+
+
+def _inside(values: Tensor) -> Tensor:
+    """Which of the values are no outliers; all of those that are constant but for the rounding errors of their mean."""
+    distance = (values - values.mean()).abs()
+    return distance <= (OUTLIERS * _std(values)).clamp(min=CONSTANT**0.5 * float(values.abs().max()))
 
 
 class OfflineCorrector:

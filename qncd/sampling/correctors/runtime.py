@@ -7,19 +7,21 @@ x^_t the re-noised sample, e^ the prediction there, d = e^ - (what e^ should be)
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qncd.recipe import CorrectionConfig, Recipe
+from qncd.recipe import TARGETS, CorrectionConfig, OptionError, Recipe, check_choice, check_int
 from qncd.rng import CORRECTOR_STREAM, ImageNoise
-from qncd.sampling.corrector import Advance, Corrected, Corrector, CorrectorKind, Denoiser
+from qncd.sampling.corrector import Advance, Corrected, Corrector, CorrectorKind, Denoiser, check_record
 from qncd.sampling.schedule import Step
 
 SHRINK_SPREADS = 3.0  # an estimate within so many standard deviations of the estimator corrects nothing
 TABLE_TENSORS = ("coefficients", "spread", "coefficients_all", "spread_all", "variance")
+_SHAPES = (("S", "C", 3), ("S", "C"), ("S", 3), ("S",), ("S",))
 
 
 def is_due(index: int, interval: int) -> bool:
@@ -89,10 +91,22 @@ class NoiseTable:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], head: str) -> NoiseTable:
-        """The inverse of `to_tensors`. Raises KeyError or JSONDecodeError for something else."""
+        """The inverse of `to_tensors`. Raises KeyError for what is missing, TypeError or ValueError for something else."""
         plain = json.loads(head)
         named = {name: tensors[name] for name in TABLE_TENSORS}
-        return cls(indices=tuple(plain["indices"]), images=plain["images"], target=plain["target"], **named)
+        table = cls(indices=tuple(plain["indices"]), images=plain["images"], target=plain["target"], **named)
+        check_record(table, dict(zip(TABLE_TENSORS, _SHAPES, strict=True)), table.images)
+        check_choice("target", table.target, TARGETS)
+        for index in table.indices:
+            check_int("indices", index, 0)
+        if len(set(table.indices)) != len(table.spread):
+            raise ValueError(f"indices of {len(table.indices)} steps for a table of {len(table.spread)}")
+        return table
+
+    @property
+    def channels(self) -> int:
+        """C of the predictions that it corrects."""
+        return self.spread.shape[-1]
 
     def at(self, index: int) -> int:
         """Row of step `index`. Raises ValueError where the table has none."""
@@ -109,10 +123,22 @@ def _regress(predictors: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
     return solution[:, 0].float(), (rest.square().sum() / max(1, len(means) - 3)).sqrt().float()
 
 
+def _variance(d: Tensor, dimensions: tuple[int, ...]) -> Tensor:
+    """Over some dimensions, which are kept; of a single value 0."""
+    count = math.prod(d.shape[dimension] for dimension in dimensions)
+    return d.var(dimensions, correction=min(1, count - 1), keepdim=True)
+
+
 def check_table_images(images: int) -> None:
     """Raise ValueError for fewer images than the regression of a noise table has a use for."""
     if images < 4:
         raise ValueError(f"the full-precision noise table needs 4 images or more, not {images}")
+
+
+def check_interval(interval: int, steps: int) -> None:
+    """Raise OptionError where none of a sampler's steps makes an estimate."""
+    if not any(is_due(index, interval) for index in range(steps)):
+        raise OptionError("interval", f"interval {interval}: none of the {steps} steps would make an estimate")
 
 
 class NoiseRecorder:
@@ -127,6 +153,10 @@ class NoiseRecorder:
         self.predictors: dict[int, list[Tensor]] = {}
         self.variances: dict[int, list[Tensor]] = {}
 
+    @property
+    def kept(self) -> tuple[dict[int, list[Tensor]], ...]:
+        return self.means, self.predictors, self.variances
+
     def begin(self, seeds: Sequence[int], device: str) -> None:
         self.noise = ImageNoise(seeds, CORRECTOR_STREAM)
 
@@ -134,9 +164,11 @@ class NoiseRecorder:
         if is_due(step.index, self.config.interval):
             z = self.noise.normal(x.shape[1:], x.device)
             estimate = estimate_noise(step, x, eps, denoise, advance, z, self.config.target)
+            if not bool(torch.isfinite(estimate.d).all()):
+                raise ValueError(f"step {step.index}: an estimate of the noise is NaN or infinite")
             self.means.setdefault(step.index, []).append(estimate.d.mean((2, 3)).cpu())  # (N, C)
             self.predictors.setdefault(step.index, []).append(estimate.predictors().cpu())  # (N, C, 3)
-            self.variances.setdefault(step.index, []).append(estimate.d.var((1, 2, 3)).cpu())  # (N,)
+            self.variances.setdefault(step.index, []).append(_variance(estimate.d, (1, 2, 3)).flatten().cpu())  # (N,)
         return Corrected(eps)
 
     def table(self) -> NoiseTable:
@@ -195,7 +227,7 @@ class RuntimeNoiseCorrector:
     def _update(self, step: Step, estimate: Estimate) -> None:
         statistics, table = self.config.statistics, self.reference
         mean = estimate.d.mean((2, 3))  # (N, C)
-        variance = estimate.d.var({"batch": (0, 1, 2, 3), "sample": (1, 2, 3), "channel": (2, 3)}[statistics], keepdim=True)
+        variance = _variance(estimate.d, {"batch": (0, 1, 2, 3), "sample": (1, 2, 3), "channel": (2, 3)}[statistics])
         if statistics != "channel":
             mean = mean.mean(1, keepdim=True)  # (N, 1)
         spread = torch.zeros(1)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qncd.recipe import Recipe
-from qncd.sampling.corrector import Advance, Corrected, Corrector, CorrectorKind, Denoiser, Runs
+from qncd.sampling.corrector import Advance, Corrected, Corrector, CorrectorKind, Denoiser, Runs, check_record
 from qncd.sampling.schedule import Step
 
 TRACKED = 64  # trajectories that filters are fitted to, where twice the calibration set's are as many
@@ -61,8 +61,16 @@ class TrackingFilters:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], head: str) -> TrackingFilters:
-        """The inverse of `to_tensors`. Raises KeyError or JSONDecodeError for something else."""
-        return cls(**{name: tensors[name] for name in FIELDS}, images=json.loads(head)["images"])
+        """The inverse of `to_tensors`. Raises KeyError for what is missing, TypeError or ValueError for something else."""
+        record = cls(**{name: tensors[name] for name in FIELDS}, images=json.loads(head)["images"])
+        shapes = {"constants": ("S", "C"), "left": ("S",), "kernels": ("S", "C", 2 * record.channels, SIDE, SIDE)}
+        check_record(record, shapes, record.images)
+        return record
+
+    @property
+    def channels(self) -> int:
+        """C of the predictions that it corrects."""
+        return self.constants.shape[-1]
 
 
 def _padded(eps: Tensor, x: Tensor) -> Tensor:
@@ -112,6 +120,8 @@ class TrackingFitter:
         end = advance(eps).x_prev
         gain = float((advance(eps + PROBE).x_prev - end).mean()) / PROBE
         lack = (self.trajectory[step.index].to(end) - end) / gain if gain else torch.zeros_like(eps)
+        if not bool(torch.isfinite(lack).all() and torch.isfinite(eps).all() and torch.isfinite(x).all()):
+            raise ValueError(f"step {step.index}: what the prediction lacks is NaN or infinite")
         kernel, constant, left = fit_filter(eps, x, lack)
         self.fitted.append((kernel, constant, left))
         return Corrected(eps + filtered(eps, x, kernel, constant) if left < 1 else eps)

@@ -14,9 +14,10 @@ from torch import Tensor
 from qncd.models.network import network_of
 from qncd.ptq.activation_store import ActivationStore
 from qncd.ptq.blocks import execution_order, multiplications, reconstruction_units
+from qncd.ptq.checkpoint_schema import Rule
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.stages.prepare import quantize_
-from qncd.ptq.stages.reconstruction import TimeLeft, reconstruct_
+from qncd.ptq.stages.reconstruction import TimeLeft, load_block, reconstruct_, save_block
 from qncd.quant.inspection import quant_layers
 from qncd.recipe import QuantConfig, ReconstructionConfig
 
@@ -198,3 +199,28 @@ def test_the_cache_may_be_in_another_dtype(make_unet: Any) -> None:
         )
     with pytest.raises(ValueError, match=r"^cache 'int8': allowed are fp16, bf16, fp32$"):
         ReconstructionConfig(cache="int8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conv|codes": torch.full((2, 3), 8, dtype=torch.int8)}, "conv|codes: holds 8, allowed are -8 to 7"),
+        ({"conv|codes": torch.zeros(2, 3)}, "conv|codes: torch.float32, expected torch.int8"),
+        ({"conv|codes": torch.zeros(1, dtype=torch.int8)}, "conv|codes: shape (1,), expected (2, 3)"),
+        ({"conv|scale": torch.zeros(2, 1)}, "conv|scale: holds 0, allowed are numbers above 0"),
+        ({"other": torch.zeros(1)}, "holds conv|codes, conv|scale, other, expected conv|codes, conv|scale"),
+    ],
+)
+def test_a_finished_block_is_looked_at(tmp_path: Path, change: dict[str, Tensor], message: str) -> None:
+    rules = {"conv|codes": Rule((2, 3), torch.int8, -8, 7), "conv|scale": Rule((2, 1), positive=True)}
+    good = {"conv|codes": torch.full((2, 3), -8, dtype=torch.int8), "conv|scale": torch.ones(2, 1)}
+    path = tmp_path / "a.safetensors"
+    save_block(tmp_path, path.name, good)
+    assert all(torch.equal(value, good[key]) for key, value in load_block(path, rules).items())
+    save_block(tmp_path, path.name, good | change)
+    with pytest.raises(ValueError) as caught:
+        load_block(path, rules)
+    assert str(caught.value) == f"{path}: not a finished block of this network: {message}: delete it"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"a\.safetensors: not a finished block of this network: .*: delete it$"):
+        load_block(path, rules)
