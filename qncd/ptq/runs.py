@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qncd.distributed import OneProcess, Processes, join_, part_of
 from qncd.models.network import Network
 from qncd.ptq.context import Monitor, copied, silent
 from qncd.ptq.data import CalibrationCollector, CalibrationSet
 from qncd.recipe import CalibrationConfig, SamplerConfig
-from qncd.sampling.corrector import Corrector, Denoiser, Recorder, See
+from qncd.sampling.corrector import Corrector, Denoiser, Kept, Recorder, See
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.samplers import Callback, StepState
@@ -33,10 +34,11 @@ class DiffusionRuns:
 
     Attributes:
         diffusion: with the network that will be quantized in place.
-        config: how many trajectories, and how large the batches are.
+        config: how many trajectories.
         conditions: one for each of the `config.samples` trajectories.
         monitor: is told of progress.
         reference: the full-precision network beside the quantized one; see `keep_reference`.
+        processes: who shares the trajectories; every one of them gets what all of them have shown.
     """
 
     diffusion: Diffusion
@@ -44,6 +46,7 @@ class DiffusionRuns:
     conditions: Conditions | None = None
     monitor: Monitor = silent
     reference: Diffusion | None = None
+    processes: Processes = field(default_factory=OneProcess)
 
     def __post_init__(self) -> None:
         if self.conditions is not None and len(self.conditions) != self.config.samples:
@@ -71,7 +74,7 @@ class DiffusionRuns:
     def calibration_set(self, recorder: Recorder | None = None, model_hash: str | None = None) -> CalibrationSet:
         """The set along a full-precision run, which `recorder` may watch on the way."""
         collector = CalibrationCollector(len(self.diffusion.steps), self.config.steps)
-        self._run(self.diffusion, "calibration set", recorder, collector)
+        self._run(self.diffusion, "calibration set", recorder, collector, [collector])
         conditions = self.conditions
         inputs = {} if conditions is None else {name: value.cpu() for name, value in conditions.inputs.items()}
         uncond = None
@@ -80,7 +83,7 @@ class DiffusionRuns:
         return collector.result(inputs, uncond, model_hash)
 
     def record(self, recorder: Recorder) -> None:
-        self._run(self.diffusion, "full-precision noise table", recorder, None)
+        self._run(self.diffusion, "full-precision noise table", recorder, None, [])
 
     def compare(self, see: See) -> None:
         quantized: list[Denoiser] = []
@@ -91,18 +94,14 @@ class DiffusionRuns:
         def shown(state: StepState) -> None:
             see(state.step, state.x, quantized[0](state.x, state.step.t), state.eps)
 
-        self._run(self._reference(), "comparing with full precision", None, shown, begin)
+        self._run(self._reference(), "comparing with full precision", None, shown, [see], begin)
 
     def trajectory(self, samples: int) -> list[Tensor]:
-        parts: list[list[Tensor]] = [[] for _ in self.diffusion.steps]  # of the batch, by step
-
-        def keep(state: StepState) -> None:
-            parts[state.step.index].append(state.x_prev.cpu())
-
+        keep = _Ends()
         config = dataclasses.replace(self.config, samples=samples)
         tracked = dataclasses.replace(self, config=config, conditions=self._repeated(samples))
-        tracked._run(self._reference(), "full-precision trajectories", None, keep, base=TRACKING_SEED_BASE)
-        return [torch.cat(part) for part in parts]
+        tracked._run(self._reference(), "full-precision trajectories", None, keep, [keep], base=TRACKING_SEED_BASE)
+        return [torch.cat(keep.ends[step.index]) for step in self.diffusion.steps]
 
     def follow(self, corrector: Corrector, samples: int) -> None:
         first = TRACKING_SEED_BASE + (self.config.seed << 20)
@@ -132,20 +131,54 @@ class DiffusionRuns:
         title: str,
         corrector: Corrector | None,
         callback: Callback | None,
+        watchers: Sequence[object],
         begin: Callable[[Conditions | None], None] | None = None,
         base: int = CALIBRATION_SEED_BASE,
     ) -> None:
-        # Whole lanes: a trajectory does not depend on its batch, and a lane that is not full costs as much as one that is.
-        size = max(1, self.config.batch_size // diffusion.lane) * diffusion.lane
+        """All trajectories, lane by lane: they are the batches of any number of processes.
+
+        Args:
+            watchers: that `callback` shows something. Where they and the corrector say what they keep, the processes share the
+                lanes, and all watchers have seen all of them in the end; else every process runs all.
+
+        Raises:
+            ValueError: in all processes, where something went wrong in one of several.
+        """
+        seers = [*watchers, *([corrector] if corrector else [])]
+        shared = [seer.kept for seer in seers if isinstance(seer, Kept)]
+        lane, samples = diffusion.lane, self.config.samples
+        processes = self.processes if len(shared) == len(seers) else OneProcess()
+        starts, error = part_of(processes, range(0, samples, lane)), None
         with self.monitor(title, "image") as update:
-            for start in range(0, self.config.samples, size):
-                count = min(size, self.config.samples - start)
-                first = base + (self.config.seed << 20) + start
-                part = self.conditions[start : start + count] if self.conditions else None
-                if begin:
-                    begin(part)
-                diffusion.sample(range(first, first + count), corrector, callback, conditions=part)
-                update(start + count, self.config.samples)
+            try:
+                for number, start in enumerate(starts, 1):
+                    count = min(lane, samples - start)
+                    first = base + (self.config.seed << 20) + start
+                    part = self.conditions[start : start + count] if self.conditions else None
+                    if begin:
+                        begin(part)
+                    diffusion.sample(range(first, first + count), corrector, callback, conditions=part)
+                    update(samples * number // len(starts), samples)
+            except (ValueError, FloatingPointError) as problem:
+                if processes.world == 1:
+                    raise
+                error = str(problem)
+        processes.agree(error)
+        join_(processes, *(kept for parts in shared for kept in parts))
+
+
+class _Ends:
+    """A callback that keeps what each step comes to."""
+
+    def __init__(self) -> None:
+        self.ends: dict[int, list[Tensor]] = {}
+
+    @property
+    def kept(self) -> tuple[dict[int, list[Tensor]], ...]:
+        return (self.ends,)
+
+    def __call__(self, state: StepState) -> None:
+        self.ends.setdefault(state.step.index, []).append(state.x_prev.cpu())
 
 
 class BareRuns:
