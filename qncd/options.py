@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qncd.io.yaml_files import read_yaml
+
 MAX_SEED = 2**56 - 2**32  # qncd.rng shifts seeds by 8 bits, torch takes 64; images count up from a seed
 _OPTION, _SECTION = "option", "section"
+_SHORT = reprlib.Repr()  # of a value in a message, which may be anything that a file holds
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 class OptionError(ValueError):
@@ -44,14 +50,14 @@ class RecipeError(ValueError):
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise ValueError naming the value and what is allowed."""
     if value not in allowed:
-        raise OptionError(name, f"{name} {value!r}: allowed are {', '.join(map(str, allowed))}")
+        raise OptionError(name, f"{name} {_SHORT.repr(value)}: allowed are {', '.join(map(str, allowed))}")
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
     """Raise ValueError unless `value` is an integer in [low, high]."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         bound = f"{low} to {high}" if high is not None else f"{low} or more"
-        raise OptionError(name, f"{name} {value!r}: allowed are whole numbers, {bound}")
+        raise OptionError(name, f"{name} {_SHORT.repr(value)}: allowed are whole numbers, {bound}")
 
 
 def check_seed(seed: int, high: int = MAX_SEED) -> None:
@@ -118,7 +124,7 @@ class Option:
             self._check_number(name, value)
         elif not isinstance(value, self.kind):
             allowed = "True and False" if self.kind is bool else "texts"
-            raise OptionError(name, f"{name} {value!r}: allowed are {allowed}")
+            raise OptionError(name, f"{name} {_SHORT.repr(value)}: allowed are {allowed}")
 
     def _check_number(self, name: str, value: Any) -> None:
         low, high, above = self.limits.low, self.limits.high, self.limits.above
@@ -128,13 +134,13 @@ class Option:
             and (low is None or value >= low)
             and (high is None or value <= high)
             and (above is None or value > above)
-            and value == value
+            and math.isfinite(value)
         )
         if not inside:
             start = f" from {low:g}" if low is not None else f" above {above:g}" if above is not None else ""
             end = f" to {high:g}" if high is not None else " on" if low is not None else ""
             comma = ", up" if above is not None and high is not None else ""
-            raise OptionError(name, f"{name} {value!r}: allowed are numbers{start}{comma}{end}")
+            raise OptionError(name, f"{name} {_SHORT.repr(value)}: allowed are numbers{start}{comma}{end}")
 
 
 def option(
@@ -232,13 +238,13 @@ def _resolve_section(name: str, about: Section, value: Any) -> dict[str, Any]:
         return ({name: True} if about.optional else {}) | {f"{name}.{key}": v for key, v in value.items()}
     if not about.optional or not (value is None or isinstance(value, bool)):
         allowed = "options by name" if not about.optional else "true, false and options by name"
-        raise ValueError(f"{name} {value!r}: allowed are {allowed}")
+        raise ValueError(f"{name} {_SHORT.repr(value)}: allowed are {allowed}")
     return {name: bool(value)}
 
 
 def _unknown(name: object, known: Collection[str]) -> str:
     near = difflib.get_close_matches(str(name), sorted(known), 3)
-    return f"unknown option {name!r}" + (f": did you mean {' or '.join(near)}?" if near else "")
+    return f"unknown option {_SHORT.repr(name)}" + (f": did you mean {' or '.join(near)}?" if near else "")
 
 
 def read_tree(tree: type, data: Mapping[str, Any]) -> Any:
@@ -262,16 +268,9 @@ def read_tree(tree: type, data: Mapping[str, Any]) -> Any:
     return tree(**values)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Names with their values in a file. Raises FileNotFoundError, and ValueError where it holds something else."""
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such recipe")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: not a recipe in YAML: {' '.join(str(error).split())}") from None
+def read_options(path: Path) -> dict[str, Any]:
+    """Names with their values in a YAML file. Raises FileNotFoundError, and ValueError where it holds something else."""
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a recipe: expected names of options with their values")
-    return {str(name): value for name, value in content.items()}
+    return content

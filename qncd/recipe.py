@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qncd.modes import MODES, WIDEST, changes_of, compose, parse_width
-from qncd.options import Limits, RecipeError, check_options, option, options_of, read_tree, read_yaml, section, sections_of
+from qncd.options import Limits, RecipeError, check_options, option, options_of, read_options, read_tree, section, sections_of
+from qncd.options import OptionError as OptionError
 from qncd.options import check_choice as check_choice
 from qncd.options import check_int as check_int
 
@@ -234,7 +235,7 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         check_options(self)
         if self.eta and self.sample_type in DETERMINISTIC:
-            raise ValueError(f"eta {self.eta!r} with sample_type {self.sample_type}: allowed is 0 (it is deterministic)")
+            raise OptionError("eta", f"eta {self.eta!r} with sample_type {self.sample_type}: allowed is 0 (it is deterministic)")
 
 
 @dataclass(frozen=True)
@@ -378,7 +379,7 @@ class Recipe:
             FileNotFoundError: there is no such file.
             ValueError: naming the file, as `of`.
         """
-        content = read_yaml(path)
+        content = read_options(path)
         try:
             given = changes_of(cls, content)
             whole = {*options_of(cls), *sections_of(cls)} <= content.keys()

@@ -33,10 +33,13 @@ def load_conditioned(
         images uint8 (N, H, W, C), and N class labels or N captions.
 
     Raises:
-        ValueError: an unknown data set or split.
+        FileNotFoundError: the files of the data set are nowhere.
+        ValueError: an unknown data set or split, a count below 1, or damaged files.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset {name!r}: allowed are {', '.join(DATASETS)}")
+    if count is not None and count < 1:
+        raise ValueError(f"count {count}: allowed are whole numbers, 1 or more")
     if name == "FASHION_MNIST":
         images, labels = load_fashion_mnist(split, root)
         return images[:count], labels[:count].tolist()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 from pathlib import Path
 
 import numpy as np
 
+from qncd.io.files import reading, regular_file
+
 DEBIAN_PATH = Path("/usr/share/datasets/fashion-mnist")
+_LARGEST = 1 << 28  # bytes of an IDX file; Fashion-MNIST's largest has 47 million
+_CLASSES = 10
 _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -19,22 +24,23 @@ def read_idx(path: Path) -> np.ndarray:
     """Read one IDX file of unsigned bytes, gzip-compressed or plain.
 
     Raises:
-        ValueError: the file is not an IDX file of unsigned bytes, or is shorter than its header says.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not an IDX file of unsigned bytes, or has another length than its header says.
     """
     opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as stream:
-            data = stream.read()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path}: not an IDX file of unsigned bytes")
-    rank = data[3]
-    shape = struct.unpack(f">{rank}I", data[4 : 4 + 4 * rank])
-    body = np.frombuffer(data, np.uint8, offset=4 + 4 * rank)
-    if body.size != int(np.prod(shape)):
-        raise ValueError(f"{path}: {body.size} bytes of data, its header says {int(np.prod(shape))}")
-    return body.reshape(shape)
+    with reading(path, "an IDX file"), opener(regular_file(path), "rb") as stream:
+        start = stream.read(4)
+        if len(start) < 4 or start[:3] != b"\x00\x00\x08":
+            raise ValueError(f"{path}: not an IDX file of unsigned bytes")
+        rank = start[3]
+        shape = struct.unpack(f">{rank}I", stream.read(4 * rank))
+        size = math.prod(shape)
+        if size > _LARGEST:
+            raise ValueError(f"{path}: {size} bytes by its header, at most {_LARGEST} are read")
+        data = stream.read(size + 1)  # one more, to see that there is none
+        if len(data) != size:
+            raise ValueError(f"{path}: {'more' if len(data) > size else len(data)} bytes of data, its header says {size}")
+        return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def find_fashion_mnist(root: str | Path | None = None, download: bool = True) -> Path:
@@ -72,6 +78,10 @@ def load_fashion_mnist(split: str = "train", root: str | Path | None = None) -> 
 
     Returns:
         images uint8 (N, 32, 32, 1) and labels int64 (N,).
+
+    Raises:
+        FileNotFoundError: the files are nowhere and could not be downloaded.
+        ValueError: an unknown split, or files that `read_idx` refuses or that do not belong together.
     """
     if split not in _FILES:
         raise ValueError(f"split {split!r}: allowed are {', '.join(_FILES)}")
@@ -81,6 +91,11 @@ def load_fashion_mnist(split: str = "train", root: str | Path | None = None) -> 
         plain = folder / name
         arrays.append(read_idx(plain if plain.is_file() else folder / f"{name}.gz"))
     images, labels = arrays
-    if images.shape[1:] != (28, 28) or len(images) != len(labels):
-        raise ValueError(f"{folder}: images of shape {images.shape} and {len(labels)} labels, expected (N, 28, 28) and N")
+    if images.shape[1:] != (28, 28) or not len(images) or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{folder}: {_FILES[split][0]} has the shape {images.shape} and {_FILES[split][1]} {labels.shape}, "
+            "expected (N, 28, 28) and (N,)"
+        )
+    if labels.max() >= _CLASSES:
+        raise ValueError(f"{folder}: {_FILES[split][1]} holds the label {labels.max()}, allowed are 0 to {_CLASSES - 1}")
     return np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None], labels.astype(np.int64)

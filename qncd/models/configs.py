@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from qncd.io.yaml_files import read_yaml
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # An installed wheel has the files inside the package, a checkout in the folder beside it.
@@ -21,6 +24,16 @@ def find_config(name: str | Path) -> Path:
     if path.parts in ((path.name,), ("configs", path.name)) and (CONFIGS / path.name).is_file():
         return CONFIGS / path.name
     raise FileNotFoundError(f"{name}: no such config file")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What a model's yaml holds, below its sections not checked yet. Raises ValueError where it is none of a model."""
+    config = read_yaml(path) or {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: holds a {type(config).__name__}, expected sections such as model: and data:")
+    if not isinstance(config.get("model"), dict):
+        raise ValueError(f"{path}: no model section (found: {', '.join(config) or 'nothing'})")
+    return config
 
 
 def config_beside(checkpoint: Path) -> Path:

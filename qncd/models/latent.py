@@ -13,13 +13,14 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from qncd.models import loading
-from qncd.models.files.diffusers_folders import UNETS, check_told, load_component, load_unet_folder, local_path, read_json
+from qncd.models.files.diffusers_folders import UNETS, check_told, load_component, load_unet_folder, local_path, read_settings
 from qncd.models.files.folder_settings import SCHEDULER, check_parts, check_scheduler, check_unet, scheduler_betas
 from qncd.models.files.registry import fetch, load_registry
-from qncd.models.original.autoencoders import FirstStage
+from qncd.models.original.autoencoders import FirstStage, scale_factor
 from qncd.models.original.compvis import Conditioner, check_config, networks_of
 from qncd.models.original.conditioning import ClassConditioner, TextConditioner, load_class_folder, load_text_folder
 from qncd.models.original.ldm import LdmUNet, build_ldm_unet, ldm_betas
+from qncd.models.schema import NETWORK, Name, check
 
 _SD_SCALE = 0.18215  # of AutoencoderKL where its config, of an old diffusers, does not hold it
 
@@ -59,7 +60,10 @@ class LatentModel:
 
 
 def load_latent_model(
-    config: Mapping[str, Any] | None, ckpt: str | Path | None = None, use_pretrained: bool = False
+    config: Mapping[str, Any] | None,
+    ckpt: str | Path | None = None,
+    use_pretrained: bool = False,
+    sha256: str | None = None,
 ) -> LatentModel:
     """A latent diffusion model with its weights: eval mode, float32, on the CPU, no gradients.
 
@@ -68,6 +72,7 @@ def load_latent_model(
         ckpt: an original checkpoint (.ckpt, .pth, .safetensors), a diffusers folder of a pipeline, or a hub id.
         use_pretrained: without `ckpt`, the published weights that `config["model"]["pretrained"]` names.
             Without both, `config["model"]["weights"]` names a bundled model.
+        sha256: hex digest that the file of `ckpt`, or the published one, must have.
 
     Averaged weights (`model_ema.*`) are used where the file has them and `use_ema` is not false, as the original does.
 
@@ -79,8 +84,8 @@ def load_latent_model(
         check_config(config)
     elif ckpt is None:
         raise ValueError("no model: give a config, or --ckpt with a diffusers folder or a hub id")
-    source = str(ckpt) if ckpt is not None else str(_default_weights(config or {}, use_pretrained))
-    path = local_path(source)
+    source = str(ckpt) if ckpt is not None else str(_default_weights(config or {}, use_pretrained, sha256))
+    path = local_path(source) if sha256 is None else loading.pinned_path(source, sha256)
     if path.is_dir():
         model = _load_folder(path, source)
         if config is not None:
@@ -94,17 +99,18 @@ def load_latent_model(
     return _latent_model(unet, first_stage, conditioner, ldm_betas(config), source)
 
 
-def _default_weights(config: Mapping[str, Any], use_pretrained: bool) -> Path:
+def _default_weights(config: Mapping[str, Any], use_pretrained: bool, sha256: str | None) -> Path:
     model = config["model"]
     if use_pretrained:
         if (name := model.get("pretrained")) is None:
             known = ", ".join(name for name in sorted(load_registry()) if not name.startswith("ema_diffusion_"))
             raise ValueError(f"the config names no published weights (model.pretrained; there are {known}): give --ckpt PATH")
-        return fetch(str(name))
+        return fetch(str(name), sha256=sha256)
     if (name := model.get("weights")) is None:
         raise ValueError("no weights: give --ckpt PATH or --use_pretrained, or name a bundled model as model.weights")
+    check(name, Name(), "model.weights")
     assets = loading.ASSETS
-    candidates = (assets / str(name), assets / f"{name}.safetensors", assets / f"{name}.ckpt")
+    candidates = (assets / name, assets / f"{name}.safetensors", assets / f"{name}.ckpt")
     found = next((path for path in candidates if path.is_file() or (path / "unet" / "config.json").is_file()), None)
     if found is None:
         files = [path.stem for path in assets.glob("*.safetensors") if not path.stem.endswith("_classifier")]
@@ -147,9 +153,9 @@ def _load_folder(folder: Path, source: str) -> LatentModel:
     if not scheduler.is_file():
         raise ValueError(f"{scheduler}: no such file, it holds the noise schedule")
     betas = scheduler_betas(scheduler, check_scheduler(scheduler, "ldm"))
-    first = read_json(stage / "config.json")
+    first = read_settings(stage / "config.json", NETWORK)
     channels = first.get("vq_embed_dim") or first.get("latent_channels")
-    check_unet(read_json(folder / "unet" / "config.json"), source, channels)  # before the weights are read
+    check_unet(read_settings(folder / "unet" / "config.json", NETWORK), source, channels)  # before the weights are read
     conditioner: Conditioner | None = None
     if (folder / "text_encoder").is_dir():
         conditioner = load_text_folder(folder / "text_encoder", folder / "tokenizer").eval()
@@ -159,7 +165,7 @@ def _load_folder(folder: Path, source: str) -> LatentModel:
     autoencoder = load_component(stage, ("VQModel", "AutoencoderKL"))
     # Folders without the factor are from before diffusers divided by it: LDM's own, 1 with a codebook.
     default = 1.0 if isinstance(autoencoder, VQModel) else _SD_SCALE
-    scale = float(first.get("scaling_factor", default))
+    scale = default if first.get("scaling_factor") is None else float(first["scaling_factor"])
     autoencoder.register_to_config(scaling_factor=scale)
     return _latent_model(unet, FirstStage(autoencoder, scale), conditioner, betas, source)
 
@@ -178,6 +184,9 @@ def _check_against(model: LatentModel, config: Mapping[str, Any]) -> None:
     betas = ldm_betas(config)
     if len(model.betas) != len(betas) or not np.allclose(model.betas, betas, rtol=1e-4, atol=0):
         raise ValueError(f"{model.source}: its noise schedule is not the config's")
+    measured = config["model"]["params"].get("scale_by_std", False)  # in training: a yaml does not have it
+    if not measured and not np.isclose(model.first_stage.scale, wanted := scale_factor(config), rtol=1e-4, atol=0):
+        raise ValueError(f"{model.source}: scaling_factor is {model.first_stage.scale:g}, the config says {wanted:g}")
 
 
 def scheduler_of(betas: np.ndarray) -> DDIMScheduler:

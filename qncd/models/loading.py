@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from qncd.models.configs import find_config
-from qncd.models.files.diffusers_folders import check_told, load_unet_folder, local_path
+from qncd.models.configs import find_config, read_config
+from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, check_told, load_unet_folder, local_path
 from qncd.models.files.folder_settings import (
     check_architecture,
     check_parts,
@@ -25,10 +22,12 @@ from qncd.models.files.folder_settings import (
     check_unet,
     scheduler_file,
 )
-from qncd.models.files.registry import fetch, load_registry
+from qncd.models.files.registry import check_sha256, fetch, load_registry
 from qncd.models.files.unpickle import load_checkpoint
+from qncd.models.original.compvis import check_settings
 from qncd.models.original.ddim import build_ddim_unet, convert_ddim_state_dict, ddim_unet_config, ddim_weights
 from qncd.models.original.key_tables import network_with_weights
+from qncd.models.schema import COMPVIS, DDIM, DIFFUSION, Name, Section, check, layout_of
 
 __all__ = ["load_config", "load_ddim", "load_unet_folder", "save_ddim", "state_dict_hash"]
 
@@ -36,33 +35,36 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
-    """A model's yaml as a dict, read as CompVis' code reads it: by OmegaConf, for which 1e-05 is a number and ${a.b} a reference.
+    """A model's yaml as a dict, read as CompVis' code reads it: 1e-05 is a number and ${a.b} a reference, as for OmegaConf.
 
     Args:
         path: a file, or the name of one that the package carries (`find_config`).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not yaml, or has no `model` section.
+        ValueError: it is not yaml, has no `model` section, or a key of it has another value than a model can have.
     """
     path = find_config(path)
+    config = read_config(path)
+    layout = layout_of(config)
     try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}: not a yaml file{where}: {getattr(error, 'problem', None) or 'unreadable'}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds a {type(config).__name__}, expected sections such as model: and data:")
-    if not isinstance(config.get("model"), dict):
-        raise ValueError(f"{path}: no model section (found: {', '.join(map(str, config)) or 'nothing'})")
+        if layout is not None:
+            check(config, layout)
+        if layout is DDIM:
+            ddim_unet_config(config)
+        elif layout is COMPVIS:
+            check_settings(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return config
 
 
 def load_ddim(
-    config: Mapping[str, Any], ckpt: str | Path | None = None, use_pretrained: bool = False, sample_type: str | None = None
+    config: Mapping[str, Any],
+    ckpt: str | Path | None = None,
+    use_pretrained: bool = False,
+    sample_type: str | None = None,
+    sha256: str | None = None,
 ) -> UNet2DModel:
     """The UNet of a DDIM config with its weights: eval mode, float32, on the CPU, no gradients.
 
@@ -77,14 +79,15 @@ def load_ddim(
         use_pretrained: without `ckpt`, the published weights of the config's data set.
             Without both, `config["model"]["weights"]` names a bundled model.
         sample_type: the sampler that the UNet is for, where it is known.
+        sha256: hex digest that the file of `ckpt`, or the published one, must have.
 
     Raises:
         ValueError: weights and config do not fit, the file is damaged, or a weight is NaN or infinite.
         FileNotFoundError: there are no such weights.
     """
     settings = ddim_unet_config(config)
-    source = str(ckpt) if ckpt is not None else str(_default_weights(config, use_pretrained))
-    path = local_path(source)
+    source = str(ckpt) if ckpt is not None else str(_default_weights(config, use_pretrained, sha256))
+    path = local_path(source) if sha256 is None else pinned_path(source, sha256)
     if path.is_dir():
         _check_folder(path, source, config, sample_type)
         unet = load_unet_folder(path, ("UNet2DModel",))
@@ -114,17 +117,13 @@ def _check_folder(folder: Path, source: str, config: Mapping[str, Any], sample_t
 
 def _schedule(config: Mapping[str, Any]) -> dict[str, Any]:
     """The noise schedule of a DDIM config under diffusers' names. Raises ValueError where diffusers knows none such."""
-    try:
-        diffusion = config["diffusion"]
-        schedule, steps = str(diffusion["beta_schedule"]), int(diffusion["num_diffusion_timesteps"])
-        start, end = float(diffusion["beta_start"]), float(diffusion["beta_end"])
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(
-            "the config's diffusion section needs beta_schedule, beta_start, beta_end, num_diffusion_timesteps"
-        ) from None
+    check(config, Section({"diffusion": DIFFUSION}))
+    diffusion = config["diffusion"]
+    schedule, steps = diffusion["beta_schedule"], diffusion["num_diffusion_timesteps"]
+    start, end = float(diffusion["beta_start"]), float(diffusion["beta_end"])
     names = {"linear": "linear", "quad": "scaled_linear"}  # DDIM's names -> diffusers'
     if schedule not in names:
-        raise ValueError(f"beta_schedule {schedule!r} has no scheduler in diffusers: allowed are {', '.join(names)}")
+        raise ValueError(f"diffusion.beta_schedule {schedule!r} has no scheduler in diffusers: allowed are {', '.join(names)}")
     return {"beta_schedule": names[schedule], "beta_start": start, "beta_end": end, "num_train_timesteps": steps}
 
 
@@ -163,20 +162,35 @@ def state_dict_hash(model: torch.nn.Module | Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _default_weights(config: Mapping[str, Any], use_pretrained: bool) -> Path:
+def pinned_path(source: str, sha256: str) -> Path:
+    """The file that a source names, if its SHA-256 is this one.
+
+    Raises:
+        ValueError: it is another one, or the source is a folder or a hub id.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(source)
+    if not path.exists() and path.suffix in CHECKPOINT_SUFFIXES:
+        raise FileNotFoundError(f"{source}: no such file")
+    check_sha256(path, sha256)
+    return path
+
+
+def _default_weights(config: Mapping[str, Any], use_pretrained: bool, sha256: str | None) -> Path:
     data, name = config.get("data") or {}, config["model"].get("weights")
     if use_pretrained:
         published = str(data.get("dataset", "")).lower()
         if published == "lsun":  # one data set with many categories; the yaml of churches says church_outdoor
             published += "_" + str(data.get("category", "")).removesuffix("_outdoor")
         if f"ema_diffusion_{published}" in load_registry():
-            return fetch(f"ema_diffusion_{published}")
+            return fetch(f"ema_diffusion_{published}", sha256=sha256)
         if name is None:
             known = ", ".join(name for name in sorted(load_registry()) if name.startswith("ema_diffusion_"))
             raise ValueError(f"no published weights for the data set {published!r} (there are {known}): give --ckpt PATH")
     if name is None:
         raise ValueError("no weights: give --ckpt PATH or --use_pretrained, or name a bundled model as model.weights")
-    folder = ASSETS / str(name)
+    check(name, Name(), "model.weights")
+    folder = ASSETS / name
     if not (folder / "config.json").is_file():
         bundled = sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
         raise ValueError(f"model.weights {name!r} is no bundled model: allowed are {', '.join(bundled) or '(none)'}")

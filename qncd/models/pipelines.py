@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers import pipelines
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.import_utils import is_accelerate_available
 
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
-from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, HUB_ID, read_json
+from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, HUB_ID, read_settings
 from qncd.models.latent import latent_pipeline, load_latent_model
 from qncd.models.loading import ddim_pipeline, load_config, load_ddim
+from qncd.models.schema import PIPELINE, shown
 
 __all__ = ["load_pipeline"]
 
@@ -20,6 +22,7 @@ INDEX = "model_index.json"
 _YAML = (".yml", ".yaml")
 # The class that this package's folders of class-conditional models named before there was such a pipeline.
 _FORMER_CLASS = "ClassConditionalLDM"
+_LIBRARIES = ("diffusers", "transformers", "qncd")
 # What loading a folder or a hub id of diffusers ends in where something is wrong with it.
 _FAULTS = (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError)
 
@@ -86,7 +89,9 @@ def _from_folder(folder: Path) -> DiffusionPipeline:
     if not (folder / INDEX).is_file():
         what = "a network's folder, which needs its yaml: give config=PATH" if (folder / "config.json").is_file() else "none"
         raise ValueError(f"{folder}: not the folder of a pipeline (no {INDEX} in it; {what})")
-    kind = read_json(folder / INDEX).get("_class_name")
+    index = read_settings(folder / INDEX, PIPELINE)
+    kind = index.get("_class_name")
+    _check_libraries(folder / INDEX, index)
     if kind == _FORMER_CLASS:
         return latent_pipeline(load_latent_model(None, folder))
     ours = ClassConditionalLDMPipeline
@@ -95,6 +100,16 @@ def _from_folder(folder: Path) -> DiffusionPipeline:
         return found.from_pretrained(str(folder), local_files_only=True, low_cpu_mem_usage=is_accelerate_available())
     except _FAULTS as error:
         raise ValueError(f"{folder}: diffusers cannot load this {kind} ({_reason(error)})") from error
+
+
+def _check_libraries(path: Path, index: Mapping[str, Any]) -> None:
+    """Raise ValueError where a component's class is of another library, or of a file of the folder: diffusers would import it."""
+    for name, value in index.items():
+        library = value[0] if isinstance(value, list) and len(value) == 2 else None
+        known = str(library).partition(".")[0] in _LIBRARIES or hasattr(pipelines, str(library))
+        if library is None or (known and not (path.parent / name / f"{library}.py").exists()):
+            continue
+        raise ValueError(f"{path}: {name} {shown(library)}: allowed are classes of {', '.join(_LIBRARIES)}; no other code is run")
 
 
 def _from_hub(name: str) -> DiffusionPipeline:

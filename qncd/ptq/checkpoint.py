@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qncd.models.files.safetensors_files import read_safetensors, read_safetensors_part, write_safetensors
 from qncd.models.network import Network
+from qncd.ptq.checkpoint_schema import check_tensors, read_act_bits, read_config, read_settings, shortened, unpack4
 from qncd.ptq.context import without_memory
 from qncd.ptq.stages.prepare import quantize_
 from qncd.quant.inspection import act_quantizers, quant_layers, replace_quantizers_, set_act_bits_, set_stage
@@ -71,15 +70,6 @@ def pack4(codes: Tensor) -> Tensor:
     return (flat[0::2] | (flat[1::2] << 4)).to(torch.uint8)
 
 
-def unpack4(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """The inverse of `pack4`: int8 codes of `shape`. Raises ValueError where the number of bytes does not fit."""
-    count = int(torch.Size(shape).numel())
-    if packed.numel() != (count + 1) // 2:
-        raise ValueError(f"{packed.numel()} bytes of packed codes for {count} weights")
-    both = torch.stack([packed & 15, packed >> 4], 1).flatten()[:count].to(torch.int8)
-    return torch.where(both > 7, both - 16, both).view(tuple(shape))
-
-
 def _weight_tensors(name: str, layer: QuantLayer) -> dict[str, Tensor]:
     if layer.codes is None or layer.weight_scale is None or layer.config.weight_codes is None:
         return {f"{name}.weight": layer.weight.detach()}
@@ -98,7 +88,7 @@ def save_quantized(
     settings: dict[str, Any],
     record: Record | None = None,
 ) -> None:
-    """Write the calibrated model, atomically: a full disk or a kill leaves an older file as it was.
+    """Write the calibrated model, whole or not at all; the same model and settings give the same bytes.
 
     Args:
         config: of the quantization.
@@ -107,8 +97,7 @@ def save_quantized(
         record: what the correction knows.
 
     Raises:
-        ValueError: the model is not calibrated.
-        OSError: the file can't be written.
+        ValueError: the model is not calibrated, or the file cannot be written.
     """
     module = network.module
     layers, quantizers = quant_layers(module), act_quantizers(module)
@@ -140,15 +129,7 @@ def save_quantized(
         prefix = next(prefix for prefix, kind in record_kinds().items() if isinstance(record, kind))
         fields, metadata[prefix] = record.to_tensors()
         tensors |= {f"{prefix}.{name}": value for name, value in fields.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, metadata)
-        partial.replace(path)
-    except SafetensorError as error:  # how the library reports a full disk
-        raise OSError(f"{path}: cannot be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    write_safetensors(tensors, path, metadata)
 
 
 def peek_quantized(path: Path) -> QuantizedInfo:
@@ -160,27 +141,33 @@ def peek_quantized(path: Path) -> QuantizedInfo:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such quantized checkpoint")
+    prefixes = tuple(f"{prefix}." for prefix in record_kinds())
     try:
-        with safe_open(path, "pt") as file:
-            metadata, names = dict(file.metadata() or {}), list(file.keys())
-            prefixed = [name for name in names if _is_record(name)]
-            fields = {name: file.get_tensor(name) for name in prefixed}
-    except SafetensorError as error:
+        fields, names, metadata = read_safetensors_part(path, prefixes)
+    except ValueError as error:
         raise ValueError(f"{path}: not a whole quantized checkpoint (cut off or of another kind): {error}") from None
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {metadata.get('format')!r}; allowed is {FORMAT}")
+        raise ValueError(f"{path}: format {shortened(repr(metadata.get('format')))}; allowed is {FORMAT}")
     try:
-        config = QuantConfig(**json.loads(metadata["config"]))
+        config = read_config(path, metadata)
         smoothed = any(name.endswith(".smoothing") for name in names)
-        records = {
-            prefix: kind.from_tensors(_below(f"{prefix}.", fields), metadata[prefix])
-            for prefix, kind in record_kinds().items()
-            if prefix in metadata
-        }
-        bits = json.loads(metadata["act_bits"]) if config.bit_allocation else None
-        return QuantizedInfo(config, smoothed, metadata["base_hash"], json.loads(metadata["settings"]), records, bits)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        bits = read_act_bits(path, metadata) if config.bit_allocation else None
+        settings = read_settings(path, metadata)
+        return QuantizedInfo(config, smoothed, metadata["base_hash"], settings, _records(path, fields, metadata), bits)
+    except KeyError as error:
         raise ValueError(f"{path}: damaged header: {error}") from None
+
+
+def _records(path: Path, fields: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Record]:
+    """What corrections know, by their prefixes. Raises KeyError for what is missing, and ValueError."""
+    records: dict[str, Record] = {}
+    for prefix, kind in record_kinds().items():
+        if prefix in metadata:
+            try:
+                records[prefix] = kind.from_tensors(_below(f"{prefix}.", fields), metadata[prefix])
+            except (TypeError, ValueError, IndexError, RecursionError) as error:
+                raise ValueError(f"{path}: damaged header: {prefix}: {shortened(str(error))}") from None
+    return records
 
 
 def _is_record(name: str) -> bool:
@@ -221,52 +208,75 @@ def load_weights_(network: Network, path: Path, config: QuantConfig, base_hash: 
     return _load_(network, path, config, base_hash)
 
 
+def check_quantized(network: Network, path: Path, base_hash: str | None = None, config: QuantConfig | None = None) -> None:
+    """Raise what `load_quantized_` would raise, or with `config` what `load_weights_` would; the network stays as it is."""
+    _checked(network, path, config, base_hash)
+
+
 def _load_(network: Network, path: Path, config: QuantConfig | None, base_hash: str | None) -> QuantizedInfo:
     """Load everything, or with `config` the weights alone."""
-    info = peek_quantized(path)
-    if base_hash is not None and base_hash != info.base_hash:
-        raise ValueError(f"{path}: made from a base model with weights {info.base_hash[:12]}, this one has {base_hash[:12]}")
-    tensors = {key: value for key, value in load_file(path).items() if not _is_record(key)}
-    # On a twin without memory first: a file that does not fit leaves the network as it was, and no second copy is held.
-    _take_over(without_memory(network), dict(tensors), info, config, path)
-    _take_over(network, tensors, info, config, path)
+    info, tensors = _checked(network, path, config, base_hash)
+    # Not the file's memory: codes are kept as they are, and the file may go.
+    _take_over(network, {name: value.clone() for name, value in tensors.items()}, info, config)
     return info
 
 
-def _take_over(network: Network, tensors: dict[str, Tensor], info: QuantizedInfo, config: QuantConfig | None, path: Path) -> None:
-    module = quantize_(network, config or info.config).module
-    if network.device.type == "meta":
-        for quantizer in act_quantizers(module).values():
-            quantizer.to_empty(device="cpu")  # they look at their numbers
+def _checked(
+    network: Network, path: Path, config: QuantConfig | None, base_hash: str | None
+) -> tuple[QuantizedInfo, dict[str, Tensor]]:
+    """What the file says of itself, and its tensors, which fit the network."""
+    info = peek_quantized(path)
+    if base_hash is not None and base_hash != info.base_hash:
+        raise ValueError(
+            f"{path}: made from a base model with weights {shortened(info.base_hash[:12])}, this one has {base_hash[:12]}"
+        )
+    tensors = {name: value for name, value in read_safetensors(path).items() if not _is_record(name)}
+    twin = without_memory(network)  # a file that does not fit leaves the network as it was
     try:
-        for name, layer in quant_layers(module).items():
-            _load_layer(name, layer, tensors)
+        quantize_(twin, config or info.config)
         if config is None:
-            set_act_bits_(module, info.act_bits or {})
-            _make_stepwise_(network, tensors)
-            for name, quantizer in act_quantizers(module).items():
-                quantizer.set_qparams(tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point"))
-        else:
-            tensors = {key: value for key, value in tensors.items() if not key.endswith((".scale", ".zero_point", ".times"))}
-        for name, layer in quant_layers(module).items():
-            if layer.bias is None and f"{name}.bias" in tensors:  # made by bias correction
-                layer.shift_bias_(torch.zeros(len(layer.weight)))
-        for name, parameter in module.named_parameters():
-            if not (name.endswith(".weight") and isinstance(module.get_submodule(name[:-7]), QuantLayer)):
-                parameter.copy_(tensors.pop(name))
+            set_act_bits_(twin.module, info.act_bits or {})
+        check_tensors(twin.module, tensors, config is None)
+        _check_channels(network, info.records)
     except KeyError as error:
         raise ValueError(f"{path}: has no tensor {error.args[0]}: made from another architecture") from None
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: does not fit this model: {error}") from None
-    if tensors:
-        raise ValueError(f"{path}: {len(tensors)} tensors that this model has no place for, {min(tensors)} among them")
+    return info, tensors
+
+
+def _check_channels(network: Network, records: dict[str, Record]) -> None:
+    """Raise ValueError for what a correction knows of predictions with other channels than the network's."""
+    known = {network.config.get(key) for key in ("in_channels", "out_channels")} - {None}
+    for prefix, record in records.items():
+        channels = getattr(record, "channels", None)
+        if known and channels is not None and channels not in known:
+            raise ValueError(f"{prefix}: made for {channels} channels, the model has {min(known)}")
+
+
+def _take_over(network: Network, tensors: dict[str, Tensor], info: QuantizedInfo, config: QuantConfig | None) -> None:
+    """Put tensors that are checked into the network."""
+    module = quantize_(network, config or info.config).module
+    for name, layer in quant_layers(module).items():
+        _load_layer(name, layer, tensors)
+    if config is None:
+        set_act_bits_(module, info.act_bits or {})
+        _make_stepwise_(network, tensors)
+        for name, quantizer in act_quantizers(module).items():
+            quantizer.set_qparams(tensors[f"{name}.scale"], tensors[f"{name}.zero_point"])
+    for name, layer in quant_layers(module).items():
+        if layer.bias is None and f"{name}.bias" in tensors:  # made by bias correction
+            layer.shift_bias_(torch.zeros(len(layer.weight)))
+    for name, parameter in module.named_parameters():
+        if not (name.endswith(".weight") and isinstance(module.get_submodule(name[:-7]), QuantLayer)):
+            parameter.copy_(tensors[name])
     if config is None:
         set_stage(module, Stage.QUANTIZE)
 
 
 def _make_stepwise_(network: Network, tensors: dict[str, Tensor]) -> None:
     """Give a range for each step to the quantizers that have one in the file."""
-    times = {key.removesuffix(".times"): tensors.pop(key) for key in list(tensors) if key.endswith(".times")}
+    times = {key.removesuffix(".times"): value for key, value in tensors.items() if key.endswith(".times")}
 
     def replaced(name: str, quantizer: ActQuantizer) -> ActQuantizer:
         return make_stepwise(quantizer, times[name]) if name in times else quantizer
@@ -278,12 +288,12 @@ def _make_stepwise_(network: Network, tensors: dict[str, Tensor]) -> None:
 
 def _load_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> None:
     if f"{name}.smoothing" in tensors:
-        layer.smooth_(tensors.pop(f"{name}.smoothing"))
+        layer.smooth_(tensors[f"{name}.smoothing"])
     if layer.config.weight_codes is None:
-        layer.weight.copy_(tensors.pop(f"{name}.weight"))
+        layer.weight.copy_(tensors[f"{name}.weight"])
         return
     if layer.config.weight_codes.bits <= 4:
-        codes = unpack4(tensors.pop(f"{name}.weight_packed"), layer.weight.shape)
+        codes = unpack4(tensors[f"{name}.weight_packed"], layer.weight.shape)
     else:
-        codes = tensors.pop(f"{name}.weight_codes")
-    layer.set_weight_codes(codes, tensors.pop(f"{name}.weight_scale"), tensors.pop(f"{name}.weight_zero_point", None))
+        codes = tensors[f"{name}.weight_codes"]
+    layer.set_weight_codes(codes, tensors[f"{name}.weight_scale"], tensors.get(f"{name}.weight_zero_point"))

@@ -7,15 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from qncd.io.files import whole_file
 from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.network import Inputs, Network
 from qncd.recipe import check_int
 from qncd.sampling.samplers import StepState
 
 CONDITION = "encoder_hidden_states"  # what `cs` and `ucs` of Q-Diffusion's files are, where the network does not say otherwise
+_ROWS = 64  # that are looked at together
+_LONGEST_NAME = 100  # of a condition
+_LARGEST_TIME = 1e6  # of a time step, whatever the model
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,11 @@ class CalibrationSet:
                 raise ValueError(f"calibration {name} has {count} entries for {len(self.x)} inputs")
         if self.uncond is not None and self.uncond.keys() != self.inputs.keys():
             raise ValueError(f"calibration uncond has {sorted(self.uncond)}, inputs have {sorted(self.inputs)}")
-        if not bool(torch.isfinite(self.x).all()):
+        if not is_finite(self.x):
             raise ValueError("the calibration inputs hold NaN or infinity")
+        for name, value in [*self.inputs.items(), *(self.uncond or {}).items()]:
+            if not is_finite(value):
+                raise ValueError(f"calibration {name} holds NaN or infinity")
 
     def __len__(self) -> int:
         return len(self.x)
@@ -103,6 +111,15 @@ class CalibrationSet:
             )
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= _LONGEST_NAME
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite, with the memory of a few rows."""
+    return not values.is_floating_point() or all(bool(torch.isfinite(part).all()) for part in values.split(_ROWS))
+
+
 def _repeated(inputs: Inputs, rows: Tensor) -> dict[str, Tensor]:
     return {name: value[rows % len(value)] for name, value in inputs.items()}
 
@@ -112,6 +129,9 @@ def save_calibration(data: CalibrationSet, path: Path) -> None:
 
     `cs` and `ucs` are the conditions of a network with one, whose name is beside them; several are lists by name below `inputs`
     and `uncond`.
+
+    Raises:
+        ValueError: the set holds arguments that are no tensors; the file cannot be written.
     """
     lists: dict[str, Any] = {"xs": [], "ts": []}
     rows = [(data.t == t).nonzero()[:, 0] for t in dict.fromkeys(data.t.tolist())]
@@ -127,10 +147,8 @@ def save_calibration(data: CalibrationSet, path: Path) -> None:
         raise ValueError(f"a calibration set with arguments that are no tensors is not written: {', '.join(data.constants)}")
     if data.model_hash:
         lists["model_hash"] = data.model_hash
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    torch.save(lists, partial)
-    partial.replace(path)
+    with whole_file(path) as part, part.open("wb") as stream:  # given a name, torch would write that into the file
+        torch.save(lists, stream)
 
 
 def _condition_lists(value: Tensor, rows: list[Tensor]) -> list[Tensor]:
@@ -157,46 +175,103 @@ def load_calibration(path: Path, samples: int, steps: int, condition: str | None
     content = load_checkpoint(path)
     if not isinstance(content, dict) or "xs" not in content or "ts" not in content:
         raise ValueError(f"{path}: not a calibration set (expected a dict with lists xs and ts, one entry a time step)")
-    available = len(content["ts"])
-    if len(content["xs"]) != available:
-        raise ValueError(f"{path}: {len(content['xs'])} entries in xs, {available} in ts")
-    if available < steps:
-        raise ValueError(f"{path}: holds {available} time steps, --cali_st {steps} asked for; allowed are 1 to {available}")
-    chosen = [i * available // steps for i in range(steps)]
-
-    def gather(key: str, entries: Any) -> Tensor | None:
-        if entries is None:
-            return None
-        parts = [torch.as_tensor(entries[i]) for i in chosen]
-        if any(p.ndim == 0 or len(p) < samples for p in parts):
-            fewest = min(len(p) if p.ndim else 1 for p in parts)
-            raise ValueError(f"{path}: {key} holds {fewest} inputs a time step, --cali_n {samples} asked for")
-        return torch.cat([p[:samples] for p in parts])
-
-    def gather_conditions(key: str, entries: Any) -> Tensor | None:
-        if entries is not None and all(_same_conditions(entries[i], entries[chosen[0]], samples) for i in chosen):
-            first = torch.as_tensor(entries[chosen[0]])[:samples]
-            return first[:1] if _same_conditions(first, first[:1].expand_as(first), samples) else first
-        return gather(key, entries)
-
-    def named(single: str, several: str) -> dict[str, Tensor]:
-        name = content.get("condition", condition or CONDITION)
-        entries = {name: content[single]} if content.get(single) is not None else dict(content.get(several) or {})
-        found = {key: gather_conditions(single, value) for key, value in entries.items()}
-        return {key: value for key, value in found.items() if value is not None}
-
-    x, t = gather("xs", content["xs"]), gather("ts", content["ts"])
-    assert x is not None and t is not None
-    model_hash = content.get("model_hash")
-    t = t.float() if t.is_floating_point() and bool((t != t.round()).any()) else t.long()
-    uncond = named("ucs", "uncond") or None
-    inputs = named("cs", "inputs")
-    return CalibrationSet(x.float(), t, inputs, uncond, {}, model_hash if isinstance(model_hash, str) else None)
+    try:
+        return _Entries(content, samples, steps).read(condition or CONDITION)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def _same_conditions(one: Any, other: Any, samples: int) -> bool:
-    one, other = torch.as_tensor(one), torch.as_tensor(other)
-    return one.ndim > 0 and len(one) >= samples and torch.equal(one[:samples], other[:samples])
+class _Entries:
+    """The lists of a file, of which `steps` entries are taken and `samples` rows of each."""
+
+    def __init__(self, content: Mapping[Any, Any], samples: int, steps: int) -> None:
+        self.content, self.samples = content, samples
+        for key in ("xs", "ts"):
+            self._check_list(key, content[key])
+        self.available = len(content["ts"])
+        if len(content["xs"]) != self.available:
+            raise ValueError(f"{len(content['xs'])} entries in xs, {self.available} in ts")
+        if self.available < steps:
+            raise ValueError(f"holds {self.available} time steps, --cali_st {steps} asked for; allowed are 1 to {self.available}")
+        self.chosen = [i * self.available // steps for i in range(steps)]
+
+    def read(self, condition: str) -> CalibrationSet:
+        """The set. Raises ValueError that names the key and the entry."""
+        name = self.content.get("condition", condition)
+        if not _is_name(name):
+            raise ValueError("condition: expected the name of an argument of the network")
+        x = self._joined(self._tensors("xs", self.content["xs"]), torch.float32)
+        t = self._times(self._tensors("ts", self.content["ts"]))
+        inputs, uncond = self._conditions("cs", "inputs", name), self._conditions("ucs", "uncond", name)
+        model_hash = self.content.get("model_hash")
+        return CalibrationSet(x, t, inputs, uncond or None, {}, model_hash if isinstance(model_hash, str) else None)
+
+    def _check_list(self, key: str, entries: Any) -> None:
+        if not isinstance(entries, list | tuple | Tensor | np.ndarray) or not getattr(entries, "ndim", 1):
+            raise ValueError(f"{key}: expected a list with one entry a time step, not a {type(entries).__name__}")
+
+    def _tensors(self, key: str, entries: Any) -> list[Tensor]:
+        """The rows that are taken of each entry that is taken, of one shape and of numbers that are finite."""
+        found: list[Tensor] = []
+        for index in range(self.available):
+            try:
+                found.append(torch.as_tensor(entries[index]))
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"{key} of step {index}: expected numbers, not a {type(entries[index]).__name__}") from None
+        fewest = min((len(found[i]) if found[i].ndim else 1) for i in self.chosen)
+        if fewest < self.samples or not all(value.ndim for value in found):
+            raise ValueError(f"{key} holds {fewest} inputs a time step, --cali_n {self.samples} asked for")
+        first = found[0]
+        for index, value in enumerate(found):
+            if value.shape[1:] != first.shape[1:] or value.dtype != first.dtype:
+                one, other = (f"{tuple(v.shape)} of {v.dtype}" for v in (value, first))
+                raise ValueError(f"{key} of step {index}: {one}, that of step 0 is {other}")
+            if value.is_complex() or (key == "xs" and (value.ndim < 2 or not value.is_floating_point())):
+                raise ValueError(f"{key} of step {index}: {tuple(value.shape)} of {value.dtype}, expected floats (n, ...)")
+        rows = [value[: self.samples] for value in found]
+        for index in self.chosen:
+            if not is_finite(rows[index]):
+                raise ValueError(f"{key} of step {index}: holds NaN or infinity")
+        return [rows[index] for index in self.chosen]
+
+    def _joined(self, rows: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """All rows in one tensor, which is all the memory that it takes."""
+        joined = torch.empty(len(rows) * self.samples, *rows[0].shape[1:], dtype=dtype)
+        for part, row in zip(joined.split(self.samples), rows, strict=True):
+            part.copy_(row)
+        return joined
+
+    def _times(self, rows: list[Tensor]) -> Tensor:
+        for index, row in zip(self.chosen, rows, strict=True):
+            if row.ndim != 1 or row.dtype == torch.bool or bool((row != row[0]).any()):
+                raise ValueError(f"ts of step {index}: expected one time step, the same for all inputs")
+            if not 0 <= float(row[0]) <= _LARGEST_TIME:
+                raise ValueError(f"ts of step {index}: {float(row[0]):g}, allowed are time steps from 0 to {_LARGEST_TIME:g}")
+        t = self._joined(rows, torch.float64)
+        return t.float() if bool((t != t.round()).any()) else t.long()
+
+    def _conditions(self, single: str, several: str, name: str) -> dict[str, Tensor]:
+        """By name: one row where all inputs have the same condition, the rows of one step where all steps have the same."""
+        given: Any = {name: self.content[single]} if self.content.get(single) is not None else self.content.get(several)
+        if not isinstance(given or {}, Mapping):
+            raise ValueError(f"{several}: expected lists by name, not a {type(given).__name__}")
+        found: dict[str, Tensor] = {}
+        for key, entries in (given or {}).items():
+            told = single if self.content.get(single) is not None else f"{several}[{key!r}]"
+            if not _is_name(key):
+                raise ValueError(f"{several}: expected names of arguments of the network")
+            if entries is None:
+                continue
+            self._check_list(told, entries)
+            if len(entries) != self.available:
+                raise ValueError(f"{len(entries)} entries in {told}, {self.available} in ts")
+            rows = self._tensors(told, entries)
+            first = rows[0]
+            if not all(torch.equal(row, first) for row in rows):
+                found[key] = self._joined(rows, first.dtype)
+            else:
+                found[key] = first[:1] if torch.equal(first, first[:1].expand_as(first)) else first
+        return found
 
 
 class CalibrationCollector:
@@ -211,17 +286,21 @@ class CalibrationCollector:
         if not 1 <= steps <= total_steps:
             raise ValueError(f"cali_st {steps}: the sampler takes {total_steps} steps; allowed are 1 to {total_steps}")
         # The middle of each of `steps` equal parts: neither end of the trajectory is favoured.
-        self.kept = {(2 * i + 1) * total_steps // (2 * steps) for i in range(steps)}
+        self.chosen = {(2 * i + 1) * total_steps // (2 * steps) for i in range(steps)}
         self.inputs: dict[int, list[Tensor]] = {}  # by the step's index: spacings may visit a time step twice
-        self.times: dict[int, float] = {}
+        self.times: dict[int, list[float]] = {}
+
+    @property
+    def kept(self) -> tuple[dict[int, list[Any]], ...]:
+        return self.inputs, self.times
 
     def __call__(self, state: StepState) -> None:
-        if state.step.index in self.kept:
+        if state.step.index in self.chosen:
             self.inputs.setdefault(state.step.index, []).append(state.x.cpu())
-            self.times[state.step.index] = state.step.t
+            self.times.setdefault(state.step.index, []).append(state.step.t)
 
     def result(self, inputs: Inputs, uncond: Inputs | None = None, model_hash: str | None = None) -> CalibrationSet:
         """The set collected; `inputs` and `uncond` hold one row a trajectory, or one for all."""
         parts = {index: torch.cat(xs) for index, xs in self.inputs.items()}
-        times = torch.cat([torch.full((len(x),), self.times[index]) for index, x in parts.items()])
+        times = torch.cat([torch.full((len(x),), self.times[index][0]) for index, x in parts.items()])
         return CalibrationSet(torch.cat(list(parts.values())), times, inputs, uncond, {}, model_hash)

@@ -14,6 +14,7 @@ from qncd.distributed import OneProcess, Processes
 from qncd.models.network import Network, network_of
 from qncd.ptq.context import Context, Monitor, silent
 from qncd.ptq.data import CalibrationSet
+from qncd.ptq.observing import naming
 from qncd.ptq.stages.registry import STAGES, run_stages
 from qncd.recipe import CalibrationConfig, QuantConfig, Recipe
 from qncd.sampling.corrector import Record, Recorder, Runs
@@ -86,7 +87,8 @@ def sample_calibration(
     """One full-precision run: the calibration set, and the record of a correction that watches such a run."""
     kind = kind_of(recipe)
     recorder = kind.recorder(recipe) if kind else None
-    data = runs.calibration_set(recorder, model_hash)
+    with naming("calibration set"):
+        data = runs.calibration_set(recorder, model_hash)
     return data, recorder.table() if recorder else None
 
 
@@ -96,7 +98,8 @@ def record_before(runs: CalibrationRuns, recipe: Recipe) -> Record | None:
     recorder = kind.recorder(recipe) if kind else None
     if recorder is None:
         return None
-    runs.record(recorder)
+    with naming("full-precision noise table"):
+        runs.record(recorder)
     return recorder.table()
 
 
@@ -125,7 +128,8 @@ def quantize_network(
         job.weights(runs.network)
     run_stages(context, job.weights is not None)
     if to_fit is not None:
-        record = to_fit.fit(runs, recipe)
+        with naming("fitting the noise correction"):
+            record = to_fit.fit(runs, recipe)
     return Outcome(record, context.found, time.perf_counter() - start)
 
 
@@ -147,4 +151,5 @@ def calibrate_(network: Network | nn.Module, data: CalibrationSet, config: Quant
     data.check_model(context.network)
     for stage in STAGES[1:]:
         if stage.wanted(recipe):
-            stage.run(context)
+            with naming(stage.title):
+                stage.run(context)

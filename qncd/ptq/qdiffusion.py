@@ -8,14 +8,13 @@ point and, for each half of a split layer (the second one with `_0`),
     act_quantizer.delta, .zero_point      numbers, of the layer's input
 
 and act_quantizer_{q,k,v,w} at attention layers. Bit widths and symmetry are not in the file: they come from the user, as
-they do in Q-Diffusion.
+they do in Q-Diffusion, and what the numbers in the file say of them is compared (`qncd.ptq.qdiffusion_flags`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 
 from qncd.models.network import Network
 from qncd.models.original.key_tables import Layout, refuse
+from qncd.ptq.qdiffusion_flags import Part as _Part
+from qncd.ptq.qdiffusion_flags import check_act_flags, check_part, check_softmax_bits, check_weight_bits
 from qncd.ptq.stages.prepare import quantize_, restored_on_error
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
@@ -36,18 +37,35 @@ _OPERAND = re.compile(r"(.+?)(\.attention\.[^.]+)?\.act_quantizer_([qkvw])\.(del
 _SAME = 1e-5  # largest difference between the file's weights and the base model's, relative to the largest weight
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One half of a layer's quantizer, or all of it."""
-
-    delta: Tensor
-    zero_point: Tensor
-    alpha: Tensor | None = None
-
-
 def is_qdiffusion(content: Any) -> bool:
     """Whether what a checkpoint holds is such a state dict."""
     return isinstance(content, Mapping) and any(isinstance(key, str) and ".weight_quantizer." in key for key in content)
+
+
+@torch.no_grad()
+def check_qdiffusion(network: Network, content: Mapping[str, Tensor], table: Mapping[str, Layout], config: QuantConfig) -> None:
+    """Raise ValueError where `load_qdiffusion_` would refuse the file's numbers; the network stays as it is."""
+    refuse("keys that hold no tensor", [str(key) for key, value in content.items() if not _is_entry(key, value)])
+    state = _state(content)
+    weights, inputs, operands = _sort(state)
+    plain = {key: value for key, value in state.items() if not _QUANTIZER.fullmatch(key) and not _OPERAND.fullmatch(key)}
+    _check_base(network.module, plain, table)
+    if config.weight_bits is None:
+        raise ValueError("--weight_bit 32: the file's weights are quantized")
+    if not config.split and any(len(parts) > 1 for parts in weights.values()):
+        raise ValueError("--no-split: the file's skip concatenations are split")
+    boundaries = network.splits()
+    for name, parts in weights.items():
+        edge = boundaries.get(_layer_names(name, table)[0])
+        for piece, part in zip(_pieces(name, parts, state[f"{name}.weight"], edge), parts, strict=True):
+            check_part(f"{name}.weight_quantizer", part, piece)
+            check_weight_bits(name, part, piece, config.weight_bits)
+    if config.act_bits is not None:
+        _check_act_flags(network, inputs, operands, config, table)
+
+
+def _state(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("model."): value for key, value in content.items()}
 
 
 @torch.no_grad()
@@ -61,13 +79,12 @@ def load_qdiffusion_(network: Network, content: Mapping[str, Tensor], table: Map
             activations in floating point. Ranges, split and the rest come from the file.
 
     Raises:
-        ValueError: keys that fit no layer, parts that are missing, or another base model. The network is then as before.
+        ValueError: keys that fit no layer, parts that are missing or damaged, another base model, or a config that contradicts
+            the file's numbers. The network is then as before.
     """
-    unet = network.module
-    state = {key.removeprefix("model."): value for key, value in content.items()}
+    check_qdiffusion(network, content, table, config)
+    unet, state = network.module, _state(content)
     weights, inputs, operands = _sort(state)
-    plain = {key: value for key, value in state.items() if not _QUANTIZER.fullmatch(key) and not _OPERAND.fullmatch(key)}
-    _check_base(unet, plain, table)
     split = any(len(parts) > 1 for parts in weights.values())
     boundaries = network.splits()
     shape = QuantConfig(
@@ -79,6 +96,8 @@ def load_qdiffusion_(network: Network, content: Mapping[str, Tensor], table: Map
         layers = quant_layers(unet)
         covered = {ours for name in weights for ours in _layer_names(name, table)}
         refuse("layers without a weight quantizer", layers.keys() - covered)
+        covered |= {ours for name in inputs for ours in _layer_names(name, table)}
+        refuse("quantizers of what is no quantized layer", covered - layers.keys())
         for name, parts in weights.items():
             _set_weight(layers, name, parts, state[f"{name}.weight"], table, boundaries)
         if config.act_bits is not None:
@@ -90,6 +109,37 @@ def load_qdiffusion_(network: Network, content: Mapping[str, Tensor], table: Map
             pending = [name for name, quantizer in act_quantizers(unet).items() if quantizer.stage is not Stage.QUANTIZE]
             refuse("activation quantizers are missing in the file", pending)
         set_stage(unet, Stage.QUANTIZE)
+
+
+def _is_entry(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor)
+
+
+def _check_act_flags(
+    network: Network,
+    inputs: Mapping[str, list[_Part]],
+    operands: list[tuple[str, bool, str, _Part]],
+    config: QuantConfig,
+    table: Mapping[str, Layout],
+) -> None:
+    for name, parts in inputs.items():
+        for part in parts:
+            check_part(f"{name}.act_quantizer", part)
+    for name, _, kind, part in operands:
+        check_part(f"{name}.act_quantizer_{kind}", part)
+    edges = network.edges()
+    first_of_all = next(iter(edges), None)
+    first = next((parts for name, parts in inputs.items() if first_of_all in _layer_names(name, table)), [])
+    others = [part for parts in inputs.values() for part in parts] + [part for _, _, kind, part in operands if kind != "w"]
+    check_act_flags(first, others, config)
+    for scaled in (False, True):
+        outputs = [part for _, product, kind, part in operands if kind == "w" and product == scaled]
+        check_softmax_bits(outputs, _softmax_codes(config, scaled))
+
+
+def _softmax_codes(config: QuantConfig, scaled: bool) -> IntegerRange:
+    """DDIM's attention takes the symmetry of all activations, LDM's own matrix products (`scaled`) never do."""
+    return IntegerRange(config.softmax_bits, config.act_symmetric and not scaled)
 
 
 def _sort(
@@ -105,8 +155,10 @@ def _sort(
             loose.setdefault((match[1], match[2] is not None, match[3]), {})[match[4]] = value
     weights: dict[str, list[_Part]] = {}
     inputs: dict[str, list[_Part]] = {}
-    for (name, kind, _second), values in sorted(found.items(), key=lambda item: item[0]):
+    for (name, kind, second), values in sorted(found.items(), key=lambda item: item[0]):
         refuse(f"parts of {name}.{kind} are missing", {"delta", "zero_point"} - values.keys())
+        if second and (name, kind, False) not in found:
+            raise ValueError(f"{name}.{kind}: the second half of a layer without the first")
         (weights if kind == "weight_quantizer" else inputs).setdefault(name, []).append(_Part(**values))
     for (name, _scaled, kind), values in loose.items():
         refuse(f"parts of {name}.act_quantizer_{kind} are missing", {"delta", "zero_point"} - values.keys())
@@ -124,7 +176,7 @@ def _check_base(unet: nn.Module, plain: Mapping[str, Tensor], table: Mapping[str
             expected = own[name].cpu().float()
             if tensor.shape != expected.shape:
                 raise ValueError(f"{key}: shape {tuple(tensor.shape)}, the model has {tuple(expected.shape)}")
-            if float((tensor.float() - expected).abs().max()) > _SAME * max(1e-3, float(expected.abs().max())):
+            if not float((tensor.float() - expected).abs().max()) <= _SAME * max(1e-3, float(expected.abs().max())):  # NaN too
                 raise ValueError(f"{key}: not the weights of this model: the file was made from another one")
 
 
@@ -133,6 +185,15 @@ def _layer_names(name: str, table: Mapping[str, Layout]) -> list[str]:
     if f"{name}.weight" not in table:
         raise ValueError(f"{name}: a quantizer of a layer that this model lacks")
     return [key.removesuffix(".weight") for key in table[f"{name}.weight"].names]
+
+
+def _pieces(name: str, parts: list[_Part], weight: Tensor, edge: int | None) -> list[Tensor]:
+    """The input channels of each half of a layer that is split at `edge`, or all of them."""
+    if len(parts) == 1:
+        return [weight]
+    if parts[0].alpha is None or parts[0].alpha.ndim < 2 or parts[0].alpha.shape[1] != edge:
+        raise ValueError(f"{name}: split at another channel than this model's, {edge}")
+    return [weight[:, :edge], weight[:, edge:]]
 
 
 def _set_weight(
@@ -146,13 +207,7 @@ def _set_weight(
     layout, ours = table[f"{name}.weight"], _layer_names(name, table)
     codes = layers[ours[0]].config.weight_codes
     assert codes is not None
-    if len(parts) > 1:
-        edge = boundaries.get(ours[0])
-        if parts[0].alpha is None or parts[0].alpha.shape[1] != edge:
-            raise ValueError(f"{name}: split at another channel than this model's, {edge}")
-        pieces = [weight[:, :edge], weight[:, edge:]]
-    else:
-        pieces = [weight]
+    pieces = _pieces(name, parts, weight, boundaries.get(ours[0]))
     columns = []  # codes, scales and zero points in the weight's shape, so that a layout may move their rows
     for piece, part in zip(pieces, parts, strict=True):
         scaled = piece / part.delta
@@ -182,8 +237,7 @@ def _set_operand(
     attention: Any = unet.get_submodule(_attention_name(unet, name, table))
     processor: QuantAttnProcessor = attention.processor
     if kind == "w":
-        # DDIM's attention takes the symmetry of all activations, LDM's own matrix products never do.
-        processor.softmax.codes = IntegerRange(config.softmax_bits, config.act_symmetric and not scaled)
+        processor.softmax.codes = _softmax_codes(config, scaled)
         _set_act(processor.softmax, [part])
         return
     # LDM's matrix product quantizes q and k after multiplying each by (C/heads)^-1/4; ours before.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, isfinite
 
-from qncd.recipe import Recipe
+from qncd.recipe import Recipe, check_int
 from qncd.sampling.schedule import Step
 
 # A network call: x (N, C, H, W) and a time step -> noise prediction (N, C, H, W).
@@ -45,14 +45,42 @@ class Corrector(Protocol):
 
 
 class Record(Protocol):
-    """What a correction knows, as a quantized checkpoint holds it."""
+    """What a correction knows, as a quantized checkpoint holds it.
+
+    One that holds for predictions with C channels alone says so with an attribute `channels`, which is compared with the
+    network's where a checkpoint is read.
+    """
 
     def to_tensors(self) -> tuple[dict[str, Tensor], str]:
         """The tensors by name, and the rest as JSON."""
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], head: str) -> Record:
-        """The inverse of `to_tensors`. Raises KeyError or JSONDecodeError for something else."""
+        """The inverse of `to_tensors`. Raises KeyError for what is missing, TypeError or ValueError for something else."""
+
+
+def check_record(record: Record, shapes: Mapping[str, Sequence[str | int]], images: object) -> None:
+    """Look at what was read of a record.
+
+    Args:
+        shapes: of its tensors by name; a letter stands for the same length wherever it occurs.
+        images: how many it was made from.
+
+    Raises:
+        ValueError: names what is not a finite floating point tensor of its shape, or no number of images.
+    """
+    lengths: dict[str, int] = {}
+    for name, wanted in shapes.items():
+        tensor: Tensor = getattr(record, name)
+        if tensor.ndim == len(wanted):
+            for size, found in zip(wanted, tensor.shape, strict=True):
+                lengths.setdefault(str(size), found if isinstance(size, str) else size)
+        expected = tuple(lengths.get(str(size), size) for size in wanted)
+        if tuple(tensor.shape) != expected or not tensor.numel():
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)}, expected {expected}")
+        if not tensor.is_floating_point() or not bool(isfinite(tensor).all()):
+            raise ValueError(f"{name}: expected finite floating point numbers")
+    check_int("images", images, 1)
 
 
 class Recorder(Corrector, Protocol):
@@ -64,6 +92,17 @@ class Recorder(Corrector, Protocol):
 
 # step, x_t, the quantized network's prediction and the full-precision one's at x_t.
 See = Callable[[Step, Tensor, Tensor, Tensor], None]
+
+
+@runtime_checkable
+class Kept(Protocol):
+    """What a `Recorder` or a `See` may offer, so that several processes share the trajectories that it watches."""
+
+    @property
+    def kept(self) -> tuple[dict[int, list[Any]], ...]:
+        """All that it has kept: tensors on the CPU by the step's index, batch after batch; parts are joined by lengthening the
+        lists, in the order of the trajectories.
+        """
 
 
 class Runs(Protocol):

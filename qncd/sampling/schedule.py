@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qncd.recipe import SamplerConfig, check_choice
+from qncd.recipe import OptionError, SamplerConfig, check_choice
 from qncd.sampling.process import Process
 
 
@@ -50,14 +50,15 @@ def ddim_timesteps(skip_type: str, timesteps: int, num_train_timesteps: int = 10
     if convention == "ldm":
         shifted = [t + 1 for t in ddim_timesteps(skip_type, timesteps, num_train_timesteps)]
         if shifted[-1] >= num_train_timesteps:
-            raise ValueError(
+            raise OptionError(
+                "timesteps",
                 f"timesteps {timesteps}: latent-diffusion's {skip_type} spacing would end at time step {shifted[-1]}, the "
-                f"model's last is {num_train_timesteps - 1}; allowed are counts up to {num_train_timesteps // 2}"
+                f"model's last is {num_train_timesteps - 1}; allowed are counts up to {num_train_timesteps // 2}",
             )
         return shifted
     check_choice("skip_type", skip_type, ("uniform", "quad"))
     if not 1 <= timesteps <= num_train_timesteps:
-        raise ValueError(f"timesteps {timesteps}: allowed are 1 to {num_train_timesteps}")
+        raise OptionError("timesteps", f"timesteps {timesteps}: allowed are 1 to {num_train_timesteps}")
     if skip_type == "uniform":
         return list(range(0, num_train_timesteps, num_train_timesteps // timesteps))
     return [int(s) for s in np.linspace(0, np.sqrt(num_train_timesteps * 0.8), timesteps) ** 2]

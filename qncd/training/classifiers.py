@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qncd.models.files.safetensors_files import write_safetensors
 from qncd.training.diffusion import images_to_float
 
 
@@ -59,6 +59,6 @@ def train_classifier_(
 
 
 def save_classifier(network: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a network's state in half precision."""
+    """Write a network's state in half precision, whole or not at all. Raises ValueError where it cannot be written."""
     state = {name: v.half() if v.is_floating_point() else v for name, v in network.state_dict().items()}
-    save_file(state, path, dict(metadata))
+    write_safetensors(state, path, metadata)

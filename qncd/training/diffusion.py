@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from torch import nn
 
+from qncd.io.files import reading, regular_file
 from qncd.models.original.conditioning import ClassConditioner, TextConditioner
 
 
@@ -67,23 +68,47 @@ class TrainingSettings:
         Raises:
             ValueError: a key is missing, or a value is not allowed.
         """
-        try:
-            return cls(
-                steps=steps or int(section["n_iters"]),
-                batch_size=int(section["batch_size"]),
-                lr=float(section["lr"]),
-                beta1=float(section.get("beta1", 0.9)),
-                grad_clip=float(section["grad_clip"]),
-                ema_rate=float(section["ema_rate"]),
-                snapshot_every=int(section["snapshot_freq"]),
-                decay=float(section.get("decay", 0.3)),
-            )
-        except KeyError as error:
-            raise ValueError(f"the config's training section lacks {error}") from None
+
+        def number(key: str, kind: type[int] | type[float] = float, default: float | None = None) -> Any:
+            value = section.get(key, default)
+            if value is None:
+                raise ValueError(f"the config's training section lacks {key!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
+                raise ValueError(f"the config's training section: {key} {value!r}: expected a number")
+            return kind(value)
+
+        return cls(
+            steps=number("n_iters", int) if steps is None else steps,
+            batch_size=number("batch_size", int),
+            lr=number("lr"),
+            beta1=number("beta1", default=0.9),
+            grad_clip=number("grad_clip"),
+            ema_rate=number("ema_rate"),
+            snapshot_every=number("snapshot_freq", int),
+            decay=number("decay", default=0.3),
+        )
 
     def lr_factor(self, step: int) -> float:
         """Share of `lr` at a step: up over the warm-up, constant, then linearly to 0 over the last part of the run."""
         return min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / (self.decay * self.steps)))
+
+
+def value_at(config: Mapping[str, Any], source: Path, *keys: str) -> Any:
+    """What a config holds below its keys. Raises ValueError where it has no such key; `source` is the file that is named."""
+    value: Any = config
+    for depth, key in enumerate(keys, 1):
+        if not isinstance(value, Mapping) or key not in value:
+            raise ValueError(f"{source}: no {'.'.join(keys[:depth])}, which training needs")
+        value = value[key]
+    return value
+
+
+def section_at(config: Mapping[str, Any], source: Path, *keys: str) -> Mapping[str, Any]:
+    """The same, of a section. Raises ValueError too where it is something else."""
+    section = value_at(config, source, *keys)
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{source}: {'.'.join(keys)} is {section!r}, expected a section")
+    return section
 
 
 class NoisePrediction(nn.Module):
@@ -251,6 +276,15 @@ class BatchedTensors(torch.utils.data.IterableDataset):
             yield [tensor[index] for tensor in self.tensors]
 
 
+def _check_snapshot(path: Path, module: nn.Module) -> None:
+    """Raise ValueError where a file is no snapshot of this training."""
+    with reading(path, "a snapshot of this training"):
+        snapshot = torch.load(regular_file(path), "cpu", weights_only=True, mmap=True)
+        there = {name: tuple(value.shape) for name, value in snapshot["state_dict"].items()}
+    if there != {name: tuple(value.shape) for name, value in module.state_dict().items()}:
+        raise ValueError(f"{path}: a snapshot of another network: name another folder or delete it")
+
+
 def images_to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 NHWC -> [-1, 1] float NCHW."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -272,8 +306,15 @@ def fit(
         out: folder for `last.ckpt` and `log/metrics.csv`.
         precision: Lightning's name, "32-true" or "bf16-mixed".
         compiled: names of the objective's networks that torch.compile makes faster.
+
+    Raises:
+        ValueError: less than one batch of data; the snapshot is damaged, or one of another network.
     """
+    loader = torch.utils.data.DataLoader(BatchedTensors(tensors, settings.batch_size), batch_size=None)
     module = EmaTraining(objective, settings)
+    last = out / "last.ckpt"
+    if last.exists():
+        _check_snapshot(last, module)
     for name in compiled:
         objective.get_submodule(name).compile()
     snapshot = pl.callbacks.ModelCheckpoint(
@@ -288,7 +329,5 @@ def fit(
         logger=pl.loggers.CSVLogger(out, name="log"),
         log_every_n_steps=min(25, settings.steps),
     )
-    loader = torch.utils.data.DataLoader(BatchedTensors(tensors, settings.batch_size), batch_size=None)
-    last = out / "last.ckpt"
     trainer.fit(module, loader, ckpt_path=str(last) if last.is_file() else None)
     return module.ema.eval()

@@ -45,6 +45,17 @@ def test_frechet_influence_is_the_derivative(to_rows, count, dimension):
     assert influence.mean() == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("count", [4, 9])
+def test_frechet_influence_against_constant_images(to_rows, count):
+    """Their covariance has no rank at all: what is left is linear in the images."""
+    features = torch.randn(count, 6, generator=torch.Generator().manual_seed(0))
+    rows, constant = to_rows(features), features_to_statistics(torch.ones(8, 6))
+    found = frechet_influence(rows, features_to_statistics(features), constant)
+    centred = features.double() - features.double().mean(0)
+    linear = 2 * centred @ (features.double().mean(0) - 1) + centred.square().sum(1) * count / (count - 1)
+    np.testing.assert_allclose(found, linear - linear.mean(), atol=1e-6)
+
+
 def test_score_influence_is_the_derivative(to_rows):
     logits = torch.randn(60, 5, generator=torch.Generator().manual_seed(1)) * 2
     parts = [np.arange(0, 30), np.arange(30, 60)]

@@ -18,6 +18,7 @@ from qncd.app.commands import evaluate
 from qncd.metrics.networks.features import EXTRACTORS, FashionMnistFeatures
 from qncd.metrics.networks.text import ANTONYMS
 from qncd.metrics.report.sources import DATASET_NAMES, FASHION_MNIST_STATISTICS
+from qncd.metrics.report.table import Score
 from qncd.metrics.statistics.moments import features_to_statistics, frechet_distance, inception_score
 
 ROOT = Path(__file__).parents[2]
@@ -154,6 +155,46 @@ def test_colour_is_refused_for_grey_features(capsys, folders, tmp_path, make_ima
     assert "000000_seed1234.png: a colour image, these features take grey ones" in fail(capsys, tmp_path / "colour", folders[1])
 
 
+def test_paths_that_are_no_text_are_printed(capsys, folders):
+    odd = folders[1].with_name("synth\udcff")
+    folders[1].rename(odd)
+    (odd / "notes.txt").write_text("")
+    evaluator.main([str(folders[0]), str(odd), "--features", "fashion_mnist", "--metrics", "psnr", "--compare", str(odd)])
+    printed = capsys.readouterr().out
+    assert f"baseline {folders[1]}\\udcff:" in printed and f"note: {folders[1]}\\udcff: 1 file of another kind" in printed
+
+
+def test_what_is_left_out_is_told(capsys, folders):
+    (folders[1] / "latest").symlink_to(".")
+    (folders[1] / "notes.txt").write_text("")
+    scores = call(capsys, *folders)
+    assert scores["count_synthetic"] == COUNT and scores["pairs"] == COUNT
+    expected = "1 file of another kind is no image: .txt 1; 1 link to folders that are read anyway or lie above left out"
+    assert f"{folders[1]}: {expected}" in scores["notes"]
+
+
+def test_pairs_are_matched_by_path_and_suffix(capsys, tmp_path, make_images):
+    images = make_images(tmp_path / "a", 4)
+    for name in ("b", "c", "d"):
+        for i, path in enumerate(sorted((tmp_path / "a").iterdir())):
+            place = tmp_path / name / {"b": f"{i}/x.png", "c": f"{3 - i}/x.png", "d": f"{i}/x.bmp"}[name]
+            place.parent.mkdir(parents=True)
+            Image.open(path).save(place)
+    error = np.square(images.astype(float) - images[::-1]).mean()
+    assert call(capsys, tmp_path / "b", tmp_path / "c", "--metrics", "psnr")["mse"] == pytest.approx(error)
+    message = fail(capsys, tmp_path / "b", tmp_path / "d", "--metrics", "psnr")
+    assert f"{tmp_path}/d: no paired figures: 0 names of 4 and 4 are the same, not all" in message
+    np.savez(tmp_path / "b.npz", images[..., None])
+    message = fail(capsys, tmp_path / "b", tmp_path / "b.npz", "--metrics", "fid", "ssim")
+    assert f"{tmp_path}/b.npz: no paired figures: they need two folders with the same file names" in message
+
+
+def test_a_damaged_image_is_named_where_only_pairs_are_wanted(capsys, folders):
+    path = folders[1] / "000005_seed1239.png"
+    path.write_bytes(path.read_bytes()[:-300])
+    assert f"{path}: not an image, or damaged" in fail(capsys, *folders, "--metrics", "psnr")
+
+
 def test_transparency_and_16_bit_are_refused(capsys, folders, tmp_path, make_images):
     make_images(tmp_path / "alpha", shape=(32, 32, 4))
     assert "000000_seed1234.png: transparent pixels" in fail(capsys, tmp_path / "alpha", folders[1])
@@ -168,13 +209,15 @@ def test_corrupt_images_are_named(capsys, folders):
     whole = path.read_bytes()
     for content in (b"", b"no image", whole[: len(whole) // 2], whole[:60] + bytes(40) + whole[100:]):
         path.write_bytes(content)
-        assert f"{path}: cannot be read as an image" in fail(capsys, *folders)
+        assert f"{path}: not an image, or damaged" in fail(capsys, *folders)
 
 
 def test_missing_empty_and_mixed(capsys, folders, tmp_path, make_images):
     assert "nowhere: no such file or folder" in fail(capsys, tmp_path / "nowhere", folders[1])
     (tmp_path / "empty").mkdir()
-    assert "empty: no images (.png, .jpg, .jpeg, .webp)" in fail(capsys, folders[0], tmp_path / "empty")
+    assert "empty: no images (.bmp, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp)" in fail(
+        capsys, folders[0], tmp_path / "empty"
+    )
     Image.new("L", (32, 48)).save(folders[1] / "odd.png")
     message = fail(capsys, *folders)
     assert "000000_seed1234.png is 32x32, odd.png is 32x48" in message
@@ -215,7 +258,7 @@ def test_statistics_that_do_not_fit(capsys, folders, tmp_path):
     np.savez(path, arr_0=np.zeros((4, 32, 32, 1), np.float32))
     assert f"error: {path}: arr_0 is float32" in fail(capsys, folders[0], path)
     path.write_bytes(b"no archive")
-    assert "neither a folder of images nor a .npz file" in fail(capsys, path, folders[1])
+    assert f"{path}: not a folder of images or a .npz file, or damaged" in fail(capsys, path, folders[1])
     message = fail(capsys, FASHION_MNIST_STATISTICS, folders[1], features="inception")
     assert "statistics of the features fashion_mnist, not inception" in message
 
@@ -242,9 +285,19 @@ def test_nan_from_the_network_is_refused(capsys, folders, tmp_path):
     assert f"{folders[0]}: the features hold NaN" in fail(capsys, *folders, "--weights", tmp_path / "nan.safetensors")
 
 
+def test_a_figure_is_never_nan():
+    with pytest.raises(ValueError, match=r"^LPIPS is NaN$"):
+        Score("lpips", "LPIPS", math.nan, "")
+
+
 def test_options_are_checked_first(capsys, folders, tmp_path):
     assert "--json" in fail(capsys, *folders, "--json", tmp_path / "none" / "a.json")
     assert "--save_statistics" in fail(capsys, *folders, "--save_statistics", tmp_path / "none" / "a.npz")
+    assert "--json x" in fail(capsys, *folders, "--json", "x" * 300)
+    assert "--save_statistics /dev/null: a pipe, a device or a socket" in fail(capsys, *folders, "--save_statistics", "/dev/null")
+    np.savez(tmp_path / "in.npz", np.zeros((4, 32, 32, 1), np.uint8))
+    message = fail(capsys, folders[0], tmp_path / "in.npz", "--json", tmp_path / "in.npz")
+    assert f"--json {tmp_path}/in.npz: that is {tmp_path}/in.npz, which is read" in message
     assert "--device nonsense" in fail(capsys, *folders, "--device", "nonsense")
     with pytest.raises(SystemExit):
         evaluator.main([*map(str, folders), "--is_splits", "0"])

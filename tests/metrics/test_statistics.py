@@ -158,6 +158,47 @@ def test_statistics_refuse_nan_and_shapes():
         FeatureStatistics(np.zeros(3), np.eye(4))
 
 
+@pytest.mark.parametrize(
+    ("sigma", "message"),
+    [
+        (np.diag([1.0, -1e-9]), "sigma has a variance of -1e-09, allowed are 0 and more"),
+        (np.array([[1.0, 0.5], [0.4, 1.0]]), "sigma is not symmetric"),
+    ],
+)
+def test_statistics_refuse_what_is_no_covariance(sigma, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureStatistics(np.zeros(2), sigma)
+    FeatureStatistics(np.zeros(2), np.array([[1.0, 0.5], [0.5 + 1e-5, 1.0]]))  # rounding
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_frechet_distance_refuses_what_has_no_square_root(swap):
+    good, bad = FeatureStatistics(np.zeros(2), np.eye(2)), FeatureStatistics(np.zeros(2), np.array([[1.0, 3.0], [3.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"sigma has a negative eigenvalue \(-2, the largest is 4\): no covariance"):
+        frechet_distance(*((bad, good) if swap else (good, bad)))
+    for large in (FeatureStatistics(np.full(2, 1e200), np.eye(2)), FeatureStatistics(np.zeros(2), 1e308 * np.eye(2))):
+        with pytest.raises(ValueError, match=r"the distance is (inf|nan): the statistics are too large for float64"):
+            frechet_distance(large, large if large.mu[0] == 0 else good)
+
+
+def test_rounding_of_a_singular_covariance_is_no_negative_eigenvalue(features):
+    """Fewer images than dimensions, saved in half precision: near the distance of the exact statistics."""
+    exact = features_to_statistics(features["feat_ref"][:20])
+    other = features_to_statistics(features["feat_gen"])
+    half = FeatureStatistics(exact.mu, exact.sigma.astype(np.float16).astype(np.float64))
+    assert np.linalg.eigvalsh(half.sigma)[0] < 0
+    assert frechet_distance(half, other) == pytest.approx(frechet_distance(exact, other), rel=1e-2)
+
+
+def test_constant_sets():
+    """All images the same: the distance of the means, and balls of radius 0."""
+    a, b = (features_to_statistics(torch.full((count, 3), value)) for count, value in ((2, 1.0), (7, 3.0)))
+    assert frechet_distance(a, b) == frechet_distance(b, a) == pytest.approx(12)
+    assert frechet_distance(a, a) == frechet_distance(b, b) == 0
+    same, other = torch.full((9, 5), 0.1), torch.full((9, 5), 0.2)
+    assert precision_recall(same, same) == (1, 1) and precision_recall(same, other) == (0, 0)
+
+
 def test_inception_score_equals_the_references(features, expected):
     logits = features["is_logits"]
     score = inception_score(logits, 10)

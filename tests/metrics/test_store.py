@@ -1,8 +1,12 @@
 """The cache of features: found by content, rebuilt when damaged, bounded; images read ahead in order and in little memory."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,8 @@ from qncd.metrics.networks.features import FashionMnistFeatures
 from qncd.metrics.networks.prefetch import LOOKAHEAD, prepared_batches
 from qncd.metrics.networks.store import FeatureCache, FeatureWriter, Rows
 from qncd.metrics.report.sources import open_source
+
+ROOT = Path(__file__).parents[2]
 
 
 class Counting(FashionMnistFeatures):
@@ -43,18 +49,27 @@ def test_features_are_found_by_content(tmp_path, make_images):
     network.identity += " other weights"
     extract(open_source(tmp_path / "moved"), network, cache, 5)
     assert network.seen == 23
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".new")]
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
 
 
-def test_a_damaged_entry_is_made_again(tmp_path, make_images):
+def test_a_damaged_entry_is_made_again(tmp_path, make_images, caplog):
     make_images(tmp_path / "a", 4, 1)
     cache, network = FeatureCache(tmp_path / "cache"), Counting()
     entry = extract(open_source(tmp_path / "a"), network, cache).folder
-    for damage in ("features.npy", "entry.json", "logits.npy"):
-        path = entry / damage
-        path.write_bytes(path.read_bytes()[:-5] if damage != "logits.npy" else b"no array")
-        before = network.seen
-        assert extract(open_source(tmp_path / "a"), network, cache).count == 4 and network.seen == before + 4, damage
+    nan, whole = np.array([np.nan], np.float32).tobytes(), (entry / "features.npy").read_bytes()
+    damages = {
+        "features.npy": [whole[:-5], b"no array", whole.replace(b"<f4", b"|O4"), whole[:-4] + nan],
+        "entry.json": [b"", b"[]", b'{"count": 4, "layers": ["../x"]}', b'{"count": "4", "layers": ["logits"]}', b"[" * 5000],
+        "logits.npy": [None],
+    }
+    for name, contents in damages.items():
+        for content in contents:
+            (entry / name).unlink() if content is None else (entry / name).write_bytes(content)
+            before = network.seen
+            caplog.clear()
+            assert extract(open_source(tmp_path / "a"), network, cache).count == 4 and network.seen == before + 4, content
+            (told,) = caplog.messages
+            assert told.startswith(f"damaged features in the cache, computed again: {entry}") and "\n" not in told
 
 
 def test_without_a_cache_nothing_stays(tmp_path, make_images):
@@ -67,10 +82,11 @@ def test_without_a_cache_nothing_stays(tmp_path, make_images):
     assert not folder.exists()
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, make_images):
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, make_images, caplog):
     make_images(tmp_path / "a", 4, 1)
     (tmp_path / "file").write_text("")
     assert extract(open_source(tmp_path / "a"), FashionMnistFeatures(), FeatureCache(tmp_path / "file" / "cache")).count == 4
+    assert [message.partition(":")[0] for message in caplog.messages] == ["no cache of features"]
 
 
 def test_the_cache_is_bounded(tmp_path, make_images):
@@ -91,7 +107,7 @@ def test_an_error_leaves_nothing_behind(tmp_path, make_images):
     make_images(tmp_path / "a", 9, 1)
     source = open_source(tmp_path / "a")  # reads the headers
     (tmp_path / "a" / "000007_seed1241.png").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"000007_seed1241\.png: cannot be read"):
+    with pytest.raises(ValueError, match=r"000007_seed1241\.png: not an image, or damaged"):
         extract(source, FashionMnistFeatures(), FeatureCache(tmp_path / "cache"), 4)
     assert not list((tmp_path / "cache").iterdir())
 
@@ -109,7 +125,29 @@ def test_rows_are_read_in_blocks_and_by_index(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), values)
 
 
-def test_statistics_of_many_rows_are_kept(tmp_path):
+def test_a_full_disk_is_one_line(tmp_path, make_images, monkeypatch):
+    make_images(tmp_path / "a", 4, 1)
+
+    def full(stream, header):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
+    with pytest.raises(ValueError, match=r"the features cannot be written \(No space left on device\)"):
+        extract(open_source(tmp_path / "a"), FashionMnistFeatures(), FeatureCache(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_a_killed_run_left_in_the_cache_goes(tmp_path, make_images):
+    make_images(tmp_path / "a", 4, 1)
+    code = "import os, sys; from qncd.io.files import scratch_folder as s; kept = s(sys.argv[1]); kept.__enter__(); os._exit(9)"
+    command = [sys.executable, "-c", code, str(tmp_path / "cache")]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    entry = extract(open_source(tmp_path / "a"), FashionMnistFeatures(), FeatureCache(tmp_path / "cache")).folder
+    assert list((tmp_path / "cache").iterdir()) == [entry]
+
+
+def test_statistics_of_many_rows_are_kept(tmp_path, caplog):
     values = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     writer = FeatureWriter(tmp_path, 50)
     writer.append({"a": values})
@@ -119,8 +157,13 @@ def test_statistics_of_many_rows_are_kept(tmp_path):
     assert (tmp_path / "a.statistics.npz").is_file()
     again = rows_to_statistics(Rows(tmp_path / "a.npy"))
     np.testing.assert_array_equal(again.sigma, first.sigma)
-    (tmp_path / "a.statistics.npz").write_bytes(b"broken")
-    np.testing.assert_array_equal(rows_to_statistics(Rows(tmp_path / "a.npy")).sigma, first.sigma)
+    assert again.count == 50 and not caplog.messages
+    np.savez(tmp_path / "other.npz", mu=first.mu[:3], sigma=first.sigma[:3, :3])
+    for content in (b"broken", (tmp_path / "other.npz").read_bytes()):
+        (tmp_path / "a.statistics.npz").write_bytes(content)
+        caplog.clear()
+        np.testing.assert_array_equal(rows_to_statistics(Rows(tmp_path / "a.npy")).sigma, first.sigma)
+        assert [message.partition(":")[0] for message in caplog.messages] == ["damaged statistics in the cache, computed again"]
 
 
 def test_images_come_in_order_and_not_all_at_once(tmp_path, make_images):

@@ -1,6 +1,7 @@
 """CLIP score and CLIP-IQA with a small random model: against its own parts and torchmetrics' formula."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -89,6 +90,57 @@ def test_prompts_are_found(samples, tmp_path):
     assert find_prompts(open_source(tmp_path / "images.npz"), tmp_path / "prompts.jsonl") == list(PROMPTS)
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0c", "\r", "\x00"])
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_only_line_feeds_separate_prompts(samples, tmp_path, separator, name):
+    """In a file with a byte-order mark and Windows' ends of lines."""
+    prompts = [f"{prompt}{separator}again" for prompt in PROMPTS]
+    lines = prompts
+    if name.endswith("jsonl"):
+        files = [f"images/{path.name}" for path in sorted(samples.iterdir())]
+        lines = [
+            json.dumps({"file": file, "prompt": prompt}, ensure_ascii=False) for file, prompt in zip(files, prompts, strict=True)
+        ]
+    (tmp_path / name).write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode())
+    assert find_prompts(ImageFolder.open(samples), tmp_path / name) == prompts
+
+
+def test_equal_file_names_in_several_folders(tmp_path, make_images):
+    """Paths tell them apart; where there are only file names, nothing is guessed."""
+    for part in "ab":
+        make_images(tmp_path / "images" / part, 1)
+    source, listing = ImageFolder.open(tmp_path / "images"), tmp_path / "prompts.jsonl"
+
+    def write(*files: str) -> None:
+        listing.write_text("".join(json.dumps({"file": file, "prompt": f"of {file}"}) + "\n" for file in files))
+
+    name = "000000_seed1234.png"
+    for front in ("", "images/"):
+        write(f"{front}b/{name}", f"{front}a/{name}")
+        assert find_prompts(source, listing) == [f"of {front}a/{name}", f"of {front}b/{name}"]
+    for files in ([name], [f"x/{name}", f"y/{name}"]):
+        write(*files)
+        with pytest.raises(ValueError, match=f"no line for a/{name}, and several lines or images with the file name {name}"):
+            find_prompts(source, listing)
+    listing.write_text("".join(json.dumps({"file": f"a/{name}", "prompt": prompt}) + "\n" for prompt in ("one", "two")))
+    with pytest.raises(ValueError, match=f"prompts.jsonl: two prompts for a/{name}"):
+        find_prompts(source, listing)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"file": "a.png", "prompt": 3}', 'line 3 is no JSON object with "file" and "prompt"'),
+        ("[" * 50000, 'line 3 is no JSON object with "file" and "prompt"'),
+        ('{"file": "a.png", "prompt": "\\ud800"}', r"line 3: '\\ud800' at character 1 is no text in UTF-8"),
+    ],
+)
+def test_lines_that_hold_no_prompt_are_named(samples, tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('\n{"file": "a.png", "prompt": ""}\n' + line)
+    with pytest.raises(ValueError, match=f"a.jsonl: {message}"):
+        find_prompts(ImageFolder.open(samples), tmp_path / "a.jsonl")
+
+
 def test_prompts_that_do_not_fit_are_refused(samples, tmp_path, clip_folder, capsys):
     call = ["-", samples, "--clip_model", f"local-dir:{clip_folder}", "--prompts"]
     text = tmp_path / "prompts.txt"
@@ -105,6 +157,14 @@ def test_prompts_that_do_not_fit_are_refused(samples, tmp_path, clip_folder, cap
     )
 
 
+def test_prompts_are_looked_at_before_clip_is_loaded(samples, tmp_path, capsys):
+    call = ["-", samples, "--metrics", "clip_score", "--clip_model", "local-dir:nowhere", "--prompts", tmp_path / "none.txt"]
+    assert "none.txt: no such file" in refuse(capsys, *call)
+    np.savez(tmp_path / "s.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    message = refuse(capsys, samples, tmp_path / "s.npz", "--metrics", "clip_iqa", "--clip_model", "local-dir:nowhere")
+    assert "s.npz: CLIP metrics need images, not statistics" in message
+
+
 def test_models_that_cannot_be_had_are_one_line(samples, capsys):
     call = ["-", samples, "--metrics", "clip_iqa"]
     assert "--clip_model ViT-Q: unknown to open_clip" in refuse(capsys, *call, "--clip_model", "ViT-Q")
@@ -117,11 +177,26 @@ def test_offline_the_line_names_url_and_option(samples, capsys, monkeypatch):
     import open_clip
 
     def fail(*_: object, **__: object) -> None:
+        logging.error("no network, as open_clip says it too")
         raise OSError("no network")
 
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", fail)
     message = refuse(capsys, "-", samples, "--metrics", "clip_iqa")
     assert "CLIP ViT-B-32 openai cannot be loaded (no network): get https://" in message and "--clip_weights PATH" in message
+
+
+def test_what_open_clip_says_is_kept_where_it_loads(samples, clip_folder, monkeypatch, caplog):
+    import open_clip
+
+    load = open_clip.create_model_from_pretrained
+
+    def warn(*given: object, **named: object) -> object:
+        logging.error("another activation than the weights'")
+        return load(*given, **named)
+
+    monkeypatch.setattr(open_clip, "create_model_from_pretrained", warn)
+    ClipFeatures(f"local-dir:{clip_folder}")
+    assert caplog.messages == ["another activation than the weights'"]
 
 
 def test_real_may_only_be_missing_for_clip(samples, capsys):

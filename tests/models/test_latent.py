@@ -171,7 +171,10 @@ TWO_CHANNELS["params"]["embed_dim"] = 2
         (config_of("none", conditioning_key="concat"), "conditioning_key 'concat' is not supported: allowed is crossattn"),
         (config_of("class", cond_stage_config="__is_unconditional__"), "cond_stage_config and the UNet's context_dim need one"),
         (config_of("class", cond_stage_config={"target": "a.BERTEmbedder"}), "BERTEmbedder is not supported: allowed are Class"),
-        (config_of("class", cond_stage_config="x"), "cond_stage_config 'x': expected a target with params"),
+        (
+            config_of("class", cond_stage_config="x"),
+            "cond_stage_config 'x': allowed are a target with params, __is_unconditional__",
+        ),
         (config_of("none", image_size=None), "no model.params.image_size"),
         (config_of("none", beta_schedule="cosine"), "beta_schedule 'cosine' is not supported"),
         (config_of("none", first_stage_config=TWO_CHANNELS), "the UNet has 3 channels, the first stage's latents have 2"),
@@ -224,6 +227,7 @@ def test_folder_and_config_must_agree(tmp_path: Path) -> None:
         (config_of("none"), "the UNet is a UNet2DConditionModel, the config's a UNet2DModel"),
         (without(config, image_size=16), "sample_size is 8, the config says 16"),
         (without(config, linear_end=0.02), "its noise schedule is not the config's"),
+        (without(config, scale_factor=0.18215), "scaling_factor is 1, the config says 0.18215"),
     ):
         with pytest.raises(ValueError, match=rf"folder: {message}"):
             load_latent_model(other, tmp_path / "folder")
@@ -243,7 +247,7 @@ def test_faulty_folders(tmp_path: Path) -> None:
     for change, message in (
         ({"prediction_type": "v_prediction"}, "prediction_type v_prediction is not supported: allowed is epsilon"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule squaredcos_cap_v2 is not supported"),
-        ({"beta_start": "x"}, "are no numbers"),
+        ({"beta_start": "x"}, "beta_start 'x': allowed are numbers between 0 and 1"),
     ):
         scheduler.write_text(json.dumps({**settings, **change}))
         refused(message)

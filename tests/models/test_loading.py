@@ -126,7 +126,7 @@ def test_faulty_folders(folder: Path, tmp_path: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())
     for text, message in (
         ("{", "not JSON"),
-        ("[]", "the model is a None, expected a UNet2DModel"),
+        ("[]", r"the whole \[\]: allowed are mappings of keys to values"),
         (json.dumps({**settings, "_class_name": "UNet2DConditionModel"}), "the model is a UNet2DConditionModel"),
         (json.dumps({**settings, "down_block_types": ["NoBlock", "NoBlock"]}), "no UNet2DModel can be built from it"),
     ):
@@ -175,7 +175,7 @@ def test_published_weights_by_data_set(
     path = tmp_path / "published.ckpt"
     torch.save(to_ddim_state_dict(unet.state_dict(), CONFIG), path)
     asked: list[str] = []
-    monkeypatch.setattr(loading, "fetch", lambda name: asked.append(name) or path)
+    monkeypatch.setattr(loading, "fetch", lambda name, **_: asked.append(name) or path)
     load_ddim({**CONFIG, "data": {**data, "image_size": 8}}, use_pretrained=True)
     assert asked == [expected]
 

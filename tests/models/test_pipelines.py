@@ -228,3 +228,18 @@ def test_what_is_no_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         r"^google/none: no such path here, and not to be had from the hub \(no connection\): download its folder and name that$"
     )
     refused(FileNotFoundError, message, "google/none")
+
+
+@pytest.mark.parametrize("library", ["payload", "diffusers", "os", "subprocess", "unet.payload", 3, ["a"]])
+def test_no_code_of_a_folder_is_run(library: Any, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    for name in ("payload", "diffusers"):
+        (tmp_path / "unet" / f"{name}.py").write_text("raise SystemExit(77)")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline", "unet": [library, "UNet2DModel"]}))
+    with pytest.raises(
+        ValueError, match=r"model_index\.json: unet .*: allowed are classes of diffusers, transformers, qncd; no other"
+    ):
+        load_pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": ["payload", "Pipeline"]}))
+    with pytest.raises(ValueError, match=r"model_index\.json: _class_name \['payload', 'Pipeline'\]: allowed are texts$"):
+        load_pipeline(tmp_path)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qncd.models.files import safetensors_files
 from qncd.models.network import network_of
-from qncd.ptq import checkpoint
 from qncd.ptq.checkpoint import load_quantized_, pack4, peek_quantized, save_quantized, unpack4
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import calibrate_
@@ -181,7 +181,7 @@ def test_other_files_are_refused(make_unet: Any, saved: Path, tmp_path: Path) ->
         save_file({"a": torch.zeros(1)}, path, {**header, **damage})
         with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: damaged header: "):
             peek_quantized(path)
-    tensors, head = load_file(saved), {"indices": [1], "images": 9, "target": "paper"}
+    tensors, head = load_file(saved), {"indices": [1, 3], "images": 9, "target": "paper"}
 
     def write(tensors: dict[str, Tensor], head: dict[str, Any]) -> None:
         save_file(tensors, path, {**header, "settings": "{}", "noise_table": json.dumps(head)})
@@ -230,27 +230,18 @@ def test_only_calibrated_models_are_saved(make_unet: Any, tmp_path: Path, bits: 
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.parametrize(
-    ("raised", "message"),
-    [
-        (OSError(28, "No space left on device"), r"No space left on device"),
-        (SafetensorError("Error while serializing: I/O error"), r"^\S+model\.safetensors: cannot be written: Error while seri"),
-    ],
-)
-def test_a_failed_write_leaves_the_old_file(
-    make_unet: Any, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, message: str
-) -> None:
+def test_a_failed_write_leaves_the_old_file(make_unet: Any, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(saved.read_bytes())
 
-    def fail(_tensors: dict[str, Tensor], target: Path, _metadata: dict[str, str]) -> None:
-        Path(target).write_bytes(b"half a file")
-        raise raised
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(safetensors_files, "_raw", full_disk)
     unet = calibrated(make_unet(seed=3), QuantConfig(8, 8))
-    with pytest.raises(OSError, match=message):
+    with pytest.raises(ValueError) as caught:
         save_quantized(network_of(unet), path, QuantConfig(8, 8), HASH, {})
+    assert str(caught.value) == f"{path}: cannot be written (No space left on device)"
     assert path.read_bytes() == saved.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -267,3 +258,126 @@ def test_a_file_that_does_not_fit_leaves_the_network_as_it_was(make_unet: Any, t
         load_quantized_(network_of(unet), path)
     assert not quant_layers(unet) and [name for name, _ in unet.named_parameters()] == names
     assert torch.equal(unet(x, 10).sample, before)
+
+
+def test_equal_runs_write_equal_bytes(make_unet: Any, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        source = calibrated(make_unet(), QuantConfig(4, 8), True)
+        save_quantized(network_of(source), tmp_path / name, QuantConfig(4, 8), HASH, SETTINGS, TABLE)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+TABLE = table()
+CONV = "down_blocks.0.resnets.0.conv1"
+
+
+def at(value: Tensor, wrong: float) -> Tensor:
+    """The tensor with another first number."""
+    changed = value.clone()
+    changed.view(-1)[0] = wrong
+    return changed
+
+
+def rewrite(source: Path, target: Path, changes: dict[str, Tensor], **metadata: str) -> None:
+    """Write a checkpoint again with other tensors or other texts in the header."""
+    with safe_open(source, "pt") as file:
+        header = file.metadata()
+    tensors = {**load_file(source), **{name: value.contiguous() for name, value in changes.items()}}
+    save_file(tensors, target, {**header, **metadata})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (f"{CONV}.weight_scale", lambda v: at(v, 0), "holds 0, allowed are numbers above 0"),
+        (f"{CONV}.weight_scale", lambda v: at(v, -1), "holds -1, allowed are numbers above 0"),
+        (f"{CONV}.weight_scale", lambda v: at(v, torch.nan), "holds NaN or infinity"),
+        (f"{CONV}.weight_scale", lambda v: v[:1], "shape (1, 1), expected (16, 1)"),
+        (f"{CONV}.weight_scale", lambda v: v.long(), "torch.int64, expected floating point numbers"),
+        (f"{CONV}.bias", lambda v: v[:1], "shape (1,), expected (16,)"),
+        (f"{CONV}.bias", lambda v: at(v, torch.inf), "holds NaN or infinity"),
+        ("down_blocks.0.resnets.0.conv2.smoothing", lambda v: at(v, -1), "holds -1, allowed are numbers above 0"),
+        (f"{CONV}.weight_packed", lambda v: v[1:], "shape (1151,), expected (1152,)"),
+        (f"{CONV}.weight_packed", lambda v: v.to(torch.int8), "torch.int8, expected torch.uint8"),
+        ("conv_in.weight_codes", lambda v: v.float(), "torch.float32, expected torch.int8"),
+        (f"{CONV}.act.scale", lambda v: at(v, torch.inf), "holds NaN or infinity"),
+        (f"{CONV}.act.scale", lambda v: v.view(()), "shape (), expected (1,)"),
+        (f"{CONV}.act.zero_point", lambda v: at(v, 256), "holds 256, allowed are 0 to 255"),
+        (f"{CONV}.act.zero_point", lambda v: at(v, 0.5), "holds numbers that are not whole"),
+        ("conv_norm_out.weight", lambda v: at(v, torch.nan), "holds NaN or infinity"),
+        ("conv_norm_out.weight", lambda v: v[:1], "shape (1,), expected (16,)"),
+    ],
+)
+def test_tensors_that_do_not_do(make_unet: Any, saved: Path, tmp_path: Path, name: str, change: Any, message: str) -> None:
+    path, unet = tmp_path / "q.safetensors", make_unet()
+    rewrite(saved, path, {name: change(load_file(saved)[name])})
+    with pytest.raises(ValueError) as caught:
+        load_quantized_(network_of(unet), path)
+    assert str(caught.value) == f"{path}: does not fit this model: {name}: {message}"
+    assert not quant_layers(unet)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_codes_beyond_their_bits(make_unet: Any, tmp_path: Path, bits: int) -> None:
+    path, config, name = tmp_path / "q.safetensors", QuantConfig(bits, None), f"{CONV}.weight_packed"
+    save_quantized(network_of(calibrated(make_unet(), config)), path, config, HASH, SETTINGS)
+    rewrite(path, tmp_path / "bad", {name: at(load_file(path)[name], 0x07)})
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    with pytest.raises(ValueError, match=rf"{name}: holds 7, allowed are {low} to {high}$"):
+        load_quantized_(network_of(make_unet()), tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("config", "[]", "config: expected names with values"),
+        ("config", "[" * 100_000, "config: no JSON (maximum recursion depth exceeded"),
+        ("config", '{"weight_bits": "4"}', "config: weight_bits '4': allowed are whole numbers, 2 to 8"),
+        ("config", '{"weight_bitz": 4}', "config: QuantConfig.__init__() got an unexpected keyword argument 'weight_bitz'"),
+        ("settings", "3", "settings: expected names with values"),
+        ("settings", '{"times": [1, "2"]}', "settings: times: expected a list of numbers, 0 or more"),
+        ("settings", '{"times": [NaN]}', "settings: times: expected a list of numbers, 0 or more"),
+        ("settings", '{"recipe": 3}', "settings: recipe: expected names with values"),
+        ("settings", '{"recipe": {"mod": "qncd"}}', "settings: unknown option 'mod': did you mean mode?"),
+        ("settings", '{"sampler": [1]}', "settings: sampler: expected names with values"),
+        ("settings", '{"guidance": "7"}', "settings: guidance: expected a number"),
+        ("noise_table", "[]", "noise_table: list indices must be integers or slices, not str"),
+        ("noise_table", '{"indices": [1], "images": 48, "target": "paper"}', "noise_table: indices of 1 steps for a table of 2"),
+        ("noise_table", '{"indices": [1, -3], "images": 48, "target": "paper"}',
+         "noise_table: indices -3: allowed are whole numbers, 0 or more"),
+        ("noise_table", '{"indices": [1, 3], "images": 0, "target": "paper"}',
+         "noise_table: images 0: allowed are whole numbers, 1 or more"),
+        ("noise_table", '{"indices": [1, 3], "images": 48, "target": "x"}',
+         "noise_table: target 'x': allowed are consistent, paper"),
+    ],
+)  # fmt: skip
+def test_headers_that_do_not_do(saved: Path, tmp_path: Path, key: str, value: str, message: str) -> None:
+    path = tmp_path / "q.safetensors"
+    rewrite(saved, path, {}, **{key: value})
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'{path}: damaged header: {message}')}"):
+        peek_quantized(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("spread", lambda v: at(v, torch.nan), "spread: expected finite floating point numbers"),
+        ("spread", lambda v: v[:, :1], "spread of shape (2, 1), expected (2, 3)"),
+        ("variance", lambda v: v[:1], "variance of shape (1,), expected (2,)"),
+        ("coefficients", lambda v: v[..., :2], "coefficients of shape (2, 3, 2), expected (2, 3, 3)"),
+    ],
+)
+def test_records_that_do_not_do(saved: Path, tmp_path: Path, name: str, change: Any, message: str) -> None:
+    path, key = tmp_path / "q.safetensors", f"noise_table.{name}"
+    rewrite(saved, path, {key: change(load_file(saved)[key])})
+    with pytest.raises(ValueError) as caught:
+        peek_quantized(path)
+    assert str(caught.value) == f"{path}: damaged header: noise_table: {message}"
+
+
+def test_a_record_of_other_channels(make_unet: Any, tmp_path: Path) -> None:
+    path, config = tmp_path / "q.safetensors", QuantConfig(8, None)
+    gray = make_unet(in_channels=1, out_channels=1)
+    save_quantized(network_of(calibrated(gray, config)), path, config, HASH, SETTINGS, TABLE)
+    with pytest.raises(ValueError, match=r"noise_table: made for 3 channels, the model has 1$"):
+        load_quantized_(network_of(make_unet(in_channels=1, out_channels=1)), path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from quantized_networks import CONTEXT
@@ -182,3 +183,68 @@ def test_the_collector_keeps_evenly_spread_steps() -> None:
     for steps in (0, 11):
         with pytest.raises(ValueError, match=rf"^cali_st {steps}: the sampler takes 10 steps; allowed are 1 to 10$"):
             CalibrationCollector(10, steps)
+
+
+def listed(**changes: Any) -> dict[str, Any]:
+    """Three entries of two inputs each."""
+    content = {"xs": [torch.zeros(2, 3, 8, 8)] * 3, "ts": [torch.full((2,), t) for t in (9, 5, 1)], "cs": [torch.zeros(2, 4)] * 3}
+    return {**content, **changes}
+
+
+X, NAN = torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"xs": [X, NAN, X]}, "xs of step 1: holds NaN or infinity"),
+        ({"xs": [X, X, X[..., :4]]},
+         "xs of step 2: (2, 3, 8, 4) of torch.float32, that of step 0 is (2, 3, 8, 8) of torch.float32"),
+        ({"xs": [X, X, X.half()]},
+         "xs of step 2: (2, 3, 8, 8) of torch.float16, that of step 0 is (2, 3, 8, 8) of torch.float32"),
+        ({"xs": [X.long()] * 3}, "xs of step 0: (2, 3, 8, 8) of torch.int64, expected floats (n, ...)"),
+        ({"xs": [torch.zeros(2)] * 3}, "xs of step 0: (2,) of torch.float32, expected floats (n, ...)"),
+        ({"xs": ["a"] * 3}, "xs of step 0: expected numbers, not a str"),
+        ({"xs": 5}, "xs: expected a list with one entry a time step, not a int"),
+        ({"xs": {"a": 1}}, "xs: expected a list with one entry a time step, not a dict"),
+        ({"ts": torch.tensor(3)}, "ts: expected a list with one entry a time step, not a Tensor"),
+        ({"ts": [torch.tensor([9, 8])] * 3}, "ts of step 0: expected one time step, the same for all inputs"),
+        ({"ts": [torch.tensor([[9], [9]])] * 3}, "ts of step 0: expected one time step, the same for all inputs"),
+        ({"ts": [torch.tensor([-1, -1])] * 3}, "ts of step 0: -1, allowed are time steps from 0 to 1e+06"),
+        ({"ts": [torch.tensor([torch.nan] * 2)] * 3}, "ts of step 0: holds NaN or infinity"),
+        ({"cs": [torch.zeros(2, 4)] * 2}, "2 entries in cs, 3 in ts"),
+        ({"cs": [torch.zeros(1, 4)] * 3}, "cs holds 1 inputs a time step, --cali_n 2 asked for"),
+        ({"cs": [torch.full((2, 4), torch.inf)] * 3}, "cs of step 0: holds NaN or infinity"),
+        ({"cs": [torch.zeros(2, 4), torch.zeros(2, 5), torch.zeros(2, 4)]},
+         "cs of step 1: (2, 5) of torch.float32, that of step 0 is (2, 4) of torch.float32"),
+        ({"cs": None, "inputs": [1]}, "inputs: expected lists by name, not a list"),
+        ({"cs": None, "inputs": {3: []}}, "inputs: expected names of arguments of the network"),
+        ({"condition": ["a"]}, "condition: expected the name of an argument of the network"),
+        ({"condition": "a\nb"}, "condition: expected the name of an argument of the network"),
+        ({"ucs": [torch.zeros(2, 4)] * 3, "cs": None}, "calibration uncond has ['encoder_hidden_states'], inputs have []"),
+    ],
+)  # fmt: skip
+def test_entries_that_do_not_do(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "cali.pt"
+    torch.save(listed(**changes), path)
+    with pytest.raises(ValueError) as caught:
+        load_calibration(path, 2, 3)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_conditions_hold_numbers() -> None:
+    with pytest.raises(ValueError, match=r"^calibration context holds NaN or infinity$"):
+        CalibrationSet(torch.zeros(2, 3), torch.zeros(2), {"context": torch.full((1, 4), torch.nan)})
+
+
+def test_equal_sets_are_written_as_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a.pt", "b.pt"):
+        save_calibration(make_set(), tmp_path / name)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_half_precision_and_arrays_are_read(tmp_path: Path) -> None:
+    content = {"xs": [torch.ones(2, 3, 4, 4).half()] * 2, "ts": [np.array([0.5, 0.5])] * 2}
+    torch.save(content, tmp_path / "cali.pt")
+    data = load_calibration(tmp_path / "cali.pt", 2, 2)
+    assert data.x.dtype == data.t.dtype == torch.float32 and data.t.tolist() == [0.5] * 4

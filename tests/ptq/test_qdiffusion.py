@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from qncd.models.original.key_tables import Renamed
 from qncd.models.original.ldm import ldm_unet_key_map
 from qncd.ptq.checkpoint import load_quantized_, save_quantized
 from qncd.ptq.qdiffusion import _Part, _set_act, _set_weight, is_qdiffusion, load_qdiffusion_
+from qncd.ptq.qdiffusion_flags import check_part, check_weight_bits
 from qncd.quant.affine import IntegerRange
 from qncd.quant.inspection import act_quantizers, quant_layers, set_stage
 from qncd.quant.layers import LayerConfig, QuantConv2d
@@ -183,3 +185,85 @@ def test_the_script_takes_it_as_cali_ckpt(tmp_path: Path, mode: str) -> None:
         runpy.run_path(str(script), run_name="__main__")
     assert len(list((tmp_path / "o" / "images").iterdir())) == 2
     assert json.loads((tmp_path / "o" / "run.json").read_text())["figures"]["psnr_to_fp_db"] > 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("ddim", {"weight_bits": 8}, "--weight_bit 8: conv_in was quantized to 4 bits, as its zero points and weights say"),
+        ("ddim", {"weight_bits": 2}, "--weight_bit 2: conv_in was quantized to 4 bits, as its zero points and weights say"),
+        ("ddim", {"weight_bits": None}, "--weight_bit 32: the file's weights are quantized"),
+        ("ddim", {"act_bits": 4}, "--act_bit 4: the scale of the first layer's input is one of 8 bits"),
+        ("ddim", {"act_symmetric": False}, "the file's activations have no zero points, they are symmetric: give --a_sym"),
+        ("ddim", {"softmax_bits": 16}, "--sm_abit 16: with the file's scales softmax outputs would reach 2.4e+02: about 8 bits"),
+        ("ddim", {"split": False}, "--no-split: the file's skip concatenations are split"),
+        (
+            "sd",
+            {"weight_bits": 3},
+            "--weight_bit 3: input_blocks.0.0 was quantized to 4 bits, as its zero points and weights say",
+        ),
+        ("sd", {"act_bits": 4}, "--act_bit 4: the file's activations have zero points up to 150, 15 is the largest"),
+        ("sd", {"act_symmetric": True}, "--a_sym: the file's activations have zero points up to 150: they are asymmetric"),
+        ("sd", {"softmax_bits": 8}, "--sm_abit 8: with the file's scales softmax outputs would reach 0.0035: about 16 bits"),
+    ],
+)
+def test_flags_that_the_files_numbers_contradict(golden: Any, kind: str, changes: dict[str, Any], message: str) -> None:
+    unet, content, table, config = load(kind, golden(f"qdiff_{kind}_w4a8_io"))
+    with pytest.raises(ValueError) as caught:
+        load_qdiffusion_(network_of(unet), content, table, dataclasses.replace(config, **changes))
+    assert str(caught.value) == message
+    assert not quant_layers(unet)
+
+
+def quantizer(weight: Tensor, bits: int, ratio: float, clipped: bool) -> _Part:
+    """Q-Diffusion's range search: the part of the range that `ratio` leaves, widened to hold 0 where it is `clipped` to that."""
+    low, high = weight.flatten(1).amin(1), weight.flatten(1).amax(1)
+    low, high = (low.clamp(max=0), high.clamp(min=0)) if clipped else (low, high)
+    delta = (high - low) * ratio / (2**bits - 1)
+    shape = (-1, *[1] * (weight.ndim - 1))
+    return _Part(delta.view(shape), (-low * ratio / delta).round().view(shape))
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (4, 2, 3, 3), (64, 16)])
+@pytest.mark.parametrize("ratio", [1.0, 0.63, 0.21])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weights_tell_their_bits(bits: int, ratio: float, shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(bits)) + 0.1
+    for clipped in (True, False):
+        part = quantizer(weight, bits, ratio, clipped)
+        check_weight_bits("conv", part, weight, bits)
+        for other in {2, 4, 8} - {bits}:
+            with pytest.raises(ValueError, match=rf"^--weight_bit {other}: conv was quantized to {bits} bits"):
+                check_weight_bits("conv", part, weight, other)
+
+
+def test_weights_that_tell_nothing_are_read() -> None:
+    weight = torch.rand(4, 8) + 1  # of one sign
+    check_weight_bits("conv", quantizer(weight, 4, 1.0, False), weight, 8)
+    with pytest.raises(ValueError, match=r"^conv: zero points of symmetric weights, which are not read"):
+        check_weight_bits("conv", _Part(torch.ones(4, 1), torch.zeros(4, 1)), torch.linspace(-1, 1, 32).view(8, 4).T, 4)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (_Part(torch.ones(1), torch.zeros(4, 1)), "conv.delta: shape (1,), expected (4, 1)"),
+        (_Part(torch.ones(4, 1), torch.zeros(1)), "conv.zero_point: shape (1,), expected (4, 1)"),
+        (_Part(torch.zeros(4, 1), torch.zeros(4, 1)), "conv.delta: holds 0, allowed are numbers above 0"),
+        (_Part(torch.full((4, 1), torch.nan), torch.zeros(4, 1)), "conv.delta: holds NaN or infinity"),
+        (_Part(torch.ones(4, 1), torch.full((4, 1), 0.5)), "conv.zero_point: holds numbers that are not whole"),
+        (_Part(torch.ones(4, 1), torch.zeros(4, 1), torch.zeros(4, 1)), "conv.alpha: shape (4, 1), expected (4, 8)"),
+        (_Part(torch.ones(4, 1), torch.zeros(4, 1), torch.full((4, 8), torch.nan)), "conv.alpha: holds NaN or infinity"),
+    ],
+)
+def test_quantizers_that_do_not_do(part: _Part, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_part("conv", part, torch.zeros(4, 8))
+    assert str(caught.value) == message
+
+
+def test_weights_that_are_not_numbers_are_another_model(golden: Any) -> None:
+    unet, content, table, config = load("ddim", golden("qdiff_ddim_w4a8_io"))
+    content = {**content, "model.conv_in.weight": torch.full_like(content["model.conv_in.weight"], torch.nan)}
+    with pytest.raises(ValueError, match=r"^conv_in\.weight: not the weights of this model"):
+        load_qdiffusion_(network_of(unet), content, table, config)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import zipfile
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from qncd.distributed import OneProcess, Processes
+from qncd.io.files import whole_file
 from qncd.metrics.networks.features import FeatureExtractor
 from qncd.metrics.networks.prefetch import prepared_batches
 from qncd.metrics.networks.store import FeatureCache, FeatureSet, Rows
 from qncd.metrics.report.sources import ImageSource
 from qncd.metrics.statistics.moments import FeatureStatistics, StatisticsAccumulator, features_to_statistics
 from qncd.metrics.statistics.saved_statistics import SavedStatistics
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
@@ -111,17 +113,23 @@ def rows_to_statistics(rows: Rows) -> FeatureStatistics:
     if rows.count <= rows.dimension:
         return features_to_statistics(rows.read())
     kept = rows.path.with_suffix(".statistics.npz")
-    if kept.is_file():
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(kept) as file:
-            return FeatureStatistics(file["mu"], file["sigma"], rows.count)
+    if kept.exists():
+        try:
+            found = SavedStatistics.open(kept).features
+            if found.dimension != rows.dimension:
+                raise ValueError(f"{kept}: {found.dimension} dimensions, the features have {rows.dimension}")
+            return replace(found, count=rows.count)
+        except ValueError as error:
+            logger.warning("damaged statistics in the cache, computed again: %s", error)
     accumulator = StatisticsAccumulator()
     for block in rows.blocks():
         accumulator.update(block)
     statistics = accumulator.finish()
-    part = kept.with_suffix(f".{os.getpid()}.npz")
-    with contextlib.suppress(OSError):
-        np.savez(part, mu=statistics.mu, sigma=statistics.sigma)
-        os.replace(part, kept)
+    try:
+        with whole_file(kept) as part, part.open("wb") as stream:
+            np.savez(stream, mu=statistics.mu, sigma=statistics.sigma)
+    except ValueError as error:  # a full disk: the figures do not need it
+        logger.warning("statistics are not kept: %s", error)
     return statistics
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import logging
 import os
+import re
 import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,10 +16,16 @@ from typing import IO
 import numpy as np
 import torch
 
+from qncd.io.files import read_json, reading, regular_file, scratch_folder, write_json
+from qncd.io.npz import read_header
+
+logger = logging.getLogger(__name__)
+
 FORMAT = 1  # part of every key; raised when features are computed or stored differently
 LIMIT = 20 << 30  # bytes in the cache; beyond it the entries that were used longest ago go
 _BLOCK = 4096  # rows
 _ENTRY = "entry.json"
+_LAYER = re.compile(r"[a-z_]+")  # a name that is no path
 
 
 def default_cache() -> Path:
@@ -27,15 +34,19 @@ def default_cache() -> Path:
 
 
 class Scratch:
-    """A temporary folder that goes with the last object that refers to it.
+    """A `scratch_folder` that goes with the last object that refers to it.
 
     Args:
         parent: where it is made; the system's place by default.
+
+    Raises:
+        ValueError: it cannot be made.
     """
 
     def __init__(self, parent: Path | None = None) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=".new-" if parent else "qncd-features-", dir=parent))
-        self.remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        stack = contextlib.ExitStack()
+        self.path = stack.enter_context(scratch_folder(parent))
+        self.remove = weakref.finalize(self, stack.close)
 
 
 class Rows:
@@ -51,16 +62,14 @@ class Rows:
 
     def __init__(self, path: Path, scratch: Scratch | None = None) -> None:
         self.path, self._scratch = path, scratch
-        with path.open("rb") as stream:
-            if np.lib.format.read_magic(stream) != (1, 0):
-                raise ValueError(f"{path}: not an array of features")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-            self._offset = stream.tell()
-        if len(shape) != 2 or fortran or dtype != np.float32:
-            raise ValueError(f"{path}: {dtype} {shape}, expected float32 (N, D)")
-        if path.stat().st_size != self._offset + 4 * shape[0] * shape[1]:
+        with reading(path, "an array of features"), regular_file(path).open("rb") as stream:
+            header = read_header(stream)
+        self._offset = header.offset
+        if len(header.shape) != 2 or header.fortran or header.dtype != np.float32:
+            raise ValueError(f"{path}: {header.dtype} {header.shape}, expected float32 (N, D)")
+        if path.stat().st_size != header.offset + header.nbytes:
             raise ValueError(f"{path}: another length than its header says")
-        self.count, self.dimension = shape
+        self.count, self.dimension = header.shape
 
     def blocks(self, start: int = 0, stop: int | None = None, size: int = _BLOCK) -> Iterator[torch.Tensor]:
         """The rows start to stop, `size` at a time."""
@@ -88,15 +97,29 @@ class FeatureSet:
         count: number of images.
         layers: rows by layer, e.g. `features`, `spatial` and `logits`.
         folder: where they are.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is damaged, or holds something else.
     """
 
     def __init__(self, folder: Path, scratch: Scratch | None = None) -> None:
         self.folder = folder
-        entry = json.loads((folder / _ENTRY).read_text())
-        self.count = int(entry["count"])
-        self.layers = {name: Rows(folder / f"{name}.npy", scratch) for name in entry["layers"]}
+        entry = read_json(folder / _ENTRY)
+        count, layers = (entry.get(key) if isinstance(entry, dict) else None for key in ("count", "layers"))
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{folder / _ENTRY}: count {count!r}, expected a number of images")
+        if not (isinstance(layers, list) and layers and all(isinstance(name, str) and _LAYER.fullmatch(name) for name in layers)):
+            raise ValueError(f"{folder / _ENTRY}: layers {layers!r}, expected a list of names")
+        self.count = count
+        self.layers = {name: Rows(folder / f"{name}.npy", scratch) for name in layers}
         if any(rows.count != self.count for rows in self.layers.values()):
             raise ValueError(f"{folder}: rows of another number than {self.count}")
+
+    def check_finite(self) -> None:
+        """Read all rows once. Raises ValueError where one holds NaN or an infinite value."""
+        for rows in self.layers.values():
+            if not all(torch.isfinite(block).all() for block in rows.blocks()):
+                raise ValueError(f"{rows.path}: NaN or infinite values")
 
 
 class FeatureWriter:
@@ -107,23 +130,32 @@ class FeatureWriter:
         self._streams: dict[str, IO[bytes]] = {}
 
     def append(self, batch: Mapping[str, torch.Tensor]) -> None:
-        """Add the rows (n, D) of each layer."""
+        """Add the rows (n, D) of each layer. Raises ValueError where they cannot be written."""
         for name, rows in batch.items():
             array = np.ascontiguousarray(rows.detach().cpu().numpy(), np.float32)
-            if name not in self._streams:
-                stream = self._streams[name] = (self.folder / f"{name}.npy").open("wb")
-                header = {"descr": "<f4", "fortran_order": False, "shape": (self.count, array.shape[1])}
-                np.lib.format.write_array_header_1_0(stream, header)
-            self._streams[name].write(array.data)
+            with self._told():
+                if name not in self._streams:
+                    stream = self._streams[name] = (self.folder / f"{name}.npy").open("wb")
+                    header = {"descr": "<f4", "fortran_order": False, "shape": (self.count, array.shape[1])}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                self._streams[name].write(array.data)
         self.done += len(next(iter(batch.values())))
 
     def close(self, description: Mapping[str, object] | None = None) -> None:
         """Finish the files; with a description the set is complete and can be opened."""
         for stream in self._streams.values():
-            stream.close()
+            with self._told():
+                stream.close()
         if description is not None:
             entry = {"count": self.count, "layers": sorted(self._streams), **description}
-            (self.folder / _ENTRY).write_text(json.dumps(entry, indent=2) + "\n")
+            write_json(self.folder / _ENTRY, entry)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(f"{self.folder}: the features cannot be written ({error.strerror})") from None
 
 
 class FeatureCache:
@@ -143,25 +175,28 @@ class FeatureCache:
         return hashlib.sha256(f"{FORMAT}\n{identity}\n{digest}".encode()).hexdigest()[:32]
 
     def find(self, key: str) -> FeatureSet | None:
-        """The set of that key, None where there is none; a damaged one is deleted."""
-        if self.folder is None or not (self.folder / key / _ENTRY).is_file():
+        """The set of that key, None where there is none; a damaged one is deleted with a warning."""
+        if self.folder is None or not (self.folder / key).exists():
             return None
         try:
             found = FeatureSet(self.folder / key)
-            os.utime(found.folder / _ENTRY)
-        except (OSError, ValueError, KeyError, EOFError):
+            found.check_finite()
+        except (OSError, ValueError) as error:
+            logger.warning("damaged features in the cache, computed again: %s", error)
             shutil.rmtree(self.folder / key, ignore_errors=True)
             return None
+        with contextlib.suppress(OSError):  # a cache that is only read
+            os.utime(found.folder / _ENTRY)
         return found
 
     def start(self, count: int) -> tuple[FeatureWriter, Scratch]:
         """A writer into a new temporary folder, beside the cache where there is one."""
         if self.folder is not None:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 scratch = Scratch(self.folder)
                 return FeatureWriter(scratch.path, count), scratch
-            except OSError:  # a read-only home: go on without a cache
+            except ValueError as error:  # a read-only home
+                logger.warning("no cache of features: %s", error)
                 self.folder = None
         scratch = Scratch()
         return FeatureWriter(scratch.path, count), scratch

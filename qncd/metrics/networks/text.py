@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from qncd.io.files import read_lines
+from qncd.io.prompts import check_text, read_prompts
 from qncd.metrics.networks.weights import file_digest
 from qncd.metrics.report.sources import ImageFolder, ImageSource
 
@@ -33,25 +38,41 @@ ANTONYMS = {
 _TEXT_BATCH = 64
 
 
-def _read_lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file (prompts, one a line, or prompts.jsonl of txt2img.py)") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no text in UTF-8: {error}") from None
-    return [line for line in text.splitlines() if line.strip()]
-
-
 def _parse_json_lines(path: Path) -> list[tuple[str, str]]:
+    """The file and the prompt of each line that is not empty."""
     pairs = []
-    for number, line in enumerate(_read_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
-            pairs.append((str(entry["file"]), str(entry["prompt"])))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f'{path}: line {number} is no JSON object with "file" and "prompt"') from None
+            file, prompt = entry["file"], entry["prompt"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            file = prompt = None
+        if not (isinstance(file, str) and isinstance(prompt, str)):
+            raise ValueError(f'{path}: line {number} is no JSON object with "file" and "prompt"')
+        pairs.append((file, check_text(prompt, f"{path}: line {number}")))
     return pairs
+
+
+def _prompts_of_files(path: Path, source: ImageFolder) -> list[str]:
+    """The prompt of each image: of the line with its path in or beside the folder, else of the only line with its file name."""
+    pairs = _parse_json_lines(path)
+    lines, bases = dict(pairs), Counter(Path(file).name for file, _ in pairs)
+    if twice := next((file for file, prompt in pairs if lines[file] != prompt), None):
+        raise ValueError(f"{path}: two prompts for {twice}")
+    by_base = {Path(file).name: prompt for file, prompt in pairs}
+    images = Counter(Path(name).name for name in source.names)
+    prompts = []
+    for name in source.names:
+        base = Path(name).name
+        prompt = lines.get(name, lines.get(f"{source.path.name}/{name}"))
+        if prompt is None and base not in by_base:
+            raise ValueError(f"{path}: no prompt for {name} of {source.path}")
+        if prompt is None and max(images[base], bases[base]) > 1:
+            raise ValueError(f"{path}: no line for {name}, and several lines or images with the file name {base}")
+        prompts.append(by_base[base] if prompt is None else prompt)
+    return prompts
 
 
 def find_prompts(source: ImageSource, named: Path | None = None) -> list[str]:
@@ -64,30 +85,43 @@ def find_prompts(source: ImageSource, named: Path | None = None) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a prompt is missing, or the number of lines is not that of the images.
+        ValueError: a prompt is missing, several lines may be meant, or the number of lines is not that of the images.
     """
     if named is None:
         places = [source.path / PROMPTS_FILE, source.path.parent / PROMPTS_FILE]
         named = next((place for place in places if place.is_file()), None) if isinstance(source, ImageFolder) else None
         if named is None:
             raise FileNotFoundError(f"{source.path}: no {PROMPTS_FILE} in this folder or above it: name one with --prompts")
-    if named.suffix != ".jsonl":
-        prompts = _read_lines(named)
-    else:
-        pairs = _parse_json_lines(named)
-        if isinstance(source, ImageFolder):
-            by_file = dict(pairs) | {Path(file).name: prompt for file, prompt in pairs}
-            prompts = []
-            for name in source.names:
-                prompt = by_file.get(name, by_file.get(Path(name).name))
-                if prompt is None:
-                    raise ValueError(f"{named}: no prompt for {name} of {source.path}")
-                prompts.append(prompt)
+    try:
+        if named.suffix.lower() != ".jsonl":
+            prompts = read_prompts(named)
+        elif isinstance(source, ImageFolder):
+            prompts = _prompts_of_files(named, source)
         else:
-            prompts = [prompt for _, prompt in pairs]
+            prompts = [prompt for _, prompt in _parse_json_lines(named)]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{named}: no such file (prompts, one a line, or prompts.jsonl of txt2img.py)") from None
     if len(prompts) != source.count:
         raise ValueError(f"{named}: {len(prompts)} prompts for {source.count} images of {source.path}")
     return prompts
+
+
+@contextlib.contextmanager
+def _told_on_success() -> Iterator[None]:
+    """Hold back what a library logs in the body: where it fails, its error says the same."""
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        held.append(record)
+        return False
+
+    logging.root.addFilter(hold)
+    try:
+        yield
+    finally:
+        logging.root.removeFilter(hold)
+    for record in held:
+        logging.root.handle(record)
 
 
 class ClipFeatures:
@@ -116,11 +150,14 @@ class ClipFeatures:
         if builtin and model not in open_clip.list_models():
             raise ValueError(f"--clip_model {model}: unknown to open_clip {open_clip.__version__} (open_clip.list_models())")
         source = f" {weights}" if builtin else ""
+        if builtin and not open_clip.get_pretrained_cfg(model, weights) and not Path(weights).is_file():
+            raise ValueError(f"CLIP {model}{source}: {self._remedy(model, weights)}")
         try:
-            network, self._preprocess = open_clip.create_model_from_pretrained(
-                model, pretrained=weights if builtin else None, device=device
-            )
-            self._tokenizer = open_clip.get_tokenizer(model)
+            with _told_on_success():
+                network, self._preprocess = open_clip.create_model_from_pretrained(
+                    model, pretrained=weights if builtin else None, device=device
+                )
+                self._tokenizer = open_clip.get_tokenizer(model)
         except Exception as error:  # the hub, torch and open_clip each have their own
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"CLIP {model}{source} cannot be loaded ({reason}): {self._remedy(model, weights)}") from None
@@ -140,10 +177,9 @@ class ClipFeatures:
 
         if ":" in model:
             return "give the folder of a model as --clip_model local-dir:FOLDER"
-        tags = open_clip.list_pretrained_tags_by_model(model)
-        if weights not in tags and not Path(weights).is_file():
-            return f"--clip_weights takes a file or one of {', '.join(tags)}"
         entry = open_clip.get_pretrained_cfg(model, weights)
+        if not entry and not Path(weights).is_file():
+            return f"--clip_weights takes a file or one of {', '.join(open_clip.list_pretrained_tags_by_model(model))}"
         hub = entry.get("hf_hub")
         url = entry.get("url") or (f"https://huggingface.co/{hub.strip('/')}" if hub else None)
         return f"get {url} and name the file with --clip_weights PATH" if url else "name a file with --clip_weights PATH"

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from qncd.io.files import reading, regular_file
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -20,17 +22,14 @@ def load_weights(network: Network, path: Path, name: str) -> tuple[Network, dict
         FileNotFoundError: there is no such file.
         ValueError: the file is not safetensors, or not of this network.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file (weights of the {name})")
-    try:
-        with safe_open(path, framework="pt") as stream:
+    with reading(path, f"the weights of the {name}"):
+        with safe_open(regular_file(path), framework="pt") as stream:
             metadata = stream.metadata() or {}
             names = stream.keys()
             state = {name: stream.get_tensor(name) for name in names}
         network.load_state_dict(state)
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not the weights of the {name}: {reason}") from None
     return network.eval().requires_grad_(False), metadata

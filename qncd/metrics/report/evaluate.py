@@ -14,7 +14,7 @@ from qncd.metrics.networks.features import FashionMnistFeatures, InceptionFeatur
 from qncd.metrics.networks.prefetch import prepared_batches
 from qncd.metrics.networks.store import FeatureCache
 from qncd.metrics.networks.text import ANTONYMS, ClipFeatures, clip_iqa, clip_scores, find_prompts
-from qncd.metrics.report.conventions import PAIRED_METRICS, Convention
+from qncd.metrics.report.conventions import CLIP_METRICS, PAIRED_METRICS, Convention
 from qncd.metrics.report.sources import ImageFolder, Source
 from qncd.metrics.report.table import Result, Score, mean_score
 from qncd.metrics.statistics.distribution import Question, distribution_scores
@@ -28,7 +28,8 @@ class Settings:
     """What is computed, and how.
 
     Attributes:
-        metrics: names of `conventions.METRICS`; PSNR, MSE and SSIM come as soon as both sides have the same file names.
+        metrics: names of `conventions.METRICS`; PSNR, MSE and SSIM come as soon as both sides have the same file names, which
+            has to be so where one of them is named.
         batch_size: images in a network at once; changes results by rounding only.
         splits: equal parts of the inception score.
         bootstrap: resamples of the intervals, 0 for none.
@@ -81,21 +82,37 @@ def _pairs_of_batches(
     return zip(*batches, strict=True)
 
 
+def paired_folders(real: Source | None, synthetic: Source) -> tuple[ImageFolder, ImageFolder]:
+    """Both sources, if they are folders whose images belong together in pairs, by their names and headers.
+
+    Raises:
+        ValueError: no folders, or other names or sizes on the two sides.
+    """
+    if not (isinstance(real, ImageFolder) and isinstance(synthetic, ImageFolder)):
+        raise ValueError(f"{synthetic.path}: no paired figures: they need two folders with the same file names")
+    if real.names != synthetic.names:
+        shared = len(set(real.names) & set(synthetic.names))
+        raise ValueError(
+            f"{synthetic.path}: no paired figures: {shared} names of {real.count} and {synthetic.count} are the same, not all"
+        )
+    mixed = real.other_size or synthetic.other_size
+    if mixed:
+        raise ValueError(f"{synthetic.path}: no paired figures: images of more than one size: {mixed}")
+    if (real.height, real.width) != (synthetic.height, synthetic.width):
+        sizes = f"{real.width}x{real.height} against {synthetic.width}x{synthetic.height}"
+        raise ValueError(f"{synthetic.path}: no paired figures: {sizes} pixels")
+    return real, synthetic
+
+
 def paired_scores(
     real: ImageFolder, synthetic: ImageFolder, channels: int, batch_size: int = 50, lpips: Lpips | None = None
 ) -> list[Score]:
     """PSNR, SSIM, MSE and, with its network, LPIPS over two folders with the same names.
 
     Raises:
-        ValueError: the names or the sizes differ.
+        ValueError: see `paired_folders`; or an image is damaged, or too small for LPIPS.
     """
-    if real.names != synthetic.names:
-        raise ValueError(f"{real.path} and {synthetic.path} do not hold the same file names")
-    mixed = real.other_size or synthetic.other_size
-    if mixed:
-        raise ValueError(f"images of more than one size: {mixed}")
-    if (real.height, real.width) != (synthetic.height, synthetic.width):
-        raise ValueError(f"{real.width}x{real.height} against {synthetic.width}x{synthetic.height} pixels")
+    real, synthetic = paired_folders(real, synthetic)
     values: dict[str, list[np.ndarray]] = {"mse": [], "ssim": [], "lpips": []}
     for a, b in _pairs_of_batches(real, synthetic, channels, batch_size):
         values["mse"].append(paired_mse(a, b))
@@ -112,6 +129,19 @@ def paired_scores(
     if lpips is not None:
         scores.append(mean_score("lpips", "LPIPS", whole["lpips"], f"{lpips.description}, {over}"))
     return scores
+
+
+def prompts_of(synthetic: Source, settings: Settings) -> list[str]:
+    """The prompts of the images, where a metric needs them.
+
+    Raises:
+        ValueError, FileNotFoundError: CLIP metrics of statistics; see `find_prompts`.
+    """
+    if not set(settings.metrics) & set(CLIP_METRICS):
+        return []
+    if isinstance(synthetic, SavedStatistics):
+        raise ValueError(f"{synthetic.path}: CLIP metrics need images, not statistics")
+    return find_prompts(synthetic, settings.prompts) if "clip_score" in settings.metrics else []
 
 
 class Evaluator:
@@ -180,10 +210,12 @@ class Evaluator:
         """All figures that the two sources allow; None in all but the first process.
 
         Raises:
-            ValueError: statistics of another network, convention or dimension, or images that a network cannot take.
+            ValueError: statistics of another network, convention or dimension, images that a network cannot take, or no pairs
+                where paired figures are asked for.
         """
         settings = self.settings
-        prompts = self._prompts(synthetic)
+        prompts = prompts_of(synthetic, self.settings) if self.clip is not None else []  # before anything is computed
+        paired, remarks = self._paired_scores(synthetic) if self.processes.is_first else ([], [])  # the quickest come first
         scores: list[Score] = []
         notes: list[str] = []
         if self.real is not None and self.extractor is not None:
@@ -193,10 +225,11 @@ class Evaluator:
             if self.processes.is_first:
                 scores, notes = distribution_scores(real_side, side, question)
                 notes += self._doubts(self.real, synthetic)
+        folders = dict.fromkeys(source for source in (self.real, synthetic) if isinstance(source, ImageFolder))
+        notes += [f"{folder.path}: {folder.left_out}" for folder in folders if folder.left_out]
         scores += self._clip_scores(synthetic, prompts)
         if not self.processes.is_first:
             return None
-        paired, remarks = self._paired_scores(synthetic)
         names = "none", "no features"
         if self.extractor is not None:
             names = self.extractor.name, self.extractor.convention
@@ -221,27 +254,18 @@ class Evaluator:
         return [f"{source.path} does not say how its statistics were made: {taken}" for source in unsaid]
 
     def _paired_scores(self, synthetic: Source) -> tuple[list[Score], list[str]]:
+        """The figures of pairs, or why there are none although some names agree; without a word where none was to be expected."""
         real = self.real
-        if isinstance(real, ImageFolder) and isinstance(synthetic, ImageFolder):
-            if _common_names(real, synthetic):
-                channels = 3 if self.extractor is None else self.extractor.channels
-                try:
-                    return paired_scores(real, synthetic, channels, self.settings.batch_size, self.lpips), []
-                except ValueError as error:
-                    return [], [f"no paired figures: {error}"]
-            if shared := len(set(real.names) & set(synthetic.names)):
-                return [], [f"no paired figures: {shared} names of {real.count} and {synthetic.count} are the same, not all"]
-        if set(self.settings.metrics) & set(PAIRED_METRICS):
-            return [], ["no paired figures: they need two folders with the same file names"]
-        return [], []
-
-    def _prompts(self, synthetic: Source) -> list[str]:
-        """The prompts, before anything is computed."""
-        if self.clip is None:
-            return []
-        if isinstance(synthetic, SavedStatistics):
-            raise ValueError(f"{synthetic.path}: CLIP metrics need images, not statistics")
-        return find_prompts(synthetic, self.settings.prompts) if "clip_score" in self.settings.metrics else []
+        try:
+            folders = paired_folders(real, synthetic)
+        except ValueError as error:
+            if set(self.settings.metrics) & set(PAIRED_METRICS):
+                raise
+            if not (isinstance(real, ImageFolder) and isinstance(synthetic, ImageFolder)):
+                return [], []
+            return [], [str(error)] if set(real.names) & set(synthetic.names) else []
+        channels = 3 if self.extractor is None else self.extractor.channels
+        return paired_scores(*folders, channels, self.settings.batch_size, self.lpips), []
 
     def _clip_scores(self, synthetic: Source, prompts: list[str]) -> list[Score]:
         if self.clip is None or isinstance(synthetic, SavedStatistics):

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from qncd.io.datasets import DATASETS, load_conditioned
+from qncd.io.npz import array_header, array_names, open_array, read_array
 from qncd.metrics.networks.weights import file_digest
-from qncd.metrics.report.image_files import SUFFIXES, match_channels, read_image, read_size
-from qncd.metrics.statistics.saved_statistics import ARCHIVE_ERRORS, SavedStatistics
+from qncd.metrics.report.image_files import LARGEST, SUFFIXES, match_channels, read_image, read_size
+from qncd.metrics.report.image_listing import list_images
+from qncd.metrics.statistics.saved_statistics import SavedStatistics
 
 FASHION_MNIST = "fashion_mnist"
 FASHION_MNIST_STATISTICS = Path(__file__).parents[2] / "assets" / "fashion_mnist_statistics.npz"
@@ -31,11 +32,14 @@ Loader = Callable[[], np.ndarray]  # one image, uint8 (H, W, C), read when it is
 class ImageFolder:
     """Image files below a folder, at any depth, sorted by their path; files and folders that start with a dot are left out.
 
+    Links are followed, but every folder is read once, whatever leads to it.
+
     Attributes:
         path: the folder.
         names: paths relative to it, with forward slashes.
         height, width: pixels of the first image.
         other_size: in words, the first image of another size; None where all have the same.
+        left_out: in words, which files there are beside the images; None where there are none.
     """
 
     path: Path
@@ -43,22 +47,19 @@ class ImageFolder:
     height: int
     width: int
     other_size: str | None = None
+    left_out: str | None = None
 
     @classmethod
     def open(cls, path: Path) -> ImageFolder:
-        """List the files and compare the sizes in their headers.
+        """List the files and judge what their headers say.
 
         Raises:
-            ValueError: no images, or a file whose header cannot be read.
+            ValueError: no images, a folder that cannot be listed, or an image file that `read_size` refuses.
         """
-        names = []
-        for folder, subfolders, files in os.walk(path, followlinks=True):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            here = Path(folder).relative_to(path)
-            names += [(here / name).as_posix() for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        names, left_out = list_images(path)
         if not names:
-            raise ValueError(f"{path}: no images ({', '.join(SUFFIXES)}) in this folder or below it")
-        names.sort()
+            also = f"; {left_out}" if left_out else ""
+            raise ValueError(f"{path}: no images ({', '.join(SUFFIXES)}) in this folder or below it{also}")
         with ThreadPoolExecutor(THREADS) as pool:
             sizes = list(pool.map(read_size, (path / name for name in names)))
         first = sizes[0]
@@ -66,7 +67,7 @@ class ImageFolder:
         words = None
         if other is not None:
             words = f"{names[0]} is {first[1]}x{first[0]}, {names[other]} is {sizes[other][1]}x{sizes[other][0]}"
-        return cls(path, tuple(names), *first, words)
+        return cls(path, tuple(names), *first, words, left_out)
 
     @property
     def count(self) -> int:
@@ -94,13 +95,6 @@ class ImageFolder:
             yield [partial(load, name) for name in self.names[start : start + batch_size]]
 
 
-def _read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in Fortran's order, and dtype of a .npy stream, which is left at the first value."""
-    if np.lib.format.read_magic(stream) == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    return np.lib.format.read_array_header_2_0(stream)
-
-
 @dataclass(frozen=True)
 class ImageArray:
     """The images `arr_0` of a .npz file, as ADM's samplers write them; read in batches, never as a whole.
@@ -121,15 +115,14 @@ class ImageArray:
         """Read the header of arr_0.
 
         Raises:
-            ValueError: arr_0 is not uint8 NHWC with 1 or 3 channels in C order, or is empty.
+            ValueError: arr_0 is not uint8 NHWC with 1 or 3 channels, is empty, or has another length than its header says.
         """
-        try:
-            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-                shape, fortran, dtype = _read_npy_header(stream)
-        except (ValueError, *ARCHIVE_ERRORS) as error:
-            raise ValueError(f"{path}: arr_0 is damaged: {error}") from None
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran or 0 in shape:
-            raise ValueError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3) or (N, H, W, 1)")
+        header = array_header(path, "arr_0")
+        shape = header.shape
+        if header.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+            raise ValueError(f"{path}: arr_0 is {header.dtype} {shape}, expected uint8 (N, H, W, 3) or (N, H, W, 1)")
+        if shape[1] * shape[2] > LARGEST:
+            raise ValueError(f"{path}: images of {shape[2]}x{shape[1]} pixels, at most {LARGEST} in all are read")
         return cls(path, shape[0], shape[1], shape[2])
 
     def digest(self) -> str:
@@ -138,23 +131,21 @@ class ImageArray:
 
     def loaders(self, batch_size: int, channels: int, shard: tuple[int, int] = (0, 1)) -> Iterator[list[Loader]]:
         """Batches of functions that give one image each; see `ImageFolder.loaders`."""
-        with zipfile.ZipFile(self.path) as archive:
-            size = archive.getinfo("arr_0.npy").file_size
-            with archive.open("arr_0.npy") as stream:
-                shape, _, _ = _read_npy_header(stream)
-                if size - stream.tell() != int(np.prod(shape)):
-                    raise ValueError(f"{self.path}: arr_0 has another length than its header says")
-                for number, start in enumerate(range(0, self.count, batch_size)):
-                    wanted = (min(batch_size, self.count - start), *shape[1:])
-                    try:
-                        data = stream.read(int(np.prod(wanted)))
-                    except ARCHIVE_ERRORS as error:
-                        raise ValueError(f"{self.path}: arr_0 is damaged: {error}") from None
-                    if number % shard[1] != shard[0]:
-                        continue
+        with open_array(self.path, "arr_0") as (header, stream):
+            # Fortran's order scatters an image over the whole file, so that it has to be in memory.
+            whole = read_array(self.path, "arr_0") if header.fortran else None
+            for number, start in enumerate(range(0, self.count, batch_size)):
+                wanted = (min(batch_size, self.count - start), *header.shape[1:])
+                if whole is None:
+                    data = stream.read(math.prod(wanted))
+                if number % shard[1] != shard[0]:
+                    continue
+                if whole is None:
                     images = np.frombuffer(bytearray(data), np.uint8).reshape(wanted)
-                    label = f"{self.path} (images {start} to {start + wanted[0] - 1})"
-                    yield [partial(match_channels, image, channels, label) for image in images]
+                else:
+                    images = np.ascontiguousarray(whole[start : start + batch_size])
+                label = f"{self.path} (images {start} to {start + wanted[0] - 1})"
+                yield [partial(match_channels, image, channels, label) for image in images]
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,17 +221,14 @@ def open_source(path: str | Path, prefer_images: bool = False, network: str | No
     path = Path(path)
     if path.is_dir():
         return ImageFolder.open(path)
-    if not path.exists():
-        names = ", ".join(DATASET_NAMES)
-        raise FileNotFoundError(f"{path}: no such file or folder, and no data set of that name (known: {names})")
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = set(archive.namelist())
-    except (zipfile.BadZipFile, OSError):
-        raise ValueError(f"{path}: neither a folder of images nor a .npz file") from None
-    if "arr_0.npy" in members and (prefer_images or "mu.npy" not in members):
+        members = array_names(path, "a folder of images or a .npz file")
+    except FileNotFoundError:
+        names = ", ".join(DATASET_NAMES)
+        raise FileNotFoundError(f"{path}: no such file or folder, and no data set of that name (known: {names})") from None
+    if "arr_0" in members and (prefer_images or "mu" not in members):
         return ImageArray.open(path)
-    if "mu.npy" in members:
+    if "mu" in members:
         return SavedStatistics.open(path)
     raise ValueError(
         f"{path}: no images (arr_0) and no statistics (mu, sigma) in it, but {', '.join(sorted(members)) or 'nothing'}"

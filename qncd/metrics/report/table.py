@@ -30,6 +30,9 @@ class Score:
         unit: behind the value.
         std: over splits or subsets, None where there are none.
         influence: (N,) float64 of mean 0, what each synthetic image adds; None where no interval can be had.
+
+    Raises:
+        ValueError: the figure is NaN.
     """
 
     key: str
@@ -40,6 +43,10 @@ class Score:
     unit: str = ""
     std: float | None = None
     influence: np.ndarray | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.value):
+            raise ValueError(f"{self.label} is NaN")
 
 
 def mean_score(key: str, label: str, values: np.ndarray, how: str, digits: str = ".4f", unit: str = "") -> Score:

@@ -32,6 +32,9 @@ def frechet_influence(rows: Rows, statistics: FeatureStatistics, reference: Feat
 
     Returns:
         (N,) float64; the standard error of FID is about its standard deviation over sqrt(N), rather more than less.
+
+    Raises:
+        ValueError: the eigenvectors of the covariances cannot be found.
     """
     n = rows.count
     mean = torch.from_numpy(statistics.mu)
@@ -39,12 +42,13 @@ def frechet_influence(rows: Rows, statistics: FeatureStatistics, reference: Feat
     factor = torch.from_numpy(np.ascontiguousarray(covariance_factor(reference)))  # B (D, rank)
     if n <= rows.dimension:
         projected = (rows.read().double() - mean) @ factor / (n - 1) ** 0.5
-        values, vectors = torch.linalg.eigh(projected @ projected.T)
+        values, vectors = _eigenvectors(projected @ projected.T)
         diagonal = vectors.square() @ values.clamp(min=0).sqrt()
     else:
-        values, vectors = torch.linalg.eigh(factor.T @ torch.from_numpy(statistics.sigma) @ factor)
+        values, vectors = _eigenvectors(factor.T @ torch.from_numpy(statistics.sigma) @ factor)
         roots = values.clamp(min=0).sqrt()
-        weights = torch.where(roots > _SMALLEST * roots.max(), 1 / roots, 0.0)
+        largest = roots.max() if len(roots) else 0.0  # constant reference images have a factor of rank 0
+        weights = torch.where(roots > _SMALLEST * largest, 1 / roots, 0.0)
         turn = factor @ vectors  # (D, rank)
         parts = [((block.double() - mean) @ turn).square() @ weights for block in rows.blocks()]
         diagonal = torch.cat(parts) / (n - 1)
@@ -54,6 +58,15 @@ def frechet_influence(rows: Rows, statistics: FeatureStatistics, reference: Feat
         linear.append(2 * centred @ difference + centred.square().sum(1) * n / (n - 1))
     influence = (torch.cat(linear) - n * diagonal).numpy()
     return influence - influence.mean()
+
+
+def _eigenvectors(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues in ascending order and eigenvectors of a symmetric matrix."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"no interval of FID: {' '.join(str(error).split())[:160]}") from None
+    return values, vectors
 
 
 def score_influence(logits: Rows, parts: Sequence[np.ndarray]) -> np.ndarray:

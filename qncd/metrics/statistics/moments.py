@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+SYMMETRIC = 1e-4  # of the largest variance: what float16 and float32 may have left of a symmetric matrix
+POSITIVE = 1e-3  # of the largest eigenvalue: a smaller negative one is rounding, e.g. of a singular sigma in float16
 REGULAR = 1e-6  # of the diagonal of a Cholesky factor, least over largest: below it, sigma counts as singular
 
 
@@ -23,7 +25,8 @@ class FeatureStatistics:
         factor: (D, N) with factor factor^T = sigma, kept where N is not larger than D: it makes distances exact and quick.
 
     Raises:
-        ValueError: the shapes do not belong together, or a value is NaN or infinite.
+        ValueError: the shapes do not belong together, a value is NaN or infinite, or sigma is not symmetric or has a negative
+            variance.
     """
 
     mu: np.ndarray
@@ -36,6 +39,11 @@ class FeatureStatistics:
             raise ValueError(f"mu of shape {self.mu.shape} and sigma of shape {self.sigma.shape}: expected (D,) and (D, D)")
         if not (np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()):
             raise ValueError("the statistics hold NaN or infinite values")
+        variances = np.diagonal(self.sigma)
+        if variances.min() < 0:
+            raise ValueError(f"sigma has a variance of {variances.min():.3g}, allowed are 0 and more")
+        if np.abs(self.sigma - self.sigma.T).max() > SYMMETRIC * variances.max():
+            raise ValueError("sigma is not symmetric")
 
     @property
     def dimension(self) -> int:
@@ -106,7 +114,7 @@ def covariance_factor(a: FeatureStatistics) -> np.ndarray:
     """A (D, rank or N) with A A^T = sigma: the one at hand, Cholesky's where sigma is regular, else from eigenvectors."""
     if a.factor is not None:
         return a.factor
-    sigma = (a.sigma + a.sigma.T) / 2
+    sigma = a.sigma / 2 + a.sigma.T / 2
     if a.count is None or a.count > a.dimension:
         try:
             lower = np.linalg.cholesky(sigma)
@@ -117,6 +125,7 @@ def covariance_factor(a: FeatureStatistics) -> np.ndarray:
             if diagonal.min() > REGULAR * diagonal.max():
                 return lower
     values, vectors = np.linalg.eigh(sigma)
+    _check_positive(values)
     keep = values > max(values[-1], 0.0) * a.dimension * np.finfo(np.float64).eps
     return vectors[:, keep] * np.sqrt(values[keep])
 
@@ -129,7 +138,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     (fewer images than dimensions) loses digits, turns complex or fails. Source: Heusel et al. 2017, eq. 6.
 
     Raises:
-        ValueError: the statistics have different dimensions.
+        ValueError: the statistics have different dimensions, are no covariances, or are too large for float64.
     """
     if a.dimension != b.dimension:
         raise ValueError(f"statistics of {a.dimension} and of {b.dimension} dimensions cannot be compared")
@@ -143,15 +152,31 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     factor = covariance_factor(a)  # (D, rank)
     trace_root = 0.0
     if factor.shape[1]:
-        product = factor.T @ ((b.sigma + b.sigma.T) / 2) @ factor  # (rank, rank)
-        trace_root = float(np.sqrt(np.linalg.eigvalsh(product).clip(min=0)).sum())
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = np.linalg.eigvalsh(factor.T @ (b.sigma / 2 + b.sigma.T / 2) @ factor)  # (rank,)
+        _check_positive(values)
+        trace_root = float(np.sqrt(values.clip(min=0)).sum())
     return assemble_frechet(a, b, trace_root)
 
 
+def _check_positive(values: np.ndarray) -> None:
+    """Raise ValueError where a covariance has eigenvalues, in ascending order, that are negative beyond rounding."""
+    if values[0] < -POSITIVE * abs(values[-1]):
+        raise ValueError(f"sigma has a negative eigenvalue ({values[0]:.3g}, the largest is {values[-1]:.3g}): no covariance")
+
+
 def assemble_frechet(a: FeatureStatistics, b: FeatureStatistics, trace_root: float) -> float:
-    """The distance from tr (S_a S_b)^(1/2); equal sets give 0 up to rounding, of either sign, which is clipped."""
+    """The distance from tr (S_a S_b)^(1/2); equal sets give 0 up to rounding, of either sign, which is clipped.
+
+    Raises:
+        ValueError: it is NaN or infinite.
+    """
     difference = a.mu - b.mu
-    return max(float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * trace_root), 0.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * trace_root)
+    if not math.isfinite(value):
+        raise ValueError(f"the distance is {value}: the statistics are too large for float64")
+    return max(value, 0.0)
 
 
 @dataclass(frozen=True)

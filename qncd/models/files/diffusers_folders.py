@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,12 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
+from qncd.io.files import read_json
 from qncd.models.files.unpickle import load_checkpoint
-from qncd.models.original.key_tables import network_with_weights
+from qncd.models.original.key_tables import network_with_weights, refuse_in
+from qncd.models.schema import NETWORK, WEIGHT_INDEX, Section, check, one_line, shown
+
+logger = logging.getLogger(__name__)
 
 KINDS: Mapping[str, type[nn.Module]] = {
     kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel, VQModel, AutoencoderKL)
@@ -33,36 +35,64 @@ _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers' 
 _SUBFOLDERS = ("", "unet/", "vqvae/", "vae/", "text_encoder/", "class_embedder/")
 
 
+_VARIANTS = ("", ".fp16")  # of the files' names, in the order of preference
+
+
 def weight_files(stem: str = "diffusion_pytorch_model") -> tuple[str, ...]:
     """The names that a network's weights may have, in the order of preference."""
-    return tuple(f"{stem}{variant}.{suffix}" for suffix in ("safetensors", "bin") for variant in ("", ".fp16"))
+    return tuple(f"{stem}{variant}.{suffix}" for suffix in ("safetensors", "bin") for variant in _VARIANTS)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ValueError for anything else."""
+def read_settings(path: Path, rules: Section) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError for anything else, and for a value that the rules do not allow."""
+    value = read_json(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    return value if isinstance(value, dict) else {}
+        check(value, rules)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    settings: dict[str, Any] = value
+    return settings
 
 
 def read_weights(root: Path, stem: str = "diffusion_pytorch_model") -> tuple[str, dict[str, Any]]:
     """(the file, its state dict) of the weights in a folder; those in several parts are put together by their index.
 
+    As in diffusers, .safetensors come before .bin, and an index before a single file. The variant fp16 is taken where there is
+    no other.
+
     Raises:
-        ValueError: there are none, or they are damaged.
+        ValueError: there are none, or they are damaged; an index and its files do not fit.
     """
-    for index in (root / f"{stem}.safetensors.index.json", root / f"{stem}.bin.index.json"):
-        if index.is_file() and not any((root / name).is_file() for name in weight_files(stem)):
-            parts = sorted(set(read_json(index).get("weight_map", {}).values()))
-            if not parts or any(Path(part).name != part for part in parts):
-                raise ValueError(f"{index}: names no files of this folder")
-            return str(index), {key: value for part in parts for key, value in _state_dict(root / part).items()}
-    path = next((root / name for name in weight_files(stem) if (root / name).is_file()), None)
-    if path is None:
-        raise ValueError(f"{root}: no weights (looked for {', '.join(weight_files(stem))})")
-    return str(path), _state_dict(path)
+    for name in weight_files(stem):
+        base, suffix = name.removesuffix(f".{name.rpartition('.')[2]}"), name.rpartition(".")[2]
+        variant = base.removeprefix(stem)
+        index = root / f"{stem}.{suffix}.index{variant}.json"
+        if index.exists():
+            return str(index), _read_parts(index)
+        if (root / name).exists():
+            return str(root / name), _state_dict(root / name)
+    others = sorted(path.name for suffix in ("safetensors", "bin") for path in root.glob(f"{stem}.*.{suffix}"))
+    found = f"; {others[0]} is of a variant that is not read" if others else ""
+    raise ValueError(f"{root}: no weights (looked for {', '.join(weight_files(stem))}{found})")
+
+
+def _read_parts(index: Path) -> dict[str, Any]:
+    """The tensors of a *.index.json, each from the file that it names and only there."""
+    places: dict[str, str] = read_settings(index, WEIGHT_INDEX)["weight_map"]
+    for key, part in places.items():
+        if Path(part).name != part or not part.endswith((".safetensors", ".bin")):
+            raise ValueError(f"{index}: weight_map.{one_line(key)} {shown(part)}: allowed are names of files of this folder")
+    parts = sorted(set(places.values()))
+    if missing := [part for part in parts if not (index.parent / part).is_file()]:
+        raise FileNotFoundError(f"{index}: {len(missing)} of {len(parts)} files are missing, {missing[0]} first")
+    state: dict[str, Any] = {}
+    for part in parts:
+        tensors = _state_dict(index.parent / part)
+        wanted = {key for key, place in places.items() if place == part}
+        refuse_in(str(index), f"keys are in {part} and the index says otherwise", tensors.keys() - wanted)
+        refuse_in(str(index), f"keys are not in {part}, where the index has them", wanted - tensors.keys())
+        state |= tensors
+    return state
 
 
 def _state_dict(path: Path) -> dict[str, Any]:
@@ -91,8 +121,8 @@ def load_component(root: Path, allowed: Sequence[str]) -> Any:
     config_file = root / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{root}: not a diffusers folder (no config.json in it)")
-    settings = read_json(config_file)
-    kind = settings.get("_class_name")
+    settings = read_settings(config_file, NETWORK)
+    kind = settings["_class_name"]
     if kind not in allowed:
         raise ValueError(f"{config_file}: the model is a {kind}, expected a {' or '.join(allowed)}")
 
@@ -173,6 +203,8 @@ def _download_hub_folder(repository: str) -> Path:
             f"{repository}: no such path here, and not to be had from the hub ({reason}): "
             "download its folder and name that with --ckpt PATH"
         ) from None
+    if folder.parent.name == "snapshots":  # of the hub's cache
+        logger.info("%s: revision %s", repository, folder.name)
     return folder
 
 
@@ -200,31 +232,9 @@ def check_told(network: nn.Module) -> None:
         )
 
 
-@contextmanager
-def whole_folder(folder: str | Path, marker: str) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` at the end of the block, and leaves it as it was where the block fails.
-
-    What stands at `folder` may be nothing, an empty folder, or one that has a file named `marker`; that is replaced.
-
-    Raises:
-        ValueError: something else is there.
-    """
-    folder = Path(folder)
+def check_replaceable(folder: Path, marker: str) -> None:
+    """Raise ValueError unless there is nothing at `folder`, an empty folder, or one that has a file named `marker`."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file, expected a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise ValueError(f"{folder}: not empty, and not made by this command (no {marker} in it): name another folder")
-    part, old = (folder.with_name(folder.name + suffix) for suffix in (".part", ".old"))
-    for rest in (part, old):  # of a run that was cut off
-        if rest.exists():
-            shutil.rmtree(rest)
-    part.mkdir(parents=True)
-    try:
-        yield part
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

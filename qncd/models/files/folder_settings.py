@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from qncd.models.files.diffusers_folders import read_json
+from qncd.models.files.diffusers_folders import read_settings
+from qncd.models.schema import PIPELINE
+from qncd.models.schema import SCHEDULER as SCHEDULER_RULES
 
 Settings = Mapping[str, Any]
 
@@ -63,14 +65,19 @@ _RELATIVE = 1e-6  # of numbers that may have been float32 on their way
 
 
 def scheduler_file(folder: Path) -> Path | None:
-    """The scheduler's settings that belong to a UNet's or a pipeline's folder, None where there are none.
+    """The scheduler's settings that belong to a UNet's or a pipeline's folder, None where there is nothing of that name.
 
     Looked for in `scheduler/`, in the folder itself (as in the first folders of diffusers), and beside a folder named `unet`.
     """
     candidates = [folder / "scheduler" / SCHEDULER, folder / SCHEDULER]
     if folder.resolve().name == "unet":
         candidates.append(folder.resolve().parent / "scheduler" / SCHEDULER)
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if _is_there(path)), None)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something of that name: what is no file, or a link to nothing, is for the reader to refuse."""
+    return path.exists() or path.is_symlink()
 
 
 def check_scheduler(path: Path, convention: str, sample_type: str | None = None) -> dict[str, Any]:
@@ -90,8 +97,8 @@ def check_scheduler(path: Path, convention: str, sample_type: str | None = None)
     Raises:
         ValueError: one line that names the file, the setting, its value and what is allowed.
     """
-    settings = read_json(path)
-    kind = settings.get("_class_name")
+    settings = read_settings(path, SCHEDULER_RULES)
+    kind = settings["_class_name"]
     if kind not in SCHEDULERS:
         raise ValueError(
             f"{path}: _class_name {kind} is not supported: allowed are {', '.join(SCHEDULERS)} "
@@ -126,15 +133,12 @@ def scheduler_betas(path: Path, settings: Settings) -> np.ndarray:
     """The variances (T,) float64 of the noise schedule in a scheduler_config.json.
 
     Raises:
-        ValueError: another schedule than diffusers' linear, scaled_linear and trained_betas, or no numbers.
+        ValueError: another schedule than diffusers' linear, scaled_linear and trained_betas.
     """
     settings = {**_SCHEDULE, **settings}
-    try:
-        if settings.get("trained_betas") is not None:
-            return np.asarray(settings["trained_betas"], dtype=np.float64).reshape(-1)
-        start, end, steps = (float(settings["beta_start"]), float(settings["beta_end"]), int(settings["num_train_timesteps"]))
-    except (TypeError, ValueError):
-        raise ValueError(f"{path}: beta_start, beta_end, num_train_timesteps or trained_betas are no numbers") from None
+    if settings.get("trained_betas") is not None:
+        return np.asarray(settings["trained_betas"], dtype=np.float64)
+    start, end, steps = float(settings["beta_start"]), float(settings["beta_end"]), settings["num_train_timesteps"]
     if settings["beta_schedule"] == "linear":
         return np.linspace(start, end, steps, dtype=np.float64)
     if settings["beta_schedule"] == "scaled_linear":
@@ -156,11 +160,7 @@ def check_schedule(path: Path, settings: Settings, schedule: Settings) -> None:
         return
     for key, wanted in schedule.items():
         value = settings.get(key, _SCHEDULE[key])
-        try:
-            same = value == wanted if isinstance(wanted, str) else bool(np.isclose(float(value), wanted, rtol=_RELATIVE, atol=0))
-        except (TypeError, ValueError):
-            same = False
-        if not same:
+        if value != wanted if isinstance(wanted, str) else not np.isclose(float(value), wanted, rtol=_RELATIVE, atol=0):
             raise ValueError(f"{path}: {key} is {_value(value)}, the config says {wanted}")
 
 
@@ -171,7 +171,7 @@ def check_parts(folder: Path, source: str, latent: bool) -> None:
         folder: of the pipeline.
         latent: whether it is one of latent diffusion, with a first stage and conditioning.
     """
-    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    index = read_settings(folder / "model_index.json", PIPELINE) if _is_there(folder / "model_index.json") else {}
     listed = [
         name for name, value in index.items()
         if isinstance(value, list) and len(value) == 2 and None not in value and all(isinstance(part, str) for part in value)

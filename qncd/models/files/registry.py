@@ -6,16 +6,20 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import shutil
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from qncd.io.files import read_json, whole_file, write_json
 
 _BLOCK = 1 << 20  # bytes read at a time
 _TIMEOUT = 30  # seconds without a byte
@@ -54,15 +58,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("QNCD_CACHE") or Path.home() / ".cache" / "qncd").expanduser()
 
 
-def fetch(name: str, registry: Mapping[str, Download] | None = None) -> Path:
+def fetch(name: str, registry: Mapping[str, Download] | None = None, sha256: str | None = None) -> Path:
     """The named file, from the cache or downloaded into it.
 
-    The download is kept in `FILE.part` and goes on from there after an interruption; it gets its name once its size and
-    digest are right. A file already in the cache is checked too, so one that was put there by hand is as good. Where no
-    SHA-256 is on record, the computed one is printed to stderr. An archive goes once its member is out of it.
+    The download is kept in `FILE.part` and goes on from there after an interruption, unless the server has another file by
+    then; it gets its name once its size and digest are right. A file already in the cache is checked too, so one that was put
+    there by hand is as good. Where no SHA-256 of the file is published, that of the first one is written to `FILE.sha256.json`
+    and told on stderr, and a later one must have it too. An archive goes once its member is out of it.
+
+    Args:
+        sha256: hex digest that the file (of an archive: the member) must have.
 
     Raises:
-        ValueError: the name is unknown, or the file has another size or digest than the record.
+        ValueError: the name is unknown, or the file has another size or digest than the record, or than `sha256`.
         FileNotFoundError: the file is not in the cache and cannot be downloaded.
     """
     entries = load_registry() if registry is None else registry
@@ -70,22 +78,44 @@ def fetch(name: str, registry: Mapping[str, Download] | None = None) -> Path:
         raise ValueError(f"no published weights are named {name!r}: allowed are {', '.join(sorted(entries))}")
     entry = entries[name]
     path = cache_dir() / entry.file
-    if path.is_file():
-        if entry.member is None:  # what is on record of an archive says nothing about the file from it
-            _verify(path, entry, name)
+    if not path.is_file():
+        _fill_cache(path, entry, name)
+        try:
+            _check_cached(path, entry, name, sha256)
+        except ValueError:
+            path.unlink()
+            raise
         return path
+    try:
+        _check_cached(path, entry, name, sha256)
+    except ValueError as error:
+        raise ValueError(f"{error}: delete the file to download it anew") from None
+    return path
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise ValueError where a file's SHA-256 is not the one that --sha256 names."""
+    if not path.is_file():
+        raise ValueError(f"--sha256 pins one file, and {path} is none")
+    if (found := _digests(path)[0]) != expected.lower():
+        raise ValueError(f"{path}: SHA-256 {found}, --sha256 says {expected.lower()}")
+
+
+def _fill_cache(path: Path, entry: Download, name: str) -> None:
+    """Download the file to its place, checked by what is published of it."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _download(entry, part)
+        _download(entry, part, name)
     except (OSError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error)) or type(error).__name__
         raise FileNotFoundError(
             f"{Path(entry.file).name} ({name}) cannot be downloaded from {entry.url} ({reason}): "
             f"put it at {path}, or name it with --ckpt PATH"
         ) from None
+    _about(part).unlink(missing_ok=True)
     try:
-        digest = _verify(part, entry, name)
+        _verify(part, entry, name)
     except ValueError:
         part.unlink()  # going on from wrong bytes would never end well
         raise
@@ -94,34 +124,50 @@ def fetch(name: str, registry: Mapping[str, Download] | None = None) -> Path:
     else:
         _extract(part, entry.member, path, f"{name} ({entry.url})")
         part.unlink()
+
+
+def _check_cached(path: Path, entry: Download, name: str, sha256: str | None) -> None:
+    """Compare a file in the cache with all that is known of it; without a published SHA-256, make a record or compare with it."""
+    # What is published of an archive says nothing about the file from it.
+    found = _digests(path)[0] if entry.member else _verify(path, entry, name)
+    if sha256 is not None and found != sha256.lower():
+        raise ValueError(f"{path}: SHA-256 {found}, --sha256 says {sha256.lower()}")
+    if entry.sha256 is not None and entry.member is None:
+        return
+    record = path.with_name(path.name + ".sha256.json")
+    if record.is_file():
+        known = read_json(record)
+        expected = known.get("sha256") if isinstance(known, dict) else None
+        if found != expected:
+            raise ValueError(f"{path}: SHA-256 {found}, the first download had {expected} ({record})")
+        return
+    write_json(record, {"url": entry.url, "sha256": found})
     if entry.sha256 is None:
-        of = "" if entry.member is None else " for its archive"
-        print(f"{path}: no SHA-256 is on record for it; this one has {digest}{of}", file=sys.stderr)
-    return path
+        print(f"{path}: no SHA-256 is on record for it; this one has {found}", file=sys.stderr)
 
 
 def _extract(archive: Path, member: str, path: Path, name: str) -> None:
     """Write one file of a zip archive to `path`, whole or not at all. Raises ValueError where the archive is damaged."""
-    partial = path.with_name(path.name + ".unzipped")
     try:
-        with zipfile.ZipFile(archive) as files, files.open(member) as source, partial.open("wb") as target:
+        with whole_file(path) as part, zipfile.ZipFile(archive) as files, files.open(member) as source, part.open("wb") as target:
             shutil.copyfileobj(source, target, _BLOCK)  # checks the member's CRC on the way
-    except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError, zlib.error) as error:
-        partial.unlink(missing_ok=True)
+    except ValueError as error:
         archive.unlink()
-        raise ValueError(f"{name}: not a zip archive with {member} ({error})") from None
-    os.replace(partial, path)
+        reason = error.__cause__ or error
+        raise ValueError(f"{name}: not a zip archive with {member} ({reason})") from None
 
 
-def _download(entry: Download, part: Path) -> None:
+def _download(entry: Download, part: Path, name: str) -> None:
     """Fill `part`; an interrupted transfer is taken up again as long as each request brings something."""
+    if not (_about(part).is_file() or entry.sha256 or entry.md5):
+        part.unlink(missing_ok=True)  # nothing would tell that the server has another file by now
     idle = 0
     while True:
         before = part.stat().st_size if part.is_file() else 0
         if entry.size is not None and before == entry.size:
             return
         try:
-            if _transfer(entry.url, part, before):
+            if _transfer(entry, part, before, name):
                 return
             error: Exception = OSError("the connection was cut")
         except urllib.error.HTTPError as refused:
@@ -145,17 +191,49 @@ def _download(entry: Download, part: Path) -> None:
             raise error
 
 
-def _transfer(url: str, part: Path, start: int) -> bool:
-    """One request, appended to the first `start` bytes; whether the file is complete."""
-    request = urllib.request.Request(url, headers={"User-Agent": "qncd"})
+class _SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Redirects, but none that leaves encryption."""
+
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
+        if urllib.parse.urlsplit(req.full_url).scheme == "https" and urllib.parse.urlsplit(newurl).scheme != "https":
+            raise urllib.error.URLError(f"it redirects to {newurl}, which is not encrypted")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _about(part: Path) -> Path:
+    """What the server said about the file that `part` begins: its ETag and its size."""
+    return part.with_name(part.name + ".json")
+
+
+def _transfer(entry: Download, part: Path, start: int, name: str) -> bool:
+    """One request, appended to the first `start` bytes where the server still has that file; whether it is complete.
+
+    Raises:
+        ValueError: the server's file has another size than the published one.
+        OSError, HTTPException: what happens to transfers; URLError where another try would not help.
+    """
+    request = urllib.request.Request(entry.url, headers={"User-Agent": "qncd"})
+    about = read_json(_about(part)) if _about(part).is_file() else {}
     if start:
         request.add_header("Range", f"bytes={start}-")
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-        resumed = start and response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        if start and not resumed and response.status == 206:
+    with urllib.request.build_opener(_SafeRedirects).open(request, timeout=_TIMEOUT) as response:
+        where = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        resumed = bool(start) and response.status == 206 and where is not None and int(where[1]) == start
+        if response.status == 206 and not resumed:
             raise OSError(f"the server sent {response.headers.get('Content-Range')!r} for bytes from {start}")
-        length = response.headers.get("Content-Length")
-        expected = None if length is None else int(length)
+        length = response.headers.get("Content-Length", "")
+        expected = int(length) if length.isdecimal() else None
+        total = int(where[2]) if resumed and where and where[2].isdecimal() else None if resumed else expected
+        now = {"url": entry.url, "etag": response.headers.get("ETag"), "size": total}
+        if total is not None and entry.size not in (None, total):
+            raise ValueError(f"{entry.url}: {total} bytes, {name} has {entry.size}")
+        if resumed and about and about != now:
+            part.unlink()  # the beginning is of another file: the next request asks for all of it
+            raise OSError("the server has another file by now")
+        if expected is None and not response.chunked and not (entry.size or entry.sha256 or entry.md5):
+            raise urllib.error.URLError("the server does not say how long the file is")
+        if not resumed:
+            write_json(_about(part), now)
         received = 0
         with part.open("ab" if resumed else "wb") as stream:
             while block := response.read(_BLOCK):
@@ -165,16 +243,22 @@ def _transfer(url: str, part: Path, start: int) -> bool:
 
 
 def _verify(path: Path, entry: Download, name: str) -> str:
-    """The SHA-256 of the file; raises ValueError where the record says something else."""
+    """The SHA-256 of the file; raises ValueError where what is published says something else."""
     size = path.stat().st_size
     if entry.size is not None and size != entry.size:
         raise ValueError(f"{path}: {size} bytes, {name} has {entry.size} ({entry.url})")
+    sha256, md5 = _digests(path)
+    for kind, found, expected in (("SHA-256", sha256, entry.sha256), ("MD5", md5, entry.md5)):
+        if expected is not None and found != expected.lower():
+            raise ValueError(f"{path}: {kind} {found}, {name} has {expected} ({entry.url})")
+    return sha256
+
+
+def _digests(path: Path) -> tuple[str, str]:
+    """SHA-256 and MD5 of a file, in hex."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
             sha256.update(block)
             md5.update(block)
-    for kind, found, expected in (("SHA-256", sha256.hexdigest(), entry.sha256), ("MD5", md5.hexdigest(), entry.md5)):
-        if expected is not None and found != expected.lower():
-            raise ValueError(f"{path}: {kind} {found}, {name} has {expected} ({entry.url})")
-    return sha256.hexdigest()
+    return sha256.hexdigest(), md5.hexdigest()

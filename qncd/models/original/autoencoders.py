@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from torch import Tensor, nn
 
 from qncd.models.original.key_tables import Layout, Pointwise, Renamed
+from qncd.models.schema import DDCONFIG, FIRST_STAGE, FIRST_STAGE_PARAMS, SCALE, Section, check, one_line
 
 Autoencoder = VQModel | AutoencoderKL
 
@@ -31,7 +32,6 @@ _IGNORED = {
     "lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "scheduler_config", "lr_g_factor",
     "batch_resize_range", "use_ema",
 }  # fmt: skip
-_IGNORED_DD = {"dropout"}
 # What must have one value, or be absent.
 _FIXED = {"remap": None, "sane_index_shape": False}
 _FIXED_DD = {"resamp_with_conv": True, "use_linear_attn": False, "give_pre_end": False, "tanh_out": False}
@@ -54,41 +54,35 @@ class _Architecture:
 
 
 def _architecture(config: Mapping[str, Any]) -> _Architecture:
-    try:
-        stage = config["model"]["params"]["first_stage_config"]
-        target, params = str(stage["target"]), stage["params"]
-        dd = params["ddconfig"]
-        name = target.rpartition(".")[2]
-        if name not in _TARGETS:
-            raise ValueError(f"first_stage_config.target {target} is not supported: allowed are {', '.join(_TARGETS)}")
-        kind = _TARGETS[name]
-        read = {"embed_dim", "ddconfig"} | ({"n_embed"} if kind is VQModel else set())
-        read_dd = {"double_z", "z_channels", "resolution", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks",
-                   "attn_resolutions", "attn_type", "num_groups"}  # fmt: skip
-        _check("first_stage_config", params, read | _IGNORED, _FIXED)
-        _check("ddconfig", dd, read_dd | _IGNORED_DD, _FIXED_DD)
-        resolution, multipliers = int(dd["resolution"]), [int(m) for m in dd["ch_mult"]]
-        at, attention_type = {int(r) for r in dd["attn_resolutions"]}, dd.get("attn_type", "vanilla")
-        result = _Architecture(
-            kind=kind,
-            resolution=resolution,
-            in_channels=int(dd["in_channels"]),
-            out_channels=int(dd["out_ch"]),
-            widths=tuple(int(dd["ch"]) * m for m in multipliers),
-            blocks=int(dd["num_res_blocks"]),
-            attends=tuple(resolution // 2**i in at and attention_type != "none" for i in range(len(multipliers))),
-            middle_attends=attention_type != "none",
-            z_channels=int(dd["z_channels"]),
-            embed_dim=int(params["embed_dim"]),
-            codes=int(params["n_embed"]) if kind is VQModel else 0,
-            groups=int(dd.get("num_groups", 32)),
-        )
-    except KeyError as error:
-        raise ValueError(f"the config's first stage has no {error.args[0]!r}") from None
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"the config's first_stage_config does not hold what an autoencoder of LDM takes: {error}") from None
-    if attention_type not in ("vanilla", "none"):
+    check(config, Section({"model": Section({"params": Section({"first_stage_config": FIRST_STAGE})})}))
+    stage = config["model"]["params"]["first_stage_config"]
+    target, params = stage["target"], stage["params"]
+    dd, name = params["ddconfig"], target.rpartition(".")[2]
+    if name not in _TARGETS:
+        raise ValueError(f"first_stage_config.target {target} is not supported: allowed are {', '.join(_TARGETS)}")
+    kind = _TARGETS[name]
+    no_codes = set() if kind is VQModel else {"n_embed"}
+    _check("first_stage_config", params, (FIRST_STAGE_PARAMS.keys | _IGNORED) - no_codes, _FIXED)
+    _check("ddconfig", dd, DDCONFIG.keys, _FIXED_DD)
+    if kind is VQModel and "n_embed" not in params:
+        raise ValueError(f"first_stage_config.params.n_embed is missing: a {name} has so many codes")
+    if (attention_type := dd.get("attn_type", "vanilla")) not in ("vanilla", "none"):
         raise ValueError(f"ddconfig.attn_type {attention_type!r} is not supported: allowed are vanilla, none")
+    resolution, multipliers, at = dd["resolution"], dd["ch_mult"], set(dd["attn_resolutions"])
+    result = _Architecture(
+        kind=kind,
+        resolution=resolution,
+        in_channels=dd["in_channels"],
+        out_channels=dd["out_ch"],
+        widths=tuple(dd["ch"] * m for m in multipliers),
+        blocks=dd["num_res_blocks"],
+        attends=tuple(resolution // 2**i in at and attention_type != "none" for i in range(len(multipliers))),
+        middle_attends=attention_type != "none",
+        z_channels=dd["z_channels"],
+        embed_dim=params["embed_dim"],
+        codes=params["n_embed"] if kind is VQModel else 0,
+        groups=dd.get("num_groups", 32),
+    )
     if bool(dd.get("double_z", True)) != (kind is AutoencoderKL):
         raise ValueError(f"ddconfig.double_z {dd.get('double_z', True)} does not fit the target {target}")
     if any(width % result.groups for width in result.widths):
@@ -96,12 +90,18 @@ def _architecture(config: Mapping[str, Any]) -> _Architecture:
     return result
 
 
-def _check(section: str, params: Mapping[str, Any], known: set[str], fixed: Mapping[str, Any]) -> None:
+def _check(section: str, params: Mapping[str, Any], known: Set[str], fixed: Mapping[str, Any]) -> None:
     if unknown := sorted(map(str, params.keys() - known - fixed.keys())):
         raise ValueError(f"{section} has parameters that are not supported: {', '.join(unknown)}")
     for name, allowed in fixed.items():
         if params.get(name, allowed) != allowed:
-            raise ValueError(f"{section}.{name} {params[name]} is not supported: allowed is {allowed}")
+            raise ValueError(f"{section}.{name} {one_line(params[name])} is not supported: allowed is {allowed}")
+
+
+def check_first_stage(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where the yaml's autoencoder cannot be built, without building it."""
+    _architecture(config)
+    scale_factor(config)
 
 
 def build_first_stage(config: Mapping[str, Any]) -> Autoencoder:
@@ -141,13 +141,8 @@ def build_first_stage(config: Mapping[str, Any]) -> Autoencoder:
 def scale_factor(config: Mapping[str, Any]) -> float:
     """`model.params.scale_factor`, what latents are multiplied by for the UNet (1.0 without; ValueError if no such number)."""
     value = config["model"]["params"].get("scale_factor", 1.0)
-    try:
-        factor = float(value)
-    except (TypeError, ValueError):
-        factor = float("nan")
-    if not 0 < factor < float("inf"):
-        raise ValueError(f"scale_factor {value}: allowed are numbers above 0")
-    return factor
+    check(value, SCALE, "model.params.scale_factor")
+    return float(value)
 
 
 def first_stage_key_map(config: Mapping[str, Any]) -> dict[str, Layout]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from qncd.models.files.unpickle import load_checkpoint
-from qncd.models.original.autoencoders import FirstStage, build_first_stage, first_stage_key_map, scale_factor
+from qncd.models.original.autoencoders import (
+    FirstStage,
+    build_first_stage,
+    check_first_stage,
+    first_stage_key_map,
+    scale_factor,
+)
 from qncd.models.original.conditioning import (
     ClassConditioner,
     TextConditioner,
@@ -33,7 +39,8 @@ from qncd.models.original.key_tables import (
     shapes_of,
     to_original,
 )
-from qncd.models.original.ldm import LdmUNet, build_ldm_unet, ldm_betas, ldm_unet_key_map
+from qncd.models.original.ldm import LdmUNet, build_ldm_unet, ldm_betas, ldm_unet_key_map, unet_settings
+from qncd.models.schema import CLASSES, COMPVIS, CONDITION, SCALE, TEXT_CONFIG, Section, check, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +68,7 @@ _UNUSED_PREFIXES = (
     "first_stage_model.loss.",  # discriminator and LPIPS
     "first_stage_model.model_ema.",
 )
+CONDITIONERS = {"ClassEmbedder": CLASSES, "FrozenCLIPEmbedder": Section({}, {"text_config": TEXT_CONFIG})}
 _NO_WEIGHTS = "position_ids"  # 0, 1, 2, ..., which transformers saved before 4.31
 _UNUSED_TEXT = ("text_projection", "text_projection.weight", "logit_scale")  # what in CLIP compares texts with images
 
@@ -135,22 +143,24 @@ def _unet(state: dict[str, Any], config: Mapping[str, Any], source: str) -> LdmU
     return _network(lambda: build_ldm_unet(config), raw, table, prefix, source)
 
 
-def _scale(state: Mapping[str, Any], config: Mapping[str, Any]) -> float:
+def _scale(state: Mapping[str, Any], config: Mapping[str, Any], source: str) -> float:
     """With `scale_by_std` the factor was measured in training and is in the checkpoint, else it is the yaml's."""
     stored = state.get("scale_factor")
-    if config["model"]["params"].get("scale_by_std", False) and isinstance(stored, Tensor) and stored.numel() == 1:
-        return float(stored)
-    return scale_factor(config)
+    if not config["model"]["params"].get("scale_by_std", False) or stored is None:
+        return scale_factor(config)
+    if not isinstance(stored, Tensor) or stored.numel() != 1 or not SCALE.allows(float(stored)):
+        told = one_line(stored.tolist() if isinstance(stored, Tensor) and stored.numel() < 9 else type(stored).__name__)
+        raise ValueError(f"{source}: scale_factor {told}: allowed are {SCALE.text}")
+    return float(stored)
 
 
 def _condition_section(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """(class name, params) of cond_stage_config; ("", {}) for an unconditional model."""
     section = config["model"]["params"].get("cond_stage_config", _UNCONDITIONAL)
-    if section in (None, _UNCONDITIONAL):
+    check(section, CONDITION, "model.params.cond_stage_config")
+    if not isinstance(section, Mapping):
         return "", {}
-    if not isinstance(section, Mapping) or "target" not in section:
-        raise ValueError(f"cond_stage_config {section!r}: expected a target with params, or {_UNCONDITIONAL}")
-    return str(section["target"]).rpartition(".")[2], section.get("params") or {}
+    return section["target"].rpartition(".")[2], section.get("params") or {}
 
 
 def build_conditioner(config: Mapping[str, Any]) -> Conditioner | None:
@@ -162,14 +172,13 @@ def build_conditioner(config: Mapping[str, Any]) -> Conditioner | None:
     Raises:
         ValueError: another kind of conditioning.
     """
+    _check_conditioning(config)
     kind, params = _condition_section(config)
     if not kind:
         return None
     if kind == "ClassEmbedder":
         return build_class_conditioner(params)
-    if kind == "FrozenCLIPEmbedder":
-        return TextConditioner(build_text_model(params.get("text_config")))
-    raise ValueError(f"cond_stage_config.target {kind} is not supported: allowed are ClassEmbedder, FrozenCLIPEmbedder")
+    return TextConditioner(build_text_model(params.get("text_config")))
 
 
 def _conditioner(state: dict[str, Any], config: Mapping[str, Any], source: str) -> Conditioner | None:
@@ -188,33 +197,66 @@ def _conditioner(state: dict[str, Any], config: Mapping[str, Any], source: str) 
     return TextConditioner(finish_text_model(text_model)).eval()
 
 
+def _check_conditioning(config: Mapping[str, Any]) -> None:
+    params, (kind, fields) = config["model"]["params"], _condition_section(config)
+    if params.get("parameterization", "eps") != "eps":
+        raise ValueError(f"model.params.parameterization {params['parameterization']!r} is not supported: allowed is eps")
+    if params.get("conditioning_key") not in (None, "crossattn"):
+        raise ValueError(f"model.params.conditioning_key {params['conditioning_key']!r} is not supported: allowed is crossattn")
+    if kind not in ("", *CONDITIONERS):
+        allowed = ", ".join(CONDITIONERS)
+        raise ValueError(f"model.params.cond_stage_config.target {kind} is not supported: allowed are {allowed}")
+    if kind:
+        check(fields, CONDITIONERS[kind], "model.params.cond_stage_config.params")
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where the yaml has a setting that is none, contradicts another or is not supported; builds nothing."""
+    check(config, COMPVIS)
+    ldm_betas(config)
+    unet_settings(config)
+    if "first_stage_config" in config["model"]["params"]:
+        check_first_stage(config)
+    _check_conditioning(config)
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """Raise ValueError where the yaml describes a model that is not supported, before any file is read."""
-    ldm_betas(config)
+    check_settings(config)
     with torch.device("meta"):
         unet, autoencoder, conditioner = build_ldm_unet(config), build_first_stage(config), build_conditioner(config)
-    params, channels = config["model"]["params"], FirstStage(autoencoder).latent_channels
-    if params.get("parameterization", "eps") != "eps":
-        raise ValueError(f"parameterization {params['parameterization']!r} is not supported: allowed is eps")
+    channels = FirstStage(autoencoder).latent_channels
     if (conditioner is None) != (unet.config.get("cross_attention_dim") is None):
         raise ValueError("cond_stage_config and the UNet's context_dim need one another")
-    if params.get("conditioning_key") not in (None, "crossattn"):
-        raise ValueError(f"conditioning_key {params['conditioning_key']!r} is not supported: allowed is crossattn")
     if unet.config["in_channels"] != channels or unet.config["out_channels"] != channels:
         raise ValueError(f"the UNet has {unet.config['in_channels']} channels, the first stage's latents have {channels}")
     if not unet.config["sample_size"]:
         raise ValueError("the config has no model.params.image_size, the side of the latent")
 
 
-def _check_betas(stored: Any, expected: np.ndarray, source: str) -> None:
+def _check_schedule(state: Mapping[str, Any], betas: np.ndarray, source: str) -> None:
     """Raise ValueError where a file's noise schedule is not the config's, by the precision of the dtype it is stored in."""
-    if not isinstance(stored, Tensor):
-        return
-    numbers = torch.finfo(stored.dtype) if stored.is_floating_point() else torch.finfo(torch.float64)
-    relative, absolute = max(1e-4, numbers.eps), numbers.tiny * numbers.eps  # the latter of subnormal numbers
-    values = stored.double().numpy().ravel()
-    if len(values) != len(expected) or not np.allclose(values, expected, rtol=relative, atol=absolute):
-        raise ValueError(f"{source}: its noise schedule (betas) is not the config's")
+    for name, expected in (("betas", betas), ("alphas_cumprod", np.cumprod(1 - betas))):
+        stored = state.get(name)
+        if not isinstance(stored, Tensor):
+            continue
+        numbers = torch.finfo(stored.dtype) if stored.is_floating_point() else torch.finfo(torch.float64)
+        relative, absolute = max(1e-4, numbers.eps), numbers.tiny * numbers.eps  # the latter of subnormal numbers
+        values = stored.double().numpy().ravel()
+        if len(values) != len(expected) or not np.allclose(values, expected, rtol=relative, atol=absolute):
+            raise ValueError(f"{source}: its noise schedule ({name}) is not the config's")
+
+
+def _is_unused_text(key: str) -> bool:
+    return bare_text_key(key.removeprefix(_CONDITION).removeprefix(_TEXT)) in _UNUSED_TEXT
+
+
+def _tell_unused(source: str, keys: Sequence[str]) -> None:
+    """One line with what a file has beside the networks and the noise schedule; many below one name are told by it."""
+    prefixes = {key: next((prefix for prefix in _UNUSED_PREFIXES if key.startswith(prefix)), None) for key in keys}
+    told = {f"{prefix}*" if prefix else key for key, prefix in prefixes.items() if key not in _SCHEDULE_BUFFERS}
+    if told:
+        logger.info("%s: not used: %s", source, ", ".join(sorted(told)))
 
 
 def networks_of(path: Path, config: Mapping[str, Any]) -> tuple[LdmUNet, FirstStage, Conditioner | None]:
@@ -227,16 +269,18 @@ def networks_of(path: Path, config: Mapping[str, Any]) -> tuple[LdmUNet, FirstSt
     """
     check_config(config)
     source, state = str(path), read_state_dict(path)
-    _check_betas(state.get("betas"), ldm_betas(config), source)
+    _check_schedule(state, ldm_betas(config), source)
     unet = _unet(state, config, source)
-    scale, table = _scale(state, config), first_stage_key_map(config)
+    scale, table = _scale(state, config, source), first_stage_key_map(config)
     part = _part(state, _FIRST_STAGE, but=_UNUSED_PREFIXES)
     autoencoder = _network(lambda: build_first_stage(config), part, table, _FIRST_STAGE, source)
     autoencoder.register_to_config(scaling_factor=scale)
+    unused = [key for key in state if key.startswith(_CONDITION) and _is_unused_text(key)]
     conditioner = _conditioner(state, config, source)
     known = _SCHEDULE_BUFFERS | _UNUSED
     extra = [key for key in state if key not in known and not key.startswith(_UNUSED_PREFIXES)]
     refuse_in(source, "keys belong to no network of this config", extra)
+    _tell_unused(source, [*state, *unused])
     return unet, FirstStage(autoencoder, scale), conditioner
 
 

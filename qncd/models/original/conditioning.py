@@ -12,8 +12,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from qncd.models.files.diffusers_folders import drain, read_json, read_weights
+from qncd.models.files.diffusers_folders import drain, read_settings, read_weights
 from qncd.models.original.key_tables import KeyTable, Renamed, network_with_weights
+from qncd.models.schema import CLASS_FOLDER, CLASSES, TEXT_CONFIG, check
 
 logger = logging.getLogger(__name__)
 
@@ -62,26 +63,15 @@ def load_class_folder(folder: Path) -> ClassConditioner:
     Raises:
         ValueError: the folder holds none, or the weights do not fit.
     """
-    config = read_json(folder / "config.json")
-    try:
-        classes, width = int(config["n_classes"]), int(config["embed_dim"])
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{folder / 'config.json'}: holds no n_classes and embed_dim") from None
+    config = read_settings(folder / "config.json", CLASS_FOLDER)
     source, state = read_weights(folder)
-    return network_with_weights(lambda: ClassConditioner(classes, width), drain(state), source)
+    return network_with_weights(lambda: build_class_conditioner(config), drain(state), source)
 
 
 def build_class_conditioner(params: Mapping[str, Any]) -> ClassConditioner:
     """A ClassConditioner with fresh weights for the params of LDM's ClassEmbedder. Raises ValueError where they make none."""
-    try:
-        classes, width = int(params.get("n_classes", 1000)), int(params["embed_dim"])
-    except (KeyError, TypeError, ValueError):
-        raise ValueError("cond_stage_config of a ClassEmbedder needs embed_dim and n_classes") from None
-    if classes < 2 or width < 1:
-        raise ValueError(
-            f"cond_stage_config: n_classes {classes}, embed_dim {width}: allowed are 2 classes and 1 channel or more"
-        )
-    return ClassConditioner(classes, width)
+    check(params, CLASSES, "cond_stage_config")
+    return ClassConditioner(params.get("n_classes", 1000), params["embed_dim"])
 
 
 def class_key_map() -> KeyTable:
@@ -178,6 +168,7 @@ def build_text_model(fields: Mapping[str, Any] | None = None) -> nn.Module:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    check(fields, TEXT_CONFIG, "text_config")
     try:
         return CLIPTextModel(CLIPTextConfig(**{**CLIP_VIT_L_14, **(fields or {})}))
     except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError) as error:
@@ -214,7 +205,7 @@ def load_text_folder(folder: Path, tokenizer_folder: Path) -> TextConditioner:
     """
     from qncd.models.original.clip_tokenizer import CLIPTokenizer
 
-    settings = read_json(folder / "config.json")
+    settings = read_settings(folder / "config.json", TEXT_CONFIG)
     kinds = settings.get("architectures") or ["CLIPTextModel"]
     if kinds != ["CLIPTextModel"]:
         raise ValueError(f"{folder / 'config.json'}: the model is a {kinds[0]}, expected a CLIPTextModel")

@@ -18,6 +18,7 @@ from qncd.models.original.key_tables import (
     shapes_of,
     to_original,
 )
+from qncd.models.schema import DDIM, check
 
 # Names inside a module: original -> diffusers.
 _TOP = {
@@ -44,27 +45,24 @@ def ddim_unet_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a setting is missing or outside what the original network allows.
     """
-    try:
-        model, image_size = config["model"], int(config["data"]["image_size"])
-        base, multipliers = int(model["ch"]), [int(m) for m in model["ch_mult"]]
-        blocks, attention = int(model["num_res_blocks"]), {int(a) for a in model["attn_resolutions"]}
-        channels_in, channels_out = int(model["in_channels"]), int(model["out_ch"])
-    except KeyError as error:
-        raise ValueError(f"the config has no {error.args[0]!r} (expected sections model and data of a DDIM yaml)") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the config's model or data section does not hold what a DDIM yaml holds: {error}") from None
+    check(config, DDIM)
+    model, image_size = config["model"], config["data"]["image_size"]
+    base, multipliers, attention = model["ch"], model["ch_mult"], set(model["attn_resolutions"])
     if not model.get("resamp_with_conv", True):
-        raise ValueError("resamp_with_conv false is not supported: allowed is true (every published DDIM model)")
-    groups, levels = int(model.get("num_groups", 32)), len(multipliers)
+        raise ValueError("model.resamp_with_conv false is not supported: allowed is true (every published DDIM model)")
+    groups, levels = model.get("num_groups", 32), len(multipliers)
     if any(base * m % groups for m in multipliers):
-        raise ValueError(f"num_groups {groups} must divide every width: {[base * m for m in multipliers]}")
+        raise ValueError(f"model.num_groups {groups} must divide every width: {[base * m for m in multipliers]}")
+    if image_size % 2 ** (levels - 1):
+        halvings = f"{levels} levels of model.ch_mult halve it {levels - 1} times"
+        raise ValueError(f"data.image_size {image_size}: allowed are multiples of {2 ** (levels - 1)}, as {halvings}")
     at_level = [image_size // 2**i in attention for i in range(levels)]
     return {
         "sample_size": image_size,
-        "in_channels": channels_in,
-        "out_channels": channels_out,
+        "in_channels": model["in_channels"],
+        "out_channels": model["out_ch"],
         "block_out_channels": tuple(base * m for m in multipliers),
-        "layers_per_block": blocks,
+        "layers_per_block": model["num_res_blocks"],
         "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in at_level),
         "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(at_level)),
         "dropout": float(model.get("dropout", 0.0)),
@@ -134,12 +132,15 @@ def ddim_weights(checkpoint: Any, config: Mapping[str, Any]) -> Mapping[str, tor
     Args:
         checkpoint: a bare state dict (the published `ema_*` files), or the training list `[model, optimizer, epoch,
             step]` with the EMA weights as a fifth entry; those are taken where `config["model"]["ema"]` is true, as the
-            original sampler does. The prefixes of DataParallel and torch.compile are removed.
+            original sampler does. A state dict may also lie below `state_dict`. The prefixes of DataParallel and
+            torch.compile are removed.
 
     Raises:
         ValueError: neither of the two.
     """
     state = checkpoint
+    if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping):
+        state = checkpoint["state_dict"]
     if isinstance(checkpoint, list | tuple):
         if not checkpoint:
             raise ValueError("the checkpoint is an empty list, expected [model, optimizer, epoch, step, ema]")

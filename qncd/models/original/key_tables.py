@@ -6,7 +6,7 @@ also change their layout. All of them work in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 _SHOWN = 3  # keys named in an error
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # no original has a part so named
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -98,25 +99,28 @@ def refuse(what: str, keys: Iterable[str]) -> None:
 
 
 def plain_keys(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict without what wrappers put into its keys: DataParallel's `module.`, torch.compile's `_orig_mod.`.
+    """The state dict without what wrappers put into its keys: DataParallel's `module.`, torch.compile's `_orig_mod.`, FSDP's.
 
     Raises:
         ValueError: two keys differ by such a name alone.
     """
-    # LitEma takes the dots out of the names of averaged weights.
-    names = {key: key.replace("_orig_mod.", "").replace("_orig_mod", "") for key in state}
-    if names and all(name.startswith("module.") for name in names.values()):
-        names = {key: name.removeprefix("module.") for key, name in names.items()}
+    names = {key: _plain(key) for key in state}
     plain = {name: state[key] for key, name in names.items()}
     if len(plain) < len(state):
         refuse("keys are there twice, with and without _orig_mod", [key for key, name in names.items() if key != name])
     return plain
 
 
+def _plain(key: str) -> str:
+    # LitEma takes the dots out of the names of averaged weights.
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS).replace("_orig_mod", "")
+
+
 def check_original(state: Mapping[str, Any], table: KeyTable, shapes: Mapping[str, torch.Size], kind: str) -> None:
     """Raise ValueError unless the state dict has the table's keys and no other, each with its shape.
 
-    The weight of a 1x1 convolution may also have that of a linear layer: some tools store attention so.
+    The weight of a 1x1 convolution may also have the shape of a linear layer, and the other way round: some tools store
+    attention so.
 
     Args:
         state: under original keys.
@@ -130,8 +134,7 @@ def check_original(state: Mapping[str, Any], table: KeyTable, shapes: Mapping[st
     wrong = []
     for old, layout in table.items():
         expected = layout.join(tuple(torch.empty(shapes[name], device="meta") for name in layout.names)).shape
-        allowed = (expected, expected[:2]) if isinstance(layout, Pointwise) else (expected,)
-        if state[old].shape not in allowed:
+        if not same_but_for_ones(state[old].shape, expected):
             wrong.append(f"{old} {tuple(state[old].shape)} for {tuple(expected)}")
     refuse("tensors of another shape than the config's", wrong)
 
@@ -144,6 +147,14 @@ def from_original(state: MutableMapping[str, Tensor], table: KeyTable) -> Iterat
     """
     for old, layout in table.items():
         yield from zip(layout.names, layout.split(state.pop(old)), strict=True)
+
+
+def same_but_for_ones(found: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether two shapes are equal, or those of one matrix as linear layer (O, I) and as 1x1 convolution (O, I, 1, ...)."""
+    if tuple(found) == tuple(expected):
+        return True
+    matrices = len(found) >= 2 and len(expected) >= 2 and tuple(found[:2]) == tuple(expected[:2])
+    return matrices and {*found[2:], *expected[2:]} == {1}
 
 
 def to_original(state: Mapping[str, Tensor], table: KeyTable, kind: str) -> dict[str, Tensor]:
@@ -183,10 +194,10 @@ def network_with_weights(build: Callable[[], Network], weights: Iterable[tuple[s
     for key, value in weights:
         if key not in expected:
             extra.append(key)
-        elif getattr(value, "shape", None) != expected[key].shape:
+        elif not isinstance(value, Tensor) or not same_but_for_ones(value.shape, expected[key].shape):
             wrong.append(key)
         else:
-            state[key] = _as_float32(value, f"{source}: {key}")
+            state[key] = _as_float32(value, f"{source}: {key}").reshape(expected[key].shape)
     refuse_fit(source, missing=expected.keys() - state.keys() - set(wrong), extra=extra, wrong=wrong)
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)

@@ -14,6 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from qncd.models.original.key_tables import FusedHeads, KeyTable, Layout, Pointwise, Renamed
+from qncd.models.schema import SCHEDULE, UNET_PARAMS, Section, check, one_line
 
 LdmUNet = UNet2DModel | UNet2DConditionModel
 
@@ -34,8 +35,6 @@ _RESNET = {
     "skip_connection": "conv_shortcut",  # only where a block changes the number of channels
 }
 
-# Parameters of UNetModel that change nothing here.
-_IGNORED = {"use_checkpoint", "use_fp16", "legacy", "image_size"}
 # Parameters of UNetModel that must have one of these values, or be absent.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "dims": (2,),
@@ -46,11 +45,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "num_attention_blocks": (None,),
     "disable_middle_self_attn": (False,),
 }
-_READ = {
-    "in_channels", "out_channels", "model_channels", "attention_resolutions", "num_res_blocks", "channel_mult", "dropout",
-    "num_heads", "num_head_channels", "num_heads_upsample", "use_scale_shift_norm", "resblock_updown", "num_groups",
-    "use_new_attention_order", "use_spatial_transformer", "transformer_depth", "context_dim", "use_linear_in_transformer",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,52 +84,45 @@ def _unet_params(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _architecture(config: Mapping[str, Any]) -> _Architecture:
     params = _unet_params(config)
-    if unknown := sorted(map(str, params.keys() - _READ - _IGNORED - _FIXED.keys())):
+    where = "model.params.unet_config.params"
+    if unknown := sorted(map(str, params.keys() - UNET_PARAMS.keys - _FIXED.keys())):
         raise ValueError(f"unet_config has parameters that are not supported: {', '.join(unknown)}")
     for name, allowed in _FIXED.items():
         if params.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"unet_config.{name} {params[name]} is not supported: allowed is {allowed[0]}")
-    try:
-        base, multipliers = int(params["model_channels"]), [int(m) for m in params.get("channel_mult", (1, 2, 4, 8))]
-        resolutions = {int(r) for r in params["attention_resolutions"]}
-        widths = tuple(base * m for m in multipliers)
-        spatial, depth = bool(params.get("use_spatial_transformer", False)), int(params.get("transformer_depth", 1))
-        heads, head_channels = int(params.get("num_heads", -1)), int(params.get("num_head_channels", -1))
-        upsample_heads, context = int(params.get("num_heads_upsample", -1)), params.get("context_dim")
-        attends = tuple(2**i in resolutions for i in range(len(widths)))
-        image_size = config["model"]["params"].get("image_size", params.get("image_size"))
-        result = _Architecture(
-            image_size=None if image_size is None else int(image_size),
-            in_channels=int(params["in_channels"]),
-            out_channels=int(params["out_channels"]),
-            widths=widths,
-            blocks=int(params["num_res_blocks"]),
-            attends=attends,
-            heads=tuple(max(1, heads if head_channels == -1 else width // head_channels) for width in widths),
-            head_channels=head_channels,
-            groups=int(params.get("num_groups", 32)),
-            dropout=float(params.get("dropout", 0.0)),
-            scale_shift=bool(params.get("use_scale_shift_norm", False)),
-            resblock_updown=bool(params.get("resblock_updown", False)),
-            heads_first=not params.get("use_new_attention_order", False),
-            context_dim=None if context is None else int(context),
-            depth=depth,
-            linear_projection=bool(params.get("use_linear_in_transformer", False)),
-        )
-    except KeyError as error:
-        raise ValueError(f"unet_config has no {error.args[0]!r}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"unet_config does not hold what a UNetModel of latent-diffusion takes: {error}") from None
+            raise ValueError(f"unet_config.{name} {one_line(params[name])} is not supported: allowed is {allowed[0]}")
+    check(params, UNET_PARAMS, where)
+    image_size = config["model"]["params"].get("image_size", params.get("image_size"))
+    check(image_size, UNET_PARAMS.optional["image_size"], "model.params.image_size")
+    multipliers, resolutions = list(params.get("channel_mult", (1, 2, 4, 8))), set(params["attention_resolutions"])
+    widths = tuple(params["model_channels"] * m for m in multipliers)
+    heads, head_channels = params.get("num_heads", -1), params.get("num_head_channels", -1)
+    if 0 in (heads, head_channels) or (heads < -1 and head_channels < 1):
+        raise ValueError(f"{where}.num_heads {heads}, num_head_channels {head_channels}: allowed are whole numbers from 1")
+    spatial, context = params.get("use_spatial_transformer", False), params.get("context_dim")
+    upsample_heads = params.get("num_heads_upsample", -1)
+    attends = tuple(2**i in resolutions for i in range(len(widths)))
+    result = _Architecture(
+        image_size=image_size,
+        in_channels=params["in_channels"],
+        out_channels=params["out_channels"],
+        widths=widths,
+        blocks=params["num_res_blocks"],
+        attends=attends,
+        heads=tuple(max(1, heads if head_channels == -1 else width // head_channels) for width in widths),
+        head_channels=head_channels,
+        groups=params.get("num_groups", 32),
+        dropout=float(params.get("dropout", 0.0)),
+        scale_shift=params.get("use_scale_shift_norm", False),
+        resblock_updown=params.get("resblock_updown", False),
+        heads_first=not params.get("use_new_attention_order", False),
+        context_dim=context,
+        depth=params.get("transformer_depth", 1),
+        linear_projection=params.get("use_linear_in_transformer", False),
+    )
     if heads == -1 and head_channels == -1:
         raise ValueError("unet_config has neither num_heads nor num_head_channels")
-    if not widths or result.blocks < 1 or min(widths) < 1:
-        raise ValueError(
-            f"unet_config: widths {list(widths)} and {result.blocks} num_res_blocks: allowed are whole numbers from 1"
-        )
     if multipliers[0] != 1:
-        raise ValueError(f"channel_mult {multipliers}: allowed are lists that begin with 1 (the original fails on others)")
-    if heads < 1 and head_channels < 1:
-        raise ValueError(f"unet_config.num_heads {heads}, num_head_channels {head_channels}: allowed are whole numbers from 1")
+        raise ValueError(f"{where}.channel_mult {multipliers}: allowed are lists that begin with 1 (else the original fails)")
     if spatial != (context is not None):
         raise ValueError("unet_config: use_spatial_transformer and context_dim need one another")
     if spatial and result.resblock_updown:
@@ -143,7 +130,7 @@ def _architecture(config: Mapping[str, Any]) -> _Architecture:
     if upsample_heads not in (-1, heads) and head_channels == -1 and not spatial:
         raise ValueError(f"unet_config.num_heads_upsample {upsample_heads} is not supported: allowed is num_heads, {heads}")
     if any(width % result.groups for width in widths):
-        raise ValueError(f"num_groups {result.groups} must divide every width: {list(widths)}")
+        raise ValueError(f"{where}.num_groups {result.groups} must divide every width: {list(widths)}")
     for width, n, attention in zip(widths, result.heads, (*attends[:-1], True), strict=True):  # the middle attends always
         if attention and (width % n if head_channels == -1 else width % head_channels):
             what = f"num_heads {n}" if head_channels == -1 else f"num_head_channels {head_channels}"
@@ -234,19 +221,12 @@ def ldm_betas(config: Mapping[str, Any]) -> np.ndarray:
     Raises:
         ValueError: another schedule, or numbers that make none.
     """
-    try:
-        params = config["model"]["params"]
-        schedule = str(params.get("beta_schedule", "linear"))
-        start, end = float(params.get("linear_start", 1e-4)), float(params.get("linear_end", 2e-2))
-        steps = int(params.get("timesteps", 1000))
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise ValueError("the config's model.params does not hold the schedule of a latent diffusion model") from None
-    if schedule != "linear":
-        raise ValueError(f"beta_schedule {schedule!r} is not supported: allowed is linear")
-    if not (0 < start < 1 and 0 < end < 1 and steps >= 1):
-        raise ValueError(
-            f"linear_start {start}, linear_end {end}, timesteps {steps}: allowed are variances in (0, 1), steps from 1"
-        )
+    check(config, Section({"model": Section({"params": SCHEDULE})}))
+    params = config["model"]["params"]
+    if (schedule := params.get("beta_schedule", "linear")) != "linear":
+        raise ValueError(f"model.params.beta_schedule {schedule!r} is not supported: allowed is linear")
+    start, end = float(params.get("linear_start", 1e-4)), float(params.get("linear_end", 2e-2))
+    steps = params.get("timesteps", 1000)
     return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
 
 

@@ -10,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qncd.models.files.diffusers_folders import KINDS, cannot_tell, load_component, load_unet_folder, local_path, whole_folder
+from qncd.models.files.diffusers_folders import (
+    KINDS,
+    cannot_tell,
+    check_replaceable,
+    load_component,
+    load_unet_folder,
+    local_path,
+)
 from qncd.models.loading import state_dict_hash
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -55,8 +62,112 @@ def test_weights_in_parts(make_unet: Any, tmp_path: Path) -> None:
     index = tmp_path / f"{WEIGHTS}.index.json"
     index.write_text(json.dumps({"weight_map": {key: part for part, keys in parts.items() for key in keys}}))
     assert state_dict_hash(load_unet_folder(tmp_path)) == state_dict_hash(unet)
+    save_file({"a": torch.zeros(1)}, tmp_path / WEIGHTS)  # as in diffusers, the index comes before a single file
+    assert state_dict_hash(load_unet_folder(tmp_path)) == state_dict_hash(unet)
+    (tmp_path / WEIGHTS).unlink()
+    variant = tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    index.rename(variant)
+    assert state_dict_hash(load_unet_folder(tmp_path)) == state_dict_hash(unet)
+    variant.rename(index)
     index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
-    with pytest.raises(ValueError, match="names no files of this folder"):
+    with pytest.raises(
+        ValueError, match=r"index\.json: weight_map\.a '\.\./a\.safetensors': allowed are names of files of this folder$"
+    ):
+        load_unet_folder(tmp_path)
+
+
+@pytest.fixture
+def parts(make_unet: Any, tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A folder with weights in one.safetensors and two.safetensors, and the weight_map of its index."""
+    make_unet().save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    (tmp_path / WEIGHTS).unlink()
+    places = {key: ("one", "two")[i % 2] + ".safetensors" for i, key in enumerate(sorted(state))}
+    for part in ("one.safetensors", "two.safetensors"):
+        save_file({key: state[key] for key in state if places[key] == part}, tmp_path / part)
+    return tmp_path, places
+
+
+NONE: dict[str, str] = {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda places: places | {"a": "/etc/one.safetensors"},
+            r"weight_map\.a '/etc/one\.safetensors': allowed are names of files",
+        ),
+        (lambda places: places | {"a": "one.exe"}, r"weight_map\.a 'one\.exe': allowed are names of files of this folder$"),
+        (lambda places: places | {"a": 3}, r"weight_map\.a 3: allowed are texts$"),
+        (lambda places: NONE, "weight_map with keys and values: allowed are mappings of names to texts$"),
+        (lambda places: places | {"a": "one.safetensors"}, r"1 keys are not in one\.safetensors, where the index has them: a$"),
+        (lambda places: dict(list(places.items())[1:]), r"1 keys are in \w+\.safetensors and the index says otherwise: \S+$"),
+    ],
+)
+def test_an_index_and_its_files(parts: tuple[Path, dict[str, str]], change: Any, message: str) -> None:
+    folder, places = parts
+    index = folder / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    load_unet_folder(folder)
+    index.write_text(json.dumps({"weight_map": change(places)}))
+    with pytest.raises(ValueError, match=rf"^{index}: {message}"):
+        load_unet_folder(folder)
+
+
+def test_what_an_index_misses(parts: tuple[Path, dict[str, str]]) -> None:
+    folder, places = parts
+    index = folder / f"{WEIGHTS}.index.json"
+    for text, message in (("{}", "weight_map is missing"), ("[1]", r"the whole \[1\]"), ("{", "not JSON, or damaged")):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=rf"^{index}: {message}"):
+            load_unet_folder(folder)
+    index.write_text(json.dumps({"weight_map": places}))
+    state = load_file(folder / "two.safetensors")
+    save_file({**state, **load_file(folder / "one.safetensors")}, folder / "two.safetensors")
+    with pytest.raises(ValueError, match=r"keys are in two\.safetensors and the index says otherwise: "):  # a tensor in two files
+        load_unet_folder(folder)
+    (folder / "two.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"^{index}: 1 of 2 files are missing, two\.safetensors first$"):
+        load_unet_folder(folder)
+
+
+def test_variants(make_unet: Any, tmp_path: Path) -> None:
+    unet = make_unet()
+    unet.save_pretrained(tmp_path, variant="non_ema")
+    with pytest.raises(ValueError, match=r"; diffusion_pytorch_model\.non_ema\.safetensors is of a variant that is not read\)$"):
+        load_unet_folder(tmp_path)
+    unet.half().save_pretrained(tmp_path, variant="fp16")
+    assert state_dict_hash(load_unet_folder(tmp_path)) == state_dict_hash(unet.float())
+    (tmp_path / WEIGHTS).mkdir()
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: a folder, expected a file"):  # no other file in its place
+        load_unet_folder(tmp_path)
+
+
+def test_attention_of_convolutions(tmp_path: Path) -> None:
+    """The same matrix as a 1x1 convolution (C, C, 1, 1), in which old autoencoders keep it."""
+    torch.manual_seed(0)
+    network = KINDS["AutoencoderKL"](block_out_channels=(8,), norm_num_groups=4)
+    network.save_pretrained(tmp_path)  # type: ignore[operator]
+    state = load_file(tmp_path / WEIGHTS)
+    attention = [key for key in state if ".attentions." in key and state[key].ndim == 2]
+    save_file(state | {key: state[key][:, :, None, None].contiguous() for key in attention}, tmp_path / WEIGHTS)
+    assert len(attention) == 8
+    assert state_dict_hash(load_component(tmp_path, ("AutoencoderKL",))) == state_dict_hash(network)
+    save_file(state | {"decoder.conv_out.bias": torch.zeros(1)}, tmp_path / WEIGHTS)  # would broadcast
+    with pytest.raises(ValueError, match=r"1 tensors have another shape than their layer: decoder\.conv_out\.bias$"):
+        load_component(tmp_path, ("AutoencoderKL",))
+
+
+def test_a_config_that_asks_for_memory_without_end(make_unet: Any, tmp_path: Path) -> None:
+    make_unet().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key, value in (("layers_per_block", 10**6), ("block_out_channels", [10**9, 10**9]), ("norm_num_groups", 0)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ValueError, match=rf"config\.json: {key} .*: allowed are "):
+            load_unet_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "block_out_channels": [4096, 8192]}))
+    with pytest.raises(ValueError, match="tensors have another shape than their layer"):  # 20 GB, of which none is taken
         load_unet_folder(tmp_path)
 
 
@@ -73,35 +184,20 @@ def test_components(tmp_path: Path) -> None:
         load_component(tmp_path, ("VQModel",))
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "folder"
-    with pytest.raises(RuntimeError), whole_folder(target, "made") as folder:
-        (folder / "half").write_text("")
-        raise RuntimeError
-    assert list(target.parent.iterdir()) == []
-    (tmp_path / "deep" / "folder.part").mkdir()  # of a run that was killed
-    (tmp_path / "deep" / "folder.part" / "half").write_text("")
-    for content in ("1", "2"):  # the second replaces its own
-        with whole_folder(target, "made") as folder:
-            assert list(folder.iterdir()) == []
-            (folder / "made").write_text(content)
-    assert (target / "made").read_text() == "2"
-    assert [path.name for path in target.parent.iterdir()] == ["folder"]
-
-
-def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    with whole_folder(tmp_path / "mine", "made"):
-        pass
-    (tmp_path / "mine" / "thesis.txt").write_text("x")
-    with (
-        pytest.raises(ValueError, match=r"mine: not empty, and not made by this command"),
-        whole_folder(tmp_path / "mine", "made"),
+def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    check_replaceable(mine, "made")
+    mine.mkdir()
+    check_replaceable(mine, "made")
+    (mine / "thesis.txt").write_text("x")
+    with pytest.raises(
+        ValueError, match=r"mine: not empty, and not made by this command \(no made in it\): name another folder$"
     ):
-        pass
-    with pytest.raises(ValueError, match=r"thesis\.txt: is a file"), whole_folder(tmp_path / "mine" / "thesis.txt", "made"):
-        pass
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+        check_replaceable(mine, "made")
+    with pytest.raises(ValueError, match=r"thesis\.txt: is a file, expected a folder$"):
+        check_replaceable(mine / "thesis.txt", "made")
+    (mine / "made").write_text("")
+    check_replaceable(mine, "made")
 
 
 def test_checkpoint_names_are_no_hub_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

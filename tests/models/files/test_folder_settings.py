@@ -76,7 +76,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is squaredcos_cap_v2, the config says linear"),
         ({"beta_schedule": "scaled_linear"}, "beta_schedule is scaled_linear, the config says linear"),
         ({"beta_end": 0.05}, r"beta_end is 0\.05, the config says 0\.02"),
-        ({"beta_start": "x"}, r"beta_start is x, the config says 0\.0001"),
+        ({"beta_start": "x"}, r"beta_start 'x': allowed are numbers between 0 and 1$"),
         ({"num_train_timesteps": 500}, "num_train_timesteps is 500, the config says 1000"),
         ({"trained_betas": [0.01] * 1000}, "trained_betas are not the config's noise schedule"),
         ({"set_alpha_to_one": False}, "set_alpha_to_one false is not supported: allowed is true"),
@@ -143,6 +143,14 @@ def test_where_a_scheduler_is_looked_for(pixel_folder: Path, tmp_path: Path) -> 
     load_ddim(CONFIG, tmp_path / "flat")
     write(tmp_path / "flat" / "scheduler_config.json", {**DDPM, "beta_end": 0.03})
     refused("beta_end is 0.03", tmp_path / "flat")
+    (tmp_path / "flat" / "scheduler_config.json").unlink()
+    (tmp_path / "flat" / "scheduler_config.json").mkdir()
+    refused(r"scheduler_config\.json: a folder, expected a file$", tmp_path / "flat")
+    (tmp_path / "flat" / "scheduler_config.json").rmdir()
+    (tmp_path / "flat" / "scheduler_config.json").symlink_to("nowhere.json")
+    with pytest.raises(FileNotFoundError, match=r"scheduler_config\.json: no such file$"):
+        load_ddim(CONFIG, tmp_path / "flat")
+    (tmp_path / "flat" / "scheduler_config.json").unlink()
     silent = {key: value for key, value in CONFIG.items() if key != "diffusion"}
     load_ddim(silent, tmp_path / "flat")  # a config without a noise schedule contradicts none
 

@@ -6,6 +6,8 @@ import hashlib
 import io
 import re
 import threading
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from qncd.models.files.registry import Download, cache_dir, fetch, load_registry
+from qncd.io.files import read_json
+from qncd.models.files.registry import Download, _SafeRedirects, cache_dir, check_sha256, fetch, load_registry
 
 DATA = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -27,6 +30,9 @@ class Server(ThreadingHTTPServer):
     cuts: list[int]
     ranges: list[str | None]
     data = DATA
+    etag: str | None = None
+    tells_length = True
+    location: str | None = None
     honours_ranges = True
     status = 200
 
@@ -37,6 +43,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         asked = self.headers.get("Range")
         self.server.ranges.append(asked)
+        if self.server.location is not None:
+            self.send_response(302)
+            self.send_header("Location", self.server.location)
+            self.end_headers()
+            return
         if self.server.status != 200:
             self.send_error(self.server.status)
             return
@@ -53,7 +64,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         body = self.server.data[start:]
-        self.send_header("Content-Length", str(len(body)))
+        if self.server.tells_length:
+            self.send_header("Content-Length", str(len(body)))
+        if self.server.etag:
+            self.send_header("ETag", self.server.etag)
         self.end_headers()
         self.wfile.write(body[: self.server.cuts.pop(0)] if self.server.cuts else body)
 
@@ -142,12 +156,13 @@ def test_a_member_of_a_zip_archive(server: Server, tmp_path: Path, capsys: pytes
     for sha256 in (digest, None):
         path = fetch("m", entry(server, sha256=sha256, member="model.ckpt"))
         assert path.read_bytes() == DATA
-        assert [item.name for item in path.parent.iterdir()] == ["m.ckpt"]
+        assert sorted(item.name for item in path.parent.iterdir()) == ["m.ckpt", "m.ckpt.sha256.json"]
         asked = len(server.ranges)
         assert fetch("m", entry(server, sha256=digest, member="model.ckpt")) == path
         assert len(server.ranges) == asked  # it is in the cache
         path.unlink()
-    assert f"m.ckpt: no SHA-256 is on record for it; this one has {digest} for its archive" in capsys.readouterr().err
+        (path.parent / "m.ckpt.sha256.json").unlink()
+    assert capsys.readouterr().err == f"{path}: no SHA-256 is on record for it; this one has {SHA256}\n"
     with pytest.raises(ValueError, match=r"m \(http.*\): not a zip archive with other\.ckpt"):
         fetch("m", entry(server, sha256=digest, member="other.ckpt"))
     for damaged in (DATA, buffer.getvalue()[:60] + b"xxxxxxxx" + buffer.getvalue()[68:]):
@@ -176,6 +191,87 @@ def test_a_damaged_file_in_the_cache_is_refused(server: Server) -> None:
     path.write_bytes(b"other")
     with pytest.raises(ValueError, match=r"m\.ckpt: SHA-256 "):
         fetch("m", entry(server, sha256=SHA256))
+
+
+def test_the_first_download_is_what_later_ones_are_compared_with(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    path = fetch("m", entry(server))
+    record = path.with_name("m.ckpt.sha256.json")
+    assert read_json(record) == {"url": entry(server)["m"].url, "sha256": SHA256}
+    capsys.readouterr()
+    assert fetch("m", entry(server)) == path
+    assert (capsys.readouterr().err, len(server.ranges)) == ("", 1)
+    path.write_bytes(b"other")
+    with pytest.raises(ValueError, match=rf"m\.ckpt: SHA-256 \w+, the first download had {SHA256} \(.*\): delete the file to"):
+        fetch("m", entry(server))
+    path.unlink()
+    server.data = DATA[::-1]
+    with pytest.raises(ValueError, match=rf"m\.ckpt: SHA-256 \w+, the first download had {SHA256}"):
+        fetch("m", entry(server))
+    assert not path.exists()  # what was refused is not there for the next call
+    server.data = DATA
+    assert fetch("m", entry(server)).read_bytes() == DATA
+
+
+@pytest.mark.parametrize("fields", [{}, {"sha256": SHA256}, {"md5": MD5}])
+def test_a_pinned_digest(server: Server, fields: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=rf"m\.ckpt: SHA-256 {SHA256}, --sha256 says {'0' * 64}$"):
+        fetch("m", entry(server, **fields), sha256="0" * 64)
+    path = fetch("m", entry(server, **fields), sha256=SHA256.upper())
+    assert path.read_bytes() == DATA
+    with pytest.raises(ValueError, match=r"--sha256 says 0{64}: delete the file to download it anew$"):
+        fetch("m", entry(server, **fields), sha256="0" * 64)
+    check_sha256(path, SHA256)
+    with pytest.raises(ValueError, match=rf"^{path}: SHA-256 {SHA256}, --sha256 says {'0' * 64}$"):
+        check_sha256(path, "0" * 64)
+    with pytest.raises(ValueError, match=r"^--sha256 pins one file, and .* is none$"):
+        check_sha256(path.parent, SHA256)
+
+
+@pytest.mark.parametrize("tag", ['"2"', 'W/"2"', None])
+def test_a_part_of_another_file_is_not_gone_on_with(server: Server, tag: str | None) -> None:
+    """The server's file changed after the download was cut off: its ETag, or at least its size, tells."""
+    server.etag, server.cuts = '"1"', [1000, *[0] * 9]
+    with pytest.raises(FileNotFoundError, match="the connection was cut"):
+        fetch("m", entry(server))
+    part = cache_dir() / "folder" / "m.ckpt.part"
+    assert part.stat().st_size == 1000
+    server.etag, server.cuts, server.data = tag, [], DATA[::-1] + b"more"
+    assert fetch("m", entry(server)).read_bytes() == DATA[::-1] + b"more"
+    assert sorted(item.name for item in part.parent.iterdir()) == ["m.ckpt", "m.ckpt.sha256.json"]
+
+
+def test_a_part_of_unknown_origin_is_not_gone_on_with(server: Server) -> None:
+    part = cache_dir() / "folder" / "m.ckpt.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * 777)
+    assert fetch("m", entry(server)).read_bytes() == DATA
+    assert server.ranges == [None]
+
+
+def test_a_file_of_unknown_length_and_digest_is_refused(server: Server) -> None:
+    server.tells_length = False
+    with pytest.raises(FileNotFoundError, match="the server does not say how long the file is"):
+        fetch("m", entry(server))
+    assert fetch("m", entry(server, sha256=SHA256)).read_bytes() == DATA
+
+
+def test_a_file_of_another_size_is_not_transferred(server: Server) -> None:
+    with pytest.raises(ValueError, match=rf"/m: {len(DATA)} bytes, m has 12$"):
+        fetch("m", entry(server, size=12))
+    assert not (cache_dir() / "folder" / "m.ckpt.part").exists()
+
+
+def test_redirects_stay_encrypted(server: Server) -> None:
+    handler, url = _SafeRedirects(), "http://127.0.0.1:1/m"
+    encrypted = urllib.request.Request("https://example.org/m")
+    for target in (url, "ftp://example.org/m", "file:///etc/passwd"):
+        with pytest.raises(urllib.error.URLError, match=rf"it redirects to {target}, which is not encrypted"):
+            handler.redirect_request(encrypted, None, 302, "", {}, target)
+    assert handler.redirect_request(encrypted, None, 302, "", {}, "https://example.com/m").full_url == "https://example.com/m"
+    other = entry(server)["m"].url.replace("/m", "/n")
+    server.location = other
+    with pytest.raises(FileNotFoundError, match="redirect"):  # to itself, until urllib gives up: redirects are followed
+        fetch("m", entry(server))
 
 
 def test_without_network(server: Server) -> None:

@@ -173,17 +173,17 @@ def changed(section: str, **values: Any) -> dict[str, Any]:
     ("config", "message"),
     [
         (changed("stage", target="ldm.models.IdentityFirstStage"), "IdentityFirstStage is not supported: allowed are VQModel"),
-        (changed("stage", params=None), "does not hold what an autoencoder of LDM takes"),
+        (changed("stage", params=None), r"model\.params\.first_stage_config\.params null: allowed are mappings"),
         (changed("params", colour=1), "first_stage_config has parameters that are not supported: colour"),
         (changed("params", remap="file"), "first_stage_config.remap file is not supported: allowed is None"),
         (changed("dd", use_linear_attn=True), "ddconfig.use_linear_attn True is not supported: allowed is False"),
         (changed("dd", attn_type="linear"), "attn_type 'linear' is not supported: allowed are vanilla, none"),
         (changed("dd", double_z=True), "double_z True does not fit the target"),
         (changed("dd", num_groups=3), r"num_groups 3 must divide every width: \[8, 16\]"),
-        ({"model": {"params": {}}}, "the config's first stage has no 'first_stage_config'"),
+        ({"model": {"params": {}}}, r"^model\.params\.first_stage_config is missing: allowed are mappings"),
         (
             {"model": {"params": {**config_of()["model"]["params"], "scale_factor": 0}}},
-            "scale_factor 0: allowed are numbers above 0",
+            r"^model\.params\.scale_factor 0: allowed are numbers between 0 and 1e\+06$",
         ),
     ],
 )

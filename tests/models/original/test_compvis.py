@@ -68,6 +68,14 @@ VARIANTS: dict[str, Callable[[State], Any]] = {
     },
     "DataParallel": lambda state: {f"module.{key}": value for key, value in state.items()},
     "torch.compile": lambda state: {key.replace("diffusion_model.", "diffusion_model._orig_mod."): state[key] for key in state},
+    "wrapped inside": lambda state: {key.replace("diffusion_model.", "diffusion_model.module."): state[key] for key in state},
+    "FSDP": lambda state: {f"_fsdp_wrapped_module.{key}": value for key, value in state.items()},
+    "every matrix as a convolution": lambda state: {
+        key: value[:, :, None, None] if "to_" in key and value.ndim == 2 else value for key, value in state.items()
+    },
+    "every 1x1 convolution as a linear layer": lambda state: {
+        key: value[:, :, 0, 0] if value.ndim == 4 and value.shape[2:] == (1, 1) else value for key, value in state.items()
+    },
     "both": lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
     "transformers 5": lambda state: {key.replace("text_model.", ""): value for key, value in state.items()},
 }
@@ -82,6 +90,40 @@ def test_known_extras_and_renamings(state: State, name: str, tmp_path: Path) -> 
 
 def test_the_attention_variant_is_one() -> None:
     assert any(".attn_1." in key and value.ndim == 4 for key, value in state_of(CONFIG).items())
+
+
+def test_what_is_not_used_is_told_in_one_line(state: State, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="qncd")
+    torch.save(VARIANTS["text_projection, logit_scale"](state) | {"denoiser.sigmas": torch.zeros(3)}, tmp_path / "m.ckpt")
+    load_latent_model(CONFIG, tmp_path / "m.ckpt")
+    told = [record.getMessage() for record in caplog.records if "not used" in record.getMessage()]
+    assert told == [
+        f"{tmp_path / 'm.ckpt'}: not used: cond_stage_model.logit_scale, cond_stage_model.transformer.text_model.logit_scale, "
+        "cond_stage_model.transformer.text_projection.weight, denoiser.sigmas, first_stage_model.loss.*, logvar, model_ema.*"
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_product_of_the_schedule_is_compared_too(state: State, dtype: torch.dtype, tmp_path: Path) -> None:
+    """A file patched to zero terminal SNR has the old betas beside other products."""
+    products = torch.cumprod(1 - state["betas"].double(), 0)
+    save_file(cast({**state, "alphas_cumprod": products}, dtype), tmp_path / "m.safetensors")
+    load_latent_model(CONFIG, tmp_path / "m.safetensors")
+    shifted = (products.sqrt() - products[-1].sqrt()) ** 2
+    save_file(cast({**state, "alphas_cumprod": shifted}, dtype), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"its noise schedule \(alphas_cumprod\) is not the config's$"):
+        load_latent_model(CONFIG, tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [(torch.tensor(float("nan")), "nan"), (torch.tensor(0.0), "0.0"), (torch.tensor([0.1, 0.2]), r"\[0\.1.*\]"), ("x", "str")],
+)
+def test_a_measured_factor_that_is_none(stored: Any, told: str, tmp_path: Path) -> None:
+    config = config_of("none", scale_by_std=True)
+    torch.save({**state_of(config), "scale_factor": stored}, tmp_path / "m.ckpt")
+    with pytest.raises(ValueError, match=rf"m\.ckpt: scale_factor {told}: allowed are numbers between 0 and 1e\+06$"):
+        load_latent_model(config, tmp_path / "m.ckpt")
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -117,5 +159,5 @@ def test_wrapped_ddim_checkpoints(prefix: str, tmp_path: Path) -> None:
     config = load_config(Path(__file__).resolve().parents[3] / "configs" / "fashion_mnist.yml")
     unet = load_ddim(config)
     original = to_ddim_state_dict(unet.state_dict(), config)
-    torch.save({prefix + key: value for key, value in original.items()}, tmp_path / "m.ckpt")
+    torch.save({"state_dict": {prefix + key: value for key, value in original.items()}, "epoch": 3}, tmp_path / "m.ckpt")
     assert state_dict_hash(load_ddim(config, tmp_path / "m.ckpt")) == state_dict_hash(unet)

@@ -179,12 +179,16 @@ def test_classes(tmp_path: Path) -> None:
     loaded = load_class_folder(tmp_path / "class_embedder")
     assert torch.equal(loaded(labels), classes(labels))
     (tmp_path / "class_embedder" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no n_classes and embed_dim"):
+    with pytest.raises(ValueError, match=r"config\.json: embed_dim is missing: allowed are whole numbers from 1 to 65536$"):
         load_class_folder(tmp_path / "class_embedder")
 
 
 @pytest.mark.parametrize(
-    ("params", "message"), [({"n_classes": 5}, "needs embed_dim"), ({"n_classes": 1, "embed_dim": 3}, "n_classes 1, embed_dim 3")]
+    ("params", "message"),
+    [
+        ({"n_classes": 5}, "embed_dim is missing: allowed are whole numbers"),
+        ({"n_classes": 1, "embed_dim": 3}, "n_classes 1: allowed are whole numbers from 2 to 1000000"),
+    ],
 )
 def test_class_config_errors(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

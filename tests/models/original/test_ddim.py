@@ -137,11 +137,11 @@ def test_keys_that_do_not_fit_are_named() -> None:
     [
         ({"num_groups": 3}, r"num_groups 3 must divide every width: \[8, 16\]"),
         ({"resamp_with_conv": False}, "resamp_with_conv false is not supported"),
-        ({"ch": "wide"}, "does not hold what a DDIM yaml holds"),
+        ({"ch": "wide"}, r"^model\.ch 'wide': allowed are whole numbers from 1 to 8192$"),
     ],
 )
 def test_config_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_ddim_unet({**TINY, "model": {**TINY["model"], **changes}})
-    with pytest.raises(ValueError, match=r"the config has no 'data'"):
+    with pytest.raises(ValueError, match=r"^data is missing: allowed are mappings"):
         build_ddim_unet({"model": TINY["model"]})
