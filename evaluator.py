@@ -15,6 +15,11 @@ PSNR, SSIM and MSE. Without --metrics, those that the convention's own package r
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the other imports, so that a signal during them ends this command as it should
+    from qncd.app import stopping
+
+    stopping.install()
+
 import argparse
 from collections.abc import Sequence
 

@@ -13,6 +13,11 @@ widths that one cannot do are left out.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the other imports, so that a signal during them ends this command as it should
+    from qncd.app import stopping
+
+    stopping.install()
+
 import argparse
 from collections.abc import Sequence
 

@@ -10,6 +10,11 @@ image's captions, follows from --seed alone: not from the order of the annotatio
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the other imports, so that a signal during them ends this command as it should
+    from qncd.app import stopping
+
+    stopping.install()
+
 import argparse
 from collections.abc import Sequence
 

@@ -11,6 +11,11 @@ inside, any batch size. ONNX Runtime and OpenVINO run it, and the sampling scrip
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the other imports, so that a signal during them ends this command as it should
+    from qncd.app import stopping
+
+    stopping.install()
+
 import argparse
 from collections.abc import Sequence
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from qncd.app import stopping
+
 
 @dataclass(frozen=True)
 class Command:
@@ -87,6 +89,8 @@ def parse(words: Sequence[str]) -> tuple[Callable[[argparse.Namespace], None], a
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line, by default this process's own: bad input is one line on stderr and exit status 2."""
+    if argv is None:  # before the imports that take seconds
+        stopping.install()
     from qncd.app.parser import run_main
 
     words = list(sys.argv[1:] if argv is None else argv)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import functools
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qncd.app import spellings
 from qncd.app.spellings import SPELLINGS
+from qncd.io.files import regular_file
 from qncd.modes import MODES, TRACKING, changes_of, compose
-from qncd.options import MAX_SEED, Option, OptionError, RecipeError, check_seed, paths_of, read_yaml, sections_of
+from qncd.options import MAX_SEED, Option, OptionError, RecipeError, check_seed, paths_of, read_options, sections_of
 from qncd.recipe import QUANTIZATION, Recipe
 
 _UNDECIDED = {"calibration.batch_size": None}  # follows from the size of the model's inputs, which is not known yet
@@ -117,15 +119,9 @@ def recipe_of(args: argparse.Namespace, recipe_type: type[Recipe] = Recipe) -> R
         _refuse_all(args, recipe_type)
         return None
     given = _given_options(args, recipe_type)
-    for path, value in given.items():
-        option = paths_of(recipe_type).get(path)
-        if (
-            option
-            and option.kind is int
-            and None not in (option.limits.low, option.limits.high)
-            and not option.limits.low <= value <= option.limits.high
-        ):
-            raise ValueError(f"--{option.flag} {value}: allowed are {option.limits.low} to {option.limits.high}")
+    for path, option in paths_of(recipe_type).items():
+        if path in given:
+            option.check(f"--{option.flag}", given[path])
     file = _read_file(args.recipe, recipe_type) if args.recipe else {}
     mode = given.pop("mode", None) or file.get("mode", recipe_type.mode)
     given.pop("quant.act_bits", None)
@@ -139,9 +135,8 @@ def recipe_of(args: argparse.Namespace, recipe_type: type[Recipe] = Recipe) -> R
         recipe: Recipe = compose(recipe_type, mode, {**_UNDECIDED, **_overridden(file, flags), **flags}, flags)
     except RecipeError as error:
         raise ValueError(error.told(names)) from None
-    except OptionError as error:
-        flag = next((names[path] for path in given if path.rpartition(".")[2] == error.name), None)
-        raise ValueError(f"{flag}: {error}" if flag else str(error)) from None
+    except OptionError as error:  # of the file: flags have been looked at
+        raise ValueError(f"{args.recipe}: {error}") from None
     spellings.check_activation_steps(args, file)
     return recipe
 
@@ -155,7 +150,7 @@ def _given_options(args: argparse.Namespace, recipe_type: type[Recipe]) -> dict[
 
 
 def _read_file(path: Path, recipe_type: type[Recipe]) -> dict[str, Any]:
-    content = read_yaml(path)
+    content = read_options(path)
     try:
         return changes_of(recipe_type, content)
     except ValueError as error:
@@ -198,8 +193,61 @@ def check_files(args: argparse.Namespace) -> None:
         raise ValueError("--resume_w takes weights as they are: it excludes --gptq")
     if args.resume and args.resume_w:
         raise ValueError("--resume and --resume_w exclude one another: all of the checkpoint, or its weights alone")
-    if args.cali_ckpt is not None and args.cali_ckpt.is_dir():
-        raise ValueError(f"--cali_ckpt {args.cali_ckpt}: is a folder, expected a file")
+    for name in ("cali_ckpt", "cali_data_path"):  # read where they are there, else written at the end
+        if (path := getattr(args, name)) is not None:
+            check_file(f"--{name}", path)
     for name in ("resume", "resume_w"):
         if getattr(args, name) and (args.cali_ckpt is None or not args.cali_ckpt.is_file()):
             raise FileNotFoundError(f"--{name} needs a quantized checkpoint: --cali_ckpt {args.cali_ckpt} is none")
+    if args.onnx is not None and not args.onnx.is_dir():
+        raise FileNotFoundError(f"--onnx {args.onnx}: no such folder, expected one that `qncd export` wrote")
+    for name in ("logdir", "outdir"):
+        if (path := getattr(args, name, None)) is not None:
+            check_output_folder(f"--{name}", path)
+
+
+def check_file(flag: str, path: Path, replace: bool = False) -> None:
+    """Raise ValueError where what stands at the path is no file, or where nothing does and no file can be written there.
+
+    Args:
+        replace: the file is written even where there is one.
+    """
+    if there := _exists(flag, path):
+        try:
+            regular_file(path)
+        except ValueError as error:
+            raise ValueError(f"{flag} {error}") from None
+    if replace or not there:
+        _check_place(flag, path, path.absolute().parent)
+
+
+def check_output_folder(flag: str, path: Path) -> None:
+    """Raise ValueError where a folder that is to be written cannot be, or what stands there is no folder."""
+    if _exists(flag, path) and not path.is_dir():
+        raise ValueError(f"{flag} {path}: is a file, expected a folder")
+    _check_place(flag, path, path.absolute())
+
+
+def _exists(flag: str, path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:  # `_check_place` says which
+        return False
+    except (OSError, ValueError) as error:  # too long a name, a null byte, a link to itself, a folder that may not be entered
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{flag} {str(path)[:200]!r}: cannot be looked at: {reason}") from None
+    return True
+
+
+def _check_place(flag: str, path: Path, folder: Path) -> None:
+    """Raise ValueError where nothing can be written into a folder, or into the nearest one above it that is there."""
+    while not _exists(flag, folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {path}: {folder} is no folder")
+    try:  # permissions do not tell of a read-only disk, nor of what an administrator may
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {folder} cannot be written: {error.strerror}") from None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import logging
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qncd.app import messages, stopping
 from qncd.app import parser as cli
-from qncd.app.quantizing import Files, is_quiet, quantized
+from qncd.app.quantizing import Files, check_files, is_quiet, quantized, run_settings
 from qncd.distributed import OneProcess, Processes, start_processes
 from qncd.engines.registry import TORCH
-from qncd.io.images import contact_sheet, image_name, save_npz, save_png, to_uint8
-from qncd.io.runs import Run
+from qncd.io.images import NotFiniteError, contact_sheet, image_name, save_image, save_npz, save_png, to_uint8
+from qncd.io.runs import Run, open_run
 from qncd.metrics.statistics.moments import mse_to_psnr, paired_mse
 from qncd.models.network import network_of
 from qncd.models.original.key_tables import KeyTable
@@ -36,13 +40,6 @@ SHEET_IMAGES = 64  # the most that a contact sheet shows of one model
 SEQUENCE_IMAGES, SEQUENCE_STEPS = 8, 16
 
 
-def set_up_logging(level: str) -> None:
-    """Messages of the package as plain lines on stderr."""
-    logging.basicConfig(level=level.upper(), format="%(message)s", force=True)
-    for library in ("httpx", "onnx_ir", "torch.onnx"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-
-
 def start_job(args: argparse.Namespace) -> Processes:
     """The processes of --device, --devices and --num_nodes; all but the first are silent.
 
@@ -51,7 +48,7 @@ def start_job(args: argparse.Namespace) -> Processes:
     """
     cli.check_counts(args, ("devices", "num_nodes"))
     processes = start_processes(cli.choose_device(args.device), args.devices, args.num_nodes)
-    set_up_logging(args.verbose if processes.is_first else "critical")
+    messages.show(args.verbose if processes.is_first else "critical")
     return processes
 
 
@@ -141,6 +138,31 @@ class Task:
     key_table: KeyTable | None = None
 
 
+def open_folder(
+    args: argparse.Namespace, task: Task, folder: Path, settings: Mapping[str, Any], batch_size: int, min_free_bytes: int
+) -> Run:
+    """Claim the output folder of a run, after a look at all files that the run is going to read.
+
+    Args:
+        settings: what decides what an image looks like, beside the quantization.
+        min_free_bytes: room that the run needs on the disk.
+
+    Raises:
+        ValueError, FileNotFoundError: a file does not fit the model or what is asked for; the calibration or the correction
+            does not fit the sampler; as `open_run` does.
+    """
+    recipe, diffusion = task.recipe, task.diffusion
+    if recipe is not None:
+        with cli.naming_flags(interval="sample_reverse" if args.sample_reverse else "reverse_interval"):
+            check_files(recipe, diffusion, task.base_hash, Files.of(args, folder, task.key_table))
+    if args.onnx is not None:
+        from qncd.engines.onnx.model import check_origin
+
+        check_origin(args.onnx, task.base_hash, recipe.quant if recipe else None, diffusion.shape)
+    decisive = {**settings, **run_settings(recipe, args, batch_size)}
+    return open_run(folder, decisive, environment(args, diffusion.network.device, batch_size), min_free_bytes)
+
+
 class SamplingJob:
     """The images of one run on their way to its folder.
 
@@ -150,12 +172,20 @@ class SamplingJob:
     def __init__(self, run: Run, plan: ImagePlan, batch_size: int, processes: Processes | None = None) -> None:
         self.run, self.plan, self.batch_size, self.processes = run, plan, batch_size, processes or OneProcess()
         self.figures: dict[str, Any] = {}
+        stopping.say_how_to_go_on("the same command line goes on from here")
 
     def sample_and_finish(self, args: argparse.Namespace, task: Task, grid: bool = True) -> None:
         """The whole run: the full-precision images where they are compared with, the quantized ones, sheets and figures.
 
         Without images in the plan it ends with the quantized network.
+
+        Raises:
+            SystemExit: with status 1 at the end, where images hold NaN; the line has named them.
         """
+        with self.run:
+            self._sample_and_finish(args, task, grid)
+
+    def _sample_and_finish(self, args: argparse.Namespace, task: Task, grid: bool) -> None:
         diffusion, recipe = task.diffusion, task.recipe
         label = recipe.label if recipe else "FP32"
         if args.compare_fp and self.plan.count:
@@ -173,40 +203,101 @@ class SamplingJob:
             start = time.perf_counter()
             diffusion = on_engine(args, recipe, diffusion, task.base_hash, self.run.folder / "onnx")
             self.figures["engine_seconds"] = time.perf_counter() - start
-        self.sample_images(diffusion, "images", corrector, label)
+        by_batch = bool(recipe and recipe.correction and recipe.correction.statistics == "batch")
+        self.sample_images(diffusion, "images", corrector, label, by_batch)
         if not self.processes.is_first:
             return
         if args.sequence:
             self.write_sequence(diffusion, corrector)
         self.finish(label, args.compare_fp, args.savez, grid)
 
-    def sample_images(self, diffusion: Diffusion, subfolder: str, corrector: Corrector | None, label: str) -> None:
-        """Sample what is missing of the plan's images into a subfolder, batch by batch."""
+    def sample_images(
+        self, diffusion: Diffusion, subfolder: str, corrector: Corrector | None, label: str, whole_batches: bool = False
+    ) -> None:
+        """Sample what is missing of the plan's images into a subfolder, batch by batch.
+
+        A batch that does not fit into the memory is halved. Images with NaN are named and not written.
+
+        Args:
+            whole_batches: an image depends on the others of its batch, so a batch is made whole or not at all.
+        """
         plan, folder = self.plan, self.run.folder / subfolder
         folder.mkdir(exist_ok=True)
         done = self.processes.first(lambda: self.run.existing_indices(subfolder))
-        missing = [i for i in range(plan.count) if i not in done]
-        if len(missing) < plan.count:
-            log.info("%s: %d of %d images are there already", folder, plan.count - len(missing), plan.count)
+        batches = self._batches(done, whole_batches)
+        total = sum(map(len, batches))
+        if total < plan.count:
+            log.info("%s: %d of %d images are there already", folder, plan.count - total, plan.count)
         start = time.perf_counter()
-        error = None
+        mine, made, error = batches[self.processes.rank :: self.processes.world], 0, None
         with progress_bar(f"sampling {label}", "image", is_quiet()) as bar:
             try:
-                for first in range(self.processes.rank * self.batch_size, len(missing), self.processes.world * self.batch_size):
-                    indices = missing[first : first + self.batch_size]
-                    images = plan.decode(self._sample(diffusion, indices, corrector))
-                    for index, image in zip(indices, images, strict=True):
-                        save_png(image, plan.path(folder, index))
-                    bar(min(len(missing), first + self.processes.world * self.batch_size), len(missing))
+                while mine:
+                    indices = mine.pop(0)
+                    try:
+                        images = self._images(self._sample(diffusion, indices, corrector))
+                    except Exception as problem:
+                        mine[:0] = self._halved(indices, problem, whole_batches)
+                        continue
+                    with stopping.undisturbed():
+                        for index, image in zip(indices, images, strict=True):
+                            if image is None:
+                                log.warning("image %d (seed %d) holds NaN and is not written", index, plan.seed_of(index))
+                            else:
+                                save_png(image, plan.path(folder, index))
+                    made += len(indices)
+                    bar(min(total, made * self.processes.world), total)
             except (ValueError, OSError) as problem:
                 if self.processes.world == 1:
                     raise
                 error = str(problem)
         self.processes.agree(error)
         seconds = time.perf_counter() - start
-        if missing:
+        if total:
             self.figures[f"{subfolder}_seconds"] = seconds
-            self.figures[f"{subfolder}_per_second"] = len(missing) / seconds
+            self.figures[f"{subfolder}_per_second"] = total / seconds
+
+    def _batches(self, done: set[int], whole_batches: bool) -> list[list[int]]:
+        """The indices that are to be sampled, in the batches in which they are."""
+        size = self.batch_size
+        if whole_batches:
+            parts = [list(range(start, min(start + size, self.plan.count))) for start in range(0, self.plan.count, size)]
+            return [part for part in parts if not done.issuperset(part)]
+        missing = [i for i in range(self.plan.count) if i not in done]
+        return [missing[start : start + size] for start in range(0, len(missing), size)]
+
+    def _halved(self, indices: list[int], problem: Exception, whole_batches: bool) -> list[list[int]]:
+        """Two halves of a batch that did not fit into the memory. Raises what it met where that is another problem."""
+        if not cli.is_out_of_memory(problem):
+            raise problem
+        problem.__traceback__ = None  # whose frames hold the memory
+        if whole_batches:
+            raise ValueError(
+                f"a batch of {self.batch_size} images does not fit into the memory; a smaller one is another run, because the "
+                "correction takes its statistics by batch: name another folder and batch size"
+            )
+        if len(indices) == 1:
+            raise ValueError("not even one image fits into the memory: a smaller --lane is another run in another folder")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        middle = len(indices) // 2
+        log.warning("%d images do not fit into the memory at once: %d at a time", len(indices), len(indices) - middle)
+        return [indices[:middle], indices[middle:]]
+
+    def _images(self, samples: Tensor) -> list[np.ndarray | None]:
+        """The images of samples, None for those that hold NaN."""
+        images: list[np.ndarray | None] = [None] * len(samples)
+        rows = [i for i, sample in enumerate(samples) if bool(sample.isfinite().all())]
+        try:
+            if rows:
+                for row, image in zip(rows, self.plan.decode(samples[rows]), strict=True):
+                    images[row] = image
+        except NotFiniteError:  # of the decoder's making: which rows?
+            for row in rows:
+                with contextlib.suppress(NotFiniteError):
+                    images[row] = self.plan.decode(samples[row : row + 1])[0]
+        return images
 
     def _sample(self, diffusion: Diffusion, indices: Sequence[int], corrector: Corrector | None, callback: Any = None) -> Tensor:
         conditions = self.plan.conditions(indices) if self.plan.conditions else None
@@ -214,44 +305,63 @@ class SamplingJob:
         return diffusion.sample(seeds, corrector, callback, conditions=conditions)
 
     def write_sequence(self, diffusion: Diffusion, corrector: Corrector | None) -> None:
-        """sequence.png: the first images on their way from noise."""
+        """sequence.png: the first images on their way from noise; those that hold NaN are black from there on."""
         total = len(diffusion.steps)
         kept = {round(i * (total - 1) / max(1, SEQUENCE_STEPS - 1)) for i in range(SEQUENCE_STEPS)}
         rows: list[np.ndarray] = []
 
         def keep(state: Any) -> None:
             if state.step.index in kept:
-                rows.append(self.plan.decode(state.x_prev))
+                images = self._images(state.x_prev)
+                there = next((image for image in images if image is not None), np.zeros((*state.x_prev.shape[2:], 3), np.uint8))
+                rows.append(np.stack([np.zeros_like(there) if image is None else image for image in images]))
 
         self._sample(diffusion, range(min(SEQUENCE_IMAGES, self.plan.count)), corrector, keep)
         images = np.stack(rows, 1)  # (images, steps, H, W, C)
         sheet = contact_sheet([images.reshape(-1, *images.shape[2:])], ["x_t on its way"], len(rows))
-        sheet.save(self.run.folder / "sequence.png")
+        save_image(sheet, self.run.folder / "sequence.png")
 
     def finish(self, label: str, compared: bool, savez: bool = False, grid: bool = True) -> None:
-        """Write the contact sheet, samples.npz and the figures; `compared`: images of the FP32 model lie in fp/."""
-        blocks, labels = [self._read("images", SHEET_IMAGES)], [label]
+        """Write the contact sheet, samples.npz and the figures; `compared`: images of the FP32 model lie in fp/.
+
+        Images that hold NaN, in either of the two, are left out.
+        """
+        there = self.run.existing_indices("images")
         if compared:
-            blocks.insert(0, self._read("fp", SHEET_IMAGES))
+            there &= self.run.existing_indices("fp")
+        indices = [i for i in range(self.plan.count) if i in there]
+        absent = [i for i in range(self.plan.count) if i not in there]
+        if indices:
+            self._compare_and_show(indices, label, compared, grid)
+            if savez:
+                one_by_one = (self._read("images", [i])[0] for i in indices)
+                save_npz(one_by_one, self.run.folder / "samples.npz", len(indices))
+        self.run.finish(**self.figures, **({"images_with_nan": absent} if absent else {}))
+        log.info("%d images in %s", len(indices), self.run.folder / "images")
+        if absent:
+            named = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
+            log.error("%d of %d images hold NaN and are not there: %s", len(absent), self.plan.count, named)
+            sys.exit(1)
+
+    def _compare_and_show(self, indices: Sequence[int], label: str, compared: bool, grid: bool) -> None:
+        shown = indices[:SHEET_IMAGES]
+        blocks, labels = [self._read("images", shown)], [label]
+        if compared:
+            blocks.insert(0, self._read("fp", shown))
             labels.insert(0, "FP32")
             mse = np.concatenate([
-                paired_mse(self._read("fp", rows=part), self._read("images", rows=part)) for part in _parts(self.plan.count)
+                paired_mse(self._read("fp", part), self._read("images", part)) for part in _parts(indices)
             ])  # fmt: skip
             psnr = float(mse_to_psnr(mse).mean())
             self.figures |= {"psnr_to_fp_db": psnr, "mse_to_fp": float(mse.mean())}
             log.info("PSNR to full precision %.2f dB (mean over %d images, peak 255)", psnr, len(mse))
         if grid:
-            contact_sheet(blocks, labels, self.plan.columns).save(self.run.folder / "contact_sheet.png")
-        if savez:
-            save_npz(self._read("images"), self.run.folder / "samples.npz")
-        self.run.finish(**self.figures)
-        log.info("%d images in %s", self.plan.count, self.run.folder / "images")
+            save_image(contact_sheet(blocks, labels, self.plan.columns), self.run.folder / "contact_sheet.png")
 
-    def _read(self, subfolder: str, limit: int | None = None, rows: range | None = None) -> np.ndarray:
-        indices = rows if rows is not None else range(min(self.plan.count, limit or self.plan.count))
+    def _read(self, subfolder: str, indices: Sequence[int]) -> np.ndarray:
         arrays = [np.asarray(Image.open(self.plan.path(self.run.folder / subfolder, i))) for i in indices]
         return np.stack([a if a.ndim == 3 else a[..., None] for a in arrays])
 
 
-def _parts(count: int, size: int = 256) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+def _parts(indices: Sequence[int], size: int = 256) -> list[Sequence[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]

@@ -57,9 +57,12 @@ def find_model(config: Path | None, ckpt: str | None, default_config: Path) -> t
 def load_model(args: argparse.Namespace, default_config: Path, device: str) -> tuple[LatentModel, dict[str, Any] | None]:
     """The latent model that --config, the checkpoint flag and --use_pretrained name, on `device`, and its yaml if it has one."""
     config, ckpt = find_model(args.config, args.ckpt, default_config)
-    model = load_latent_model(config, ckpt, args.use_pretrained)
+    return load_latent_model(config, ckpt, args.use_pretrained, args.sha256).to(device), config
+
+
+def tell_model(model: LatentModel) -> None:
+    """Say which model it is; before all is checked, this would be a second line beside an error."""
     log.info("model: %s, latents %s", model.source, "x".join(map(str, model.latent_shape)))
-    return model.to(device), config
 
 
 def original_names(config: Mapping[str, Any] | None) -> KeyTable | None:
@@ -96,7 +99,7 @@ def build_diffusion(
     """The model's UNet with its schedule and the sampler. Raises ValueError for steps that the schedule does not have."""
     lane = lane or latent_lane(max(shape[1:]), guided)
     diffusion = Diffusion(network_of(model.unet), Process.from_betas(model.betas), sampler, shape, lane, precision)
-    log.debug("%d steps: %s", len(diffusion.steps), [s.t for s in diffusion.steps])
+    log.debug("%d steps: %s", len(diffusion.steps), diffusion.times)
     return diffusion
 
 
@@ -118,15 +121,12 @@ def make_decoder(model: LatentModel, lane: int, finishers: Sequence[Finisher] = 
 
 
 def check_guidance(model: LatentModel, scale: float | None, default: float) -> float:
-    """The guidance scale: `default` for a conditional model, 1 for another. Raises ValueError where it cannot be."""
+    """The guidance scale: `default` for a conditional model, 1 for another. Raises ValueError where that takes none."""
     if model.conditioner is None:
         if scale not in (None, 1.0):
             raise ValueError(f"--scale {scale:g}: {model.source} is unconditional; allowed is 1")
         return 1.0
-    chosen = default if scale is None else scale
-    if not chosen >= 0:
-        raise ValueError(f"--scale {chosen}: allowed are numbers from 0 on")
-    return chosen
+    return default if scale is None else scale
 
 
 def in_context(cond: Tensor, uncond: Tensor | None, scale: float) -> Conditions:

@@ -6,18 +6,22 @@ Nothing heavy is imported here: `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from qncd.app import messages, stopping
 from qncd.app.flags import add_recipe_arguments
 from qncd.app.flags import seed as seed
 from qncd.engines.registry import PRECISIONS, TORCH, engine_names
 from qncd.progress import progress_bar as progress_bar  # scripts know it as cli.progress_bar
 from qncd.recipe import ACT_ITERATIONS as ACT_ITERATIONS
-from qncd.recipe import SAMPLE_TYPES, SKIP_TYPES, SamplerConfig
+from qncd.recipe import SAMPLE_TYPES, SKIP_TYPES, OptionError, SamplerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,18 +45,47 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run_main(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run a script's main: bad input and a full disk end as one line on stderr and exit status 2."""
+    """Run a command's main: whatever is wrong with its input, a disk or the memory is one line on stderr, exit status 2.
+
+    SIGINT, SIGTERM and SIGHUP end it as `qncd.app.stopping` says.
+    """
+    messages.show("warning")
     try:
-        main(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+        with stopping.installed():
+            main(args)
+    except Exception as error:
         if args.debug:
             traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {_in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command line goes on from here", file=sys.stderr)
-        sys.exit(130)
+
+
+# Errors that are raised for bad input, by this package or by the system. Others come from a library that met something it
+# did not expect, or are faults of this package: the line says so.
+_EXPECTED = (ValueError, OSError, FloatingPointError)
+
+
+def _in_one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, _EXPECTED):
+        return message or type(error).__name__
+    if is_out_of_memory(error):
+        return f"out of memory ({message[:200] or type(error).__name__})"
+    return f"unexpected {type(error).__name__}{message and ': '}{message[:400]} (--debug shows where)"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, torch or an engine says that memory was short."""
+    text = str(error).lower()
+    told = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "failed to allocate memory",
+        "bad_alloc",
+        "bad allocation",
+    )
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in text for words in told))
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +95,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ckpt", help="weights: a local checkpoint, a diffusers folder or a hub id (default: what the config names)"
     )
-    group.add_argument("--use_pretrained", action="store_true", help="take the published weights for the config's data set")
+    add_published_arguments(group, "take the published weights for the config's data set")
     group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
 
 
@@ -76,8 +109,23 @@ def add_latent_model_arguments(parser: argparse.ArgumentParser, *names: str) -> 
         *names, "--ckpt", dest="ckpt",
         help="weights: a CompVis checkpoint, a folder with model.ckpt and config.yaml, a diffusers folder or a hub id",
     )  # fmt: skip
-    group.add_argument("--use_pretrained", action="store_true", help="take the published weights that --config names")
+    add_published_arguments(group, "take the published weights that --config names")
     group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def sha256_digest(text: str) -> str:
+    """The type of --sha256."""
+    if not re.fullmatch(r"[0-9A-Fa-f]{64}", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected 64 hexadecimal digits")
+    return text.lower()
+
+
+def add_published_arguments(group: argparse._ActionsContainer, use_pretrained: str) -> None:
+    """--use_pretrained with this help, and --sha256."""
+    group.add_argument("--use_pretrained", action="store_true", help=use_pretrained)
+    group.add_argument(
+        "--sha256", type=sha256_digest, metavar="HEX", help="refuse another file than this one, of --ckpt or --use_pretrained"
+    )
 
 
 def add_lane_argument(group: argparse._ArgumentGroup) -> None:
@@ -122,7 +170,8 @@ def add_step_arguments(group: argparse._ArgumentGroup, timesteps: int) -> None:
 
 def sampler_config(args: argparse.Namespace) -> SamplerConfig:
     """The sampler of `add_step_arguments`. Raises ValueError for values out of range."""
-    return SamplerConfig(args.sample_type, args.skip_type, args.timesteps, args.eta)
+    with naming_flags(eta="eta", timesteps="timesteps"):
+        return SamplerConfig(args.sample_type, args.skip_type, args.timesteps, args.eta)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +193,7 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         help="machines with --devices each, a folder shared (default 1); "
-        "on each, run the same command with MASTER_ADDR, MASTER_PORT and NODE_RANK set",
+        "on each, run the same command with MASTER_ADDR, MASTER_PORT and NODE_RANK set; torchrun and srun need neither flag",
     )
 
 
@@ -204,6 +253,27 @@ def choose_device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return name
+
+
+@contextlib.contextmanager
+def naming_flags(**flags: str) -> Iterator[None]:
+    """Within it, what is wrong with an option is said of its flag.
+
+    Args:
+        flags: by the options' names, without dashes.
+    """
+    try:
+        yield
+    except OptionError as error:
+        if error.name not in flags:
+            raise
+        raise ValueError(f"--{flags[error.name]}{str(error).removeprefix(error.name)}") from None
+
+
+def check_scale(scale: float | None) -> None:
+    """Raise ValueError for a guidance scale, where there is one, that cannot be."""
+    if scale is not None and not 0 <= scale < math.inf:
+        raise ValueError(f"--scale {scale}: allowed are finite numbers from 0 on")
 
 
 def check_counts(args: argparse.Namespace, names: Sequence[str]) -> None:

@@ -8,10 +8,12 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from qncd.distributed import OneProcess, Processes
 from qncd.engines.engine import check_engine, file_engines
@@ -20,14 +22,15 @@ from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.network import Network
 from qncd.models.original.key_tables import KeyTable
 from qncd.progress import Update, progress_bar
-from qncd.ptq.checkpoint import QuantizedInfo, load_quantized_, load_weights_, peek_quantized, save_quantized
-from qncd.ptq.data import load_calibration, save_calibration
+from qncd.ptq.checkpoint import QuantizedInfo, check_quantized, load_quantized_, load_weights_, peek_quantized, save_quantized
+from qncd.ptq.data import CalibrationCollector, CalibrationSet, load_calibration, save_calibration
 from qncd.ptq.pipeline import Job, quantize_network, record_before, sample_calibration
-from qncd.ptq.qdiffusion import is_qdiffusion, load_qdiffusion_
+from qncd.ptq.qdiffusion import check_qdiffusion, is_qdiffusion, load_qdiffusion_
 from qncd.ptq.runs import DiffusionRuns
 from qncd.recipe import QuantConfig, Recipe, ReconstructionConfig
 from qncd.sampling.corrector import Corrector, Record
 from qncd.sampling.correctors.registry import corrector_of, fits, kind_of
+from qncd.sampling.correctors.runtime import check_interval
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
 
@@ -103,6 +106,14 @@ class Files:
         return cls(args.cali_ckpt, args.cali_data_path, args.resume_w, folder, key_table)
 
 
+def check_files(recipe: Recipe, diffusion: Diffusion, base_hash: str, files: Files) -> None:
+    """Raise what `quantized` would find out about its files, or about the recipe and the sampler, before any work is done.
+
+    The network stays as it is.
+    """
+    _Task(recipe, diffusion, base_hash, files, None, OneProcess()).check()
+
+
 def quantized(
     recipe: Recipe,
     diffusion: Diffusion,
@@ -148,8 +159,28 @@ class _Task:
     ) -> None:
         self.recipe, self.diffusion, self.base_hash, self.files, self.processes = recipe, diffusion, base_hash, files, processes
         self.conditions = conditions
-        self.runs = DiffusionRuns(diffusion, recipe.calibration, conditions, bars)
+        self.runs = DiffusionRuns(diffusion, recipe.calibration, conditions, bars, processes=processes)
         self.kind = kind_of(recipe)
+
+    def check(self) -> None:
+        """Read what the three ways read, and compare it with what is asked for."""
+        path, recipe, steps = self.files.checkpoint, self.recipe, len(self.diffusion.steps)
+        if self.kind is not None:
+            self.kind.recorder(recipe)
+        if recipe.controlled:
+            check_interval(recipe.controlled.interval, steps)
+        if path is not None and path.is_file() and path.suffix != ".safetensors":
+            self._qdiffusion(path)
+            return
+        if path is not None and path.is_file() and not self.files.weights_only:
+            self._fitting(path)
+            return
+        if self.files.weights_only:
+            self._check_weights()
+        if self.files.calibration is not None and self.files.calibration.exists():
+            self._calibration(self.files.calibration)
+        else:
+            CalibrationCollector(steps, recipe.calibration.steps)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -175,10 +206,8 @@ class _Task:
         if self.kind is not None and self.kind.fitted_afterwards(self.recipe):
             self.runs.keep_reference()
 
-    def from_qdiffusion(self, path: Path) -> Corrector | None:
-        """A checkpoint of Q-Diffusion."""
-        record = record_before(self.runs, self.recipe)
-        self.keep_reference()
+    def _qdiffusion(self, path: Path) -> tuple[Mapping[str, Tensor], KeyTable, QuantConfig]:
+        """What a checkpoint of Q-Diffusion holds, the names in it and how it is read: it fits the network."""
         content = load_checkpoint(path)
         if not is_qdiffusion(content):
             raise ValueError(f"{path}: neither a .safetensors file of this package nor a quantized checkpoint of Q-Diffusion")
@@ -186,21 +215,33 @@ class _Task:
             raise ValueError(f"{path}: names layers as the original code does: give the original yaml with --config")
         if self.files.weights_only:
             raise ValueError(f"--resume_w: allowed with this package's checkpoints; {path.name} is one of Q-Diffusion")
-        try:
-            load_qdiffusion_(self.diffusion.network, content, self.files.key_table, self.recipe.quant)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        with _naming(path):
+            check_qdiffusion(self.diffusion.network, content, self.files.key_table, self.recipe.quant)
+        return content, self.files.key_table, self.recipe.quant
+
+    def from_qdiffusion(self, path: Path) -> Corrector | None:
+        """A checkpoint of Q-Diffusion."""
+        given = self._qdiffusion(path)  # before the long work of `record_before`
+        record = record_before(self.runs, self.recipe)
+        self.keep_reference()
+        with _naming(path):
+            load_qdiffusion_(self.diffusion.network, *given)
         log.info("loaded %s: %s as Q-Diffusion wrote it", path, self.recipe.quant.label)
         return corrector_of(self.recipe, self.fitted_later(record))
 
+    def _fitting(self, path: Path) -> QuantizedInfo:
+        """What a checkpoint of this package says of itself: it is what is asked for, and fits the network."""
+        recipe, info = self.recipe, peek_quantized(path)
+        _check_same(path, info, recipe.quant, recipe.smoothing is not None)
+        if recipe.reconstruction and _reconstruction_of(info) != self.settings["reconstruction"]:
+            raise ValueError(f"{path}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
+        check_quantized(self.diffusion.network, path, self.base_hash)
+        return info
+
     def from_checkpoint(self, path: Path) -> Corrector | None:
         """A checkpoint of this package, with what it holds for the correction where that was made with the same settings."""
-        recipe, settings = self.recipe, self.settings
-        info = peek_quantized(path)
-        _check_same(path, info, recipe.quant, recipe.smoothing is not None)
-        if recipe.reconstruction and _reconstruction_of(info) != settings["reconstruction"]:
-            raise ValueError(f"{path}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
-        if info.settings.get("sampler") != settings["sampler"] and recipe.smoothing:
+        recipe, info = self.recipe, self._fitting(path)
+        if info.settings.get("sampler") != self.settings["sampler"] and recipe.smoothing:
             log.warning("%s was smoothed for the time steps of %s", path, info.settings.get("sampler"))
         record = self._record_in(info)
         if record is None:
@@ -226,9 +267,7 @@ class _Task:
         start = time.perf_counter()
         if self.processes.share(files.calibration is not None and files.calibration.exists()):
             assert files.calibration is not None
-            condition = self.diffusion.network.condition
-            data = load_calibration(files.calibration, recipe.calibration.samples, recipe.calibration.steps, condition)
-            data.check_model(self.diffusion.network, self.base_hash)
+            data = self._calibration(files.calibration)
             record = record_before(self.runs, recipe)
         else:
             data, record = sample_calibration(self.runs, recipe, self.base_hash)
@@ -243,17 +282,40 @@ class _Task:
             log.info("quantized checkpoint: %s, %.1f MB", target, target.stat().st_size / 1e6)
         return corrector_of(recipe, outcome.record), time.perf_counter() - start
 
-    def _weights(self) -> Any:
-        """What gives the network the checkpoint's weights. Raises ValueError where they were quantized otherwise."""
+    def _calibration(self, path: Path) -> CalibrationSet:
+        """The calibration set of a file. Raises ValueError where it is none, or of another model."""
+        calibration = self.recipe.calibration
+        data = load_calibration(path, calibration.samples, calibration.steps, self.diffusion.network.condition)
+        with _naming(path):
+            data.check_model(self.diffusion.network, self.base_hash)
+        return data
+
+    def _check_weights(self) -> Path:
+        """The checkpoint, whose weights are wanted. Raises ValueError where they were quantized otherwise, or do not fit."""
         path, quant = self.files.checkpoint, self.recipe.quant
         assert path is not None
         _check_same(path, peek_quantized(path), quant, self.recipe.smoothing is not None, WEIGHT_SETTINGS)
+        check_quantized(self.diffusion.network, path, self.base_hash, quant)
+        return path
+
+    def _weights(self) -> Any:
+        """What gives the network the checkpoint's weights."""
+        path, quant = self._check_weights(), self.recipe.quant
 
         def load(network: Network) -> None:
             load_weights_(network, path, quant, self.base_hash)
             log.info("weights of %s; activations are calibrated anew", path)
 
         return load
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Within it, a ValueError begins with the file's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _reconstruction_of(info: QuantizedInfo) -> dict[str, Any] | None:

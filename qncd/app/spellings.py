@@ -120,6 +120,8 @@ def changes_of_spellings(args: argparse.Namespace) -> dict[str, Any]:
 def _correction_changes(args: argparse.Namespace) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     asked = is_correction_asked(args)
+    if args.sample_reverse is not None and args.sample_reverse < 0:
+        raise ValueError(f"--sample_reverse {args.sample_reverse}: allowed are whole numbers, 1 or more")
     if args.sample_reverse and args.reverse_interval is not None and args.sample_reverse != args.reverse_interval:
         raise ValueError(
             f"--sample_reverse {args.sample_reverse} and --reverse_interval {args.reverse_interval} name two intervals"

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from qncd.app import parser as cli
 from qncd.benchmark.peers import quantize_with_peer
 from qncd.benchmark.plan import ERROR_IMAGES, FULL, PART, Cell, Plan, parse_width
 from qncd.benchmark.subjects import Subject
+from qncd.io.files import whole_file, write_json
 from qncd.io.runs import Run
 from qncd.metrics.statistics.moments import mse_to_psnr, paired_mse
+from qncd.models.files.safetensors_files import write_safetensors
 from qncd.models.network import Network
 from qncd.ptq.data import CalibrationSet, load_calibration, save_calibration
 from qncd.ptq.evaluation import NoiseErrorRecorder, sample_images
@@ -123,11 +122,8 @@ def sample_part(plan: Plan, start: int) -> None:
         conditions=(lambda rows: conditions([start + row for row in rows])) if conditions else None,
         decode=subject.decode,
     )
-    path = plan.part_path(start)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with partial.open("wb") as stream:
+    with whole_file(plan.part_path(start)) as part, part.open("wb") as stream:
         np.savez(stream, images=images)
-    partial.replace(path)
 
 
 def full_precision_images(plan: Plan) -> np.ndarray:
@@ -146,9 +142,7 @@ def sample_calibration_set(plan: Plan, seed: int) -> None:
     data_path, table_path = plan.calibration_paths(seed)
     if record is not None:
         tensors, head = record.to_tensors()
-        partial = table_path.with_name(f".{table_path.name}.{os.getpid()}.part")
-        save_file(tensors, partial, {"noise_table": head})
-        partial.replace(table_path)
+        write_safetensors(tensors, table_path, {"noise_table": head})
     save_calibration(data, data_path)
 
 
@@ -175,7 +169,7 @@ def reconstruct_weights(plan: Plan, cell: Cell) -> None:
     assert folder is not None and recipe is not None
     recipe = recipe.without("offline").without("correction")  # of the cell that takes the blocks
     outcome = _quantize_(plan, cell, recipe, runs_of(plan.subject(), recipe.calibration))
-    (folder / WHOLE).write_text(json.dumps({"seconds": outcome.seconds}) + "\n", encoding="utf-8")
+    write_json(folder / WHOLE, {"seconds": outcome.seconds})
 
 
 def _quantize_(plan: Plan, cell: Cell, recipe: Recipe, runs: DiffusionRuns) -> Outcome:
@@ -217,7 +211,7 @@ def run_cell(plan: Plan, cell: Cell) -> None:
         "seconds": time.perf_counter() - start, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "peer": cell.peer and {"package": cell.peer.package, "version": cell.peer.version}, "git_commit": plan.commit,
     }  # fmt: skip
-    write_text(cell.path(plan), json.dumps(record, indent=2) + "\n")
+    write_json(cell.path(plan), record)
 
 
 def quantize_cell_(plan: Plan, cell: Cell, runs: DiffusionRuns) -> tuple[Diffusion, Corrector | None, dict[str, Any]]:
@@ -232,10 +226,3 @@ def quantize_cell_(plan: Plan, cell: Cell, runs: DiffusionRuns) -> tuple[Diffusi
     network, integer = quantize_with_peer(cell.mode, diffusion.network, data, *bits, size)
     figures = {"calibration_seconds": time.perf_counter() - start, "integer": integer}
     return dataclasses.replace(diffusion, network=network), None, figures
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qncd.benchmark.peers import PEERS, Peer
+from qncd.io.files import read_json
 from qncd.modes import MODES as RECIPES
 from qncd.modes import TRACKING
 from qncd.recipe import (
@@ -220,7 +221,7 @@ class Cell:
     def finished(self, plan: Plan) -> dict[str, Any] | None:
         """The cell's file; None if it is missing, damaged or made with other settings."""
         try:
-            record = json.loads(self.path(plan).read_text(encoding="utf-8"))
+            record: dict[str, Any] = read_json(self.path(plan))
             return record if record["settings"] == self.settings(plan) and record["figures"] else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qncd.benchmark.plan import FULL, MODES
+from qncd.io.files import whole_file
 
 FIGURES = {
     "psnr": "PSNR to full precision, dB (more is better)",
@@ -108,6 +108,5 @@ def _figure(width: float, height: float) -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     """Write the picture whole or not at all."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=110, format="png")

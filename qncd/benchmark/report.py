@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from qncd.benchmark.cells import write_text
 from qncd.benchmark.peers import PEERS
 from qncd.benchmark.plan import ERROR_IMAGES, FULL, MODES, UNBIASED_IMAGES, Cell, Plan
 from qncd.benchmark.plots import draw_bars, draw_errors
 from qncd.benchmark.subjects import TITLES
+from qncd.io.files import write_json, write_text
 from qncd.io.runs import Run
 
 log = logging.getLogger("qncd")
@@ -146,7 +145,7 @@ def write_report(command: str, run: Run, plan: Plan, cells: Sequence[Cell], conv
         "command": command, "caption": notes, "settings": Cell(FULL).settings(plan), "rows": rows, "missing": missing,
         "cells": list(records.values()), "git_commits": commits, "versions": session["versions"],
     }  # fmt: skip
-    write_text(plan.out / "quality.json", json.dumps(content, indent=2) + "\n")
+    write_json(plan.out / "quality.json", content)
     lines = ["# Quality after quantization", "", *table_lines(rows), "", *(f"- {note}" for note in notes)]
     write_text(plan.out / "quality.md", "\n".join(lines) + "\n")
     draw_errors(rows, plan.out / "quality.png")

@@ -8,12 +8,12 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qncd.io.files import scratch_folder
 from qncd.models.configs import CONFIGS
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ def checkpoint_size(bits: int) -> float:
 
     from qncd.ptq.checkpoint import save_quantized
 
-    with tempfile.TemporaryDirectory() as folder:
-        full, small = Path(folder) / "fp32.safetensors", Path(folder) / "quantized.safetensors"
+    with scratch_folder() as folder:
+        full, small = folder / "fp32.safetensors", folder / "quantized.safetensors"
         network = _cifar()
         save_file(network.module.state_dict(), full)
         config = _quantized(network, bits)
@@ -193,8 +193,8 @@ def measure_engines(rounds: int, threads: int, profiled: bool) -> dict[str, Any]
 
     network = _cifar()
     x = _inputs(network, 4).x
-    with tempfile.TemporaryDirectory() as folder:
-        contest = make_contest(network, x, Path(folder), threads)
+    with scratch_folder() as folder:
+        contest = make_contest(network, x, folder, threads)
         seconds = alternate(contest.calls, rounds)
         base, figures = "torch fp32", dict[str, Any]()
         for name in contest.calls:
@@ -218,7 +218,7 @@ def measure_engines(rounds: int, threads: int, profiled: bool) -> dict[str, Any]
             print(f"float32 product of 2048x2048 matrices in PyTorch: {peak:.0f} billion multiply-adds a second")
             figures["fp32_gmacs"], figures["profile"] = peak, {}
             for name in ("fp32", "int8"):
-                kinds = profile(Path(folder) / name, x, threads, macs)
+                kinds = profile(folder / name, x, threads, macs)
                 figures["profile"][name] = [dataclasses.asdict(kind) for kind in kinds]
                 for kind in kinds:
                     rate = "" if kind.gmacs is None else f"   {kind.gmacs:6.0f} G/s, {kind.gmacs / peak:.2f} of the product's"
@@ -239,8 +239,7 @@ def _run_command(name: str, *flags: str | Path) -> float:
 def measure_jobs(rounds: int, images: int) -> dict[str, float]:
     """Images a second of whole command lines, in full precision in PyTorch and in int8 on OpenVINO, in turn."""
     figures = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         saved: Any = _cifar().module
         saved.save_pretrained(folder / "cifar_size")
         cifar = ("--config", CONFIGS / "cifar10.yml", "--ckpt", folder / "cifar_size")
@@ -297,8 +296,7 @@ def measure_stable_diffusion(rounds: int, threads: int) -> dict[str, Any]:
     """One guided call at full size, in PyTorch and on the engines."""
     from qncd.benchmark.engine_speed import alternate, make_large_contest, ratio
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         process = multiprocessing.get_context("spawn").Process(target=_export_stable_diffusion, args=(folder, threads))
         process.start()
         process.join()

@@ -21,6 +21,7 @@ from qncd.models.latent import load_latent_model
 from qncd.models.loading import load_ddim, state_dict_hash
 from qncd.models.network import network_of
 from qncd.models.original.conditioning import ClassConditioner
+from qncd.models.schema import COMPVIS, layout_of
 from qncd.recipe import SamplerConfig
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
@@ -59,7 +60,7 @@ class Subject:
 
 def is_latent(config: Mapping[str, Any]) -> bool:
     """Whether a yaml describes a latent model (CompVis' layout) or a DDIM model."""
-    return "diffusion" not in config
+    return layout_of(config) is COMPVIS
 
 
 def load_subject(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from qncd.engines.onnx.engine import ArraySession, OnnxEngine
 from qncd.engines.onnx.model import FILE, read_onnx, save_onnx
 from qncd.engines.packages import require
+from qncd.io.files import scratch_folder
 
 CPU = "CPUExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
@@ -23,8 +23,8 @@ class OnnxRuntime(OnnxEngine):
 
     def session(self, folder: Path, threads: int) -> ArraySession:
         """DIR/model.onnx, rewritten."""
-        with tempfile.TemporaryDirectory() as scratch:
-            return open_session(_integer_model(folder, Path(scratch)), threads, [CPU])
+        with scratch_folder() as scratch:
+            return open_session(_integer_model(folder, scratch), threads, [CPU])
 
 
 class TensorRt(OnnxRuntime):

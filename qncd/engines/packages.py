@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 INSTALL = "pip install -e '.[export]'"
 
 
 def require(package: str) -> Any:
-    """The module `package`. Raises ValueError naming the extra that brings it where it is not installed."""
+    """The module `package`. Raises ValueError naming the extra that brings it where it is not installed.
+
+    ONNX Runtime's telemetry is off unless the environment says otherwise: it writes to the user's home and temporary folder.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # is read once, when the package is imported
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from qncd.io.files import whole_file
+
 _SMALL = 64  # images up to this side are shown twice as large in a contact sheet
 _GAP = 2  # pixels between the images of a block
 _MARGIN = 12  # pixels around and between blocks
 _FONT_SIZE = 16
+
+
+class NotFiniteError(ValueError):
+    """Images hold NaN."""
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
@@ -30,12 +35,13 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
         uint8 (N, H, W, C).
 
     Raises:
-        ValueError: x is not such a batch, or holds NaN.
+        NotFiniteError: x holds NaN.
+        ValueError: x is not such a batch.
     """
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"images of shape {tuple(x.shape)} and dtype {x.dtype}, expected float (N, C, H, W)")
     if torch.isnan(x).any():
-        raise ValueError("images hold NaN")
+        raise NotFiniteError("images hold NaN")
     levels = (127.5 * (x.detach().float() + 1) + 0.5).floor().clamp(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
@@ -49,23 +55,53 @@ def save_png(array: np.ndarray, path: str | Path) -> None:
     """Write uint8 (H, W, C), C = 1 (kept grayscale) or 3, so that the file is there whole or not at all.
 
     Raises:
-        ValueError: the array is not such an image.
+        ValueError: the array is not such an image, or the file cannot be written.
     """
-    image = _as_pil(array)
-    _write_atomically(Path(path), lambda stream: image.save(stream, format="PNG"))
+    save_image(_as_pil(array), path)
 
 
-def save_npz(images: np.ndarray, path: str | Path) -> None:
-    """Write uint8 (N, H, W, C) as ADM's sample batch: `arr_0` uint8 (N, H, W, 3), grey repeated; whole or not at all.
+def save_image(image: Image.Image, path: str | Path) -> None:
+    """Write an image as PNG, whole or not at all. Raises ValueError where it cannot be written."""
+    with whole_file(path) as part:
+        image.save(part, format="PNG")
+
+
+def save_npz(images: Iterable[np.ndarray], path: str | Path, count: int | None = None) -> None:
+    """Write images as ADM's sample batch: `arr_0` uint8 (N, H, W, 3), grey repeated; whole or not at all.
+
+    The file is the one that `np.savez` writes of the whole array, but one image at a time is held.
+
+    Args:
+        images: uint8 (H, W, 1 or 3) each, all of one size, such as an array (N, H, W, C).
+        count: how many there are; by default `len(images)`.
 
     Raises:
-        ValueError: the array is not such a batch.
+        ValueError: an image is none of that kind, there are none or not as many as said, or the file cannot be written.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise ValueError(f"images of shape {images.shape} and dtype {images.dtype}, expected uint8 (N, H, W, 1 or 3)")
-    if images.shape[3] == 1:
-        images = np.repeat(images, 3, axis=3)
-    _write_atomically(Path(path), lambda stream: np.savez(stream, arr_0=images))
+    count = len(images) if count is None and isinstance(images, Sized) else count
+    if not count:
+        raise ValueError(f"{path}: {count} images, expected 1 or more")
+    written, shape = 0, (0, 0, 0)
+    with whole_file(path) as part, zipfile.ZipFile(part, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            for image in images:
+                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+                    raise ValueError(f"an image of shape {image.shape} and dtype {image.dtype}, expected uint8 (H, W, 1 or 3)")
+                image = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+                if not written:
+                    shape = image.shape
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                if image.shape != shape:
+                    raise ValueError(f"{path}: image {written} is {_sides(image.shape)} pixels, those before it {_sides(shape)}")
+                stream.write(np.ascontiguousarray(image).data)
+                written += 1
+        if written != count:
+            raise ValueError(f"{path}: {written} images, {count} were announced")
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"
 
 
 def contact_sheet(rows_of_images: Sequence[np.ndarray], labels: Sequence[str], columns: int) -> Image.Image:
@@ -119,14 +155,3 @@ def _as_pil(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3):
         raise ValueError(f"an image of shape {array.shape} and dtype {array.dtype}, expected uint8 (H, W, 1 or 3)")
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-
-
-def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    # In the same folder, since a rename is atomic within one file system only; the process id keeps writers apart.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            write(stream)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from qncd import __version__
+from qncd.io.files import is_temporary, read_json, remove_leftovers_below, write_json
+from qncd.io.locks import LOCK_FILE, FolderLock
 
 RUN_FILE = "run.json"
 _IMAGE = re.compile(r"(\d{6,})_seed-?\d+\.png")
@@ -25,9 +27,29 @@ _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 @dataclass(frozen=True)
 class Run:
-    """A folder opened by `open_run`."""
+    """A folder opened by `open_run`.
+
+    Attributes:
+        lock: what keeps other runs out, held as long as this object lives; None for a folder that is only read.
+    """
 
     folder: Path
+    lock: FolderLock | None = None
+
+    def release(self) -> None:
+        """Let other runs into the folder."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets the folder; the lock stays with this one."""
+        return Run, (self.folder,)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -50,7 +72,7 @@ class Run:
         record = self.record
         record["finished"] = _now()
         record["figures"] = record.get("figures", {}) | _as_json(figures, "figures")
-        _write(self.folder / RUN_FILE, record)
+        write_json(self.folder / RUN_FILE, record)
 
 
 def open_run(
@@ -59,7 +81,9 @@ def open_run(
     environment: Mapping[str, Any] | None = None,
     min_free_bytes: int = 0,
 ) -> Run:
-    """Start a run in a new or empty folder, or resume the run that is in it.
+    """Start a run in a new or empty folder, or resume the run that is in it. The folder is locked as long as the Run lives.
+
+    What a run that was killed left half-written is removed.
 
     Args:
         folder: made where it is not there.
@@ -68,27 +92,43 @@ def open_run(
         min_free_bytes: room that the run will need on the disk.
 
     Raises:
-        ValueError: the folder holds a run with other settings or files of something else, the disk has too little room,
-            or a setting cannot be written as JSON.
+        ValueError: the folder holds a run with other settings, one that is at work, or files of something else; the disk has
+            too little room, or cannot be written; or a setting cannot be written as JSON.
     """
     folder = Path(folder)
     wanted, around = _as_json(settings, "settings"), _as_json(environment or {}, "environment")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: a file, expected a folder for the images")
-    run_file = folder / RUN_FILE
-    old = _read(run_file) if run_file.is_file() else None
-    if old is not None:
-        _refuse_other_settings(folder, old["settings"], wanted)
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: not empty, and no run of qncd (it has no {RUN_FILE}): name another folder")
+    _check_folder(folder)
     _check_room(folder, min_free_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be made ({error.strerror})") from None
+    run, run_file = Run(folder, FolderLock(folder)), folder / RUN_FILE
+    try:
+        old = _read(run_file) if run_file.is_file() else None
+        if old is not None:
+            _refuse_other_settings(folder, old["settings"], wanted)
+    except ValueError:
+        run.release()
+        raise
+    remove_leftovers_below(folder)
     session = {"started": _now(), "environment": around, "versions": _versions(), "git_commit": _git_commit()}
     if old is None:
-        _write(run_file, {"settings": wanted, **session, "resumed": [], "finished": None, "figures": {}})
+        write_json(run_file, {"settings": wanted, **session, "resumed": [], "finished": None, "figures": {}})
     else:
-        _write(run_file, old | {"resumed": [*old.get("resumed", []), session], "finished": None})
-    return Run(folder)
+        write_json(run_file, old | {"resumed": [*old.get("resumed", []), session], "finished": None})
+    return run
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError for a file, and for a folder with something else in it than a run."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file, expected a folder for the images")
+    if not folder.is_dir() or (folder / RUN_FILE).is_file():
+        return
+    # A run that was killed as it began may have left its lock and a file that it was writing.
+    if any(entry.name != LOCK_FILE and not is_temporary(entry.name) for entry in folder.iterdir()):
+        raise ValueError(f"{folder}: not empty, and no run of qncd (it has no {RUN_FILE}): name another folder")
 
 
 def _refuse_other_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -111,28 +151,26 @@ def _check_room(folder: Path, min_free_bytes: int) -> None:
 
 
 def _as_json(values: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """The values as they come back from a JSON file, so that a tuple equals the list it was written as."""
+    """The values as they come back from a JSON file: a tuple equals the list it was written as, NaN and infinity are null."""
     try:
-        plain = json.loads(json.dumps({key: str(v) if isinstance(v, Path) else v for key, v in values.items()}, sort_keys=True))
+        text = json.dumps({key: str(v) if isinstance(v, Path) else v for key, v in values.items()}, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what} cannot be written as JSON: {error}") from None
+    plain: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
     return plain
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """What run.json holds, of the types that this module writes. Raises ValueError for another file."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}): name another folder or delete it") from None
-    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
-        raise ValueError(f"{path}: damaged (no settings in it): name another folder or delete it")
+        raise ValueError(f"{error}: name another folder or delete it") from None
+    kinds = {"settings": dict, "environment": dict, "resumed": list, "figures": dict}
+    for key, kind in kinds.items():
+        if not isinstance(record, dict) or not isinstance(record.get(key, None if key == "settings" else kind()), kind):
+            raise ValueError(f"{path}: damaged (no {key} in it): name another folder or delete it")
     return record
-
-
-def _write(path: Path, record: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _is_whole_png(path: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +70,12 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     save_png(np.zeros((2, 2, 1), np.uint8), tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
 
-    def fail(_self: Image.Image, stream: Any, **_: Any) -> None:
-        stream.write(b"half")
+    def fail(_self: Image.Image, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match=r"a\.png: cannot be written \(disk full\)"):
         save_png(np.ones((2, 2, 1), np.uint8), tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert (tmp_path / "a.png").read_bytes() == before
@@ -82,7 +84,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_other_arrays_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"an image of shape \(2, 2\) and dtype uint8, expected uint8 \(H, W, 1 or 3\)"):
         save_png(np.zeros((2, 2), np.uint8), tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"images of shape \(1, 2, 2, 3\) and dtype float64, expected uint8"):
+    with pytest.raises(ValueError, match=r"^an image of shape \(2, 2, 3\) and dtype float64, expected uint8 \(H, W, 1 or 3\)$"):
         save_npz(np.zeros((1, 2, 2, 3)), tmp_path / "a.npz")
 
 
@@ -95,6 +97,40 @@ def test_npz_is_what_adm_reads(tmp_path: Path, channels: int) -> None:
         assert data["arr_0"].dtype == np.uint8
         assert np.array_equal(data["arr_0"], np.broadcast_to(images, (4, 5, 5, 3)))
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_npz_is_written_image_by_image_as_numpy_writes_the_whole(tmp_path: Path) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (5, 4, 6, 3), np.uint8)
+    save_npz((image for image in images), tmp_path / "ours.npz", 5)
+    np.savez(tmp_path / "numpy.npz", arr_0=images)
+    assert (tmp_path / "ours.npz").read_bytes() == (tmp_path / "numpy.npz").read_bytes()
+
+
+def test_the_memory_of_an_npz_does_not_grow_with_its_images(tmp_path: Path) -> None:
+    tracemalloc.start()
+    try:
+        save_npz((np.full((64, 64, 3), i % 256, np.uint8) for i in range(1000)), tmp_path / "samples.npz", 1000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "samples.npz").stat().st_size > 12_288_000 > 10 * peak
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "message"),
+    [
+        ([(4, 6, 3), (6, 4, 3)], 2, "image 1 is 4x6 pixels, those before it 6x4"),
+        ([(4, 6, 3)], 2, "1 images, 2 were announced"),
+        ([(4, 6, 3)] * 3, 2, "3 images, 2 were announced"),
+        ([], 0, "0 images, expected 1 or more"),
+    ],
+)
+def test_other_images_than_announced_are_no_npz(
+    tmp_path: Path, sizes: list[tuple[int, int, int]], count: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'samples.npz'))}: {message}$"):
+        save_npz((np.zeros(size, np.uint8) for size in sizes), tmp_path / "samples.npz", count)
+    assert not list(tmp_path.iterdir())
 
 
 def test_contact_sheet_puts_blocks_side_by_side(tmp_path: Path) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import platform
+import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +34,14 @@ def test_a_new_run_is_written_down(tmp_path: Path) -> None:
     assert record["versions"]["qncd"] == __version__
     assert record["started"].endswith("+00:00")
     assert record["finished"] is None
+    run.release()
     assert [path.name for path in run.folder.iterdir()] == ["run.json"]
 
 
 def test_equal_settings_go_on(tmp_path: Path) -> None:
     run = open_run(tmp_path, SETTINGS, {"max_images": 2})
     assert run.existing_indices() == set()
+    run.release()
     images = tmp_path / "images"
     images.mkdir()
     for index in range(3):
@@ -60,11 +67,40 @@ def test_figures_are_added(tmp_path: Path) -> None:
     assert run.record["finished"] is not None
     with pytest.raises(ValueError, match=r"^figures cannot be written as JSON: "):
         run.finish(bad=object())
+    run.finish(psnr=[float("inf"), 1.0], mse={"mean": float("nan")})
+    assert run.record["figures"] | {"psnr": [None, 1.0], "mse": {"mean": None}} == run.record["figures"]
+    run.release()
     assert open_run(tmp_path, SETTINGS).record["finished"] is None
 
 
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with open_run(tmp_path, SETTINGS):
+        with pytest.raises(ValueError, match=rf"another run is at work there \(process {os.getpid()} on "):
+            open_run(tmp_path, SETTINGS)
+        assert (tmp_path / "run.lock").exists()
+    with open_run(tmp_path, SETTINGS) as run:
+        copied = pickle.loads(pickle.dumps(run))
+        assert copied.folder == run.folder and copied.lock is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_killed_run_holds_nothing(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from qncd.io import files, runs; run = runs.open_run(sys.argv[1], {'a': 1})\n"
+        "with files.whole_file(run.folder / 'images' / 'a.png'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root).returncode == -signal.SIGKILL
+    assert (tmp_path / "run.lock").exists() and len(list((tmp_path / "images").iterdir())) == 1
+    (tmp_path / "run.json").unlink()  # as if it had been killed before that
+    shutil.copytree(tmp_path / "images", tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "images")
+    with open_run(tmp_path, {"a": 1}):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.lock"]
+
+
 def test_other_settings_are_refused(tmp_path: Path) -> None:
-    open_run(tmp_path, SETTINGS)
+    open_run(tmp_path, SETTINGS).release()
     before = (tmp_path / "run.json").read_text()
     other = {"timesteps": 20, "bits": [4, 8], "eta": 0.0, "seed": 3}
     with pytest.raises(ValueError) as caught:
@@ -84,7 +120,15 @@ def test_folders_of_something_else_are_refused(tmp_path: Path) -> None:
         open_run(tmp_path / "file", SETTINGS)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", r"damaged \(Expecting"), ("[]", "no settings"), ('{"a": 1}', "no settings")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"damaged \(Expecting"),
+        ("[]", "no settings"),
+        ('{"settings": {}, "resumed": 3}', "no resumed"),
+        ('{"a": 1}', "no settings"),
+    ],
+)
 def test_damaged_records_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=message) as caught:

@@ -62,3 +62,64 @@ def test_other_files_are_refused(run_script: Any, tmp_path: Path, text: str) -> 
     (tmp_path / "a.json").write_text(text)
     log = run_script("coco_prompts.py", "--annotations", tmp_path / "a.json", "--out", tmp_path / "o.txt", status=2)
     assert "no caption annotations of MS-COCO" in log
+
+
+IMAGE, CAPTION = {"id": 1, "file_name": "a.jpg"}, {"image_id": 1, "caption": "x"}
+
+
+@pytest.mark.parametrize(
+    ("images", "annotations", "reason"),
+    [
+        ([{"id": 1}], [], "images[0] has no file_name, expected text"),
+        ([IMAGE, 3], [], "images[1] has no id, expected a whole number or text"),
+        ([{**IMAGE, "id": None}], [], "images[0]: id is None, expected a whole number or text"),
+        ([{**IMAGE, "id": True}], [], "images[0]: id is True, expected a whole number or text"),
+        ([IMAGE, {**IMAGE, "file_name": "b.jpg"}], [], "images[1]: id 1 is that of another image"),
+        ({}, [], "the file: images is {}, expected a list"),
+        ([IMAGE], [{**CAPTION, "image_id": 2}], "annotations[0]: image_id 2 is no id of images"),
+        ([IMAGE], [{**CAPTION, "caption": ["x"]}], "annotations[0]: caption is ['x'], expected text"),
+        ([IMAGE], [{**CAPTION, "caption": "\ud800"}], "annotations[0]: '\\ud800' at character 1 is no text in UTF-8"),
+        *(
+            ([{**IMAGE, "file_name": name}], [], f"images[0]: file_name {name!a}, expected a path below the folder of the images")
+            for name in ("../x.jpg", "/etc/passwd", "a/../../x.jpg", "C:\\x.jpg", "..\\x.jpg", "", "a/", "a\nb.jpg", "a\x00.jpg")
+        ),
+    ],
+)
+def test_annotations_are_checked_key_by_key(run_script: Any, tmp_path: Path, images: Any, annotations: Any, reason: str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    log = run_script("coco_prompts.py", "--annotations", tmp_path / "a.json", "--out", tmp_path / "o.txt", status=2)
+    assert log.endswith(f"error: --annotations {tmp_path}/a.json: no caption annotations of MS-COCO ({reason})\n")
+    assert log.count("\n") == 1 and not (tmp_path / "o.txt").exists()
+
+
+def test_equal_file_names_in_several_folders_are_all_copied(run_script: Any, tmp_path: Path) -> None:
+    names = ("val/a.jpg", "train/a.jpg")
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "annotations": [{"image_id": i, "caption": f"\ufeffcaption\u2028of {name}"} for i, name in enumerate(names)],
+    }
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(content))
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).write_text(name)
+    call = ("coco_prompts.py", "--annotations", tmp_path / "a.json", "--n", 2, "--out", tmp_path / "o.txt")
+    copying = ("--images", tmp_path / "in", "--copy_to", tmp_path / "out")
+    run_script(*call, *copying)
+    assert {(tmp_path / "out" / name).read_text() for name in names} == set(names)
+    assert (tmp_path / "o.txt").read_text().splitlines()[0].startswith("caption of ")
+    (tmp_path / "elsewhere.jpg").write_text("private")
+    (tmp_path / "in" / "val" / "a.jpg").unlink()
+    (tmp_path / "in" / "val" / "a.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    log = run_script(*call, *copying, status=2)
+    assert "in/val/a.jpg: a link that leads out of " in log and log.count("\n") == 1
+
+
+def test_inputs_are_not_overwritten(run_script: Any, annotations: Path, tmp_path: Path) -> None:
+    before = annotations.read_bytes()
+    log = run_script("coco_prompts.py", "--annotations", annotations, "--n", 2, "--out", annotations, status=2)
+    assert "that is the file of --annotations" in log and annotations.read_bytes() == before
+    folders = ("--images", tmp_path, "--copy_to", tmp_path / "x" / "..")
+    log = run_script("coco_prompts.py", "--annotations", annotations, "--n", 2, "--out", tmp_path / "o.txt", *folders, status=2)
+    assert "that is the folder of --images" in log
+    log = run_script("coco_prompts.py", "--annotations", annotations, "--n", 2, "--out", tmp_path, status=2)
+    assert f"--out {tmp_path}: a folder, expected a file" in log

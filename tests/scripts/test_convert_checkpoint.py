@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,11 @@ def test_latent_diffusion(files: Path) -> None:
     record = json.loads((out / "converted.json").read_text())
     assert record["unet_sha256"] == state_dict_hash(model.unet)
     assert (record["config"], record["checkpoint"]) == ("ldm.yaml", "ldm.ckpt")
-    run("--config", files / "ldm.yaml", "--ckpt", files / "ldm.ckpt", "--out", out)  # again, over its own
-    assert not [path for path in files.iterdir() if path.suffix in (".part", ".old")]
+    names = sorted(path.name for path in files.iterdir())
+    digest = hashlib.sha256((files / "ldm.ckpt").read_bytes()).hexdigest()
+    run("--config", files / "ldm.yaml", "--ckpt", files / "ldm.ckpt", "--sha256", digest, "--out", out)  # again, over its own
+    assert sorted(path.name for path in files.iterdir()) == names
+    assert json.loads((out / "converted.json").read_text()) == record
 
 
 def test_ddim(files: Path) -> None:
@@ -98,8 +102,13 @@ def test_faults_are_one_line(files: Path) -> None:
     refused("gone.ckpt: no such file", *ldm, "--ckpt", files / "gone.ckpt")
     refused("no weights: give --ckpt PATH", *ldm)
     refused("the following arguments are required: --out", "--config", files / "ldm.yaml")
+    weights = files / "ldm.ckpt"
+    refused("is a file, expected a folder", *ldm[:2], "--ckpt", weights, "--out", weights)
+    refused(f"{weights} is no folder", *ldm[:2], "--ckpt", weights, "--out", weights / "below")
+    refused("argument --sha256: abc: expected 64 hexadecimal digits", *ldm, "--ckpt", weights, "--sha256", "abc")
+    refused(f"--sha256 says {'0' * 64}", *ldm, "--ckpt", weights, "--sha256", "0" * 64)
+    refused(f"--sha256 pins one file, and {files} is none", *ldm, "--ckpt", files, "--sha256", "0" * 64)
     assert not (files / "out").exists()
-    assert not (files / "out.part").exists()
     (files / "out").mkdir()
     (files / "out" / "other.txt").write_text("x")
     refused("out: not empty, and not made by this command", *ldm, "--ckpt", files / "ldm.ckpt")

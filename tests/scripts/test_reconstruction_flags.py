@@ -90,7 +90,7 @@ def test_a_checkpoint_from_before_these_settings_still_loads(common: list[str], 
         ([*QUANTIZED, "--cali_iters_a", "5"], "--cali_iters_a needs --recon_act"),
         ([*QUANTIZED, "--cali_lr", "0.1"], "--cali_lr needs --recon_act"),
         ([*QUANTIZED, "--recon_act", "--cali_iters_a", "0"], "--cali_iters_a 0: allowed are whole numbers, 1 or more"),
-        ([*QUANTIZED, "--recon_act", "--cali_lr", "0"], "act_lr 0.0: allowed are numbers above 0"),
+        ([*QUANTIZED, "--recon_act", "--cali_lr", "0"], "--cali_lr 0.0: allowed are numbers above 0"),
         ([*QUANTIZED, "--recon_act", "--weight_only"], "--recon_act learns scales of quantized activations"),
         ([*QUANTIZED, "--recon_cache", "fp8"], "invalid choice: 'fp8'"),
         (["--devices", "0"], "--devices 0: allowed are whole numbers, 1 or more"),
@@ -129,5 +129,5 @@ def test_two_processes_make_the_images_of_one(common: list[str], tmp_path: Path)
 @pytest.mark.slow
 def test_bad_input_of_two_processes_is_one_line(common: list[str], tmp_path: Path) -> None:
     done = start(common, tmp_path / "o", *QUANTIZED, "--weight_bit", "9", "--devices", "2")
-    assert done.returncode == 2 and done.stderr.count("error: --weight_bit 9: allowed are 2 to 8") == 1
+    assert done.returncode == 2 and done.stderr.count("error: --weight_bit 9: allowed are whole numbers, 2 to 8") == 1
     assert "Traceback" not in done.stderr

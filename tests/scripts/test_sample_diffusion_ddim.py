@@ -125,11 +125,11 @@ def test_switches_act(model: Path, tmp_path: Path) -> None:
 
 
 BAD = [
-    (["--ptq", "--weight_bit", "9"], "--weight_bit 9: allowed are 2 to 8"),
-    (["--ptq", "--sm_abit", "1"], "--sm_abit 1: allowed are 2 to 16"),
+    (["--ptq", "--weight_bit", "9"], "--weight_bit 9: allowed are whole numbers, 2 to 8"),
+    (["--ptq", "--sm_abit", "1"], "--sm_abit 1: allowed are whole numbers, 2 to 16"),
     (["--max_images", "0"], "--max_images 0: allowed are whole numbers, 1 or more"),
-    (["--timesteps", "1001"], "timesteps 1001: allowed are 1 to 1000"),
-    (["--eta", "2"], "eta 2.0: allowed are numbers from 0 to 1"),
+    (["--timesteps", "1001"], "--timesteps 1001: allowed are 1 to 1000"),
+    (["--eta", "2"], "--eta 2.0: allowed are numbers from 0 to 1"),
     (["--sample_reverse"], "--sample_reverse corrects a quantized network: it needs --ptq"),
     (["--ptq", "--sample_reverse", "3", "--reverse_interval", "4"], "name two intervals"),
     (["--ptq", "--resume"], "--resume needs a quantized checkpoint"),
@@ -139,6 +139,9 @@ BAD = [
     (["--config", "nowhere.yml"], "nowhere.yml: no such config file"),
     (["--ptq", "--cali_n", "3"], "the full-precision noise table needs 4 images or more, not 3"),
     (["--ptq", "--cali_st", "6"], "cali_st 6: the sampler takes 5 steps; allowed are 1 to 5"),
+    (["--ptq", "--reverse_interval", "9"], "--reverse_interval 9: none of the 5 steps would make an estimate"),
+    (["--ptq", "--sample_reverse", "9"], "--sample_reverse 9: none of the 5 steps would make an estimate"),
+    (["--ptq", "--recon", "--recon_lr", "inf"], "--recon_lr inf: allowed are numbers above 0"),
     (["--seed", "-3"], "seed -3: allowed are whole numbers, 0 or more"),
     (["--devise", "cpu"], "unrecognized arguments: --devise cpu"),
     (["--device", "nonsense"], "nonsense"),
@@ -150,7 +153,7 @@ def test_bad_input_is_one_line_and_status_2(model: Path, tmp_path: Path, flags: 
     done = run(model, tmp_path / "out", *flags, status=2)
     lines = [line for line in done.splitlines() if "error:" in line]
     assert len(lines) == 1 and message in lines[0]
-    assert "Traceback" not in done
+    assert "Traceback" not in done and not (tmp_path / "out").exists()
 
 
 def test_files_that_do_not_belong(model: Path, tmp_path: Path) -> None:
@@ -175,6 +178,9 @@ def test_files_that_do_not_belong(model: Path, tmp_path: Path) -> None:
     assert "not a whole quantized checkpoint" in run(model, tmp_path / "e", "--ptq", "--cali_ckpt", str(checkpoint), status=2)
     calibration.write_bytes(b"PK\x03\x04 no")
     assert str(calibration) in run(model, tmp_path / "f", "--ptq", "--cali_data_path", str(calibration), status=2)
+    foreign_weights = ["--ptq", "--cali_ckpt", str(checkpoint), "--resume_w"]
+    assert "not a whole quantized checkpoint" in run(model, tmp_path / "g", *foreign_weights, status=2)
+    assert not any((tmp_path / name).exists() for name in "bcdefg"), "claimed before its files were looked at"
 
 
 def test_nan_weights_are_refused(model: Path, tmp_path: Path) -> None:

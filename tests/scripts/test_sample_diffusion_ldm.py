@@ -106,10 +106,16 @@ def test_weights_of_a_checkpoint_with_new_activation_ranges(
         ("none", ("--cond",), "is unconditional: allowed without --cond and --classes"),
         ("class", ("--classes", "1,9"), "--classes 1,9: allowed are 0 to 4"),
         ("class", ("--classes", "a"), "--classes a: expected whole numbers with commas between them"),
-        ("class", ("--scale", "-1"), "--scale -1.0: allowed are numbers from 0 on"),
-        ("class", ("-c", "1000"), "timesteps 1000: latent-diffusion's uniform spacing would end at time step 1000"),
+        ("class", ("--scale", "-1"), "--scale -1.0: allowed are finite numbers from 0 on"),
+        ("class", ("-c", "1000"), "--custom_steps 1000: latent-diffusion's uniform spacing would end at time step 1000"),
+        ("class", ("-c", "1001"), "--custom_steps 1001: allowed are 1 to 1000"),
+        ("class", ("--classes=-1",), "--classes -1: allowed are whole numbers from 0 on"),
+        ("class", ("--classes", "1,,2"), "--classes 1,,2: expected whole numbers with commas between them"),
+        ("class", ("--scale", "inf"), "--scale inf: allowed are finite numbers from 0 on"),
+        ("class", ("-e", "nan"), "--eta nan: allowed are numbers from 0 to 1"),
+        ("class", ("--ptq", "-c", "4", "--cali_st", "5"), "cali_st 5: the sampler takes 4 steps; allowed are 1 to 4"),
         ("class", ("-v", "--dpm"), "--vanilla_sample is DDPM: it excludes --dpm and --eta other than 1"),
-        ("class", ("--dpm", "-e", "1"), "eta 1.0 with sample_type dpm_solver: allowed is 0"),
+        ("class", ("--dpm", "-e", "1"), "--eta 1.0 with sample_type dpm_solver: allowed is 0"),
         ("class", ("--ptq", "--a_min_max", "--act_range", "mse"), "--a_min_max contradicts --running_stat and --act_range mse"),
         ("class", ("--ptq", "--resume_w"), "--resume_w needs a quantized checkpoint: --cali_ckpt None is none"),
         ("class", ("--emb_float",), "--emb_float needs --ptq"),
@@ -122,6 +128,7 @@ def test_bad_flags(
     log = run_script("sample_diffusion_ldm.py", "-r", latent_folder(kind), "-l", tmp_path / "o", *flags, status=2)
     line = log.splitlines()[-1]
     assert line.startswith("sample_diffusion_ldm.py: error: ") and message in line
+    assert log.count("\n") == 1
     assert not (tmp_path / "o").exists()
 
 
@@ -148,7 +155,7 @@ def test_reconstruction_changes_the_weights_and_goes_on(
     assert all(np.array_equal(a[name], b[name]) for name in a) and any(not np.array_equal(a[name], nearest[name]) for name in a)
     for flags, message in (
         (("--recon", "--cali_iters", 4), "was reconstructed otherwise"),
-        (("--recon", "--cali_iters", 0), "iterations 0: allowed are whole numbers, 1 or more"),
+        (("--recon", "--cali_iters", 0), "--cali_iters 0: allowed are whole numbers, 1 or more"),
         (("--cali_iters", 4), "--cali_iters needs --recon"),
     ):
         log = run_script(

@@ -136,7 +136,15 @@ def test_mixed_precision_is_near_full_precision(run_script: Any, latent_folder: 
         (("--prompt", "x", "--C", "4"), "--C 4: this model has 3"),
         (("--prompt", "x", "--f", "8"), "--f 8: this model has 2"),
         (("--prompt", "x", "--H", "33"), "--H 33: allowed are multiples of 2"),
-        (("--prompt", "x", "--plms", "--ddim_eta", "1"), "eta 1.0 with sample_type plms: allowed is 0"),
+        (("--prompt", "x", "--plms", "--ddim_eta", "1"), "--ddim_eta 1.0 with sample_type plms: allowed is 0"),
+        (("--prompt", "x", "--ddim_eta", "nan"), "--ddim_eta nan: allowed are numbers from 0 to 1"),
+        (("--prompt", "x", "--ddim_steps", "1001"), "--ddim_steps 1001: allowed are 1 to 1000"),
+        (("--prompt", "x", "--scale", "nan"), "--scale nan: allowed are finite numbers from 0 on"),
+        (("--prompt", "x", "--H", "0"), "--H 0: allowed are whole numbers, 1 or more"),
+        (
+            ("--prompt", "x", "--ptq", "--cali_n", "4", "--ddim_steps", "2"),
+            "--reverse_interval 4: none of the 2 steps would make",
+        ),
         (("--prompt", "x", "--plms", "--dpm"), "not allowed with argument"),
         (("--prompt", "x", "--skip_grid", "--skip_save"), "leave nothing to look at"),
         (("--prompt", "x", "--ddim_steps", "0"), "--ddim_steps 0: allowed are whole numbers, 1 or more"),
@@ -147,7 +155,7 @@ def test_bad_flags(
     run_script: Any, latent_folder: Callable[[str], Path], tmp_path: Path, flags: tuple[str, ...], message: str
 ) -> None:
     log = run_script("txt2img.py", "--ckpt", latent_folder("text"), "--outdir", tmp_path / "o", *flags, status=2)
-    assert message in log.splitlines()[-1]
+    assert message in log.splitlines()[-1] and log.count("\n") == 1
     assert not (tmp_path / "o").exists()
 
 
@@ -158,6 +166,37 @@ def test_a_prompt_file_with_a_hole(run_script: Any, latent_folder: Callable[[str
     (tmp_path / "p.txt").write_text("\n")
     log = run_script("txt2img.py", "--ckpt", latent_folder("text"), "--from_file", tmp_path / "p.txt", status=2)
     assert "0 prompts, none left after --begin_data 0" in log
+
+
+def test_lines_and_letters_of_a_prompt_file(run_script: Any, latent_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """A byte-order mark, Windows' ends of lines and characters that Python takes for ends of lines change no prompt."""
+    odd = "a\u2028red\x0bcircle\x85 \x00\x1b"
+    (tmp_path / "p.txt").write_bytes(f"\ufeff{PROMPTS[0]}\r\n{odd}\r\n".encode())
+    common = ("--ckpt", latent_folder("text"), "--ddim_steps", 2, "--lane", 2, "--skip_grid")
+    run_script("txt2img.py", *common, "--from_file", tmp_path / "p.txt", "--outdir", tmp_path / "o")
+    lines = [json.loads(line) for line in (tmp_path / "o" / "prompts.jsonl").read_bytes().decode().split("\n")[:-1]]
+    assert [line["prompt"] for line in lines] == [PROMPTS[0], odd]
+    run_script("txt2img.py", *common, "--prompt", PROMPTS[0], "--n_samples", 1, "--outdir", tmp_path / "one")
+    assert np.array_equal(pixels(tmp_path / "o" / "images")[0], pixels(tmp_path / "one" / "images")[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"a\xffb", "--from_file {}: not a text file in UTF-8 (byte 1)"), (None, "--from_file {}: a folder, expected a file")],
+)
+def test_other_prompt_files(
+    run_script: Any, latent_folder: Callable[[str], Path], tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "p.txt"
+    path.mkdir() if content is None else path.write_bytes(content)
+    log = run_script("txt2img.py", "--ckpt", latent_folder("text"), "--from_file", path, "--outdir", tmp_path / "o", status=2)
+    assert log.endswith(f"error: {message.format(path)}\n") and not (tmp_path / "o").exists()
+
+
+def test_a_prompt_that_is_no_text(run_script: Any, latent_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    common = ("--ckpt", latent_folder("text"), "--outdir", tmp_path / "o")
+    log = run_script("txt2img.py", *common, "--prompt", "a \udcff", status=2)
+    assert log.endswith("error: --prompt: '\\udcff' at character 3 is no text in UTF-8\n") and not (tmp_path / "o").exists()
 
 
 def test_a_model_without_text(run_script: Any, latent_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from qncd.app import flags, messages
 from qncd.app import parser as cli
 from qncd.benchmark.peers import PEERS, check_peer
 from qncd.benchmark.plan import DEFAULT_MODES, MODES, UNBIASED_IMAGES, WIDTHS, Plan, can_do, corrects, make_cells
@@ -74,9 +75,11 @@ def command_line() -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    logging.basicConfig(level="INFO", format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    cli.check_counts(args, ("images", "seeds", "batch_size", "cali_n", "cali_st", "interval", "jobs"))
+    messages.show("info")
+    cli.check_counts(args, ("images", "seeds", "batch_size", "cali_n", "cali_st", "cali_iters", "interval", "jobs"))
+    cli.check_scale(args.scale)
+    if not args.report:
+        flags.check_output_folder("--out", args.out)
     cells = make_cells(args.widths, args.modes, args.seeds)
     for mode in dict.fromkeys(cell.mode for cell in cells if cell.peer):
         if args.widths and (missing := [width for width in args.widths if not can_do(mode, width)]):
@@ -97,8 +100,10 @@ def main(args: argparse.Namespace) -> None:
         environment["command"] = command_line()
         room = 2 * plan.images * 64 * 64 * 3 + args.seeds * 4 * args.cali_n * args.cali_st * 32 * 32 + 1_000_000
         run = open_run(args.out, {"benchmark": "quality"}, environment, min_free_bytes=room)
-        compute(run, plan, cells, args.jobs)
-    write_report(command_line(), run, plan, cells, convention)
+    with run:
+        if not args.report:
+            compute(run, plan, cells, args.jobs)
+        write_report(command_line(), run, plan, cells, convention)
 
 
 def make_plan(args: argparse.Namespace) -> tuple[Plan, str]:
@@ -116,22 +121,23 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, str]:
     from qncd.benchmark.subjects import is_latent
     from qncd.models.loading import load_config
     from qncd.ptq.data import CalibrationCollector
-    from qncd.sampling.correctors.runtime import check_table_images, is_due
+    from qncd.sampling.correctors.runtime import check_interval, check_table_images
 
     model_config = load_config(args.config)
     if args.scale is not None and not is_latent(model_config):
         raise ValueError(f"--scale {args.scale:g}: {args.config} is unconditional")
     convention = "ldm" if is_latent(model_config) else "ddim"
-    sampler = SamplerConfig(args.sample_type, args.skip_type, args.timesteps, args.eta, convention)
+    with cli.naming_flags(eta="eta", timesteps="timesteps"):
+        sampler = SamplerConfig(args.sample_type, args.skip_type, args.timesteps, args.eta, convention)
     plan = Plan(
         args.out, model_config, args.ckpt, {}, args.scale, cli.choose_device(args.device), sampler, calibration, correction,
         reconstruction, controlled, args.images, args.seed, args.batch_size,
     )  # fmt: skip
     subject = plan.subject()
-    steps = subject.diffusion.steps
-    CalibrationCollector(len(steps), args.cali_st)
-    if controlled:
-        if not any(is_due(step.index, args.interval) for step in steps):
-            raise ValueError(f"--interval {args.interval}: none of the {len(steps)} steps would make an estimate")
-        check_table_images(args.cali_n)
+    with cli.naming_flags(timesteps="timesteps", interval="interval"):
+        steps = subject.diffusion.steps
+        CalibrationCollector(len(steps), args.cali_st)
+        if controlled:
+            check_interval(args.interval, len(steps))
+            check_table_images(args.cali_n)
     return dataclasses.replace(plan, subject_settings=subject.settings), subject.convention

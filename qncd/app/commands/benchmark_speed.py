@@ -18,11 +18,12 @@ figure.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from qncd.app import flags
 from qncd.app import parser as cli
+from qncd.io.files import write_json
 
 PARTS = ("simulation", "engines", "jobs", "stable_diffusion", "gpu")
 
@@ -48,6 +49,8 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     cli.check_counts(args, ("rounds", "job_rounds", "large_rounds", "job_images", "calibration_samples", "threads"))
+    if args.json:
+        flags.check_file("--json", args.json, replace=True)
     import torch
 
     from qncd.benchmark import speed
@@ -77,4 +80,4 @@ def main(args: argparse.Namespace) -> None:
     if "gpu" in args.parts:
         figures |= speed.measure_gpu(args.rounds)
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(args.json, figures)

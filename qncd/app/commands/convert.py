@@ -8,8 +8,11 @@ The folder appears whole or not at all. An existing one is replaced only if this
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
+from typing import Any
 
+from qncd.app import flags
 from qncd.app import parser as cli
 
 MARKER = "converted.json"
@@ -19,34 +22,36 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     parser = cli.make_parser(description)
     parser.add_argument("--config", type=Path, required=True, help="the model's original yaml, e.g. configs/cin256-v2.yaml")
     parser.add_argument("--ckpt", type=Path, help="the original checkpoint (default: what the config names)")
-    parser.add_argument("--use_pretrained", action="store_true", help="take the published weights for the config")
+    cli.add_published_arguments(parser, "take the published weights for the config")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    import json
-
+    flags.check_output_folder("--out", args.out)
     from qncd import __version__
-    from qncd.models.files.diffusers_folders import whole_folder
+    from qncd.io.files import whole_folder, write_json
+    from qncd.models.files.diffusers_folders import check_replaceable
     from qncd.models.latent import load_latent_model, save_latent_model
     from qncd.models.loading import load_config, load_ddim, save_ddim, state_dict_hash
 
+    check_replaceable(args.out, MARKER)
     config = load_config(args.config)
-    with whole_folder(args.out, MARKER) as folder:
-        if "params" in config["model"]:
-            model = load_latent_model(config, args.ckpt, args.use_pretrained)
-            save_latent_model(model, folder)
-            unet = model.unet
-        else:
-            unet = load_ddim(config, args.ckpt, args.use_pretrained)
-            save_ddim(unet, config, folder)
-        record = {
-            "command": "scripts/convert_checkpoint.py",
-            "qncd": __version__,
-            "config": args.config.name,
-            "checkpoint": args.ckpt.name if args.ckpt else None,
-            "unet_sha256": state_dict_hash(unet),
-        }
-        (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    unet: Any
+    if "params" in config["model"]:
+        model = load_latent_model(config, args.ckpt, args.use_pretrained, args.sha256)
+        unet, save = model.unet, functools.partial(save_latent_model, model)
+    else:
+        unet = load_ddim(config, args.ckpt, args.use_pretrained, sha256=args.sha256)
+        save = functools.partial(save_ddim, unet, config)
+    record = {
+        "command": "scripts/convert_checkpoint.py",
+        "qncd": __version__,
+        "config": args.config.name,
+        "checkpoint": args.ckpt.name if args.ckpt else None,
+        "unet_sha256": state_dict_hash(unet),
+    }
+    with whole_folder(args.out) as folder:
+        save(folder)
+        write_json(folder / MARKER, record)
     print(args.out)

@@ -16,16 +16,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from qncd.app import parser as cli
+from qncd.io.files import regular_file, write_json
 from qncd.metrics.report.conventions import (
     CLIP_METRICS,
     CONVENTIONS,
     DEFAULT_CONVENTION,
     DISTRIBUTION_METRICS,
     METRICS,
+    PAIRED_METRICS,
 )
 
 # The names of EXTRACTORS and ANTONYMS in qncd.metrics.networks, repeated because these modules take seconds to import; a
@@ -100,9 +105,21 @@ def choose_metrics(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(metrics)
 
 
-def _check_output(path: Path, option: str) -> None:
-    if path.is_dir() or not path.absolute().parent.is_dir():
+def _check_output(path: Path, option: str, inputs: Sequence[str | None]) -> None:
+    """Refuse, before hours of work, a file that cannot be written or that would take the place of an input."""
+    if os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
         raise ValueError(f"{option} {path}: not a file in a folder that exists")
+    try:
+        regular_file(path)
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from None
+    else:
+        if same := next((name for name in inputs if name and os.path.exists(name) and os.path.samefile(name, path)), None):
+            raise ValueError(f"{option} {path}: that is {same}, which is read")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ValueError(f"{option} {path}: its folder cannot be written")
 
 
 def _show_progress(label: str, done: int, total: int) -> None:
@@ -114,15 +131,17 @@ def main(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: has to be at least {least}")
     metrics = choose_metrics(args)
+    inputs = (args.real, args.synth, args.compare, args.prompts, args.weights, args.lpips_weights, args.clip_weights)
     if args.json not in (None, "-"):
-        _check_output(Path(args.json), "--json")
+        _check_output(Path(args.json), "--json", inputs)
     if args.save_statistics is not None:
-        _check_output(args.save_statistics, "--save_statistics")
+        _check_output(args.save_statistics, "--save_statistics", (*inputs, args.json))
+    logging.getLogger("qncd").setLevel(logging.WARNING)  # what was damaged in the cache
 
     from qncd.distributed import start_processes
     from qncd.metrics.networks.features import FashionMnistFeatures, InceptionFeatures
     from qncd.metrics.networks.store import FeatureCache, default_cache
-    from qncd.metrics.report.evaluate import Evaluator, Settings, check_sources
+    from qncd.metrics.report.evaluate import Evaluator, Settings, check_sources, paired_folders, prompts_of
     from qncd.metrics.report.sources import open_source
     from qncd.metrics.report.table import differences, differences_to_json
 
@@ -133,6 +152,14 @@ def main(args: argparse.Namespace) -> None:
     if real is not None and needs_features:
         for synth in sets:
             check_sources(real, synth, args.features, convention)
+
+    for synth in sets if set(metrics) & set(PAIRED_METRICS) else ():
+        paired_folders(real, synth)
+    settings = Settings(
+        metrics, args.batch_size, args.is_splits, args.bootstrap, args.prompts, tuple(args.iqa or ("quality",))
+    )  # fmt: skip
+    for synth in sets:
+        prompts_of(synth, settings)
 
     processes = start_processes(cli.choose_device(args.device), args.devices, args.num_nodes)
     with processes.quiet_failure():
@@ -151,9 +178,6 @@ def main(args: argparse.Namespace) -> None:
             from qncd.metrics.statistics.paired import Lpips
 
             lpips = Lpips(args.lpips_weights, processes.device)
-        settings = Settings(
-            metrics, args.batch_size, args.is_splits, args.bootstrap, args.prompts, tuple(args.iqa or ("quality",))
-        )
         cache = FeatureCache(None if args.no_cache else args.cache or default_cache())
         progress = _show_progress if sys.stderr.isatty() else None
         evaluator = Evaluator(real, extractor, settings, cache, processes, clip, lpips, progress)
@@ -171,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
         document |= {"baseline": {"synth": args.compare, **found[1].to_json()}, "difference": differences_to_json(rows, how)}
         lines += [f"baseline {args.compare}:", *found[1].lines(), f"{args.synth} less {args.compare}:"]
         lines += [row.line(how) for row in rows]
-    text = json.dumps(document, indent=2)
-    print(text if args.json == "-" else "\n".join(lines))
+    text, encoding = json.dumps(document, indent=2) if args.json == "-" else "\n".join(lines), sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))  # a path may hold bytes that are no text
     if args.json not in (None, "-"):
-        Path(args.json).write_text(text + "\n")
+        write_json(args.json, document)

@@ -15,6 +15,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qncd.app import flags, messages
 from qncd.app import parser as cli
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     group.add_argument("--config", type=Path, help="yaml of the model, of DDIM or in CompVis' layout")
     group.add_argument("--ckpt", help="weights, as the sampling scripts take them (default: what the config names)")
-    group.add_argument("--use_pretrained", action="store_true", help="take the published weights for the config's data set")
+    cli.add_published_arguments(group, "take the published weights for the config's data set")
     parser.add_argument("--cali_ckpt", type=Path, help="quantized checkpoint (default: export in full precision)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for model.onnx")
     return parser
@@ -44,20 +45,22 @@ def load_unet(args: argparse.Namespace) -> nn.Module:
         raise ValueError("which model? Name it with --config, --ckpt or both")
     config = load_config(args.config) if args.config else None
     if config is not None and "target" not in config["model"]:
-        return load_ddim(config, args.ckpt, args.use_pretrained)
+        return load_ddim(config, args.ckpt, args.use_pretrained, sha256=args.sha256)
     config, ckpt = latent.find_model(args.config, args.ckpt, Path())
-    return load_latent_model(config, ckpt, args.use_pretrained).unet
+    return load_latent_model(config, ckpt, args.use_pretrained, args.sha256).unet
 
 
 def main(args: argparse.Namespace) -> None:
-    from qncd.app import job
+    flags.check_output_folder("--out", args.out)
+    if args.cali_ckpt is not None and not args.cali_ckpt.is_file():
+        raise FileNotFoundError(f"--cali_ckpt {args.cali_ckpt}: no such quantized checkpoint")
     from qncd.engines.engine import export
     from qncd.engines.packages import require
     from qncd.models.loading import state_dict_hash
     from qncd.models.network import network_of
     from qncd.ptq.checkpoint import load_quantized_
 
-    job.set_up_logging("info")
+    messages.show("info")
     for package in ("onnx", "onnxscript"):
         require(package)
     unet = load_unet(args)

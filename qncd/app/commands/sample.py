@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qncd.app import parser as cli
-from qncd.models.configs import CONFIGS, config_beside, find_config
+from qncd.io.files import read_json
+from qncd.models.configs import CONFIGS, config_beside, find_config, read_config
+from qncd.models.schema import COMPVIS, PIPELINE, Section, check, layout_of
 
 DEFAULT_CONFIG = CONFIGS / "fashion_mnist.yml"
 NOTE = """
@@ -53,20 +54,22 @@ SAMPLERS = {
 
 def kind_of_config(path: Path) -> str:
     """The kind of model that a yaml describes. Raises ValueError where it describes none."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a yaml file: {error}") from None
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        raise ValueError(f"{path}: no model section")
-    if "target" not in model:
+    content = read_config(path)
+    layout = layout_of(content)
+    if layout is not None:
+        _check(path, content, layout)
+    if layout is not COMPVIS:
         return "ddim"
-    condition = (model.get("params") or {}).get("cond_stage_config")
-    target = condition.get("target") if isinstance(condition, dict) else None
+    condition = content["model"]["params"].get("cond_stage_config")
+    target = condition["target"] if isinstance(condition, dict) else None
     return "text" if str(target).endswith("FrozenCLIPEmbedder") else "latent"
+
+
+def _check(path: Path, content: Any, rules: Section) -> None:
+    try:
+        check(content, rules)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def kind_of_folder(index: Mapping[str, Any]) -> str:
@@ -79,12 +82,11 @@ def kind_of_folder(index: Mapping[str, Any]) -> str:
 def kind_of_checkpoint(name: str) -> str:
     """The kind of model in a diffusers folder or a checkpoint with its yaml beside it; what is neither counts as latent."""
     path = Path(name)
-    if (path / "model_index.json").is_file():
-        try:
-            index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path / 'model_index.json'}: not JSON: {error}") from None
-        return kind_of_folder(index if isinstance(index, dict) else {})
+    listing = path / "model_index.json"
+    if listing.exists():
+        index = read_json(listing)
+        _check(listing, index, PIPELINE)
+        return kind_of_folder(index)
     if (path / "config.json").is_file():  # a network without a pipeline around it: a DDIM model's UNet
         return "ddim"
     file = path / "model.ckpt" if path.is_dir() else path

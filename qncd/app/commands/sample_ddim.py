@@ -64,7 +64,6 @@ def run(args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
     """The run, in each of the processes."""
     from qncd.app import job, quantizing
-    from qncd.io.runs import open_run
     from qncd.models.loading import load_config, load_ddim, state_dict_hash
     from qncd.models.network import network_of
     from qncd.models.original.ddim import ddim_key_table
@@ -77,12 +76,14 @@ def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes
     model_config = load_config(args.config)
     betas = betas_of(model_config)
     device = str(processes.device)
-    unet = load_ddim(model_config, args.ckpt, args.use_pretrained, args.sample_type).to(device)  # type: ignore[arg-type]
+    unet = load_ddim(model_config, args.ckpt, args.use_pretrained, args.sample_type, args.sha256)
+    unet = unet.to(device)  # type: ignore[arg-type]
     size, channels = int(model_config["data"]["image_size"]), int(model_config["model"]["in_channels"])
     recipe = recipe.with_batch_size(cli.default_calibration_batch(size)) if recipe else None
     lane, process = args.lane or cli.default_lane(size), Process.from_betas(betas)
     diffusion = Diffusion(network_of(unet), process, sampler, (channels, size, size), lane)
-    log.debug("%d steps: %s", len(diffusion.steps), [s.t for s in diffusion.steps])
+    with cli.naming_flags(timesteps="timesteps"):
+        log.debug("%d steps: %s", len(diffusion.steps), diffusion.times)
     base_hash = state_dict_hash(unet)
     batch_size = args.batch_size or int(model_config.get("sampling", {}).get("batch_size", 64))
     settings = {
@@ -90,11 +91,10 @@ def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes
         "seed": args.seed,
         "lane": diffusion.lane,
         "sampler": dataclasses.asdict(sampler),
-        **quantizing.run_settings(recipe, args, batch_size),
     }
     # Twice the size of raw images: PNG files are smaller, an npz and a comparison may come on top.
     needed = 4 * args.max_images * channels * size * size
-    run = processes.first(lambda: open_run(args.logdir, settings, job.environment(args, device, batch_size), needed))
-    plan = job.ImagePlan(args.max_images, lambda i: args.seed + i)
     task = job.Task(diffusion, base_hash, recipe, key_table=ddim_key_table(model_config))
+    run = processes.first(lambda: job.open_folder(args, task, args.logdir, settings, batch_size, needed))
+    plan = job.ImagePlan(args.max_images, lambda i: args.seed + i)
     job.SamplingJob(run, plan, batch_size, processes).sample_and_finish(args, task)

@@ -52,32 +52,47 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
 
 
 def sampler_config(args: argparse.Namespace, train_timesteps: int) -> SamplerConfig:
-    """DDIM in latent-diffusion's convention, DPM-Solver++, or DDPM: DDIM at eta 1 over all time steps."""
+    """DDIM in latent-diffusion's convention, DPM-Solver++, or DDPM: DDIM at eta 1 over all time steps.
+
+    Raises ValueError for values out of range.
+    """
     if args.vanilla_sample:
         if args.dpm or args.eta not in (None, 1.0):
             raise ValueError("--vanilla_sample is DDPM: it excludes --dpm and --eta other than 1")
         return SamplerConfig("generalized", "uniform", train_timesteps, 1.0)
     eta = args.eta if args.eta is not None else 0.0 if args.dpm else 1.0
-    return SamplerConfig("dpm_solver" if args.dpm else "generalized", args.skip_type, args.custom_steps, eta, "ldm")
+    with cli.naming_flags(eta="eta", timesteps="custom_steps"):
+        return SamplerConfig("dpm_solver" if args.dpm else "generalized", args.skip_type, args.custom_steps, eta, "ldm")
 
 
-def chosen_classes(text: str | None, n_classes: int) -> list[int]:
-    """The classes of --classes, by default all but the last, which stands for none."""
+def named_classes(text: str | None) -> list[int] | None:
+    """The numbers of --classes. Raises ValueError where they are none."""
     if text is None:
-        return list(range(n_classes - 1))
+        return None
     try:
         classes = [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--classes {text}: expected whole numbers with commas between them") from None
-    if not all(0 <= c < n_classes for c in classes):
-        raise ValueError(f"--classes {text}: allowed are 0 to {n_classes - 1}")
+    if min(classes) < 0:
+        raise ValueError(f"--classes {text}: allowed are whole numbers from 0 on")
     return classes
+
+
+def chosen_classes(named: list[int] | None, n_classes: int) -> list[int]:
+    """The named classes, by default all but the last, which stands for none. Raises ValueError for one that is not there."""
+    if named is None:
+        return list(range(n_classes - 1))
+    if max(named) >= n_classes:
+        raise ValueError(f"--classes {','.join(map(str, named))}: allowed are 0 to {n_classes - 1}")
+    return named
 
 
 def check(args: argparse.Namespace) -> Recipe | None:
     """The recipe that is asked for. Raises ValueError for faulty arguments, before anything is loaded."""
     cli.check_counts(args, ("batch_size", "lane", "custom_steps", "cali_n", "cali_st", "cali_batch_size"))
+    cli.check_scale(args.scale)
     sampler_config(args, 1000)
+    named_classes(args.classes)
     recipe = flags.recipe_of(args)
     flags.check_files(args)
     return recipe
@@ -99,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
     """The run, in each of the processes."""
     from qncd.app import job, latent, quantizing
-    from qncd.io.runs import open_run
+    from qncd.io.files import write_text
     from qncd.models.original.conditioning import ClassConditioner, TextConditioner
     from qncd.sampling.guidance import Conditions
 
@@ -114,12 +129,13 @@ def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes
     recipe = recipe.with_batch_size(cli.default_calibration_batch(4 * model.latent_shape[1])) if recipe else None
     scale = latent.check_guidance(model, args.scale, latent.recommended_scale(config, GUIDANCE))
     sampler = sampler_config(args, len(model.betas))
-    diffusion = latent.build_diffusion(model, sampler, model.latent_shape, args.lane, scale != 1, "full")
+    with cli.naming_flags(timesteps="custom_steps"):
+        diffusion = latent.build_diffusion(model, sampler, model.latent_shape, args.lane, scale != 1, "full")
     classes: list[int] = []
     conditions = calibration_conditions = None
     columns = 8
     if isinstance(model.conditioner, ClassConditioner):
-        classes = chosen_classes(args.classes, model.conditioner.n_classes)
+        classes = chosen_classes(named_classes(args.classes), model.conditioner.n_classes)
         columns = len(classes) if len(classes) <= 10 else 8
         if recipe:  # calibration sees every class, whichever ones are to be sampled
             every, samples = chosen_classes(None, model.conditioner.n_classes), recipe.calibration.samples
@@ -136,16 +152,15 @@ def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes
         "guidance": scale,
         "lane": diffusion.lane,
         "sampler": dataclasses.asdict(sampler),
-        **quantizing.run_settings(recipe, args, args.batch_size),
     }
     side = model.latent_shape[1] * model.first_stage.factor
     needed = 12 * args.n_samples * side * side
-    run = processes.first(lambda: open_run(args.logdir, settings, job.environment(args, device, args.batch_size), needed))
+    task = job.Task(diffusion, settings["model"], recipe, calibration_conditions, latent.original_names(config))
+    run = processes.first(lambda: job.open_folder(args, task, args.logdir, settings, args.batch_size, needed))
+    latent.tell_model(model)
     decode = latent.make_decoder(model, diffusion.lane)
     plan = job.ImagePlan(args.n_samples, lambda i: args.seed + i, conditions, decode, columns)
     if classes and processes.is_first:
         rows = [f"{plan.path(Path(), i)},{classes[i % len(classes)]}" for i in range(args.n_samples)]
-        (run.folder / "labels.csv").write_text("\n".join(["file,class", *rows]) + "\n", encoding="utf-8")
-    table = latent.original_names(config)
-    task = job.Task(diffusion, settings["model"], recipe, calibration_conditions, table)
+        write_text(run.folder / "labels.csv", "\n".join(["file,class", *rows]) + "\n")
     job.SamplingJob(run, plan, args.batch_size, processes).sample_and_finish(args, task)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING
 
 from qncd.app import flags
 from qncd.app import parser as cli
+from qncd.io.files import write_text
+from qncd.io.prompts import check_text, read_prompts
 from qncd.models.configs import CONFIGS
 from qncd.recipe import SamplerConfig
 
@@ -86,27 +89,21 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     return parser
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --prompt or --from_file. Raises ValueError where there are none, or a line is empty."""
+def chosen_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of --prompt or --from_file. Raises ValueError where there are none, or `read_prompts` refuses them."""
     if (args.prompt is None) == (args.from_file is None):
         raise ValueError("give either --prompt TEXT or --from_file FILE")
     if args.prompt is not None:
         if args.begin_data or args.max_prompts:
             raise ValueError("--begin_data and --max_prompts count lines of --from_file")
-        return [args.prompt]
-    if not args.from_file.is_file():
-        raise FileNotFoundError(f"--from_file {args.from_file}: no such file")
+        return [check_text(args.prompt, "--prompt")]
     try:
-        lines = args.from_file.read_text(encoding="utf-8").rstrip().splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"--from_file {args.from_file}: not a text file in UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise ValueError(f"--from_file {args.from_file}: line {number} is empty, expected a prompt")
-    end = None if args.max_prompts is None else args.begin_data + args.max_prompts
-    prompts = [line.strip() for line in lines[args.begin_data : end]]
+        found = read_prompts(args.from_file)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"--from_file {error}") from None
+    prompts = found[args.begin_data : None if args.max_prompts is None else args.begin_data + args.max_prompts]
     if not prompts:
-        raise ValueError(f"--from_file {args.from_file}: {len(lines)} prompts, none left after --begin_data {args.begin_data}")
+        raise ValueError(f"--from_file {args.from_file}: {len(found)} prompts, none left after --begin_data {args.begin_data}")
     return prompts
 
 
@@ -123,15 +120,17 @@ def latent_shape(args: argparse.Namespace, model: LatentModel) -> tuple[int, int
 
 
 def sampler_config(args: argparse.Namespace) -> SamplerConfig:
-    """DDIM, PLMS or DPM-Solver++ in latent-diffusion's convention."""
+    """DDIM, PLMS or DPM-Solver++ in latent-diffusion's convention. Raises ValueError for values out of range."""
     kind = "plms" if args.plms else "dpm_solver" if args.dpm else "generalized"
-    return SamplerConfig(kind, "uniform", args.ddim_steps, args.ddim_eta, "ldm")
+    with cli.naming_flags(eta="ddim_eta", timesteps="ddim_steps"):
+        return SamplerConfig(kind, "uniform", args.ddim_steps, args.ddim_eta, "ldm")
 
 
-def check(args: argparse.Namespace) -> Recipe | None:
-    """The recipe that is asked for. Raises ValueError for faulty arguments, before anything is loaded."""
-    counts = ("n_samples", "n_rows", "max_prompts", "lane", "ddim_steps", "cali_n", "cali_st", "cali_batch_size")
-    cli.check_counts(args, counts)
+def check(args: argparse.Namespace) -> tuple[Recipe | None, list[str]]:
+    """The recipe that is asked for and the prompts. Raises ValueError for faulty arguments, before anything is loaded."""
+    counts = ("n_samples", "n_rows", "max_prompts", "lane", "ddim_steps", "H", "W", "C", "f")
+    cli.check_counts(args, (*counts, "cali_n", "cali_st", "cali_batch_size"))
+    cli.check_scale(args.scale)
     if args.begin_data < 0:
         raise ValueError(f"--begin_data {args.begin_data}: allowed are whole numbers, 0 or more")
     if args.skip_grid and args.skip_save:
@@ -139,8 +138,7 @@ def check(args: argparse.Namespace) -> Recipe | None:
     recipe = flags.recipe_of(args)
     flags.check_files(args)
     sampler_config(args)
-    read_prompts(args)
-    return recipe
+    return recipe, chosen_prompts(args)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -150,21 +148,20 @@ def main(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The same for 0 images too: the network is quantized and nothing is sampled."""
-    recipe = check(args)
+    recipe, prompts = check(args)
     from qncd.app.job import in_processes
 
-    in_processes(args, recipe, sample)
+    in_processes(args, recipe, functools.partial(sample, prompts))
 
 
-def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
+def sample(prompts: Sequence[str], args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
     """The run, in each of the processes."""
     from qncd.app import job, latent, quantizing
-    from qncd.io.runs import open_run
     from qncd.models.safety import image_finishers
     from qncd.sampling.guidance import Conditions
 
     quantizing.check_engine_arguments(args, recipe)
-    sampler, prompts = sampler_config(args), read_prompts(args)
+    sampler = sampler_config(args)
     device = str(processes.device)
     finishers = image_finishers(args.safety_checker, args.watermark, device)
     model, config = latent.load_model(args, DEFAULT_CONFIG, device)
@@ -173,7 +170,8 @@ def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes
     shape = latent_shape(args, model)
     # Latents have more channels and attention than images: a quarter of the side for the same memory.
     recipe = recipe.with_batch_size(cli.default_calibration_batch(4 * max(shape[1:]))) if recipe else None
-    diffusion = latent.build_diffusion(model, sampler, shape, args.lane, scale != 1, args.precision)
+    with cli.naming_flags(timesteps="ddim_steps"):
+        diffusion = latent.build_diffusion(model, sampler, shape, args.lane, scale != 1, args.precision)
     rounds = len(prompts) if args.from_file else args.n_samples
     count = args.n_iter * rounds
 
@@ -198,25 +196,26 @@ def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes
         "lane": diffusion.lane,
         "sampler": dataclasses.asdict(sampler),
         "finish": [args.safety_checker, args.watermark],
-        **quantizing.run_settings(recipe, args, args.n_samples),
     }
     height, width = (side * model.first_stage.factor for side in shape[1:])
-    needed, environment = 12 * count * height * width, job.environment(args, device, args.n_samples)
-    run = processes.first(lambda: open_run(args.outdir, settings, environment, needed))
+    needed = 12 * count * height * width
+    # Prompts spread over the whole file; where there are fewer, they are taken several times with other noise.
+    samples = recipe.calibration.samples if recipe else 0
+    spread = [prompts[i * len(prompts) // samples] for i in range(samples)]
+    calibration = encode(spread) if spread else None
+    task = job.Task(diffusion, settings["model"], recipe, calibration, latent.original_names(config))
+    run = processes.first(lambda: job.open_folder(args, task, args.outdir, settings, args.n_samples, needed))
+    latent.tell_model(model)
     decode = latent.make_decoder(model, diffusion.lane, finishers)
     columns = args.n_rows or (8 if args.from_file else args.n_samples)
     plan = job.ImagePlan(count, seed_of, conditions, decode, columns)
     if processes.is_first:
-        with (run.folder / "prompts.jsonl").open("w", encoding="utf-8") as stream:
-            for i in range(count):
-                name, number = str(plan.path(Path("images"), i)), args.begin_data + prompt_of(i)
-                line = {"index": i, "file": name, "seed": seed_of(i), "prompt_index": number, "prompt": prompts[prompt_of(i)]}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-    # Prompts spread over the whole file; where there are fewer, they are taken several times with other noise.
-    samples = recipe.calibration.samples if recipe else 0
-    spread = [prompts[i * len(prompts) // samples] for i in range(samples)]
-    calibration, table = encode(spread) if spread else None, latent.original_names(config)
-    task = job.Task(diffusion, settings["model"], recipe, calibration, table)
+        lines = []
+        for i in range(count):
+            name, number = str(plan.path(Path("images"), i)), args.begin_data + prompt_of(i)
+            line = {"index": i, "file": name, "seed": seed_of(i), "prompt_index": number, "prompt": prompts[prompt_of(i)]}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        write_text(run.folder / "prompts.jsonl", "".join(lines))
     job.SamplingJob(run, plan, args.n_samples, processes).sample_and_finish(args, task, not args.skip_grid)
     if args.skip_save and count and processes.is_first:
         shutil.rmtree(run.folder / "images")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import nn
 from qncd import __version__
 from qncd.engines.network import InputSpec
 from qncd.engines.packages import require
+from qncd.io.files import reading, regular_file, whole_file
 from qncd.models.loading import state_dict_hash
 from qncd.models.network import Network, network_of
 from qncd.quant.inspection import act_quantizers, quant_layers
@@ -117,17 +117,19 @@ def build_onnx(network: Network, info: OnnxInfo | None = None, shape: Sequence[i
 
 
 def save_onnx(model: ir.Model, folder: Path) -> Path:
-    """Write DIR/model.onnx, atomically; weights beyond 1.9 GB lie beside it. Raises OSError where it can't be written."""
+    """Write DIR/model.onnx, whole or not at all; weights beyond 1.9 GB lie beside it.
+
+    Raises:
+        ValueError: it can't be written.
+    """
     import onnx_ir as ir
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / FILE, folder / f".{FILE}.{os.getpid()}.part"
+    path = folder / FILE
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    try:
-        ir.save(model, partial, external_data=DATA if weights > LARGEST_FILE else None)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as part:
+        if weights > LARGEST_FILE:
+            path.unlink(missing_ok=True)  # it must never stand beside the weights of another model
+        ir.save(model, part, external_data=DATA if weights > LARGEST_FILE else None)
     return path
 
 
@@ -160,16 +162,13 @@ def read_onnx(folder: Path) -> tuple[ir.Model, OnnxInfo]:
         ValueError: the file is cut off, or another package's.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such model; scripts/export.py writes it")
     require("onnxscript")
     import onnx_ir as ir
-    from google.protobuf.message import DecodeError
 
-    try:
+    with reading(regular_file(path), "a whole ONNX model"):
         model = ir.load(path)
-    except DecodeError as error:
-        raise ValueError(f"{path}: not a whole ONNX model (cut off or of another kind): {error}") from None
     return model, OnnxInfo.from_metadata(model.metadata_props, path)
 
 
@@ -185,18 +184,40 @@ def input_specs(model: ir.Model) -> dict[str, InputSpec]:
     return specs
 
 
-def check_fits(folder: Path, network: Network | nn.Module, shape: Sequence[int]) -> None:
-    """Raise ValueError unless DIR/model.onnx was exported from exactly this network, for samples of this shape, (C, H, W)."""
+def check_origin(folder: Path, base_hash: str, config: QuantConfig | None, shape: Sequence[int]) -> None:
+    """Raise ValueError where DIR/model.onnx can't be a network's that is going to be quantized.
+
+    Args:
+        base_hash: of its full-precision weights.
+        config: of the quantization; None for the full-precision network.
+        shape: of one sample, (C, H, W).
+    """
     model, info = read_onnx(folder)
-    own, there = state_dict_hash(network_of(network).module), tuple(model.graph.inputs[0].shape or ())[1:]
-    if info.network_hash != own:
-        raise ValueError(
-            f"{folder / FILE}: exported from another network: its hash is {info.network_hash[:12]}, this one's {own[:12]}"
-        )
+    if info.base_hash != base_hash:
+        raise ValueError(f"{folder / FILE}: made from weights {info.base_hash[:12]}, this model has {base_hash[:12]}")
+    there, wanted = (made.label if made else "full precision" for made in (info.config, config))
+    if there != wanted:
+        raise ValueError(f"{folder / FILE}: {there}, asked for is {wanted}")
+    _check_shape(folder, model, shape)
+
+
+def _check_shape(folder: Path, model: ir.Model, shape: Sequence[int]) -> None:
+    there = tuple(model.graph.inputs[0].shape or ())[1:]
     if there != tuple(shape):
         raise ValueError(
             f"{folder / FILE}: exported for samples {'x'.join(map(str, there))}, this run has {'x'.join(map(str, shape))}"
         )
+
+
+def check_fits(folder: Path, network: Network | nn.Module, shape: Sequence[int]) -> None:
+    """Raise ValueError unless DIR/model.onnx was exported from exactly this network, for samples of this shape, (C, H, W)."""
+    model, info = read_onnx(folder)
+    own = state_dict_hash(network_of(network).module)
+    if info.network_hash != own:
+        raise ValueError(
+            f"{folder / FILE}: exported from another network: its hash is {info.network_hash[:12]}, this one's {own[:12]}"
+        )
+    _check_shape(folder, model, shape)
 
 
 def is_current(folder: Path, network: Network | nn.Module, shape: Sequence[int]) -> bool:
