@@ -200,7 +200,10 @@ def test_a_recipe_in_a_file(tmp_path: Path) -> None:
     for text, message in (
         ("intervall: 4", r"unknown option 'intervall': did you mean interval\?"),
         ("- a", "not a recipe: expected names of options with their values"),
-        ("a: [", "not a recipe in YAML: "),
+        ("a: [", "not a yaml file at line 1: "),
+        ("a: " + "9" * 6000, "not a yaml file: "),
+        ("[" * 1000, "not a yaml file at line 1: nested deeper than 50 levels"),
+        ("reconstruction: {lr: .inf}", "lr inf: allowed are numbers above 0"),
         ("weight_bits: nine", "weight_bits 'nine': allowed are whole numbers, 2 to 8"),
         ("mode: qdrop", "mode 'qdrop': allowed are "),
         ("iterations: 4", "iterations needs reconstruction"),
@@ -208,7 +211,7 @@ def test_a_recipe_in_a_file(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=rf"r\.yaml: {message}"):
             Recipe.from_yaml(path)
-    with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such recipe"):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such file"):
         Recipe.from_yaml(tmp_path / "none.yaml")
 
 

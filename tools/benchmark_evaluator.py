@@ -19,19 +19,22 @@ import tempfile
 import time
 from pathlib import Path
 
+from qncd.app import flags
+from qncd.app import parser as cli
+from qncd.io.files import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("qncd", "torch-fidelity", "pytorch-fid")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--small", type=int, default=1000, help="images of 32x32 on each side (default: %(default)s)")
     parser.add_argument("--large", type=int, default=200, help="images of 512x512 on each side (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=3, help="runs of each program (default: %(default)s)")
     parser.add_argument("--dimension", type=int, default=2048, help="of the Frechet distance alone (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch's threads (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--worker", nargs=4, metavar=("PROGRAM", "REAL", "SYNTH", "WEIGHTS"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -167,8 +170,8 @@ def run(args: argparse.Namespace) -> None:
     for name, least in (("small", 0), ("large", 0), ("runs", 1), ("dimension", 2), ("threads", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: has to be at least {least}")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json}: no such folder")
+    if args.json is not None:
+        flags.check_file("--json", args.json, replace=True)
     if args.worker:
         worker(*args.worker, threads=args.threads)
         return
@@ -195,15 +198,11 @@ def run(args: argparse.Namespace) -> None:
     text = json.dumps(report, indent=2)
     print(text)
     if args.json is not None:
-        args.json.write_text(text + "\n")
+        write_text(args.json, text + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    sys.path.insert(0, str(ROOT))
-    from qncd.app.parser import run_main
-
-    run_main(run, args)
+    cli.run_main(run, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ prediction on trajectories of other seeds, relative to its mean square, before a
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -22,7 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qncd.app import flags
 from qncd.app import parser as cli
+from qncd.io.files import write_json
 from qncd.recipe import ACT_ITERATIONS
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ def quality(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
                 })  # fmt: skip
                 print(f"{model} {name} {kind} {iterations}: {reached:.4f} of nearest in {seconds:.1f} s", flush=True)
                 if args.json:
-                    args.json.write_text(json.dumps({"quality": rows}, indent=1) + "\n", encoding="utf-8")
+                    write_json(args.json, {"quality": rows})
     return rows
 
 
@@ -304,6 +305,8 @@ def main(args: argparse.Namespace) -> None:
     from qncd.benchmark.plan import parse_width
 
     cli.check_counts(args, ("rounds", "inputs", "threads"))
+    if args.json:
+        flags.check_file("--json", args.json, replace=True)
     if min(args.iterations) < 1:
         raise ValueError(f"--iterations {min(args.iterations)}: allowed are whole numbers, 1 or more")
     runs_of(args.settings, args.iterations)
@@ -326,7 +329,7 @@ def main(args: argparse.Namespace) -> None:
             figures[model] = time_model(model, args.rounds)
             print(f"{model}: one iteration of every block takes {figures[model]['ratio']:.2f} of the published loop's time")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

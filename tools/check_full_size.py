@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import math
 import multiprocessing
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,8 +25,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qncd.app import flags
 from qncd.app import parser as cli
-from qncd.models.configs import CONFIGS
+from qncd.io.files import regular_file, scratch_folder, write_json
+from qncd.models.configs import CONFIGS, find_config
 from qncd.recipe import (
     WEIGHT_RANGES,
     CalibrationConfig,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 LIMIT = 2.0  # times the float32 weights
 CONTEXT = "encoder_hidden_states"  # what a network that takes text is conditioned on
 GB = 1e9
+TIMESTEPS = 1000  # of the models' schedules
 
 
 def parse_args() -> argparse.Namespace:
@@ -116,10 +118,16 @@ def build(args: argparse.Namespace) -> Diffusion:
     if args.size % (8 * factor):
         raise ValueError(f"--size {args.size}: allowed are multiples of {8 * factor}")
     side = args.size // factor
-    sampler = SamplerConfig("plms", "uniform", args.steps, 0.0, "ldm")
     shape = (network.config["in_channels"], side, side)
     process = Process.from_betas(ldm_betas(config))
-    return Diffusion(network, process, sampler, shape, latent_lane(side, args.scale != 1))
+    return Diffusion(network, process, sampler_of(args), shape, latent_lane(side, args.scale != 1))
+
+
+def sampler_of(args: argparse.Namespace) -> SamplerConfig:
+    """PLMS. Raises ValueError for more steps than there are time steps."""
+    if args.steps > TIMESTEPS:
+        raise ValueError(f"--steps {args.steps}: allowed are 1 to {TIMESTEPS}")
+    return SamplerConfig("plms", "uniform", args.steps, 0.0, "ldm")
 
 
 def contexts(args: argparse.Namespace, diffusion: Diffusion) -> Conditions:
@@ -197,9 +205,15 @@ def alone(function: Callable[[argparse.Namespace, Path], dict[str, Any]], args: 
 
 def main(args: argparse.Namespace) -> None:
     cli.check_counts(args, ("size", "steps", "cali_n", "cali_st"))
-    QuantConfig(args.weight_bit, args.act_bit)  # a value out of range is said at once
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "quantized.safetensors"
+    if not math.isfinite(args.scale):
+        raise ValueError(f"--scale {args.scale}: allowed are finite numbers")
+    sampler_of(args)
+    recipe_of(args, 1)
+    regular_file(find_config(args.config))
+    if args.json:
+        flags.check_file("--json", args.json, replace=True)
+    with scratch_folder() as folder:
+        path = folder / "quantized.safetensors"
         first = alone(quantize_and_save, args, path)
         size = path.stat().st_size
         second = alone(load_and_sample, args, path)
@@ -216,7 +230,7 @@ def main(args: argparse.Namespace) -> None:
     if args.json:
         figures = {"size": args.size, "steps": args.steps, "fp32_bytes": weights, "baseline_bytes": first["baseline_bytes"],
                    "checkpoint_over_fp32": size / weights, "largest_peak_over_fp32": worst, "phases": phases}  # fmt: skip
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(args.json, figures)
     if worst > LIMIT:
         sys.exit(1)
 

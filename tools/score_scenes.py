@@ -15,7 +15,9 @@ import argparse
 import json
 from pathlib import Path
 
+from qncd.app import flags
 from qncd.app import parser as cli
+from qncd.io.files import read_lines, reading, regular_file, write_json, write_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write the scores here")
     parser.add_argument("--write_captions", type=Path, metavar="FILE", help="draw held-out captions instead, one a line")
     parser.add_argument("-n", type=int, default=200, help="captions to draw (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of the draw (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -47,7 +49,7 @@ def read_run(folder: Path, images: str) -> tuple[list[Path], list[str]]:
     if not listing.is_file():
         raise FileNotFoundError(f"{listing}: no such file: expected an output folder of txt2img.py")
     try:
-        lines = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in read_lines(listing)]
         paths = [folder / images / Path(line["file"]).name for line in lines]
         captions = [str(line["prompt"]) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
@@ -60,10 +62,12 @@ def read_run(folder: Path, images: str) -> tuple[list[Path], list[str]]:
 def main(args: argparse.Namespace) -> None:
     if (args.folder is None) == (args.write_captions is None):
         raise ValueError("give either a folder, or --write_captions FILE")
+    if args.json:
+        flags.check_file("--json", args.json, replace=True)
     if args.write_captions:
+        flags.check_file("--write_captions", args.write_captions, replace=True)
         captions = draw_captions(args.n, args.seed)
-        args.write_captions.parent.mkdir(parents=True, exist_ok=True)
-        args.write_captions.write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
+        write_text(args.write_captions, "".join(f"{caption}\n" for caption in captions))
         print(f"{len(captions)} held-out captions in {args.write_captions}")
         return
     import dataclasses
@@ -74,7 +78,12 @@ def main(args: argparse.Namespace) -> None:
     from qncd.metrics.networks.scene_classifier import caption_accuracy
 
     paths, captions = read_run(args.folder, args.images)
-    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    pictures = []
+    for path in paths:
+        with reading(path, "an image"):
+            pictures.append(np.asarray(Image.open(regular_file(path)).convert("RGB")))
+    if not pictures:
+        raise ValueError(f"{args.folder / 'prompts.jsonl'}: no pictures")
     if len(shapes := {picture.shape for picture in pictures}) > 1:
         raise ValueError(f"{args.folder}: pictures of several sizes: {sorted(shapes)}")
     scores = dataclasses.asdict(caption_accuracy(np.stack(pictures), captions))
@@ -83,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         if name != "count":
             print(f"  {name:12}{100 * value:6.1f}")
     if args.json:
-        args.json.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, scores)
 
 
 if __name__ == "__main__":

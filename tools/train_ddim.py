@@ -10,15 +10,19 @@ as a diffusers folder, `OUT/unet`, in half precision.
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
+
+from qncd.app import flags
+from qncd.app import parser as cli
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--config", type=Path, required=True, help="yaml with model, diffusion, training, optim sections")
     parser.add_argument("--out", type=Path, required=True, help="folder for snapshots and the final weights")
     parser.add_argument("--data", type=Path, help="folder with the Fashion-MNIST idx files (default: where Debian puts them)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=functools.partial(cli.seed, high=2**32 - 1), default=0)
     parser.add_argument(
         "--init", type=Path, help="diffusers folder with weights to start from instead of fresh ones (fine-tuning)"
     )
@@ -28,28 +32,30 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    cli.check_counts(args, ("max_steps",))
+    flags.check_output_folder("--out", args.out)
     import pytorch_lightning as pl
     import torch
-    import yaml
 
     from qncd.io.fashion_mnist import load_fashion_mnist
-    from qncd.models.configs import find_config
-    from qncd.models.loading import load_unet_folder
+    from qncd.io.files import reading
+    from qncd.models.loading import load_config, load_unet_folder
     from qncd.models.original.ddim import build_ddim_unet
     from qncd.sampling.process import Process
     from qncd.sampling.schedule import betas_of
-    from qncd.training.diffusion import NoisePrediction, TrainingSettings, fit
+    from qncd.training.diffusion import NoisePrediction, TrainingSettings, fit, section_at, value_at
 
-    config = yaml.safe_load(find_config(args.config).read_text())
-    section = {**config["training"], **config["optim"], "ema_rate": config["model"]["ema_rate"]}
+    config = load_config(args.config)
+    sections = [section_at(config, args.config, name) for name in ("training", "optim")]
+    section = {**sections[0], **sections[1], "ema_rate": value_at(config, args.config, "model", "ema_rate")}
     settings = TrainingSettings.from_section(section, args.max_steps)
-    pl.seed_everything(args.seed)
+    pl.seed_everything(args.seed, verbose=False)
 
     unet = build_ddim_unet(config)
     if args.init:
-        unet.load_state_dict(load_unet_folder(args.init).state_dict())
+        with reading(args.init, "a folder of this network"):
+            unet.load_state_dict(load_unet_folder(args.init).state_dict())
     images, _ = load_fashion_mnist("train", args.data)
     objective = NoisePrediction(unet, Process.from_betas(betas_of(config)).alphas_cumprod)
     compiled = ("unet",) if args.compile else ()
@@ -59,4 +65,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments = parse_args()
+    cli.run_main(main, arguments)

@@ -10,8 +10,12 @@ test accuracy in the metadata) and fashion_mnist_statistics.npz (its features ov
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qncd.app import flags
+from qncd.app import parser as cli
 
 if TYPE_CHECKING:
     import torch
@@ -20,14 +24,14 @@ ASSETS = Path(__file__).resolve().parents[1] / "qncd" / "assets"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder for the two files")
     parser.add_argument("--data", type=Path, help="folder with the Fashion-MNIST idx files (default: where Debian puts them)")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3, help="peak of the one-cycle schedule (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=functools.partial(cli.seed, high=2**32 - 1), default=0)
     parser.add_argument("--statistics_only", action="store_true", help="keep the weights in OUT, write the statistics again")
     return parser.parse_args()
 
@@ -91,16 +95,19 @@ def write_statistics(args: argparse.Namespace) -> None:
     print(f"wrote {path}")
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    cli.check_counts(args, ("epochs", "batch_size", "threads"))
+    if not 0 < args.lr < float("inf"):
+        raise ValueError(f"--lr {args.lr}: allowed are numbers above 0")
+    flags.check_output_folder("--out", args.out)
     import torch
 
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
     if not args.statistics_only:
         train(args)
     write_statistics(args)
 
 
 if __name__ == "__main__":
-    main()
+    arguments = parse_args()
+    cli.run_main(main, arguments)

@@ -11,39 +11,43 @@ the `scale_factor` for the config, 1 / std of the latents. Next: `train_latent_d
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
+
+from qncd.app import flags
+from qncd.app import parser as cli
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--config", type=Path, required=True, help="CompVis yaml with the sections data and training as well")
     parser.add_argument("--out", type=Path, required=True, help="folder for snapshots and the final weights")
     parser.add_argument("--data", type=Path, help="folder with the Fashion-MNIST idx files (default: where Debian puts them)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=functools.partial(cli.seed, high=2**32 - 1), default=0)
     parser.add_argument("--max_steps", type=int, help="training steps instead of the config's n_iters")
     parser.add_argument("--images", type=int, help="train on the first N images only")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="bf16-mixed")
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    cli.check_counts(args, ("max_steps", "images"))
+    flags.check_output_folder("--out", args.out)
     import pytorch_lightning as pl
     import torch
-    import yaml
 
     from qncd.io.datasets import load_conditioned
-    from qncd.models.configs import find_config
+    from qncd.models.loading import load_config
     from qncd.models.original.autoencoders import build_first_stage
-    from qncd.training.diffusion import Reconstruction, TrainingSettings, fit, images_to_float
+    from qncd.training.diffusion import Reconstruction, TrainingSettings, fit, images_to_float, section_at, value_at
 
-    config = yaml.safe_load(find_config(args.config).read_text())
-    section = config["training"]["first_stage"]
+    config = load_config(args.config)
+    section = section_at(config, args.config, "training", "first_stage")
+    dataset = value_at(config, args.config, "data", "dataset")
     settings = TrainingSettings.from_section(section, args.max_steps)
-    pl.seed_everything(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
+    pl.seed_everything(args.seed, verbose=False)
 
-    images, _ = load_conditioned(config["data"]["dataset"], "train", args.images or section.get("images"), args.data)
+    images, _ = load_conditioned(dataset, "train", args.images or section.get("images"), args.data)
     objective = Reconstruction(
         build_first_stage(config),
         **{name: section[name] for name in ("kl_weight", "codebook_from") if name in section},
@@ -51,7 +55,7 @@ def main() -> None:
     trained = fit(objective, (torch.from_numpy(images),), settings, args.out / "first_stage_run", args.precision)
     autoencoder = trained.autoencoder.half().float()  # what is measured is what is shipped
 
-    unseen, _ = load_conditioned(config["data"]["dataset"], "test", 512, args.data)
+    unseen, _ = load_conditioned(dataset, "test", 512, args.data)
     absolute, squared, latents = [], [], []
     with torch.no_grad():
         for batch in map(images_to_float, torch.from_numpy(unseen).split(64)):
@@ -68,4 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments = parse_args()
+    cli.run_main(main, arguments)

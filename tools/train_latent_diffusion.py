@@ -12,10 +12,14 @@ precision: for the bundled model, copy it to `qncd/assets` under the name in the
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qncd.app import flags
+from qncd.app import parser as cli
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--config", type=Path, required=True, help="CompVis yaml with the sections data and training as well")
     parser.add_argument("--out", type=Path, required=True, help="folder for latents, snapshots and the final weights")
     parser.add_argument("--first_stage", type=Path, help="diffusers folder of the autoencoder (default: OUT/first_stage)")
     parser.add_argument("--data", type=Path, help="folder with the Fashion-MNIST idx files (default: where Debian puts them)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=functools.partial(cli.seed, high=2**32 - 1), default=0)
     parser.add_argument("--max_steps", type=int, help="training steps instead of the config's n_iters")
     parser.add_argument("--images", type=int, help="train on the first N images only")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet; takes minutes to start on a CPU")
@@ -42,24 +46,25 @@ def parse_args() -> argparse.Namespace:
 def cached_latents(first_stage: FirstStage, images: torch.Tensor, path: Path) -> torch.Tensor:
     """Latents of uint8 NHWC images for the UNet, float16 (N, C, H, W): from the file if it holds them, else computed.
 
-    The file is bound to the autoencoder's weights, its scale and the images by a SHA-256.
+    The file is bound to the autoencoder's weights, its scale and the images by a SHA-256. Raises ValueError where it is damaged.
     """
     import torch
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
+    from qncd.io.files import reading, regular_file
+    from qncd.models.files.safetensors_files import write_safetensors
     from qncd.training.diffusion import images_to_float
 
     digest = hashlib.sha256(f"{first_stage.scale} {tuple(images.shape)}".encode())
     for tensor in (images, *first_stage.model.state_dict().values()):
         digest.update(tensor.contiguous().numpy().tobytes())
-    if path.is_file():
-        with safe_open(path, framework="pt") as stream:
+    if path.exists():
+        with reading(path, "a file of latents"), safe_open(regular_file(path), framework="pt") as stream:
             if (stream.metadata() or {}).get("sha256") == digest.hexdigest():
                 return stream.get_tensor("latents")
         logger.warning("%s belongs to other images or another autoencoder: computing it again", path)
     latents = torch.cat([first_stage.encode(images_to_float(batch)).half() for batch in images.split(100)]).contiguous()
-    save_file({"latents": latents}, path, {"sha256": digest.hexdigest()})
+    write_safetensors({"latents": latents}, path, {"sha256": digest.hexdigest()})
     return latents
 
 
@@ -79,29 +84,33 @@ def load_autoencoder(folder: Path, config: dict) -> FirstStage:
     return FirstStage(load_component(folder, (kind,)), scale_factor(config))
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    cli.check_counts(args, ("max_steps", "images"))
+    flags.check_output_folder("--out", args.out)
     import pytorch_lightning as pl
     import torch
-    import yaml
     from diffusers.models.attention_processor import AttnProcessor
-    from safetensors.torch import save_file
 
     from qncd.io.datasets import load_conditioned
-    from qncd.models.configs import find_config
+    from qncd.models.files.safetensors_files import write_safetensors
+    from qncd.models.loading import load_config
     from qncd.models.original.compvis import build_conditioner, original_state_dict
     from qncd.models.original.conditioning import TextConditioner
     from qncd.models.original.ldm import build_ldm_unet, ldm_betas
     from qncd.sampling.process import Process
-    from qncd.training.diffusion import NoisePrediction, TrainingSettings, condition_tensor, fit
+    from qncd.training.diffusion import NoisePrediction, TrainingSettings, condition_tensor, fit, section_at, value_at
 
-    config = yaml.safe_load(find_config(args.config).read_text())
-    section = config["training"]["diffusion"]
+    config = load_config(args.config)
+    section = section_at(config, args.config, "training", "diffusion")
+    dataset = value_at(config, args.config, "data", "dataset")
+    dropout = value_at(config, args.config, "training", "diffusion", "condition_dropout")
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise ValueError(f"{args.config}: training.diffusion.condition_dropout {dropout!r}: allowed are numbers from 0 to 1")
     settings = TrainingSettings.from_section(section, args.max_steps)
     first_stage = load_autoencoder(args.first_stage or args.out / "first_stage", config)
-    pl.seed_everything(args.seed)
+    pl.seed_everything(args.seed, verbose=False)
 
-    array, conditions = load_conditioned(config["data"]["dataset"], "train", args.images or section.get("images"), args.data)
+    array, conditions = load_conditioned(dataset, "train", args.images or section.get("images"), args.data)
     latents = cached_latents(first_stage, torch.from_numpy(array), args.out / "latents.safetensors")
     print(f"{len(latents)} latents, mean {latents.float().mean():.3f}, standard deviation {latents.float().std():.3f}")
 
@@ -110,17 +119,17 @@ def main() -> None:
     if isinstance(conditioner, TextConditioner):
         conditioner.text_model.set_attn_implementation("eager")
     tokens = condition_tensor(conditioner, conditions)
-    abar, dropout = Process.from_betas(ldm_betas(config)).alphas_cumprod, float(section["condition_dropout"])
-    objective = NoisePrediction(unet, abar, conditioner, dropout)
+    objective = NoisePrediction(unet, Process.from_betas(ldm_betas(config)).alphas_cumprod, conditioner, float(dropout))
     compiled = ("unet",) if args.compile else ()
     trained = fit(objective, (latents, tokens), settings, args.out / "diffusion_run", args.precision, compiled)
 
     parts = (trained.unet, first_stage, trained.conditioner)
     state = {key: value.half().contiguous() for key, value in original_state_dict(config, *parts).items()}
     path = args.out / "model.safetensors"
-    save_file(state, path, {"steps": str(settings.steps), "seed": str(args.seed)})
+    write_safetensors(state, path, {"steps": str(settings.steps), "seed": str(args.seed)})
     print(f"EMA weights after {settings.steps} steps: {path}, {path.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    arguments = parse_args()
+    cli.run_main(main, arguments)

@@ -11,9 +11,13 @@ OUT/scene_classifier.safetensors (half precision, accuracies on held-out scenes 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qncd.app import flags
+from qncd.app import parser as cli
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +27,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "qncd" / "assets"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder for the file")
     parser.add_argument("--first_stage", type=Path, help="diffusers folder of the autoencoder that decodes the model's pictures")
     parser.add_argument("--images", type=int, default=20000, help="training pictures (default: %(default)s)")
@@ -32,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3, help="peak of the one-cycle schedule (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=functools.partial(cli.seed, high=2**32 - 1), default=0)
     return parser.parse_args()
 
 
@@ -82,8 +86,11 @@ def disturb(batch: torch.Tensor) -> torch.Tensor:
     return torch.cat([blurred + 0.15 * torch.rand(half, 1, 1, 1) * torch.randn_like(blurred), batch[half:]])
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    cli.check_counts(args, ("images", "test_images", "epochs", "batch_size", "threads"))
+    if not 0 < args.lr < float("inf"):
+        raise ValueError(f"--lr {args.lr}: allowed are numbers above 0")
+    flags.check_output_folder("--out", args.out)
     import numpy as np
     import torch
 
@@ -93,7 +100,6 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
     array, captions = scene_dataset(args.images, args.seed + 10)
     others = clutter(args.images // 20, np.random.default_rng(args.seed))
     images = torch.from_numpy(np.concatenate([array, others]))
@@ -123,4 +129,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments = parse_args()
+    cli.run_main(main, arguments)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from quantized_networks import TIMES, assert_same_in_integers, call, inputs, prepared
 
 from qncd.engines.engine import check_engine, open_engine
-from qncd.engines.onnx.model import FILE, check_fits, export_network, is_current, read_onnx
+from qncd.engines.onnx.model import FILE, check_fits, check_origin, export_network, is_current, read_onnx
 from qncd.engines.openvino import openvino_options
 from qncd.engines.openvino_graph import expand_group_norms_, multiply_codes_, raise_scalars_, read_network
 from qncd.engines.packages import require
@@ -95,6 +98,15 @@ def test_ranges_for_each_step(kind: str, config: QuantConfig, make_unet: Any, ma
     assert (found - expected).square().mean() < 0.1 * (other - expected).square().mean()
 
 
+def test_onnxruntime_writes_nothing_of_its_own(tmp_path: Path) -> None:
+    """Its telemetry writes to the home and the temporary folder unless it is told not to before it is imported."""
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    environment |= {key: str(tmp_path) for key in ("HOME", "XDG_CACHE_HOME", "TMPDIR")}
+    code = "from qncd.engines.packages import require; print(require('onnxruntime').get_available_providers())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "CPUExecutionProvider" in done.stdout and not list(tmp_path.iterdir())
+
+
 def test_what_is_refused(make_unet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = quantize_(make_unet(), QuantConfig(8, 8))
     with pytest.raises(ValueError, match="only a calibrated model"):
@@ -110,6 +122,15 @@ def test_what_is_refused(make_unet: Any, tmp_path: Path, monkeypatch: pytest.Mon
         check_fits(tmp_path, prepared(make_unet(seed=1), QuantConfig(8, 8)), (3, 8, 8))
     with pytest.raises(ValueError, match="exported for samples 3x8x8, this run has 3x16x16"):
         check_fits(tmp_path, unet, (3, 16, 16))
+    check_origin(tmp_path, "base", QuantConfig(8, 8), (3, 8, 8))
+    for base, config, side, message in (
+        ("other", QuantConfig(8, 8), 8, "model.onnx: made from weights base, this model has other$"),
+        ("base", QuantConfig(4, 8), 8, "model.onnx: W8A8, asked for is W4A8$"),
+        ("base", None, 8, "model.onnx: W8A8, asked for is full precision$"),
+        ("base", QuantConfig(8, 8), 16, "exported for samples 3x8x8, this run has 3x16x16$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_origin(tmp_path, base, config, (3, side, side))
     with pytest.raises(ValueError, match="no TensorrtExecutionProvider"):
         check_engine("tensorrt")
     with pytest.raises(ValueError, match="fp16: allowed with backend openvino is fp32; triton has fp16"):
