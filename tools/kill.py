@@ -38,7 +38,7 @@ TIMES = ("seconds", "per_second", "started", "finished", "resumed", "environment
 # Runs a command as `python SCRIPT ...` does, and ends it at the N-th audit event that looks like what is asked for. An event
 # comes before what it tells of: a file is open but empty, or whole but not yet renamed.
 BOOT = """
-import os, runpy, sys
+import os, pkgutil, runpy, sys
 event, text, left, number = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 def watch(name, arguments):
     global left
@@ -61,16 +61,18 @@ class Moment:
         name: for the line that is printed.
         event: of Python's audit events; "" for a time.
         text: in the event's first two arguments.
-        most: the events to choose from are the first to the `most`-th.
+        least, most: the events to choose from are the `least`-th to the `most`-th.
     """
 
     name: str
     event: str = ""
     text: str = ""
     most: int = 1
+    least: int = 1
 
 
-IMPORTS = Moment("imports", "import", "", 2500)
+# The first imports are those of Python itself and of the signals' handlers, before which signals end it as any Python program.
+IMPORTS = Moment("imports", "import", "", 2500, 60)
 ANY_TIME = Moment("any time")
 PNG = (Moment("PNG opened", "open", ".png.", 12), Moment("PNG renamed", "os.rename", ".png.", 12))
 
@@ -219,11 +221,13 @@ class Trial:
         for line in range(len(self.scenario.lines)):
             command, delay = [sys.executable, *self.words(line, out)], None
             if line >= first and moment.event:
-                asked = [moment.event, moment.text, str(choice.randint(1, moment.most)), str(int(number))]
+                asked = [moment.event, moment.text, str(choice.randint(moment.least, moment.most)), str(int(number))]
                 command[1:1] = ["-c", BOOT, *asked]
             elif line >= first:
                 delay = choice.uniform(0, self.seconds[line])
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_signals
+            )
             try:
                 _, said = process.communicate(timeout=delay)
             except subprocess.TimeoutExpired:
@@ -258,6 +262,13 @@ class Trial:
             if ended.get(name) != alone.get(name):
                 kind = "differs" if name in ended and name in alone else "is only there" if name in ended else "is missing"
                 self.faults.append(f"{self.scenario.name}: {name} {kind} after the endings")
+
+
+def hear_signals() -> None:
+    """In a new process: signals do what they do by default, whatever the shell has told this one to ignore."""
+    for number in NUMBERS.values():
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def processes_of(text: str) -> Iterator[int]:
