@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import runpy
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from qncd.app import stopping
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script or tool as a module of its name, not run as a command."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where its dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_in_process(name: str, *arguments: object, status: int = 0, folder: str = "scripts") -> str:

@@ -29,6 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from bad_inputs.files import make_ddim
+
 from qncd.app import parser as cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,23 +92,6 @@ class Scenario:
     name: str
     lines: tuple[str, ...]
     moments: tuple[Moment, ...] = ()
-
-
-def make_model(folder: Path) -> None:
-    """A small DDIM model with random weights: tiny.yml, and a diffusers folder."""
-    import torch
-    import yaml
-
-    from qncd.models.loading import load_config, save_ddim
-    from qncd.models.original.ddim import build_ddim_unet
-
-    config = load_config("fashion_mnist.yml")
-    config["model"] |= {"ch": 8, "ch_mult": [1, 1], "num_groups": 2, "num_res_blocks": 1, "attn_resolutions": []}
-    config["model"].pop("weights", None)
-    folder.mkdir(parents=True)
-    (folder / "tiny.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    torch.manual_seed(0)
-    save_ddim(build_ddim_unet(config), config, folder / "pipeline")
 
 
 def scenarios(images: int) -> list[Scenario]:
@@ -322,7 +309,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--only {' '.join(args.only)}: no scenario; there are {', '.join(s.name for s in scenarios(0))}")
     out, choice, endings, faults = args.out.resolve(), random.Random(args.seed), 0, 0
     shutil.rmtree(out, ignore_errors=True)
-    make_model(out / "model")
+    (out / "model").mkdir(parents=True)
+    make_ddim(out / "model")
     for place, scenario in enumerate(chosen):
         trial = Trial(scenario, out / scenario.name.replace(" ", "_").replace(",", ""))
         faults += trial.run(len(range(place, args.kills, len(chosen))), [NUMBERS[name] for name in args.signals], choice)

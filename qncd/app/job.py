@@ -34,6 +34,7 @@ from qncd.recipe import Recipe
 from qncd.sampling.corrector import Corrector
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
+from qncd.workers import GO_ON
 
 log = logging.getLogger("qncd")
 SHEET_IMAGES = 64  # the most that a contact sheet shows of one model
@@ -172,7 +173,7 @@ class SamplingJob:
     def __init__(self, run: Run, plan: ImagePlan, batch_size: int, processes: Processes | None = None) -> None:
         self.run, self.plan, self.batch_size, self.processes = run, plan, batch_size, processes or OneProcess()
         self.figures: dict[str, Any] = {}
-        stopping.say_how_to_go_on("the same command line goes on from here")
+        stopping.say_how_to_go_on(GO_ON)
 
     def sample_and_finish(self, args: argparse.Namespace, task: Task, grid: bool = True) -> None:
         """The whole run: the full-precision images where they are compared with, the quantized ones, sheets and figures.

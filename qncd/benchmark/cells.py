@@ -31,6 +31,7 @@ from qncd.sampling.corrector import Corrector
 from qncd.sampling.correctors.registry import corrector_of
 from qncd.sampling.correctors.runtime import NoiseTable
 from qncd.sampling.diffusion import Diffusion
+from qncd.workers import GO_ON
 
 log = logging.getLogger("qncd")
 WHOLE = "whole.json"  # in the folder of a reconstruction: it is finished
@@ -87,7 +88,7 @@ def run_tasks(
                     future.result()
                     bar(done, len(items))
             except BrokenProcessPool:
-                raise OSError("a worker process died (short of memory?): the same command line goes on from here") from None
+                raise OSError(f"a worker process died (short of memory?): {GO_ON}") from None
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 

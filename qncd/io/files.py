@@ -28,7 +28,7 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<node>[A-Za-z0-9-]+)\.(?P<pid>\d+)\
 _SCRATCH = "qncd-scratch"
 _LARGEST_JSON = 256 << 20  # bytes
 _DEEPEST_JSON = 100
-_LONGEST_REASON = 300  # characters: a library may quote what a damaged file holds
+LONGEST_REASON = 300  # characters: a library may quote what a damaged file holds
 _open: set[Path] = set()  # what this process is writing
 _swept: set[Path] = set()  # folders that this process has written to
 _counter = itertools.count()
@@ -272,20 +272,23 @@ def _depth(value: Any) -> int:
 
 
 @contextlib.contextmanager
-def _told(path: Path, what: str, speaks_for_itself: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """Errors of the body in one line with the path, but those of a kind that says itself what it is about."""
+def _told(path: Path, what: str, *speak_for_themselves: type[Exception]) -> Iterator[None]:
+    """Errors of the body in one line with the path, but those of kinds that say themselves what they are about."""
+    passed: tuple[type[Exception], ...] = (FileNotFoundError, *speak_for_themselves)
     try:
         yield
-    except FileNotFoundError:
-        raise
-    except speaks_for_itself:
+    except passed:
         raise
     except Exception as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip()
-        first = (reason.splitlines() or [""])[0][:_LONGEST_REASON] or type(error).__name__
-        raise ValueError(f"{path}: {what} ({first})") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise ValueError(f"{path}: {what} ({reason[:LONGEST_REASON]})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: torch's go on with where they come from. Its kind, where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _sweep(folder: Path) -> None:

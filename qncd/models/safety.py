@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from qncd.io.files import first_line
+
 log = logging.getLogger("qncd")
 Finisher = Callable[[np.ndarray], np.ndarray]  # uint8 (N, H, W, 3) -> the same
 
@@ -29,7 +31,7 @@ def safety_checker(source: str, device: str = "cpu") -> Finisher:
         checker = StableDiffusionSafetyChecker.from_pretrained(source).eval().to(device)
         processor = CLIPImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FileNotFoundError(f"--safety_checker {source}: no checker there, nor on the hub ({reason})") from None
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qncd.io.files import first_line
 from qncd.models.network import Network
 from qncd.ptq.data import CalibrationSet
 from qncd.quant.inspection import act_quantizers, observing, quant_layers
@@ -140,8 +141,3 @@ def _layer_at(error: BaseException) -> str:
             called.append(owner)
         trace = trace.tb_next
     return next((name for name, part in called[0].named_modules() if part is called[-1]), "") if called else ""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line: torch's go on with where they come from."""
-    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from script_runs import load_script
 
 from qncd.models.network import network_of
 from qncd.ptq.blocks import open_layers
@@ -25,12 +24,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "benchmark_reconstructi
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("benchmark_reconstruction", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+def script() -> ModuleType:
+    return load_script(SCRIPT)
 
 
 def inputs(count: int, seed: int = 0) -> CalibrationSet:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from script_runs import load_script
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "fuzz.py"
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -18,12 +17,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 @pytest.fixture(scope="module")
 def fuzz() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz"] = module  # where its dataclass looks for its annotations
-    spec.loader.exec_module(module)
-    return module
+    return load_script(TOOL)
 
 
 def test_five_seconds(fuzz: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:

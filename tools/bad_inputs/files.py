@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from bad_inputs.edits import ARRAYS, JSON_EDITS, arrays, edited, edited_folders, weights_elsewhere
 
@@ -69,27 +70,36 @@ def make_materials(folder: Path) -> None:
     (folder / "locked").chmod(0o555)
 
 
-def _make_models(good: Path) -> None:
-    """A DDIM model as yaml, checkpoints (zip, legacy), diffusers folder, and what its quantization makes."""
+def make_ddim(folder: Path) -> Any:
+    """The UNet of a small DDIM model with random weights; written as FOLDER/tiny.yml and the diffusers folder FOLDER/pipeline."""
     import torch
     import yaml
 
     from qncd.models.loading import load_config, save_ddim
-    from qncd.models.network import network_of
     from qncd.models.original.ddim import build_ddim_unet
+
+    config = load_config("fashion_mnist.yml")
+    config["model"] |= {"ch": 8, "ch_mult": [1, 1], "num_groups": 2, "num_res_blocks": 1, "attn_resolutions": []}
+    config["model"].pop("weights", None)
+    (folder / "tiny.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    torch.manual_seed(0)
+    unet = build_ddim_unet(config)
+    save_ddim(unet, config, folder / "pipeline")
+    return unet
+
+
+def _make_models(good: Path) -> None:
+    """A DDIM model as yaml, checkpoints (zip, legacy), diffusers folder, and what its quantization makes."""
+    import torch
+
+    from qncd.models.network import network_of
     from qncd.ptq.checkpoint import save_quantized
     from qncd.ptq.data import CalibrationSet
     from qncd.ptq.pipeline import calibrate_
     from qncd.ptq.stages.prepare import quantize_
     from qncd.recipe import QuantConfig
 
-    config = load_config("fashion_mnist.yml")
-    config["model"] |= {"ch": 8, "ch_mult": [1, 1], "num_groups": 2, "num_res_blocks": 1, "attn_resolutions": []}
-    config["model"].pop("weights", None)
-    (good / "tiny.yml").write_text(yaml.safe_dump(config))
-    torch.manual_seed(0)
-    unet = build_ddim_unet(config)
-    save_ddim(unet, config, good / "pipeline")
+    unet = make_ddim(good)
     state = {f"conv{i}.weight": torch.zeros(2, 2) for i in range(50)}
     torch.save(state, good / "zip.ckpt")
     torch.save(state, good / "legacy.ckpt", _use_new_zipfile_serialization=False)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qncd.engines.packages import require
+from qncd.io.files import first_line
 from qncd.models.network import Network
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.inspection import quant_layers
@@ -108,11 +109,11 @@ def _marked(network: nn.Module) -> Iterator[None]:
             object.__delattr__(module, attribute)
 
 
-def _first_line(error: BaseException) -> str:
+def _first_cause(error: BaseException) -> str:
     """What went wrong at first: the exporter wraps it in general advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def trace(network: Network, shape: Sequence[int] | None = None) -> ir.Model:
@@ -148,7 +149,7 @@ def trace(network: Network, shape: Sequence[int] | None = None) -> ir.Model:
                 dynamic_shapes=(shapes,), input_names=list(inputs), output_names=["noise"], verbose=False,
             )  # fmt: skip
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-            raise ValueError(f"the network cannot be traced: {_first_line(error)}") from error
+            raise ValueError(f"the network cannot be traced: {_first_cause(error)}") from error
         finally:
             for talker, level in zip(talkers, levels, strict=True):
                 talker.setLevel(level)

@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from qncd.io.files import read_json
+from qncd.io.files import first_line, read_json
 from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.original.key_tables import network_with_weights, refuse_in
 from qncd.models.schema import NETWORK, WEIGHT_INDEX, Section, check, one_line, shown
@@ -130,7 +130,7 @@ def load_component(root: Path, allowed: Sequence[str]) -> Any:
         try:
             return KINDS[str(kind)].from_config(settings)  # type: ignore[attr-defined]
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ValueError(f"{config_file}: no {kind} can be built from it: {reason}") from None
 
     with torch.device("meta"):
@@ -198,7 +198,7 @@ def _download_hub_folder(repository: str) -> Path:
         if not any(folder.glob("**/*.safetensors")):
             folder = Path(snapshot_download(repository, allow_patterns=settings + weights(".bin")))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FileNotFoundError(
             f"{repository}: no such path here, and not to be had from the hub ({reason}): "
             "download its folder and name that with --ckpt PATH"

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import torch
 
-from qncd.io.files import regular_file
+from qncd.io.files import LONGEST_REASON, first_line, regular_file
 from qncd.models.files.pickle_reader import PickleReader, ReadStorage
 from qncd.models.files.pickled_values import Inert as Inert
 from qncd.models.files.pickled_values import shown
@@ -27,7 +27,6 @@ from qncd.models.files.safetensors_files import elements, mapped, read_safetenso
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_LONGEST_REASON = 300  # characters
 # What reading a damaged or hostile stream can end in, from pickle, zipfile, struct, numpy and torch.
 _DAMAGE = (
     pickle.UnpicklingError, EOFError, zipfile.BadZipFile, struct.error, LookupError, AttributeError, TypeError, ValueError,
@@ -62,7 +61,7 @@ def load_checkpoint(path: str | Path) -> Any:
 
 def _reason(error: Exception) -> str:
     """The first line of an error's text, which may hold what the file does: short, and printable."""
-    line = (str(error).splitlines() or [""])[0][:_LONGEST_REASON] or type(error).__name__
+    line = first_line(error)[:LONGEST_REASON]
     return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 

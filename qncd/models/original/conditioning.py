@@ -12,6 +12,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from qncd.io.files import first_line
 from qncd.models.files.diffusers_folders import drain, read_settings, read_weights
 from qncd.models.original.key_tables import KeyTable, Renamed, network_with_weights
 from qncd.models.schema import CLASS_FOLDER, CLASSES, TEXT_CONFIG, check
@@ -220,6 +221,6 @@ def load_text_folder(folder: Path, tokenizer_folder: Path) -> TextConditioner:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ValueError(f"{tokenizer_folder}: no tokenizer of CLIP ({reason})") from None
     return TextConditioner(text_model, tokenizer)

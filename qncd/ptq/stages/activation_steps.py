@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from qncd.distributed import OneProcess, Processes
-from qncd.io.files import scratch_folder
+from qncd.io.files import first_line, scratch_folder
 from qncd.models.network import Network
 from qncd.ptq.blocks import BlockData, collect, execution_order, multiplications, reconstruction_units
 from qncd.ptq.checkpoint_schema import Rule
 from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
-from qncd.ptq.observing import first_line
 from qncd.ptq.stages.reconstruction import BlockProgress, BlockResult, TimeLeft, load_block, open_folder, part_of, save_block
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.rounding import backpropagate

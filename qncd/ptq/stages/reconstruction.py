@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qncd.distributed import OneProcess, Processes
-from qncd.io.files import read_json, remove_leftovers, scratch_folder, write_json
+from qncd.io.files import first_line, read_json, remove_leftovers, scratch_folder, write_json
 from qncd.models.files.safetensors_files import read_safetensors, write_safetensors
 from qncd.models.network import Network
 from qncd.ptq.blocks import (
@@ -36,7 +36,7 @@ from qncd.ptq.blocks import (
 from qncd.ptq.checkpoint_schema import Rule
 from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
-from qncd.ptq.observing import first_line, named
+from qncd.ptq.observing import named
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantLayer
 from qncd.quant.rounding import LearnedRounding, learn_roundings_
