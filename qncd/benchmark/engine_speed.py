@@ -26,8 +26,7 @@ from qncd.engines.onnx.engine import Arrays, ArraySession
 from qncd.engines.onnx.model import FILE
 from qncd.engines.onnxruntime import open_session
 from qncd.engines.openvino import openvino_options
-from qncd.engines.openvino_graph import read_network
-from qncd.engines.packages import require
+from qncd.engines.openvino_graph import openvino_core, read_network
 from qncd.models.network import Inputs, Network
 from qncd.ptq.context import copied
 from qncd.ptq.data import CalibrationSet
@@ -141,7 +140,7 @@ def make_contest(network: Network, x: Tensor, folder: Path, threads: int) -> Con
     contest.calls["torch fp32"] = torch_call(network, x, t)
     on_engines("fp32", network, None)
     arrays: Arrays = {network.sample_name: x.numpy(), network.time_name: t.numpy()}
-    core = require("openvino").Core()
+    core = openvino_core()
     if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         model = core.read_model(folder / "fp32" / FILE)
         contest.calls["openvino bf16"] = functools.partial(_openvino(model, arrays, threads, "bf16"), arrays)
@@ -241,10 +240,9 @@ def _onnxruntime_static(exported: Path, folder: Path, data: CalibrationSet, thre
 def _nncf_openvino(exported: Path, data: CalibrationSet, inputs: Arrays, threads: int) -> ArraySession:
     """NNCF's post-training quantization of the OpenVINO model (model_type TRANSFORMER, as for diffusion networks)."""
     import nncf
-    import openvino
 
     logging.getLogger("nncf").setLevel(logging.WARNING)
-    model = openvino.Core().read_model(exported / FILE)
+    model = openvino_core().read_model(exported / FILE)
     model = nncf.quantize(
         model, nncf.Dataset(list(_items(data))), subset_size=len(data), model_type=nncf.ModelType.TRANSFORMER,
         advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
@@ -255,7 +253,7 @@ def _nncf_openvino(exported: Path, data: CalibrationSet, inputs: Arrays, threads
 def _openvino(model: Any, inputs: Arrays, threads: int, precision: str = "f32") -> ArraySession:
     """An openvino.Model as it comes, for inputs of these shapes."""
     model.reshape({name: list(value.shape) for name, value in inputs.items()})
-    compiled = require("openvino").Core().compile_model(model, "CPU", openvino_options(threads, precision))
+    compiled = openvino_core().compile_model(model, "CPU", openvino_options(threads, precision))
     return lambda given: np.array(compiled(given)[0])
 
 
@@ -293,12 +291,10 @@ def multiply_adds(network: Network, x: Tensor) -> dict[str, int]:
 
 def profile(folder: Path, x: Tensor, threads: int, macs: dict[str, int], calls: int = 5) -> list[Kind]:
     """What OpenVINO spends a call of DIR/model.onnx on, the longest first; kinds under 1 % are one, "rest"."""
-    import openvino
-
     inputs = {"sample": x.numpy(), "timestep": torch.full((len(x),), TIMES[1]).numpy()}
     model = read_network(folder / FILE, {name: value.shape for name, value in inputs.items()})
     options = openvino_options(threads) | {"PERF_COUNT": True}
-    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    request = openvino_core().compile_model(model, "CPU", options).create_infer_request()
     total: dict[str, float] = {}
     for _ in range(calls):
         request.infer(inputs)

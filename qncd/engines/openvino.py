@@ -9,8 +9,7 @@ import numpy as np
 
 from qncd.engines.onnx.engine import Arrays, ArraySession, OnnxEngine
 from qncd.engines.onnx.model import FILE
-from qncd.engines.openvino_graph import read_network
-from qncd.engines.packages import require
+from qncd.engines.openvino_graph import openvino_core, read_network
 
 
 class OpenVino(OnnxEngine):
@@ -21,7 +20,6 @@ class OpenVino(OnnxEngine):
 
     def session(self, folder: Path, threads: int) -> ArraySession:
         """DIR/model.onnx."""
-        core = require("openvino").Core()
         options = openvino_options(threads)
         compiled: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
 
@@ -29,7 +27,7 @@ class OpenVino(OnnxEngine):
             shapes = tuple((name, value.shape) for name, value in inputs.items())
             if shapes not in compiled:
                 model = read_network(folder / FILE, dict(shapes))
-                compiled[shapes] = core.compile_model(model, "CPU", options)
+                compiled[shapes] = openvino_core().compile_model(model, "CPU", options)
             return np.array(compiled[shapes](inputs)[0])  # a copy: the engine uses its buffer again
 
         return run

@@ -12,6 +12,7 @@ Both take small differences of large numbers, for which bfloat16 is too coarse. 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,20 @@ COLUMNS = 8  # that a product gets for one sum: with 1 its width would not fill 
 COLUMN_CODE = 64  # in them: of both 8-bit types, and dividing by it is exact
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """The one openvino.Core of this process. Raises ValueError where the package is not installed.
+
+    Its CPU plugin gives the thread that loads it a stack for signals, and puts back the one before when the Core goes. Of two
+    Cores the first to come must be the last to go: else the thread is left with a stack that is no more, and the next signal,
+    as Ctrl-C or the end of a child process, is a segmentation fault.
+    """
+    return require("openvino").Core()
+
+
 def read_network(path: Path, shapes: Mapping[str, Sequence[int]]) -> Any:
     """The openvino.Model in a file, with inputs of these shapes by name."""
-    model = require("openvino").Core().read_model(path)
+    model = openvino_core().read_model(path)
     model.reshape({name: list(shape) for name, shape in shapes.items()})
     multiply_codes_(model)
     expand_group_norms_(model)

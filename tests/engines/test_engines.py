@@ -17,7 +17,7 @@ from quantized_networks import TIMES, assert_same_in_integers, call, inputs, pre
 from qncd.engines.engine import check_engine, open_engine
 from qncd.engines.onnx.model import FILE, check_fits, check_origin, export_network, is_current, read_onnx
 from qncd.engines.openvino import openvino_options
-from qncd.engines.openvino_graph import expand_group_norms_, multiply_codes_, raise_scalars_, read_network
+from qncd.engines.openvino_graph import expand_group_norms_, multiply_codes_, openvino_core, raise_scalars_, read_network
 from qncd.engines.packages import require
 from qncd.models.loading import load_config, load_ddim
 from qncd.ptq.data import CalibrationSet
@@ -156,7 +156,7 @@ def test_group_norms_with_channels_last(shape: tuple[int, ...]) -> None:
     node = op.group_normalization(entry, op.constant(weight.numpy()), op.constant(bias.numpy()), 4, 1e-5)
     model = openvino.Model([op.relu(node)], [entry])
     assert expand_group_norms_(model) == 1 and expand_group_norms_(model) == 0
-    found = openvino.Core().compile_model(model, "CPU", openvino_options(1))(x.numpy())[0]
+    found = openvino_core().compile_model(model, "CPU", openvino_options(1))(x.numpy())[0]
     expected = torch.nn.functional.group_norm(x, 4, weight, bias, 1e-5).relu()
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
 
@@ -177,7 +177,7 @@ def test_what_comes_before_a_group_norm(embedding: tuple[int, ...]) -> None:
     assert raise_scalars_(model) == 1 and raise_scalars_(model) == 0
     assert expand_group_norms_(model) == 1
     assert all(node.get_friendly_name() != before.get_friendly_name() for node in model.get_ops())
-    compiled = openvino.Core().compile_model(model, "CPU", openvino_options(1))
+    compiled = openvino_core().compile_model(model, "CPU", openvino_options(1))
     found = compiled([value.numpy() for value in (x, scale, added)])[0]
     expected = torch.nn.functional.group_norm(x.relu() * scale + constant + added, 4, weight, bias, 1e-5).relu()
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
@@ -217,14 +217,14 @@ def test_products_of_codes(scales: tuple[float, float], zeros: tuple[int, int], 
     expected = torch.from_numpy(expected * factor).double()
     expected = expected.softmax(-1) if softmax else expected.relu()
     assert multiply_codes_(model) == 1 and multiply_codes_(model) == 0
-    compiled = openvino.Core().compile_model(model, "CPU", openvino_options(1))
+    compiled = openvino_core().compile_model(model, "CPU", openvino_options(1))
     torch.testing.assert_close(torch.from_numpy(compiled(data)[0]).double(), expected, rtol=1e-4, atol=1e-4)
     assert product_inputs(compiled) == {("u8", "i8")}
 
 
 @pytest.mark.parametrize("stepwise", [None, set_all_stepwise_])
 def test_attention_in_integers_on_openvino(stepwise: Any, make_cross_unet: Any, tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     config = QuantConfig(8, 8, weight_range="max", act_range="max", stepwise_activations=stepwise is not None)
     unet = prepared(make_cross_unet(), config, stepwise)
     data = inputs(unet, 2)
@@ -234,5 +234,32 @@ def test_attention_in_integers_on_openvino(stepwise: Any, make_cross_unet: Any, 
         "timestep": data.t.shape,
         "encoder_hidden_states": data.inputs["encoder_hidden_states"].shape,
     }
-    compiled = openvino.Core().compile_model(read_network(path, shapes), "CPU", openvino_options(1))
+    compiled = openvino_core().compile_model(read_network(path, shapes), "CPU", openvino_options(1))
     assert product_inputs(compiled) == {("u8", "i8")}
+
+
+TWO_ENGINES = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from qncd.engines.openvino import OpenVino
+
+shapes = {"sample": (1, 3, 8, 8), "timestep": (1,)}
+first, second = (OpenVino().session(Path(sys.argv[1]), 1) for _ in range(2))
+for session in (first, second):
+    session({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+del session, first
+del second
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_engines_are_gone(make_unet: Any, tmp_path: Path) -> None:
+    """OpenVINO sets the stack on which handlers run: whichever engine goes first, there has to be one."""
+    config = QuantConfig(8, 8)
+    unet = prepared(make_unet(), config)
+    export_network(unet, tmp_path, config, "base")
+    command = [sys.executable, "-c", TWO_ENGINES, str(tmp_path)]
+    found = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, "handled\n"), found.stderr
