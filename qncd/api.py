@@ -14,6 +14,7 @@ from torch import nn
 
 from qncd.models.loading import state_dict_hash
 from qncd.models.network import Network, network_of
+from qncd.ptq.bits import MeanBits
 from qncd.ptq.checkpoint import load_quantized_, save_quantized
 from qncd.ptq.context import silent
 from qncd.ptq.data import CalibrationSet
@@ -49,6 +50,7 @@ class Report:
         left_out: what the mode asks for and could not be done here, in words.
         inputs: of the calibration set.
         found: what stages report, by their names: bits allocated, blocks reconstructed.
+        bits: of weights and activations in the mean, first and last layer and softmax outputs included.
         seconds: taken.
     """
 
@@ -57,10 +59,14 @@ class Report:
     left_out: tuple[str, ...]
     inputs: int
     found: Mapping[str, Any]
+    bits: MeanBits
     seconds: float
 
     def __str__(self) -> str:
-        lines = [f"{self.recipe.label}: {len(self.layers)} layers, {self.inputs} calibration inputs, {self.seconds:.0f} s"]
+        lines = [
+            f"{self.recipe.label}: {len(self.layers)} layers, {self.inputs} calibration inputs, {self.seconds:.0f} s",
+            f"bits in the mean: {self.bits}",
+        ]
         return "\n".join([*lines, *(f"left out: {text}" for text in self.left_out)])
 
 
@@ -206,7 +212,7 @@ def _report(runs: CalibrationRuns, recipe: Recipe, left_out: tuple[str, ...], in
         layers.append(
             LayerReport(name, weights.bits if weights else None, act.codes.bits if act is not None and act.codes else None)
         )
-    return Report(recipe, tuple(layers), left_out, inputs, outcome.found, outcome.seconds)
+    return Report(recipe, tuple(layers), left_out, inputs, outcome.found, outcome.bits, outcome.seconds)
 
 
 def _network_and_state(model: Any) -> tuple[Network, _State]:

@@ -5,6 +5,7 @@ The batches are the same whatever the number of processes, so what a network com
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -100,6 +101,7 @@ class FabricProcesses:
             world_size=place.world,
             timeout=PATIENCE,
         )
+        atexit.register(_leave)
         environment = PlacedEnvironment(place, local_rank=0 if seen == 1 else place.local_rank)
         self.fabric = Fabric(
             accelerator="cuda" if on_cuda else "cpu",
@@ -271,6 +273,12 @@ def join_(processes: Processes, *kept: dict[int, list[Any]]) -> None:
 def part_of(processes: Processes, items: Sequence[T]) -> Sequence[T]:
     """The items of this process: neighbours, so that the parts of all in the order of their ranks are the whole."""
     return items[processes.rank * len(items) // processes.world : (processes.rank + 1) * len(items) // processes.world]
+
+
+def _leave() -> None:
+    """At the end of this process: its threads that talk to the others end first. Left to the end of C++, one may abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _check_devices(place: Place) -> int:

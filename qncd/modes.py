@@ -24,40 +24,49 @@ class Mode:
     Attributes:
         summary: what `--help` says about it.
         options: that it sets at every width; all others have their defaults.
-        below_8: what it sets besides where activations have fewer than 8 bits.
+        weights_below_8: what it sets besides where weights have fewer than 8 bits.
+        below_8: and where activations have fewer than 8 bits.
         up_to_4: and where they have 4 or fewer.
         quantizes_acts: the command line quantizes activations without being asked to by --quant_act.
     """
 
     summary: str
     options: Mapping[str, Any]
+    weights_below_8: Mapping[str, Any] = field(default_factory=dict)
     below_8: Mapping[str, Any] = field(default_factory=lambda: CLIPPED)
     up_to_4: Mapping[str, Any] = field(default_factory=dict)
     quantizes_acts: bool = True
 
-    def at(self, act_bits: int | None) -> dict[str, Any]:
-        """The options that it sets where activations have so many bits; None for floating point."""
-        narrow, narrowest = (act_bits is not None and act_bits < WIDEST), (act_bits is not None and act_bits <= 4)
-        return {**self.options, **(self.below_8 if narrow else {}), **(self.up_to_4 if narrowest else {})}
+    def at(self, weight_bits: int | None, act_bits: int | None) -> dict[str, Any]:
+        """The options that it sets where weights and activations have so many bits; None for floating point."""
+        found = dict(self.options)
+        if weight_bits is not None and weight_bits < WIDEST:
+            found |= self.weights_below_8
+        if act_bits is not None and act_bits < WIDEST:
+            found |= self.below_8
+        if act_bits is not None and act_bits <= 4:
+            found |= self.up_to_4
+        return found
 
 
-_PEER = {"bias_correction": False, "reconstruction": True}
+_PEER = {"bias_correction": False}
+_BRECQ = {"reconstruction": True}  # of 8 bits the nearest is as good
 
 MODES = {
     "linear": Mode(
         "min-max ranges, rounding to nearest and nothing else; activations with --quant_act",
         {"weight_range": "max", "split": False, "bias_correction": False}, below_8={}, quantizes_acts=False,
     ),
-    "qdiff": Mode("Q-Diffusion: ranges of least error, shortcut split, weights reconstructed", _PEER),
-    "ptqd": Mode("qdiff, and PTQD's correction of each prediction by offline statistics", {**_PEER, "offline": "ptqd"}),
+    "qdiff": Mode("Q-Diffusion: ranges of least error, shortcut split, weights reconstructed below 8 bits", _PEER, _BRECQ),
+    "ptqd": Mode("qdiff, and PTQD's correction of each prediction by statistics", {**_PEER, "offline": "ptqd"}, _BRECQ),
     "tfmq": Mode(
         "qdiff, with TFMQ-DM's reconstruction of the time embedding and a range for each time step at its layers",
-        {**_PEER, "stepwise_embedding": True},
+        {**_PEER, "stepwise_embedding": True}, _BRECQ,
     ),
-    "d2dpm": Mode("qdiff, and D2-DPM's correction of each prediction by offline statistics", {**_PEER, "offline": "d2dpm"}),
+    "d2dpm": Mode("qdiff, and D2-DPM's correction of each prediction by statistics", {**_PEER, "offline": "d2dpm"}, _BRECQ),
     "qncd": Mode(
-        "ranges of least error, split, smoothing, bias and runtime noise correction; weights reconstructed with --recon",
-        {"bias_correction": True, "smoothing": True, "correction": True},
+        "qdiff, and QNCD's smoothing by the embedding and runtime noise correction; bias correction",
+        {"bias_correction": True, "smoothing": True, "correction": True}, _BRECQ,
     ),
     "qncd+": Mode(
         "not in the paper: weights by GPTQ against the full-precision outputs, smoothing searched for each layer, a range for "
@@ -107,9 +116,9 @@ def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection
     """
     check_choice("mode", mode, tuple(MODES))
     weight_bits, act_bits = (given.get(f"quant.{name}", 8) for name in ("weight_bits", "act_bits"))
-    usual = changes_of(tree, MODES[mode].at(act_bits if isinstance(act_bits, int) else None))
+    usual = changes_of(tree, MODES[mode].at(*(bits if isinstance(bits, int) else None for bits in (weight_bits, act_bits))))
     if weight_bits is None:
-        usual = {path: value for path, value in usual.items() if path not in ("quant.gptq", "reconstruction")}
+        usual.pop("quant.gptq", None)
     asked = {**usual, **given}
     if asked.get("quant.gptq"):
         asked["quant.bias_correction"] = given.get("quant.bias_correction", True)

@@ -130,9 +130,11 @@ class SmoothingConfig:
 
     Attributes:
         floor: smallest factor; 1 only ever shrinks channels, as in the paper.
+        strength: power of the factors; 1 is the paper's, less of it leaves the weights easier to round.
     """
 
     floor: float = option(1.0, limits=Limits(above=0, high=1))
+    strength: float = option(1.0, limits=Limits(above=0, high=1))
 
     def __post_init__(self) -> None:
         check_options(self)

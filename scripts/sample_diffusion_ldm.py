@@ -2,7 +2,7 @@
 """Sample a latent diffusion model, class-conditional or not, in full precision or quantized (--ptq).
 
     python scripts/sample_diffusion_ldm.py -n 40 -e 0 -c 20 -l out/ldm
-    python scripts/sample_diffusion_ldm.py -n 40 -e 0 -c 20 -l out/ldm_w4a8 --ptq --weight_bit 4 --compare_fp
+    python scripts/sample_diffusion_ldm.py -n 40 -e 0 -c 20 -l out/ldm_w4a8 --ptq --weight_bit 4 --quant_mode qncd+ --compare_fp
     python scripts/sample_diffusion_ldm.py -r models/ldm/lsun_beds256/model.ckpt -n 8 -e 1 -c 200 -l out/beds
 
 Without -r and --config it samples the bundled class-conditional model (configs/fashion_mnist_ldm.yaml). The output

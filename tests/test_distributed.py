@@ -29,7 +29,8 @@ def share_a_run() -> None:
         mean = processes.average_(torch.tensor([float(processes.rank)]))
         join_(processes, seen)
         told = [processes.share(processes.rank), processes.first(lambda: "once"), processes.everyone(mine), seen, mean.tolist()]
-        print(f"told {told}", flush=True)
+        sys.stdout.write(f"told {told}\n")  # at once, also unbuffered: all write to one file
+        sys.stdout.flush()
         while "WAIT" in os.environ:
             processes.agree(None)
 

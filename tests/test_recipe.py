@@ -40,14 +40,14 @@ QUANT = {
     "qncd": ({}, CLIPPED, CLIPPED, {}),
     "qncd+": (PLUS, NARROW_PLUS, NARROW_PLUS | {"smoothing_search": True}, PLUS),
 }
-# mode -> smoothing, noise correction while sampling, offline correction, reconstruction
+# mode -> smoothing, noise correction while sampling, offline correction, reconstruction of weights below 8 bits
 PARTS: dict[str, tuple[bool, bool, str | None, bool]] = {
     "linear": (False, False, None, False),
     "qdiff": (False, False, None, True),
     "ptqd": (False, False, "ptqd", True),
     "tfmq": (False, False, None, True),
     "d2dpm": (False, False, "d2dpm", True),
-    "qncd": (True, True, None, False),
+    "qncd": (True, True, None, True),
     "qncd+": (False, False, "tracking", False),
 }
 
@@ -60,7 +60,7 @@ def test_modes_at_widths(mode: str, width: str) -> None:
     smoothing, correction, offline, reconstruction = PARTS[mode]
     assert recipe.smoothing == (SmoothingConfig() if smoothing else None)
     assert recipe.correction == (CorrectionConfig() if correction else None)
-    assert recipe.reconstruction == (ReconstructionConfig() if reconstruction else None)
+    assert recipe.reconstruction == (ReconstructionConfig() if reconstruction and weight_bits and weight_bits < 8 else None)
     assert recipe.offline == offline and recipe.calibration == CalibrationConfig()
     assert recipe.label == f"{width} {mode}"
 
@@ -73,7 +73,7 @@ def test_defaults_and_order_of_fields_stay() -> None:
             split=True, softmax_range=None, quantize_attention=True, quantize_embedding=True, stepwise_embedding=False,
             stepwise_activations=False, gptq=False, smoothing_search=False, bit_allocation=False, bias_correction=True,
         ),
-        SmoothingConfig: dict(floor=1.0),
+        SmoothingConfig: dict(floor=1.0, strength=1.0),
         ReconstructionConfig: dict(
             iterations=2000, batch_size=32, lr=0.01, inputs=512, memory_gb=4.0, cache="fp16", seed=0, act_iterations=0,
             act_lr=0.01,
@@ -97,7 +97,7 @@ def test_changes_reach_the_whole_tree() -> None:
     assert recipe.quant == QuantConfig(4, 6, act_range="max", softmax_bits=16, bias_correction=False)
     assert recipe.calibration == CalibrationConfig(samples=128, seed=3)
     assert recipe.correction == CorrectionConfig(interval=5) and recipe.smoothing == SmoothingConfig(0.5)
-    assert Recipe.of("qdiff", reconstruction=ReconstructionConfig(9)).reconstruction == ReconstructionConfig(9)
+    assert Recipe.of("qdiff", "W4A8", reconstruction=ReconstructionConfig(9)).reconstruction == ReconstructionConfig(9)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ REFUSED = [
     ("qncd", "W8A8", {"interval": 0}, "interval 0: allowed are whole numbers, 1 or more"),
     ("qncd", "W8A8", {"iterations": 4000}, "iterations needs reconstruction"),
     ("linear", "W8A8", {"interval": 4}, "interval needs correction"),
-    ("qdiff", "W8A8", {"act_lr": 0.1}, "act_lr needs act_iterations"),
-    ("qdiff", "W8A32", {"act_iterations": 5}, "act_iterations learns scales of quantized activations: they are in floating"),
+    ("qdiff", "W4A8", {"act_lr": 0.1}, "act_lr needs act_iterations"),
+    ("qdiff", "W4A32", {"act_iterations": 5}, "act_iterations learns scales of quantized activations: they are in floating"),
     ("qncd+", "W4A6", {"reconstruction": True}, "reconstruction with GPTQ (gptq, or mode qncd+): both round the weights"),
     ("qdiff", "W32A8", {"reconstruction": True}, "reconstruction rounds weights: they are in floating point here"),
     ("ptqd", "W8A8", {"tracking": True}, "tracking: mode ptqd has a correction of its own"),
@@ -219,8 +219,8 @@ def test_settings_of_a_run() -> None:
     settings = Recipe.of("qncd", "W4A8").settings()
     assert settings == {
         "quantization": {"mode": "qncd", **dataclasses.asdict(QuantConfig(4, 8))},
-        "smoothing": {"floor": 1.0},
-        "reconstruction": None,
+        "smoothing": {"floor": 1.0, "strength": 1.0},
+        "reconstruction": dataclasses.asdict(ReconstructionConfig()),
         "correction": dataclasses.asdict(CorrectionConfig()),
         "offline_correction": None,
         "calibration": {"samples": 64, "steps": 10, "batch_size": None, "seed": 0},

@@ -46,7 +46,7 @@ def command_lines(prompts: Path) -> Iterator[tuple[str, list[str]]]:
         for width, (weights, activations) in WIDTHS.items():
             for mode in MODES:
                 more = ["--ptq", "--quant_mode", mode, "--weight_bit", weights, "--act_bit", activations, *CALIBRATION]
-                more += ["--cali_iters", "20"] if mode in RECONSTRUCTED else []
+                more += ["--recon", "--cali_iters", "20"] if mode in RECONSTRUCTED else ["--no-recon"]
                 more += ["--quant_act"] if mode == "linear" else []
                 more += ["--sample_reverse", "2"] if mode == "qncd" else []
                 yield f"{model}-{mode}-{width}", [*line, "|", *more]

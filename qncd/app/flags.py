@@ -86,13 +86,15 @@ def _add_option(group: argparse._ArgumentGroup, path: str, option: Option) -> No
 def _modes_with(path: str, default: bool = False) -> str:
     """In which modes a switch is on, for `--help`."""
 
-    def on(act_bits: int) -> list[str]:
-        return [name for name, mode in MODES.items() if _is_on(path, mode.at(act_bits), default)]
+    def on(weight_bits: int, act_bits: int) -> list[str]:
+        return [name for name, mode in MODES.items() if _is_on(path, mode.at(weight_bits, act_bits), default)]
 
-    always, below_8, up_to_4 = on(8), on(6), on(4)
+    always, weights, below_8, up_to_4 = on(8, 8), on(4, 8), on(8, 6), on(8, 4)
     if 2 * len(always) > len(MODES):
         return f" (off in {', '.join(name for name in MODES if name not in always)})" if len(always) < len(MODES) else ""
     parts = [", ".join(always)] if always else []
+    if more := [name for name in weights if name not in always]:
+        parts.append(f"{', '.join(more)} below 8-bit weights")
     if more := [name for name in below_8 if name not in always]:
         parts.append(f"{', '.join(more)} below 8-bit activations")
     if more := [name for name in up_to_4 if name not in below_8]:

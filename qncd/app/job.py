@@ -26,7 +26,7 @@ from qncd.distributed import OneProcess, Processes, start_processes
 from qncd.engines.registry import TORCH
 from qncd.io.images import NotFiniteError, contact_sheet, image_name, save_image, save_npz, save_png, to_uint8
 from qncd.io.runs import Run, open_run
-from qncd.metrics.statistics.moments import mse_to_psnr, paired_mse
+from qncd.metrics.statistics.moments import PairedQuality, paired_mse
 from qncd.models.network import network_of
 from qncd.models.original.key_tables import KeyTable
 from qncd.progress import progress_bar
@@ -353,9 +353,12 @@ class SamplingJob:
             mse = np.concatenate([
                 paired_mse(self._read("fp", part), self._read("images", part)) for part in _parts(indices)
             ])  # fmt: skip
-            psnr = float(mse_to_psnr(mse).mean())
-            self.figures |= {"psnr_to_fp_db": psnr, "mse_to_fp": float(mse.mean())}
-            log.info("PSNR to full precision %.2f dB (mean over %d images, peak 255)", psnr, len(mse))
+            quality = PairedQuality.of(mse)
+            self.figures |= {
+                "psnr_to_fp_db": quality.psnr, "psnr_of_mean_to_fp_db": quality.psnr_of_mean,
+                "psnr_p5_to_fp_db": quality.psnr_p5, "under_20_db_percent": quality.poor, "mse_to_fp": float(mse.mean()),
+            }  # fmt: skip
+            log.info("PSNR to full precision: %s (%d images, peak 255)", quality, len(mse))
         if grid:
             save_image(contact_sheet(blocks, labels, self.plan.columns), self.run.folder / "contact_sheet.png")
 

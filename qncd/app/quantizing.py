@@ -234,7 +234,8 @@ class _Task:
         recipe, info = self.recipe, peek_quantized(path)
         _check_same(path, info, recipe.quant, recipe.smoothing is not None)
         if recipe.reconstruction and _reconstruction_of(info) != self.settings["reconstruction"]:
-            raise ValueError(f"{path}: was reconstructed otherwise: {info.settings.get('reconstruction')}")
+            how = info.settings.get("reconstruction") or "not at all"
+            raise ValueError(f"{path}: was reconstructed otherwise: {how}: --no-recon takes its weights as they are")
         check_quantized(self.diffusion.network, path, self.base_hash)
         return info
 
@@ -257,8 +258,13 @@ class _Task:
             return None
         record, settings = info.records.get(self.kind.prefix), self.settings
         keys = ("sampler", "guidance", "correction") if self.kind.calls_network else ("sampler", "guidance")
-        current = all(info.settings.get(key) == settings[key] for key in keys)
-        return record if current and fits(self.kind, self.recipe, record) else None
+        old, new = (_flat(found, keys) for found in (info.settings, settings))
+        other = [f"{name} {old.get(name)} there, {value} asked for" for name, value in new.items() if old.get(name) != value]
+        if record is not None and other:
+            log.warning(
+                "%s: its noise correction was fitted otherwise (%s): fitted anew", self.files.checkpoint, "; ".join(other)
+            )
+        return record if not other and fits(self.kind, self.recipe, record) else None
 
     def by_calibrating(self) -> tuple[Corrector | None, float]:
         """Calibrate, with `weights_only` around the checkpoint's weights, and write the checkpoint. Also the seconds taken."""
@@ -275,6 +281,7 @@ class _Task:
                 save_calibration(data, files.calibration)
         folder = files.folder / "reconstruction" if recipe.reconstruction else None
         outcome = quantize_network(self.runs, recipe, data, record, Job(bars, folder, self.processes, weights))
+        log.info("bits in the mean, first and last layer and softmax outputs included: %s", outcome.bits)
         target = files.folder / "quantized.safetensors" if files.weights_only else files.checkpoint
         if target and first:
             settings = json.loads(json.dumps(self.settings))
@@ -316,6 +323,15 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _flat(settings: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The settings of these names, those of dicts among them one by one."""
+    found: dict[str, Any] = {}
+    for key in keys:
+        value = settings.get(key)
+        found |= value if isinstance(value, dict) else {key: value}
+    return found
 
 
 def _reconstruction_of(info: QuantizedInfo) -> dict[str, Any] | None:

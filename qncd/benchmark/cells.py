@@ -19,7 +19,8 @@ from qncd.benchmark.plan import ERROR_IMAGES, FULL, PART, Cell, Plan, parse_widt
 from qncd.benchmark.subjects import Subject
 from qncd.io.files import whole_file, write_json
 from qncd.io.runs import Run
-from qncd.metrics.statistics.moments import mse_to_psnr, paired_mse
+from qncd.metrics.statistics.moments import PairedQuality, paired_mse
+from qncd.metrics.statistics.paired import Lpips, lpips_obstacle
 from qncd.models.files.safetensors_files import write_safetensors
 from qncd.models.network import Network
 from qncd.ptq.data import CalibrationSet, load_calibration, save_calibration
@@ -198,7 +199,8 @@ def run_cell(plan: Plan, cell: Cell) -> None:
         mse = paired_mse(full, images)
         changed = mse[mse > 0]
         figures |= {
-            "psnr": float(mse_to_psnr(changed).mean()) if len(changed) else None,
+            **(dataclasses.asdict(PairedQuality.of(changed)) if len(changed) else {}),
+            "lpips": None if lpips_obstacle() else lpips_of(full, images, plan.device),
             "identical_images": len(mse) - len(changed),
             "mse": float(mse.mean()),
             "noise_error": errors.mean_error(),
@@ -215,12 +217,23 @@ def run_cell(plan: Plan, cell: Cell) -> None:
     write_json(cell.path(plan), record)
 
 
+def lpips_of(full: np.ndarray, images: np.ndarray, device: str, batch_size: int = 64) -> float:
+    """Mean LPIPS of images uint8 (N, H, W, C) to those of full precision."""
+    lpips, colours = Lpips(device=device), 3 // full.shape[-1]
+    parts = [
+        lpips(*(np.repeat(side[start : start + batch_size], colours, 3) for side in (full, images)))
+        for start in range(0, len(full), batch_size)
+    ]
+    return float(np.concatenate(parts).mean())
+
+
 def quantize_cell_(plan: Plan, cell: Cell, runs: DiffusionRuns) -> tuple[Diffusion, Corrector | None, dict[str, Any]]:
     """The model of `runs` as the cell's mode quantizes it, in place, what corrects it, and the figures of that."""
     recipe, diffusion = cell.recipe_in(plan), runs.diffusion
     if recipe is not None:
         outcome = _quantize_(plan, cell, recipe, runs)
-        return diffusion, corrector_of(recipe, outcome.record), {"calibration_seconds": outcome.seconds}
+        figures = {"calibration_seconds": outcome.seconds, **dataclasses.asdict(outcome.bits)}
+        return diffusion, corrector_of(recipe, outcome.record), figures
     data, _ = load_calibration_set(plan, cell.seed, diffusion.network)
     start = time.perf_counter()
     bits, size = parse_width(cell.width), plan.calibration.batch_size

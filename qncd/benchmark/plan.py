@@ -7,18 +7,19 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from qncd.benchmark.peers import PEERS, Peer
 from qncd.io.files import read_json
 from qncd.modes import MODES as RECIPES
-from qncd.modes import TRACKING
+from qncd.modes import changes_of
 from qncd.recipe import (
     CalibrationConfig,
     CorrectionConfig,
-    QuantConfig,
     Recipe,
     ReconstructionConfig,
     SamplerConfig,
@@ -30,38 +31,64 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Composition:
-    """A mode with changes: what one column of the benchmark quantizes with."""
+    """A mode with changes: what a row of the benchmark quantizes with.
 
-    title: str
+    Attributes:
+        text: that asked for it.
+        mode: a name in `qncd.modes.MODES`.
+        changes: of its options, as `Recipe.of` takes them.
+    """
+
+    text: str
     mode: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Composition:
+        """The composition that a text such as "qncd+" or "qncd,smoothing=false,interval=2" asks for.
+
+        Raises:
+            ValueError: there is no such mode, or a part is not OPTION=VALUE.
+        """
+        mode, *parts = text.split(",")
+        if mode not in RECIPES:
+            raise ValueError(f"--modes {text}: allowed are {', '.join((*RECIPES, *PEERS))}, the former with ,OPTION=VALUE behind")
+        changes: dict[str, Any] = {}
+        for part in parts:
+            name, equals, value = part.partition("=")
+            try:
+                changes[name] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                equals = ""
+            if not equals:
+                raise ValueError(f"--modes {text}: {part!r}: allowed are changes such as smoothing=false")
+        return cls(text, mode, changes)
+
+    @property
+    def title(self) -> str:
+        words = {True: "{}", False: "no {}"}
+        parts = [(words[value] if isinstance(value, bool) else f"{{}} {value}").format(name.replace("_", " "))
+                 for name, value in self.changes.items()]  # fmt: skip
+        return ", ".join([self.mode, *parts])
 
     def at(self, width: str) -> Recipe:
-        return Recipe.of(self.mode, width, **self.changes)
+        """Raises ValueError for an option that there is not, a value that is not allowed, or one that would change nothing."""
+        try:
+            return Recipe.of(self.mode, width, **self.changes)
+        except ValueError as error:
+            raise ValueError(f"--modes {self.text} at {width}: {error}") from None
+
+    def says(self, section: str) -> bool:
+        """Whether its changes are about details of a section of the recipe."""
+        return any(path.startswith(f"{section}.") for path in changes_of(Recipe, self.changes))
 
 
-_RECONSTRUCTED = {"gptq": False, "reconstruction": True}
-COMPOSITIONS = {name: Composition(name, name) for name in RECIPES} | {  # and ablations
-    "neither": Composition("qncd, neither", "qncd", {"smoothing": False, "correction": False}),
-    "smoothing": Composition("qncd, smoothing only", "qncd", {"correction": False}),
-    "correction": Composition("qncd, correction only", "qncd", {"smoothing": False}),
-    "paper": Composition("qncd, no bias correction", "qncd", {"bias_correction": False}),
-    "recon": Composition("qncd, weights reconstructed", "qncd", {"reconstruction": True}),
-    "uniform": Composition("qncd+, one width for all", "qncd+", {"bit_allocation": False}),
-    "gptq": Composition("qncd+, one range for all steps", "qncd+", {"stepwise_activations": False}),
-    "stepwise": Composition("qncd+, rounding to nearest", "qncd+", {"gptq": False}),
-    "unsmoothed": Composition("qncd+, no smoothing", "qncd+", {"smoothing_search": False}),
-    "extremes": Composition("qncd+, ranges by extremes", "qncd+", {"act_range": "max"}),
-    "plus-recon": Composition("qncd+, weights reconstructed", "qncd+", _RECONSTRUCTED),
-    "untracked": Composition("qncd+, no tracking", "qncd+", {"tracking": False}),
-    "plus-smoothing": Composition("qncd+ and smoothing", "qncd+", {"smoothing": True}),
-    "plus-correction": Composition("qncd+, runtime correction for tracking", "qncd+", {"correction": True}),
-    "tracked": Composition("qncd, tracking for runtime correction", "qncd", {"tracking": True}),
-}
-MODES = {name: composition.title for name, composition in COMPOSITIONS.items()}
-MODES["qncd"] = "qncd (weights rounded to nearest)"  # unlike the compared methods, and the paper's own W4 rows
-MODES |= {mode: peer.title for mode, peer in PEERS.items()}
-DEFAULT_MODES = ("linear", "smoothing", "correction", "qncd")
+def title_of(mode: str) -> str:
+    """What tables and pictures call a mode of the benchmark."""
+    return PEERS[mode].title if mode in PEERS else Composition.parse(mode).title
+
+
+DEFAULT_MODES = ("linear", "qdiff", "qncd", "qncd+")
 WIDTHS = ("W8A8", "W4A8", "W8A6", "W4A6")
 FULL = "FP"
 PART = 512  # full-precision images in one file of the cache
@@ -72,7 +99,7 @@ ACTIVATIONS = (
     "act_bits", "softmax_bits", "act_range", "softmax_range", "act_symmetric", "stepwise_activations", "bias_correction",
     "smoothing_search", "bit_allocation",
 )  # fmt: skip
-FORMAT = 2  # of a cell's file; raised when the same settings come to mean something else
+FORMAT = 3  # of a cell's file; raised when the same settings come to mean something else
 
 
 @dataclass(frozen=True)
@@ -167,24 +194,19 @@ class Cell:
         """The toolkit that quantizes, None for this package."""
         return PEERS.get(self.mode)
 
-    @property
-    def recipe(self) -> Recipe | None:
-        """None for full precision and peers."""
-        return COMPOSITIONS[self.mode].at(self.width) if self.mode in COMPOSITIONS else None
-
     def recipe_in(self, plan: Plan) -> Recipe | None:
-        """The recipe with what the plan says about reconstruction, correction and calibration, and the cell's seed."""
-        recipe = self.recipe
-        return recipe and dataclasses.replace(
+        """The recipe with the cell's seed, and what the plan says where the mode does not; None for full precision and peers."""
+        if self.mode == FULL or self.peer:
+            return None
+        composition = Composition.parse(self.mode)
+        recipe = composition.at(self.width)
+        own = {name: composition.says(name) for name in ("reconstruction", "correction")}
+        return dataclasses.replace(
             recipe,
-            reconstruction=recipe.reconstruction and plan.reconstruction,
-            correction=recipe.correction and plan.correction,
+            reconstruction=recipe.reconstruction if own["reconstruction"] else recipe.reconstruction and plan.reconstruction,
+            correction=recipe.correction if own["correction"] else recipe.correction and plan.correction,
             calibration=dataclasses.replace(plan.calibration, seed=self.seed),
         )
-
-    @property
-    def quant(self) -> QuantConfig | None:
-        return self.recipe.quant if self.recipe else None
 
     def reconstruction_folder(self, plan: Plan) -> Path | None:
         """Where the reconstructed blocks are: one folder for all cells whose weights come out the same."""
@@ -202,19 +224,12 @@ class Cell:
     def settings(self, plan: Plan) -> dict[str, Any]:
         """Everything that decides the cell's figures, as it comes back from JSON."""
         settings = plan.base_settings() | {"images": plan.images, "error_images": ERROR_IMAGES}
-        settings |= dict.fromkeys(("quantization", "smoothing", "correction", "reconstruction", "calibration"))
         if recipe := self.recipe_in(plan):
-            content = recipe.to_json()
-            settings |= {"quantization": content["quant"]} | {key: content[key] for key in settings if key in content}
-            if recipe.offline == TRACKING:
-                settings["tracking"] = True
-            for name in ("smoothing_search", "bit_allocation"):  # cells that are older than these settings stay valid
-                if not getattr(recipe.quant, name):
-                    del settings["quantization"][name]
+            settings["recipe"] = recipe.to_json()
         if self.peer:
-            settings["quantization"] = {"peer": self.mode, "width": self.width, "settings": self.peer.settings}
+            settings["peer"] = {"name": self.mode, "width": self.width, "settings": self.peer.settings}
             if self.peer.calibrated:
-                settings["calibration"] = dataclasses.asdict(dataclasses.replace(plan.calibration, seed=self.seed))
+                settings["peer"]["calibration"] = dataclasses.asdict(dataclasses.replace(plan.calibration, seed=self.seed))
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
 
@@ -232,17 +247,19 @@ def make_cells(widths: Sequence[str] | None, modes: Sequence[str], seeds: int) -
 
     Args:
         widths: asked for; None for WIDTHS.
-        modes: sorted into the order of MODES.
+        modes: in the order of the tables.
         seeds: repetitions; a mode that does not use the calibration set is run once.
 
     Raises:
         ValueError: a width is not a name such as W4A8, or a peer cannot do any of the widths asked for.
     """
     named = [f"W{w}A{a}" for w, a in dict.fromkeys(parse_width(text) for text in widths or WIDTHS)]
-    chosen = [mode for mode in MODES if mode in modes]
+    chosen = list(dict.fromkeys(modes))
     for mode in chosen:
         if mode in PEERS and not any(can_do(mode, width) for width in named):
             raise ValueError(f"--widths {' '.join(named)}: --modes {mode} can do {PEERS[mode].widths}")
+        for width in named if mode not in PEERS else ():
+            Composition.parse(mode).at(width)
     return [Cell(FULL)] + [
         Cell(width, mode, seed)
         for seed in range(seeds)
@@ -258,7 +275,7 @@ def can_do(mode: str, width: str) -> bool:
 
 
 def corrects(mode: str) -> bool:
-    return mode in COMPOSITIONS and COMPOSITIONS[mode].at(WIDTHS[0]).correction is not None
+    return mode not in PEERS and Composition.parse(mode).at(WIDTHS[0]).correction is not None
 
 
 def parse_width(text: str) -> tuple[int, int]:

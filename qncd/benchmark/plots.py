@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qncd.benchmark.plan import FULL, MODES
+from qncd.benchmark.plan import FULL, title_of
 from qncd.io.files import whole_file
 
 FIGURES = {
@@ -28,16 +28,16 @@ def draw_errors(rows: Sequence[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(1, len(widths), squeeze=False, sharey=True)[0]
     for panel, width in zip(panels, widths, strict=True):
         for row in (row for row in rows if row["width"] == width):
-            values, (color, dashes) = row["noise_error_per_step"], _style(row["mode"])
+            values, (color, dashes) = row["noise_error_per_step"], _style(modes.index(row["mode"]))
             steps = range(1, len(values["mean"]) + 1)
-            panel.plot(steps, values["mean"], label=MODES[row["mode"]], color=color, linestyle=dashes, linewidth=1.5)
+            panel.plot(steps, values["mean"], label=title_of(row["mode"]), color=color, linestyle=dashes, linewidth=1.5)
             if len(modes) <= BANDED_MODES:
                 panel.fill_between(steps, values["min"], values["max"], color=color, alpha=0.15, linewidth=0)
         panel.set(title=width, xlabel="step (1: the noisiest)", yscale="log")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("noise-prediction error (relative)")
     lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
-    names = [MODES[mode] for mode in modes]
+    names = [title_of(mode) for mode in modes]
     figure.legend([lines[name] for name in names], names, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize="small")
     _save(figure, path)
 
@@ -54,7 +54,8 @@ def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panels = part.subplots(1, len(widths), squeeze=False, sharey=True)[0]
         for panel, width in zip(panels, widths, strict=True):
             for row in (row for row in rows if row["width"] == width and row[key]):
-                _bar(panel, modes.index(row["mode"]), row[key], _style(row["mode"])[0], ".1f" if key == "psnr" else "+.3f")
+                place = modes.index(row["mode"])
+                _bar(panel, place, row[key], _style(place)[0], ".1f" if key == "psnr" else "+.3f")
             panel.axvline(0, color="black", linewidth=0.8)
             panel.set_title(width, fontsize="medium")
             panel.grid(axis="x", alpha=0.3)
@@ -64,7 +65,7 @@ def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
             right = max(panel.get_xlim()[1] for panel in panels)
             for panel in panels:
                 panel.set_xlim(0, right)
-        panels[0].set_yticks(range(len(modes)), [MODES[mode] for mode in modes])
+        panels[0].set_yticks(range(len(modes)), [title_of(mode) for mode in modes])
         panels[0].set_ylim(len(modes) - 0.5, -0.5)
     _save(figure, path)
 
@@ -85,15 +86,13 @@ def _widths(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _modes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """In the order of MODES."""
-    return [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
+    return list(dict.fromkeys(row["mode"] for row in rows))
 
 
-def _style(mode: str) -> tuple[Any, str]:
-    """Colour and line style, the same in every picture: 20 colours, then the same ones dashed."""
+def _style(place: int) -> tuple[Any, str]:
+    """Colour and line style of the mode at a place of the table: 20 colours, then the same ones dashed."""
     from matplotlib import colormaps
 
-    place = list(MODES).index(mode)
     return colormaps["tab20"](place % 10 * 2 + place // 10 % 2), "-" if place < 10 else "--"
 
 

@@ -9,13 +9,25 @@ from typing import Any
 import numpy as np
 
 from qncd.benchmark.peers import PEERS
-from qncd.benchmark.plan import ERROR_IMAGES, FULL, MODES, UNBIASED_IMAGES, Cell, Plan
+from qncd.benchmark.plan import ERROR_IMAGES, FULL, UNBIASED_IMAGES, Cell, Plan, title_of
 from qncd.benchmark.plots import draw_bars, draw_errors
 from qncd.benchmark.subjects import TITLES
 from qncd.io.files import write_json, write_text
 from qncd.io.runs import Run
+from qncd.metrics.statistics.paired import lpips_obstacle
 
 log = logging.getLogger("qncd")
+
+
+# Figures of a row: how the table calls and shows them.
+COLUMNS = {
+    "weight_bits": ("bits of weights", ".2f"), "act_bits": ("of activations", ".2f"),
+    "fid": ("FID", ".3f"), "fid_difference": ("FID − FID of FP", "+.3f"), "sfid": ("sFID", ".3f"),
+    "psnr": ("PSNR to FP, dB", ".2f"), "psnr_of_mean": ("PSNR of the mean error", ".2f"),
+    "psnr_p5": ("5th percentile of PSNR", ".2f"), "poor": ("images under 20 dB, %", ".1f"), "lpips": ("LPIPS to FP", ".4f"),
+    "noise_error": ("noise-prediction error", ".3g"),
+}  # fmt: skip
+ONCE = ("weight_bits", "act_bits")  # the mean says enough
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
@@ -36,7 +48,7 @@ def summarize(records: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) -> lis
         if not found:
             continue
         row: dict[str, Any] = {"width": width, "mode": mode, "seeds": len(found)}
-        row |= {key: spread([f.get(key) for f in found]) for key in ("fid", "sfid", "psnr", "noise_error", *TITLES)}
+        row |= {key: spread([f.get(key) for f in found]) for key in (*COLUMNS, *TITLES)}
         row["fid_difference"] = spread([f["fid"] - full["figures"]["fid"] for f in found]) if full and mode != FULL else None
         row["identical_images"] = sum(f.get("identical_images", 0) for f in found)
         if mode != FULL:
@@ -50,22 +62,21 @@ def summarize(records: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) -> lis
 
 def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The rows as a table in Markdown."""
+    shown = {key: style for key, (_, style) in COLUMNS.items() if any(row[key] for row in rows)}
     extra = [key for key in TITLES if any(row[key] for row in rows)]
-    columns = {"fid": ".3f", "fid_difference": "+.3f", "sfid": ".3f", **dict.fromkeys(extra, ".1f")}
-    columns |= {"psnr": ".2f", "noise_error": ".3g"}
+    columns = shown | dict.fromkeys(extra, ".1f")
 
     def show(row: dict[str, Any], key: str) -> str:
         value, style = row[key], columns[key]
         if value is None:
             return "–"
         mean = format(value["mean"], style)
-        return mean if row["seeds"] < 2 else f"{mean} ({value['min']:{style}} to {value['max']:{style}})"
+        return mean if row["seeds"] < 2 or key in ONCE else f"{mean} ({value['min']:{style}} to {value['max']:{style}})"
 
-    titles = ["width", "mode", "FID", "FID − FID of FP", "sFID", *(TITLES[key] for key in extra)]
-    titles += ["PSNR to FP, dB", "noise-prediction error", "seeds"]
+    titles = ["width", "mode", *(COLUMNS[key][0] for key in shown), *(TITLES[key] for key in extra), "seeds"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
-        name = "full precision" if row["mode"] == FULL else MODES[row["mode"]]
+        name = "full precision" if row["mode"] == FULL else title_of(row["mode"])
         seeds = "–" if row["mode"] == FULL else str(row["seeds"])
         width = "FP32" if row["mode"] == FULL else row["width"]
         lines.append(" | ".join([f"| {width}", name, *(show(row, key) for key in columns), f"{seeds} |"]))
@@ -92,17 +103,21 @@ def caption(
         f"{plan.correction.interval} steps.",
         f"FID and sFID: {convention}; not on the scale of Inception's."
         + (f" Biased upwards at fewer than {UNBIASED_IMAGES} images." if plan.images < UNBIASED_IMAGES else ""),
+        "Bits: in the mean, of weights over all weights, of activations over all that enter multiplications, counted as often as "
+        "they are multiplied; first and last layer and softmax outputs included.",
         "PSNR: mean over images, peak 255, uint8, to full precision with the same seeds"
-        + (f"; without the {identical} images that equal it." if identical else "."),
+        + (f"; all figures of it without the {identical} images that equal it." if identical else ".")
+        + " The PSNR of the mean error, the 5th percentile and the share under 20 dB show the poor images that this mean hides.",
+        *([f"No LPIPS: {lpips_obstacle()}."] if not any(row["lpips"] for row in rows) and lpips_obstacle() else []),
         "Noise-prediction error: ‖ε − ε_FP‖² / ‖ε_FP‖² at the quantized model's own x_t, ε after correction, mean over the "
         f"steps, first {min(ERROR_IMAGES, plan.images)} images.",
         "Ranges: linear has min-max ranges and no split; this package's other modes have mse weight ranges, activation ranges "
         "that are min-max at 8 bits and mse below, and split.",
-        f"Weights: qdiff, ptqd, tfmq, d2dpm and the rows with reconstructed weights use BRECQ, {plan.reconstruction.iterations} "
-        "iterations a block; qncd+ uses GPTQ; this package's other rows round to nearest.",
-        "qncd has bias correction, smoothing by the embedding and runtime correction; other rows of its name say what differs, "
-        "and those with 'only' or 'neither' keep bias correction. qncd+ has bias correction, a range for each time step at every "
-        "activation, a smoothing search at 4-bit activations, mixed precision of activations below 8 bits, and tracking.",
+        f"Weights below 8 bits: qdiff, ptqd, tfmq, d2dpm and qncd use BRECQ, {plan.reconstruction.iterations} iterations a "
+        "block; qncd+ uses GPTQ; linear rounds to nearest, as all modes but qncd+ do at 8 bits. Rows with changes say so.",
+        "qncd has bias correction, smoothing by the embedding and runtime correction. qncd+ has bias correction, a range for "
+        "each time step at every activation, a smoothing search at 4-bit activations, mixed precision of activations below 8 "
+        "bits, and tracking.",
         "Tracking aims at the full-precision trajectory, not at the full-precision prediction at the quantized model's x_t: "
         "the noise-prediction error does not measure it.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",

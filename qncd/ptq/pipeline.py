@@ -12,6 +12,7 @@ from torch import nn
 
 from qncd.distributed import OneProcess, Processes
 from qncd.models.network import Network, network_of
+from qncd.ptq.bits import MeanBits, mean_bits
 from qncd.ptq.context import Context, Monitor, silent
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import naming
@@ -73,11 +74,13 @@ class Outcome:
     Attributes:
         record: what the correction knows; None where it knows nothing, or there is none.
         found: what stages report, by their names.
+        bits: of weights and activations in the mean.
         seconds: taken.
     """
 
     record: Record | None
     found: dict[str, Any]
+    bits: MeanBits
     seconds: float
 
 
@@ -130,7 +133,7 @@ def quantize_network(
     if to_fit is not None:
         with naming("fitting the noise correction"):
             record = to_fit.fit(runs, recipe)
-    return Outcome(record, context.found, time.perf_counter() - start)
+    return Outcome(record, context.found, mean_bits(runs.network, data), time.perf_counter() - start)
 
 
 def calibrate_(network: Network | nn.Module, data: CalibrationSet, config: QuantConfig, batch_size: int = 32) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qncd.benchmark.plan import Cell, Plan
+import pytest
+
+from qncd.benchmark.plan import FULL, Cell, Composition, Plan, make_cells
 from qncd.recipe import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
 
 
@@ -15,25 +17,45 @@ def plan(out: Path) -> Plan:
     )  # fmt: skip
 
 
-def test_widths_below_eight_bits_have_their_own_ranges_and_smoothing(tmp_path: Path) -> None:
-    found = {
-        (width, mode): Cell(width, mode).settings(plan(tmp_path))["quantization"]
-        for width in ("W8A8", "W4A6", "W4A4") for mode in ("linear", "qdiff", "qncd+", "uniform", "extremes", "unsmoothed")
-    }  # fmt: skip
-    clipping = {key for key, settings in found.items() if settings["act_range"] == "mse"}
-    assert clipping == {(width, mode) for width in ("W4A6", "W4A4") for mode in ("qdiff", "qncd+", "uniform", "unsmoothed")}
-    # Only where they are on: cells from before there were such things stand.
-    searched = {key for key, settings in found.items() if "smoothing_search" in settings}
-    assert searched == {("W4A4", "qncd+"), ("W4A4", "uniform"), ("W4A4", "extremes")}
-    allocated = {key for key, settings in found.items() if "bit_allocation" in settings}
-    assert allocated == {(width, mode) for width in ("W4A6", "W4A4") for mode in ("qncd+", "extremes", "unsmoothed")}
+def test_a_mode_with_changes(tmp_path: Path) -> None:
+    text = "qncd+,gptq=false,interval=2,correction=true,act_range=max"
+    composition = Composition.parse(text)
+    assert composition.title == "qncd+, no gptq, interval 2, correction, act range max"
+    recipe = Cell("W4A6", text, 3).recipe_in(plan(tmp_path))
+    assert recipe is not None and not recipe.quant.gptq and recipe.quant.act_range == "max" and recipe.calibration.seed == 3
+    assert recipe.correction == CorrectionConfig(interval=2) and recipe.offline is None  # the row's interval, not the plan's
+    plain = Cell("W4A6", "qncd").recipe_in(plan(tmp_path))
+    assert plain is not None and plain.correction == CorrectionConfig() and plain.reconstruction == ReconstructionConfig(3)
+    own = Cell("W4A6", "qncd,iterations=9").recipe_in(plan(tmp_path))
+    assert own is not None and own.reconstruction == ReconstructionConfig(9)
+    assert Cell(FULL, FULL).recipe_in(plan(tmp_path)) is None and Cell("W8A8", "nncf").recipe_in(plan(tmp_path)) is None
+    assert make_cells(["w4a8"], ["qncd+", "linear", "qncd+"], 2) == [
+        Cell(FULL), Cell("W4A8", "qncd+"), Cell("W4A8", "linear"), Cell("W4A8", "qncd+", 1), Cell("W4A8", "linear", 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("best", "--modes best: allowed are linear, qdiff, .*, nncf"),
+        ("qncd,smoothing", "--modes qncd,smoothing: 'smoothing': allowed are changes such as smoothing=false"),
+        ("qncd,smoothing=[", r"--modes qncd,smoothing=\[: 'smoothing=\[': allowed are changes"),
+        ("qncd,smooth=false", "--modes qncd,smooth=false at W4A6: .*smooth"),
+        ("qncd+,bit_allocation=true", r"--modes qncd\+,bit_allocation=true at W8A8: bit_allocation"),
+        ("nncf,split=false", "--modes nncf,split=false: allowed are"),
+    ],
+)
+def test_a_mode_that_is_none(mode: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_cells(["W4A6", "W8A8"], [mode], 1)
 
 
 def test_weights_are_reconstructed_once_for_all_activations(tmp_path: Path) -> None:
     folders = {
         (width, mode): Cell(width, mode).reconstruction_folder(plan(tmp_path))
-        for width in ("W8A8", "W4A8", "W4A4") for mode in ("qdiff", "ptqd", "tfmq")
+        for width in ("W3A8", "W4A8", "W4A4") for mode in ("qdiff", "ptqd", "tfmq", "qncd", "qncd,smoothing=false")
     }  # fmt: skip
-    assert folders["W4A8", "qdiff"] == folders["W4A4", "ptqd"] != folders["W8A8", "qdiff"]
-    assert folders["W4A8", "tfmq"] != folders["W4A8", "qdiff"]
+    assert folders["W4A8", "qdiff"] == folders["W4A4", "ptqd"] == folders["W4A4", "qncd,smoothing=false"]
+    assert len({folders[key] for key in (("W3A8", "qdiff"), ("W4A8", "qdiff"), ("W4A8", "tfmq"), ("W4A8", "qncd"))}) == 4
     assert Cell("W4A4", "qncd+").reconstruction_folder(plan(tmp_path)) is None
+    assert Cell("W8A4", "qdiff").reconstruction_folder(plan(tmp_path)) is None  # the nearest of 8 bits is as good

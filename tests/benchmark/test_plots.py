@@ -9,7 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from qncd.benchmark import plots
-from qncd.benchmark.plan import FULL, MODES
+from qncd.benchmark.plan import FULL, title_of
+from qncd.modes import MODES
 
 
 def row(width: str, mode: str, psnr: float, excess: float) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def test_bars(tmp_path: Path, drawn: list[Figure]) -> None:
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
     psnr, excess = (part.axes for part in drawn[0].subfigs)
     assert [panel.get_title() for panel in psnr] == ["W8A8", "W4A8"]
-    assert [label.get_text() for label in psnr[0].get_yticklabels()] == ["linear", MODES["nncf"]]
+    assert [label.get_text() for label in psnr[0].get_yticklabels()] == ["linear", title_of("nncf")]
     assert [patch.get_width() for patch in psnr[0].patches] == [25, 28]
     assert [patch.get_width() for patch in psnr[1].patches] == [12]  # no bar for the width that the peer cannot do
     assert [text.get_text() for text in excess[0].texts] == ["-0.500", "+0.250"]
@@ -50,13 +51,14 @@ def test_errors(tmp_path: Path, drawn: list[Figure]) -> None:
     plots.draw_errors(ROWS, tmp_path / "errors.png")
     panels = drawn[0].axes
     assert [len(panel.get_lines()) for panel in panels] == [2, 1] and all(panel.collections for panel in panels)
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["linear", MODES["nncf"]]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["linear", title_of("nncf")]
 
 
 def test_many_modes_have_styles_of_their_own(tmp_path: Path, drawn: list[Figure]) -> None:
-    plots.draw_errors([row("W8A8", mode, 20, 1) for mode in MODES], tmp_path / "errors.png")
+    modes = [f"{mode}{change}" for mode in MODES for change in ("", ",bias_correction=true", ",split=false")]
+    plots.draw_errors([row("W8A8", mode, 20, 1) for mode in modes], tmp_path / "errors.png")
     (panel,) = drawn[0].axes
-    assert len({(line.get_color(), line.get_linestyle()) for line in panel.get_lines()}) == len(MODES)
+    assert len({(line.get_color(), line.get_linestyle()) for line in panel.get_lines()}) == len(modes)
     assert not panel.collections  # bands would cover one another
 
 

@@ -56,7 +56,8 @@ def test_subprocess_prints_every_number_with_its_convention(folders, tmp_path):
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.splitlines()
-    labels = ["FID", "sFID", "IS", "IS", "precision", "recall", "PSNR", "SSIM", "MSE", "note:"]
+    labels = ["FID", "sFID", "IS", "IS", "precision", "recall", "PSNR", "PSNR(MSE)", "PSNR(5%)", "PSNR<20"]
+    labels += ["SSIM", "MSE", "note:", "note:"]
     assert [line.split()[0] for line in lines] == labels
     for line in lines[:2]:
         assert "12 real against 12 synthetic images" in line and "test accuracy" in line and "no resize" in line

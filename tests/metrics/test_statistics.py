@@ -11,6 +11,7 @@ import torch
 from qncd.metrics.statistics.manifold import neighbour_radii, precision_recall
 from qncd.metrics.statistics.moments import (
     FeatureStatistics,
+    PairedQuality,
     StatisticsAccumulator,
     covariance_factor,
     features_to_statistics,
@@ -258,6 +259,15 @@ def test_paired_figures():
     assert mse_to_psnr(np.array([255.0**2])) == pytest.approx(0)
     with pytest.raises(ValueError, match="one shape"):
         paired_mse(a, b[:, :4])
+
+
+def test_poor_images_show_beside_the_mean_of_psnr() -> None:
+    """19 images at 40 dB and one at 10 dB."""
+    mse = np.array([6.5025] * 19 + [6502.5])
+    found = PairedQuality.of(mse)
+    assert found.psnr == pytest.approx((19 * 40 + 10) / 20) and found.psnr_p5 == pytest.approx(10) and found.poor == 5
+    assert found.psnr_of_mean == pytest.approx(10 * math.log10(255**2 / mse.mean())) and found.psnr_of_mean < 23
+    assert PairedQuality.of(np.zeros(3)) == PairedQuality(math.inf, math.inf, math.inf, 0.0)
 
 
 def test_spatial_statistics_and_unbiased_logits_of_inception(expected):

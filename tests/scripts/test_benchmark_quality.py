@@ -48,7 +48,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "tiny.yml").write_text(yaml.safe_dump(CONFIG))
     return [
         "--config", str(folder / "tiny.yml"), "--ckpt", str(folder / "unet"), "--out", str(folder / "out"), "--device", "cpu",
-        "--images", "4", "--timesteps", "2", "--seeds", "1", "--widths", "w4a8", "--modes", "linear", "qncd",
+        "--images", "4", "--timesteps", "2", "--seeds", "1", "--widths", "w4a8", "--modes", "linear", "qncd", "--cali_iters", "3",
         "--batch_size", "3", "--cali_n", "4", "--cali_st", "2", "--interval", "1", "--jobs", "1",
     ]  # fmt: skip
 
@@ -78,10 +78,11 @@ def test_run_resume_report(script: ModuleType, arguments: list[str], capsys: pyt
     row = content["rows"][1]
     assert row["fid_difference"]["mean"] == pytest.approx(linear["fid"] - full["fid"])
     settings = content["cells"][2]["settings"]
-    assert settings["quantization"]["weight_bits"] == 4 and settings["quantization"]["split"]
-    assert settings["smoothing"] == {"floor": 1.0} and settings["correction"]["interval"] == 1
+    recipe = settings["recipe"]
+    assert recipe["quant"]["weight_bits"] == 4 and recipe["quant"]["split"] and recipe["reconstruction"]["iterations"] == 3
+    assert recipe["smoothing"]["floor"] == 1.0 and recipe["correction"]["interval"] == 1
     text = (out / "quality.md").read_text()
-    assert "| W4A8 | linear | " in text and "| W4A8 | qncd (weights rounded to nearest) | " in text and "Biased upwards" in text
+    assert "| W4A8 | linear | " in text and "| W4A8 | qncd | " in text and "Biased upwards" in text
     assert table.startswith("| width |") and all((out / f"quality{end}.png").stat().st_size > 1000 for end in ("", "_bars"))
 
     files = sorted(path for name in ("cells", "cache") for path in (out / name).iterdir())
@@ -96,7 +97,7 @@ def test_run_resume_report(script: ModuleType, arguments: list[str], capsys: pyt
     script.main(script.parse_args(changed(arguments, "--interval", "2")))
     renewed = json.loads((out / "quality.json").read_text())
     assert renewed["cells"][:2] == content["cells"][:2]
-    assert renewed["cells"][2]["settings"]["correction"]["interval"] == 2
+    assert renewed["cells"][2]["settings"]["recipe"]["correction"]["interval"] == 2
 
 
 @pytest.mark.parametrize(

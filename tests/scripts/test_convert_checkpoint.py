@@ -13,8 +13,9 @@ import torch
 import yaml
 from script_runs import run_in_process
 
+from qncd.models.configs import CONFIGS
 from qncd.models.latent import load_latent_model
-from qncd.models.loading import load_ddim, state_dict_hash
+from qncd.models.loading import load_config, load_ddim, state_dict_hash
 from qncd.models.original.autoencoders import FirstStage, build_first_stage
 from qncd.models.original.compvis import original_state_dict
 from qncd.models.original.ddim import build_ddim_unet, to_ddim_state_dict
@@ -89,6 +90,22 @@ def test_ddim(files: Path) -> None:
     assert pipeline.scheduler.config.num_train_timesteps == 100
     images = pipeline(num_inference_steps=2, output_type="np").images
     assert images.shape == (1, 8, 8, 3)
+
+
+def test_to_the_original_layout_and_back(files: Path) -> None:
+    """From a checkpoint, from the folder that it was converted to, and of the bundled models."""
+    for kind, yaml_file in (("ldm", "ldm.yaml"), ("ddim", "ddim.yml")):
+        config = ("--config", files / yaml_file)
+        run(*config, "--ckpt", files / f"{kind}.ckpt", "--out", files / "folder")
+        run(*config, "--ckpt", files / "folder", "--to", "original", "--out", files / kind)
+        assert (files / kind / yaml_file).read_text() == (files / yaml_file).read_text()
+        before, after = (torch.load(path) for path in (files / f"{kind}.ckpt", files / kind / "model.ckpt"))
+        before, after = (state.get("state_dict", state) for state in (before, after))
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    bundled = CONFIGS / "fashion_mnist.yml"
+    run("--config", bundled, "--to", "original", "--out", files / "bundled")
+    loaded = load_ddim(load_config(bundled), files / "bundled" / "model.ckpt")
+    assert state_dict_hash(loaded) == state_dict_hash(load_ddim(load_config(bundled), None))
 
 
 def test_faults_are_one_line(files: Path) -> None:

@@ -91,7 +91,7 @@ def test_papers_flags_whole_run_and_checkpoint(model: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("extra", [[], ["--eta", "1"], ["--sample_type", "ddpm_noisy"], ["--sample_type", "dpm_solver"]])
 def test_batch_size_changes_no_pixel_and_a_cut_off_run_goes_on(model: Path, tmp_path: Path, extra: list[str]) -> None:
-    quantized = ["--ptq", "--weight_bit", "4", "--sample_reverse", "2", *extra]
+    quantized = ["--ptq", "--weight_bit", "4", "--no-recon", "--sample_reverse", "2", *extra]
     run(model, tmp_path / "a", *quantized, "--max_images", "7", "--batch_size", "7")
     run(model, tmp_path / "b", *quantized, "--max_images", "3", "--batch_size", "1")
     first = pixels(tmp_path / "b" / "images")
@@ -104,7 +104,7 @@ def test_batch_size_changes_no_pixel_and_a_cut_off_run_goes_on(model: Path, tmp_
 
 def test_switches_act(model: Path, tmp_path: Path) -> None:
     """Each part of the method changes the images when it is switched off."""
-    base = ["--ptq", "--weight_bit", "4", "--act_bit", "4", "--max_images", "2", "--cali_batch_size", "2"]
+    base = ["--ptq", "--weight_bit", "4", "--no-recon", "--act_bit", "4", "--max_images", "2", "--cali_batch_size", "2"]
     results = {}
     variants: dict[str, list[str]] = {
         "qncd": [], "no_smoothing": ["--no-scale_split_static"], "no_split": ["--no-split"], "weights": ["--weight_only"],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-QUANTIZED = ("--ptq", "--weight_bit", "4", "--cali_n", "8", "--cali_st", "2", "--reverse_interval", "2")
+QUANTIZED = ("--ptq", "--weight_bit", "4", "--no-recon", "--cali_n", "8", "--cali_st", "2", "--reverse_interval", "2")
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:

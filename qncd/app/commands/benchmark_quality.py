@@ -22,8 +22,9 @@ from pathlib import Path
 from qncd.app import flags, messages
 from qncd.app import parser as cli
 from qncd.benchmark.peers import PEERS, check_peer
-from qncd.benchmark.plan import DEFAULT_MODES, MODES, UNBIASED_IMAGES, WIDTHS, Plan, can_do, corrects, make_cells
+from qncd.benchmark.plan import DEFAULT_MODES, UNBIASED_IMAGES, WIDTHS, Plan, can_do, corrects, make_cells
 from qncd.models.configs import CONFIGS
+from qncd.modes import MODES
 from qncd.recipe import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
 
 log = logging.getLogger("qncd")
@@ -41,8 +42,10 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     group = parser.add_argument_group("what is compared")
     group.add_argument("--widths", nargs="+", metavar="WxAy", help=f"default {' '.join(WIDTHS)}")
     group.add_argument(
-        "--modes", nargs="+", choices=MODES, default=list(DEFAULT_MODES), help=f"default {' '.join(DEFAULT_MODES)}"
-    )
+        "--modes", nargs="+", metavar="MODE[,OPTION=VALUE...]", default=list(DEFAULT_MODES),
+        help=f"of {', '.join((*MODES, *PEERS))}, the former also with changes such as qncd,smoothing=false,interval=2 "
+        f"(default {' '.join(DEFAULT_MODES)})",
+    )  # fmt: skip
     group.add_argument("--seeds", type=int, default=3, help="repetitions, each with its own calibration images (default 3)")
     group = parser.add_argument_group("sampling")
     group.add_argument(

@@ -9,7 +9,8 @@
 REAL and SYNTH are folders of images (any depth), ADM's .npz files of images (arr_0), statistics (mu, sigma) of ADM or
 pytorch-fid, or the name of a data set: with --features fashion_mnist, the name fashion_mnist means the statistics of its
 bundled training images. REAL may be - where only CLIP metrics are wanted. Folders with the same file names also give
-PSNR, SSIM and MSE. Without --metrics, those that the convention's own package reports are computed.
+PSNR, SSIM, MSE and, where its weights are at hand, LPIPS. Without --metrics, those that the convention's own package reports
+are computed.
 """
 
 from __future__ import annotations
@@ -141,9 +142,10 @@ def main(args: argparse.Namespace) -> None:
     from qncd.distributed import start_processes
     from qncd.metrics.networks.features import FashionMnistFeatures, InceptionFeatures
     from qncd.metrics.networks.store import FeatureCache, default_cache
-    from qncd.metrics.report.evaluate import Evaluator, Settings, check_sources, paired_folders, prompts_of
+    from qncd.metrics.report.evaluate import Evaluator, Settings, check_sources, common_names, paired_folders, prompts_of
     from qncd.metrics.report.sources import open_source
     from qncd.metrics.report.table import differences, differences_to_json
+    from qncd.metrics.statistics.paired import Lpips, lpips_obstacle
 
     convention = CONVENTIONS[args.convention or DEFAULT_CONVENTION] if args.features == "inception" else None
     real = None if args.real == "-" else open_source(args.real, network=args.features)
@@ -174,9 +176,7 @@ def main(args: argparse.Namespace) -> None:
             from qncd.metrics.networks.text import DEFAULT_MODEL, DEFAULT_WEIGHTS, ClipFeatures
 
             clip = ClipFeatures(args.clip_model or DEFAULT_MODEL, args.clip_weights or DEFAULT_WEIGHTS, processes.device)
-        if "lpips" in metrics:
-            from qncd.metrics.statistics.paired import Lpips
-
+        if "lpips" in metrics or (any(common_names(real, synth) for synth in sets) and lpips_obstacle() is None):
             lpips = Lpips(args.lpips_weights, processes.device)
         cache = FeatureCache(None if args.no_cache else args.cache or default_cache())
         progress = _show_progress if sys.stderr.isatty() else None

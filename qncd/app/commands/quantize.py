@@ -1,7 +1,7 @@
 """Quantize a model and write the quantized checkpoint; sample images only where their number is asked for.
 
-    qncd quantize --config configs/fashion_mnist.yml --timesteps 50 --weight_bit 4 --cali_ckpt out/w4a8.safetensors
-    qncd sample --config configs/fashion_mnist.yml --timesteps 50 --weight_bit 4 --ptq --cali_ckpt out/w4a8.safetensors -l out
+    qncd quantize --config configs/fashion_mnist.yml --weight_bit 4 --quant_mode qncd+ --cali_ckpt out/w4a8.safetensors
+    qncd sample --config configs/fashion_mnist.yml --weight_bit 4 --quant_mode qncd+ --ptq --cali_ckpt out/w4a8.safetensors -l out
     qncd quantize --prompt "a large red circle above a small blue square" --cali_ckpt out/scenes.safetensors
 
 The flags are those of `qncd sample --ptq` for the same model, and --cali_ckpt is required. Calibration runs along the sampler's

@@ -2,7 +2,7 @@
 
     qncd sample --config configs/fashion_mnist.yml --timesteps 50 -l out/fp
     qncd sample --config configs/fashion_mnist.yml --timesteps 50 -l out/w4a8 \\
-        --ptq --weight_bit 4 --compare_fp
+        --ptq --weight_bit 4 --quant_mode qncd+ --compare_fp
 
 The output folder holds images/ (named by index and seed), contact_sheet.png and run.json; the same command line goes
 on with a run that was cut off.

@@ -1,7 +1,7 @@
 """Sample a latent diffusion model, class-conditional or not, in full precision or quantized (--ptq).
 
     qncd sample --config configs/fashion_mnist_ldm.yaml -n 40 -e 0 -c 20 -l out/ldm
-    qncd sample --config configs/fashion_mnist_ldm.yaml -n 40 -e 0 -c 20 -l out/ldm_w4a8 --ptq --weight_bit 4 --compare_fp
+    qncd sample --config configs/fashion_mnist_ldm.yaml -n 40 -e 0 -c 20 -l out/w4a8 --ptq --weight_bit 4 --quant_mode qncd+
     qncd sample -r models/ldm/lsun_beds256/model.ckpt -n 8 -e 1 -c 200 -l out/beds
 
 The output folder holds images/ (named by index and seed), labels.csv, contact_sheet.png and run.json; the same command line

@@ -51,6 +51,15 @@ LPIPS_BACKBONES = {
 }
 
 
+def _cache() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def cached_weights(file: WeightsFile) -> Path | None:
+    """The file in torch hub's cache, None where it is not there."""
+    return next((_cache() / name for name in file.names if (_cache() / name).is_file()), None)
+
+
 def find_weights(file: WeightsFile, named: Path | None = None, option: str = "--weights") -> Path:
     """The file: `named`, one in torch hub's cache, or a download into that cache whose SHA-256 is checked.
 
@@ -67,10 +76,9 @@ def find_weights(file: WeightsFile, named: Path | None = None, option: str = "--
         if not named.is_file():
             raise FileNotFoundError(f"{named}: no such file (weights of {file.what}, {file.url})")
         return named
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    for name in file.names:
-        if (folder / name).is_file():
-            return folder / name
+    if found := cached_weights(file):
+        return found
+    folder = _cache()
     target = folder / file.names[0]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch.hub sets none, and a silent firewall would hold it for ever

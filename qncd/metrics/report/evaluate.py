@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from qncd.metrics.report.conventions import CLIP_METRICS, PAIRED_METRICS, Conven
 from qncd.metrics.report.sources import ImageFolder, Source
 from qncd.metrics.report.table import Result, Score, mean_score
 from qncd.metrics.statistics.distribution import Question, distribution_scores
-from qncd.metrics.statistics.moments import mse_to_psnr, paired_mse
-from qncd.metrics.statistics.paired import SSIM_WINDOW, Lpips, paired_ssim
+from qncd.metrics.statistics.moments import POOR, PairedQuality, mse_to_psnr, paired_mse
+from qncd.metrics.statistics.paired import LPIPS_SIZE, SSIM_WINDOW, Lpips, lpips_obstacle, paired_ssim
 from qncd.metrics.statistics.saved_statistics import SavedStatistics
 
 
@@ -63,12 +64,12 @@ def check_sources(real: Source, synthetic: Source, network: str, convention: Con
                 f"{source.path}: statistics after another resize ({source.preprocessing}) than that of the convention "
                 f"{convention.name} ({convention.preprocessing})"
             )
-    if 1 in (real.count, synthetic.count) and not _common_names(real, synthetic):
+    if 1 in (real.count, synthetic.count) and not common_names(real, synthetic):
         single = real if real.count == 1 else synthetic
         raise ValueError(f"{single.path}: 1 image: FID needs at least 2, and paired figures the same names on both sides")
 
 
-def _common_names(real: Source, synthetic: Source) -> tuple[str, ...]:
+def common_names(real: Source | None, synthetic: Source) -> tuple[str, ...]:
     """The file names, if both sides are folders and hold the same ones."""
     if isinstance(real, ImageFolder) and isinstance(synthetic, ImageFolder) and real.names == synthetic.names:
         return real.names
@@ -122,13 +123,30 @@ def paired_scores(
             values["lpips"].append(lpips(*(np.repeat(side, 3, 3) if channels == 1 else side for side in (a, b))))
     whole = {name: np.concatenate(parts) for name, parts in values.items() if parts}
     over = f"mean over {real.count} pairs of the same name"
-    scores = [mean_score("psnr", "PSNR", mse_to_psnr(whole["mse"]), f"peak 255, {over}", unit=" dB")]
+    scores = psnr_scores(whole["mse"], over)
     if "ssim" in whole:
         scores.append(mean_score("ssim", "SSIM", whole["ssim"], f"Gaussian window 11x11, sigma 1.5, mean of channels, {over}"))
     scores.append(mean_score("mse", "MSE", whole["mse"], f"scale 0 to 255, {over}"))
     if lpips is not None:
         scores.append(mean_score("lpips", "LPIPS", whole["lpips"], f"{lpips.description}, {over}"))
     return scores
+
+
+def psnr_scores(mse: np.ndarray, over: str) -> list[Score]:
+    """PSNR of images with these squared errors (N,): its mean, that of the mean error, and how poor the poorest images are.
+
+    Args:
+        over: which pairs these are, in words.
+    """
+    psnr, mean, quality = mse_to_psnr(mse), float(mse.mean()), PairedQuality.of(mse)
+    pairs = over.removeprefix("mean ")
+    influence = -10 / math.log(10) * (mse - mean) / mean if mean else None  # to first order
+    return [
+        mean_score("psnr", "PSNR", psnr, f"peak 255, {over}", unit=" dB"),
+        Score("psnr_of_mean", "PSNR(MSE)", quality.psnr_of_mean, f"of the mean error {pairs}", unit=" dB", influence=influence),
+        Score("psnr_p5", "PSNR(5%)", quality.psnr_p5, f"5th percentile {pairs}", unit=" dB"),
+        mean_score("poor", f"PSNR<{POOR:g}", 100.0 * (psnr < POOR), f"share of the images, {over}", ".2f", " %"),
+    ]
 
 
 def prompts_of(synthetic: Source, settings: Settings) -> list[str]:
@@ -265,7 +283,12 @@ class Evaluator:
                 return [], []
             return [], [str(error)] if set(real.names) & set(synthetic.names) else []
         channels = 3 if self.extractor is None else self.extractor.channels
-        return paired_scores(*folders, channels, self.settings.batch_size, self.lpips), []
+        lpips, notes = self.lpips, []
+        if lpips is None:
+            notes = [f"no LPIPS: {lpips_obstacle()}"]
+        elif "lpips" not in self.settings.metrics and min(folders[0].height, folders[0].width) < LPIPS_SIZE:
+            lpips, notes = None, [f"no LPIPS: images smaller than {LPIPS_SIZE}x{LPIPS_SIZE}"]
+        return paired_scores(*folders, channels, self.settings.batch_size, lpips), notes
 
     def _clip_scores(self, synthetic: Source, prompts: list[str]) -> list[Score]:
         if self.clip is None or isinstance(synthetic, SavedStatistics):

@@ -13,7 +13,7 @@ from qncd.metrics.statistics.bootstrap import Interval, interval, resampled_shif
 # Every figure that there can be, in the order in which they are printed; the rest of JSON is null.
 KEYS = (
     "fid", "sfid", "inception_score_mean", "inception_score_adm", "kid", "precision", "recall",
-    "clip_score", "clip_iqa", "psnr", "ssim", "mse", "lpips",
+    "clip_score", "clip_iqa", "psnr", "psnr_of_mean", "psnr_p5", "poor", "ssim", "mse", "lpips",
 )  # fmt: skip
 
 

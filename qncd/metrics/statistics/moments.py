@@ -11,6 +11,7 @@ import torch
 
 SYMMETRIC = 1e-4  # of the largest variance: what float16 and float32 may have left of a symmetric matrix
 POSITIVE = 1e-3  # of the largest eigenvalue: a smaller negative one is rounding, e.g. of a singular sigma in float16
+POOR = 20.0  # dB: an image below it is another picture
 REGULAR = 1e-6  # of the diagonal of a Cholesky factor, least over largest: below it, sigma counts as singular
 
 
@@ -285,3 +286,33 @@ def mse_to_psnr(mse: np.ndarray, peak: float = 255.0) -> np.ndarray:
 def paired_psnr(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> np.ndarray:
     """Peak signal-to-noise ratio of each pair of images uint8 NHWC, (N,) float64 in dB."""
     return mse_to_psnr(paired_mse(a, b), peak)
+
+
+@dataclass(frozen=True)
+class PairedQuality:
+    """PSNR over image pairs, in dB. A few poor images hide in its mean; the other figures show them.
+
+    Attributes:
+        psnr: its mean.
+        psnr_of_mean: PSNR of the mean squared error over all pairs.
+        psnr_p5: its 5th percentile: of the pairs in their order, the lower neighbour.
+        poor: percentage of the pairs below POOR.
+    """
+
+    psnr: float
+    psnr_of_mean: float
+    psnr_p5: float
+    poor: float
+
+    @classmethod
+    def of(cls, mse: np.ndarray) -> PairedQuality:
+        """Of pairs with these squared errors (N,) on the scale of 0 to 255; equal images have an infinite PSNR."""
+        psnr = mse_to_psnr(mse)
+        fifth = float(np.percentile(psnr, 5, method="lower"))
+        return cls(float(psnr.mean()), float(mse_to_psnr(mse.mean())), fifth, 100 * float((psnr < POOR).mean()))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.psnr:.2f} dB in the mean, {self.psnr_of_mean:.2f} dB of the mean error, 5th percentile "
+            f"{self.psnr_p5:.2f} dB, {self.poor:.1f} % of the images under {POOR:g} dB"
+        )

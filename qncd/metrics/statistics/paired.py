@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qncd.metrics.networks.weights import LPIPS_BACKBONES, find_weights, load_tensors
+from qncd.metrics.networks.weights import LPIPS_BACKBONES, cached_weights, find_weights, load_tensors
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
+LPIPS_SIZE = 31  # pixels: of a smaller image AlexNet's layers leave nothing
 CACHED = 1 << 18  # pixels at a time: what a core keeps near
 
 
@@ -70,6 +71,15 @@ def _blur(planes: torch.Tensor) -> torch.Tensor:
             blurred.add_(pair, alpha=weights[k])
         planes = blurred
     return planes
+
+
+def lpips_obstacle() -> str | None:
+    """Why LPIPS cannot be had without a download, None where it can."""
+    if importlib.util.find_spec("lpips") is None:
+        return "pip install lpips"
+    if cached_weights(LPIPS_BACKBONES["alex"]) is None:
+        return f"--metrics lpips downloads {LPIPS_BACKBONES['alex'].names[0]}, --lpips_weights names it"
+    return None
 
 
 class Lpips:

@@ -20,17 +20,16 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qncd.models.network import Network
+from qncd.ptq.bits import counting_multiplications
 from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import Progress, hooked, named, observe_
-from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.inspection import act_quantizers, quant_layers, set_act_bits_
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer
@@ -154,7 +153,7 @@ def sample_errors(
             count = min(size, samples - start)
             rows = [i % len(conditions) for i in range(start, start + count)] if conditions else []
             sums: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64, device=device))
-            with _frozen(module), _counting(module, counts), _watching(module, trials, sums, size):
+            with _frozen(module), counting_multiplications(module, counts), _watching(module, trials, sums, size):
                 seeds = range(SEED_BASE + start, SEED_BASE + start + count)
                 x0 = small.sample(seeds, None, None, _step_by_step, conditions[rows] if conditions else None, gradients=True)
                 signs = torch.randint(0, 2, x0.shape, generator=generator) * 2.0 - 1
@@ -234,36 +233,6 @@ def _watching(module: nn.Module, trials: Trials, sums: dict[tuple[str, int], Ten
 
     quantizers = act_quantizers(module)
     with hooked([quantizers[name].register_forward_hook(watch(name)) for name in trials]):
-        yield
-
-
-@contextmanager
-def _counting(module: nn.Module, counts: dict[str, int]) -> Iterator[None]:
-    """Multiplications that take each activation, of one input of the network."""
-
-    def layer_hook(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: Any, _: tuple[Tensor, ...], out: Tensor) -> None:
-            counts[f"{name}.act"] = out[0].numel() * layer.weight[0].numel()
-
-        return hook
-
-    def product_hook(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
-        """The keys are quantized after the queries: q k^T multiplies each query by each key, and so do the products with v."""
-
-        def hook(_: Any, __: tuple[Tensor, ...], keys: Tensor) -> None:
-            heads, length, width = keys.shape[1:]
-            count = heads * queries[name] * length * width
-            counts.update({f"{name}.{operand}": count for operand in ("q", "k", "v")})
-
-        return hook
-
-    queries: dict[str, int] = {}
-    processors = {name: part for name, part in module.named_modules() if isinstance(part, QuantAttnProcessor)}
-    handles = [layer.register_forward_hook(layer_hook(name)) for name, layer in quant_layers(module).items()]
-    for name, processor in processors.items():
-        seen = lambda _, __, out, name=name: queries.update({name: out.shape[2]})  # noqa: E731
-        handles += [processor.q.register_forward_hook(seen), processor.k.register_forward_hook(product_hook(name))]
-    with hooked(handles):
         yield
 
 

@@ -32,7 +32,8 @@ def smoothing_factors(
         ValueError: the network's family knows no layer that its embedding stretches.
     """
     config = config or SmoothingConfig()
-    return {name: factor.clamp(min=config.floor) for name, factor in network.stretch(times, inputs).items()}
+    stretch = network.stretch(times, inputs)
+    return {name: factor.clamp(min=config.floor) ** config.strength for name, factor in stretch.items()}
 
 
 def smooth_(network: Network, factors: dict[str, Tensor]) -> None:
