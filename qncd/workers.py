@@ -61,14 +61,6 @@ def start_workers(place: Place, port: int, reason: Callable[[int], str | None]) 
     """
     command, parent = _command(), os.getpid()
     _stopping.clear()
-    library = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-    def die_with_parent() -> None:  # in the new process, before its program starts
-        if library is not None:
-            library.prctl(_DEATH_SIGNAL, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-
     for local_rank in range(1, place.local_world):
         variables = {
             WORKER: str(parent),
@@ -83,11 +75,25 @@ def start_workers(place: Place, port: int, reason: Callable[[int], str | None]) 
             env={**os.environ, **variables},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=die_with_parent if library is not None else None,
+            preexec_fn=dying_with_this(),
         )
         _workers.append(Worker(place.rank + local_rank, place.world, process))
     atexit.register(_let_end)
     threading.Thread(target=_watch, args=(reason,), daemon=True, name="workers").start()
+
+
+def dying_with_this() -> Callable[[], None] | None:
+    """What a new process calls before its program starts (preexec_fn), to die with this one; None where the system can't."""
+    if sys.platform != "linux":
+        return None
+    parent, library = os.getpid(), ctypes.CDLL(None, use_errno=True)
+
+    def die_with_parent() -> None:
+        library.prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return die_with_parent
 
 
 def end_with_parent(parent: int) -> None:

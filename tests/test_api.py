@@ -82,7 +82,7 @@ def base() -> StableDiffusionPipeline:
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_on_a_pipeline(mode: str, base: Any, tmp_path: Path) -> None:
     pipe = copy.deepcopy(base)
-    options = {"iterations": 2, "inputs": 8} if mode in RECONSTRUCTED else {}
+    options = {"reconstruction": True, "iterations": 2, "inputs": 8} if mode in RECONSTRUCTED else {}
     width = "W4A6" if mode == "qncd+" else "W8A8"
     report = qncd.quantize(pipe, width, mode, **FEW, **options)
     assert len(report.layers) == len(quant_layers(pipe.unet)) > 30 and not report.left_out
@@ -130,7 +130,7 @@ def test_a_correction_acts_through_the_scheduler(base: Any) -> None:
 
 def test_another_number_of_steps_is_refused(base: Any) -> None:
     pipe = copy.deepcopy(base)
-    qncd.quantize(pipe, "W8A8", "ptqd", iterations=1, inputs=8, **FEW)
+    qncd.quantize(pipe, "W8A8", "ptqd", **FEW)
     with pytest.raises(ValueError, match="fitted for 4 steps"):
         latents(pipe, steps=5)
     assert bool(torch.isfinite(latents(pipe)).all())
@@ -138,7 +138,7 @@ def test_another_number_of_steps_is_refused(base: Any) -> None:
 
 def test_a_replaced_scheduler_or_processor_is_noticed(base: Any) -> None:
     pipe = copy.deepcopy(base)
-    qncd.quantize(pipe, "W8A8", "ptqd", iterations=1, inputs=8, **FEW)
+    qncd.quantize(pipe, "W8A8", "ptqd", **FEW)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="scheduler was replaced by a DPMSolverMultistepScheduler"):
         latents(pipe)
@@ -198,7 +198,7 @@ def test_every_mode_on_a_bare_denoiser(mode: str, make_cross_unet: Any, caplog: 
     unet = make_cross_unet()
     data = calibration(unet)
     exact = unet(data.x, data.t, data.inputs["encoder_hidden_states"]).sample
-    options = {"iterations": 2, "inputs": 8} if mode in RECONSTRUCTED else {}
+    options = {"reconstruction": True, "iterations": 2, "inputs": 8} if mode in RECONSTRUCTED else {}
     report = qncd.quantize(unet, "W8A8", mode, calibration=data, **options)
     found = unet(data.x, data.t, data.inputs["encoder_hidden_states"]).sample
     assert 0 < distance(found, exact) < 0.1

@@ -30,7 +30,7 @@ COMMANDS = {
     "sample": Command("sample a model, in full precision or quantized (--ptq), and write the images", "sample"),
     "quantize": Command("quantize a model and write the quantized checkpoint", "quantize"),
     "export": Command("export a quantized network as an ONNX model that computes in integers", "export"),
-    "convert": Command("convert an original checkpoint to a folder that diffusers loads", "convert"),
+    "convert": Command("convert an original checkpoint to a folder that diffusers loads, or back", "convert"),
     "evaluate": Command("compute FID, precision, CLIP score and other figures of images", "evaluate"),
     "benchmark": Command(
         "measure quality or speed of quantized models",
@@ -39,6 +39,7 @@ COMMANDS = {
             "speed": Command("measure what quantization costs and gains in time and memory", "benchmark_speed"),
         },
     ),
+    "reproduce": Command("repeat a published evaluation, and put its figures beside the published ones", "reproduce"),
     "prompts": Command("draw prompts from the captions of MS-COCO", "prompts"),
 }
 CHOOSING = ("sample", "quantize")

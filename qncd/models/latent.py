@@ -84,7 +84,7 @@ def load_latent_model(
         check_config(config)
     elif ckpt is None:
         raise ValueError("no model: give a config, or --ckpt with a diffusers folder or a hub id")
-    source = str(ckpt) if ckpt is not None else str(_default_weights(config or {}, use_pretrained, sha256))
+    source = str(ckpt) if ckpt is not None else str(default_weights(config or {}, use_pretrained, sha256))
     path = local_path(source) if sha256 is None else loading.pinned_path(source, sha256)
     if path.is_dir():
         model = _load_folder(path, source)
@@ -99,7 +99,7 @@ def load_latent_model(
     return _latent_model(unet, first_stage, conditioner, ldm_betas(config), source)
 
 
-def _default_weights(config: Mapping[str, Any], use_pretrained: bool, sha256: str | None) -> Path:
+def default_weights(config: Mapping[str, Any], use_pretrained: bool, sha256: str | None) -> Path:
     model = config["model"]
     if use_pretrained:
         if (name := model.get("pretrained")) is None:

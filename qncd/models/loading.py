@@ -86,7 +86,7 @@ def load_ddim(
         FileNotFoundError: there are no such weights.
     """
     settings = ddim_unet_config(config)
-    source = str(ckpt) if ckpt is not None else str(_default_weights(config, use_pretrained, sha256))
+    source = str(ckpt) if ckpt is not None else str(default_weights(config, use_pretrained, sha256))
     path = local_path(source) if sha256 is None else pinned_path(source, sha256)
     if path.is_dir():
         _check_folder(path, source, config, sample_type)
@@ -176,7 +176,7 @@ def pinned_path(source: str, sha256: str) -> Path:
     return path
 
 
-def _default_weights(config: Mapping[str, Any], use_pretrained: bool, sha256: str | None) -> Path:
+def default_weights(config: Mapping[str, Any], use_pretrained: bool, sha256: str | None) -> Path:
     data, name = config.get("data") or {}, config["model"].get("weights")
     if use_pretrained:
         published = str(data.get("dataset", "")).lower()

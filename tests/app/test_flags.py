@@ -19,6 +19,7 @@ from qncd.recipe import QUANTIZATION, CorrectionConfig, QuantConfig, Recipe, Rec
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("sample_diffusion_ddim", "sample_diffusion_ldm", "txt2img")
 MODES = "linear|qdiff|ptqd|tfmq|d2dpm|qncd|qncd+"
+ACT_STEPS = Recipe.of("qdiff", reconstruction=True, act_iterations=7, act_lr=0.1)
 # A flag, what it takes (a type, choices, nothing, or on and off), and the default that help shows. Written down from the
 # hand-written parser, before flags came from the recipe; new are --recipe, and `running` of --act_range.
 FLAGS = {
@@ -129,11 +130,11 @@ def open_batch(made: Recipe) -> Recipe:
         ("--quant_mode qncd+ --sample_reverse 2", Recipe.of("qncd+", correction={"interval": 2})),
         ("--tracking", Recipe.of("qncd", tracking=True)),
         ("--recon --cali_iters 5", Recipe.of("qncd", reconstruction={"iterations": 5})),
-        ("--quant_mode qdiff --recon_act", Recipe.of("qdiff", act_iterations=500)),
-        ("--quant_mode qdiff --recon_act --cali_iters_a 7 --cali_lr 0.1", Recipe.of("qdiff", act_iterations=7, act_lr=0.1)),
-        ("--quant_mode qdiff --no-recon", Recipe.of("qdiff", reconstruction=False)),
-        ("--quant_mode qdiff --gptq", Recipe.of("qdiff", gptq=True)),
-        ("--quant_mode qdiff --resume_w", Recipe.of("qdiff", reconstruction=False)),
+        ("--quant_mode qdiff --weight_bit 4 --recon_act", Recipe.of("qdiff", "W4A8", act_iterations=500)),
+        ("--quant_mode qdiff --recon --recon_act --cali_iters_a 7 --cali_lr 0.1", ACT_STEPS),
+        ("--weight_bit 4 --no-recon", Recipe.of("qncd", "W4A8", reconstruction=False)),
+        ("--quant_mode qdiff --weight_bit 4 --gptq", Recipe.of("qdiff", "W4A8", gptq=True)),
+        ("--quant_mode qdiff --weight_bit 4 --resume_w", Recipe.of("qdiff", "W4A8", reconstruction=False)),
         ("--cali_n 7 --cali_st 3 --cali_seed 4", Recipe.of("qncd", samples=7, steps=3, calibration={"seed": 4})),
     ],
 )
@@ -163,8 +164,8 @@ def test_what_flags_stand_for(words: str, expected: Recipe) -> None:
         ("--recon --gptq", "--recon with GPTQ (--gptq, or --quant_mode qncd): both round the weights, allowed is one"),
         ("--quant_mode ptqd --sample_reverse", "--sample_reverse: --quant_mode ptqd has a correction of its own"),
         ("--cali_iters_a 3", "--cali_iters_a needs --recon"),
-        ("--quant_mode qdiff --cali_iters_a 3", "--cali_iters_a needs --recon_act"),
-        ("--quant_mode qdiff --cali_lr 0.01", "--cali_lr needs --recon_act"),
+        ("--weight_bit 4 --cali_iters_a 3", "--cali_iters_a needs --recon_act"),
+        ("--weight_bit 4 --cali_lr 0.01", "--cali_lr needs --recon_act"),
     ],
 )
 def test_refusals_name_the_flag(words: str, message: str) -> None:

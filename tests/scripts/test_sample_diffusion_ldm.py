@@ -167,7 +167,7 @@ def test_reconstruction_changes_the_weights_and_goes_on(
 @pytest.mark.parametrize("mode", ["qdiff", "ptqd", "tfmq", "d2dpm"])
 def test_peers(run_script: Any, latent_folder: Callable[[str], Path], tmp_path: Path, mode: str) -> None:
     common = ("-r", latent_folder("class"), "-n", 2, "-c", 4, "-e", 0, "--lane", 4, *QUANTIZED[:-2], "--quant_mode", mode)
-    fast = ("--cali_iters", 2, "--recon_inputs", 8, "--cali_ckpt", tmp_path / "q.safetensors")
+    fast = ("--recon", "--cali_iters", 2, "--recon_inputs", 8, "--cali_ckpt", tmp_path / "q.safetensors")
     run_script("sample_diffusion_ldm.py", *common, *fast, "-l", tmp_path / "a")
     record = json.loads((tmp_path / "a" / "run.json").read_text())["settings"]
     assert record["quantization"]["weight_range"] == "mse" and record["quantization"]["act_bits"] == 8
