@@ -180,8 +180,8 @@ def _bare_runs(
     if steps is not None:
         raise ValueError("steps of a bare denoiser need scheduler=, which says what they are")
     left_out = []
-    for name in ("bit_allocation", "correction", "offline"):
-        value = getattr(recipe.quant if name == "bit_allocation" else recipe, name)
+    for name in ("bit_allocation", "step_weights", "correction", "offline"):
+        value = getattr(recipe.quant if hasattr(recipe.quant, name) else recipe, name)
         if not value:
             continue
         asked = name if name in given else "tracking" if name == "offline" and "tracking" in given else None

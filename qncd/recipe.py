@@ -61,6 +61,8 @@ class QuantConfig:
         bit_allocation: mixed precision: activations have up to 8 bits each, and `act_bits` in the mean over all
             multiplications, shared out so as to leave the sample the least error. The first and the last layer keep
             `edge_bits`, the softmax output keeps `softmax_bits`. Needs `act_bits` of 7 or fewer.
+        step_weights: reconstruction and bias correction weigh calibration inputs by what an error at their time step does to the
+            sample; see `qncd.ptq.stages.step_weights`. Not part of the QNCD paper.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
@@ -102,6 +104,11 @@ class QuantConfig:
     bias_correction: bool = option(
         True, flag="bias_correction", help="take each layer's mean rounding error out of its bias; not in the paper"
     )
+    step_weights: bool = option(
+        False, flag="step_weights",
+        help="reconstruction and bias correction weigh inputs by what an error at their time step does to the sample; not in the "
+        "paper",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -306,6 +313,11 @@ class Recipe:
             raise RecipeError(
                 "{reconstruction.act_iterations} learns scales of quantized activations: they are in floating point here"
             )
+        if self.quant.step_weights and not self.reconstruction and (self.quant.gptq or not self.quant.bias_correction):
+            raise RecipeError(
+                "{quant.step_weights} weighs the inputs of reconstruction and bias correction: it needs {reconstruction} or "
+                "{quant.bias_correction} without GPTQ"
+            )
         if self.offline and self.correction:
             raise ValueError(f"correction and offline {self.offline}: each prediction is corrected once, allowed is one")
 
@@ -346,9 +358,10 @@ class Recipe:
         return dataclasses.replace(self, calibration=dataclasses.replace(self.calibration, **changes))
 
     def without(self: R, part: str) -> R:
-        """The same without "bit_allocation", "correction" (runtime) or "offline" correction."""
-        if part == "bit_allocation":
-            return dataclasses.replace(self, quant=dataclasses.replace(self.quant, bit_allocation=False))
+        """The same without "bit_allocation", "step_weights", "correction" (runtime) or "offline" correction."""
+        if part in ("bit_allocation", "step_weights"):
+            quant: dict[str, Any] = {part: False}
+            return dataclasses.replace(self, quant=dataclasses.replace(self.quant, **quant))
         nothing: dict[str, Any] = {part: None}
         return dataclasses.replace(self, **nothing)
 

@@ -274,8 +274,9 @@ def can_do(mode: str, width: str) -> bool:
     return mode not in PEERS or PEERS[mode].allows(*parse_width(width))
 
 
-def corrects(mode: str) -> bool:
-    return mode not in PEERS and Composition.parse(mode).at(WIDTHS[0]).correction is not None
+def corrects(cell: Cell) -> bool:
+    """Whether its mode corrects noise while sampling."""
+    return cell.mode != FULL and cell.peer is None and Composition.parse(cell.mode).at(cell.width).correction is not None
 
 
 def parse_width(text: str) -> tuple[int, int]:

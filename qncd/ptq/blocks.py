@@ -123,6 +123,7 @@ class BlockData:
         used: rows of the whole set to optimize over.
         held_out: rows to judge by; the same where the set is too small.
         times: (R,) time steps of the whole set, for quantizers with a range for each.
+        weights: (R,) how much every row counts, None where all count alike.
         processes: who shares the set.
     """
 
@@ -133,6 +134,7 @@ class BlockData:
     used: Tensor
     held_out: Tensor
     times: Tensor
+    weights: Tensor | None
     processes: Processes
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
@@ -155,16 +157,25 @@ class BlockData:
         if here == 0:
             return 0.0 * torch.stack([value.sum() for value in changed.values()]).sum()
         output, target = self.outputs(rows, changed, first.device)
-        return reconstruction_loss(output, target, p) * (self.processes.world * here / len(rows))
+        weights = self._weights(rows, output)
+        return reconstruction_loss(output, target, p, weights) * (self.processes.world * here / len(rows))
+
+    def _weights(self, rows: Tensor, output: Tensor) -> Tensor | None:
+        """Of those of `rows` that lie here, as they broadcast against their output."""
+        if self.weights is None:
+            return None
+        return self.weights[rows[self.place[rows] >= 0]].to(output).view(-1, *[1] * (output.ndim - 1))
 
     @torch.no_grad()
     def error(self, changed: Mapping[str, Tensor], batch_size: int, device: torch.device) -> float:
-        """Mean squared error of the unit's output on the held-out rows, relative to the mean square of the target."""
+        """Mean squared error of the unit's output on the held-out rows, relative to the mean square of the target; weighted."""
         totals = torch.zeros(2, dtype=torch.float64)
         mine = self.held_out[self.place[self.held_out] >= 0]
         for rows in mine.split(batch_size) if len(mine) else ():
             output, target = self.outputs(rows, changed, device)
-            totals += torch.stack([(output - target).square().sum(), target.square().sum()]).double().cpu()
+            weights = self._weights(rows, output)
+            squares = [(output - target).square(), target.square()]
+            totals += torch.stack([(s if weights is None else s * weights).sum() for s in squares]).double().cpu()
         squared, expected = self.processes.average_(totals).tolist()
         return squared / max(expected, 1e-30)
 
@@ -218,7 +229,8 @@ def collect(
     rows = torch.arange(data.passed)
     held_out, used = rows[::HELD_OUT], rows[rows % HELD_OUT != 0] if len(rows) > HELD_OUT else rows
     times = torch.cat([t for _, t, _ in data.batches(config.batch_size)])
-    return BlockData(network.module.get_submodule(name), calls, stores[0], place, used, held_out, times, processes)
+    unit, weights = network.module.get_submodule(name), data.weights_at(times)
+    return BlockData(unit, calls, stores[0], place, used, held_out, times, weights, processes)
 
 
 def _places(data: CalibrationSet, batch_size: int, processes: Processes) -> Tensor:

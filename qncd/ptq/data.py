@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ class CalibrationSet:
         uncond: the same for the unconditional half of guidance, or None where there is none, or x holds both halves.
         constants: arguments that are no tensors, the same in all calls.
         model_hash: of the full-precision weights that made the set, or None where that is not known.
+        step_weights: how much the inputs of each time step count, 1 in the mean over the set; None for all alike.
     """
 
     x: Tensor
@@ -43,6 +45,7 @@ class CalibrationSet:
     uncond: Inputs | None = None
     constants: Mapping[str, Any] = field(default_factory=dict)
     model_hash: str | None = None
+    step_weights: Mapping[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.x.ndim < 2 or len(self.x) == 0:
@@ -86,7 +89,23 @@ class CalibrationSet:
     def subset(self, rows: Tensor) -> CalibrationSet:
         """The inputs of some rows (n,) with their conditions."""
         uncond = None if self.uncond is None else _repeated(self.uncond, rows)
-        return CalibrationSet(self.x[rows], self.t[rows], _repeated(self.inputs, rows), uncond, self.constants, self.model_hash)
+        return dataclasses.replace(
+            self, x=self.x[rows], t=self.t[rows], inputs=_repeated(self.inputs, rows), uncond=uncond
+        )  # fmt: skip
+
+    def weighted(self, by_time: Mapping[float, float]) -> CalibrationSet:
+        """The same, with inputs that count by their time steps: as the nearest one says, 1 in the mean."""
+        times = torch.tensor(list(by_time), dtype=torch.float64)
+        values = torch.tensor(list(by_time.values()), dtype=torch.float64)
+        own = {t: float(values[(times - t).abs().argmin()]) for t in self.t.unique().tolist()}
+        mean = sum(own[t] for t in self.t.tolist()) / len(self)
+        return dataclasses.replace(self, step_weights={t: value / mean for t, value in own.items()} if mean > 0 else None)
+
+    def weights_at(self, t: Tensor) -> Tensor | None:
+        """How much inputs at these time steps (n,) of the set count, (n,) float32; None where all count alike."""
+        if self.step_weights is None:
+            return None
+        return torch.tensor([self.step_weights[time] for time in t.tolist()])
 
     def spread(self, count: int) -> CalibrationSet:
         """About `count` inputs, evenly over the set: all time steps in proportion."""

@@ -146,7 +146,7 @@ def calibrate_(network: Network | nn.Module, data: CalibrationSet, config: Quant
     Raises:
         ValueError: a setting needs a sampler; the set does not fit the model; a weight or an activation is not finite.
     """
-    for name in ("bit_allocation", "stepwise_activations", "stepwise_embedding"):
+    for name in ("bit_allocation", "step_weights", "stepwise_activations", "stepwise_embedding"):
         if getattr(config, name):
             raise ValueError(f"{name} needs the sampler's time steps: qncd.quantize takes a pipeline or a scheduler")
     recipe = Recipe(quant=config, smoothing=None, calibration=CalibrationConfig(batch_size=batch_size))

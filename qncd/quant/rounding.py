@@ -67,9 +67,10 @@ def rounding_regularizer(h: Tensor, beta: float) -> Tensor:
     return (1 - (2 * h - 1).abs().pow(beta)).sum()
 
 
-def reconstruction_loss(predicted: Tensor, target: Tensor, p: float = 2.0) -> Tensor:
-    """|predicted - target|^p summed over dimension 1, mean over the rest."""
-    return (predicted - target).abs().pow(p).sum(1).mean()
+def reconstruction_loss(predicted: Tensor, target: Tensor, p: float = 2.0, weights: Tensor | None = None) -> Tensor:
+    """|predicted - target|^p, times weights that broadcast against it, summed over dimension 1, mean over the rest."""
+    error = (predicted - target).abs().pow(p)
+    return (error if weights is None else error * weights).sum(1).mean()
 
 
 class LearnedRounding:

@@ -17,12 +17,13 @@ import dataclasses
 import logging
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from qncd.app import flags, messages
 from qncd.app import parser as cli
 from qncd.benchmark.peers import PEERS, check_peer
-from qncd.benchmark.plan import DEFAULT_MODES, UNBIASED_IMAGES, WIDTHS, Plan, can_do, corrects, make_cells
+from qncd.benchmark.plan import DEFAULT_MODES, UNBIASED_IMAGES, WIDTHS, Cell, Plan, can_do, corrects, make_cells
 from qncd.models.configs import CONFIGS
 from qncd.modes import MODES
 from qncd.recipe import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
@@ -89,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
             log.info("note: %s can do %s; left out: %s", mode, PEERS[mode].widths, ", ".join(missing))
         if not args.report:
             check_peer(mode)
-    plan, convention = make_plan(args)
+    plan, convention = make_plan(args, cells)
     from qncd.benchmark.cells import compute
     from qncd.benchmark.report import write_report
     from qncd.io.runs import RUN_FILE, Run, open_run
@@ -109,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
         write_report(command_line(), run, plan, cells, convention)
 
 
-def make_plan(args: argparse.Namespace) -> tuple[Plan, str]:
+def make_plan(args: argparse.Namespace, cells: Sequence[Cell]) -> tuple[Plan, str]:
     """All settings, checked: what is wrong shows now and not after hours. Also what FID means for this model."""
     if args.images < 2:
         raise ValueError(f"--images {args.images}: allowed are 2 or more (the FID's covariance needs them)")
@@ -118,7 +119,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, str]:
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: allowed are whole numbers, 0 or more")
     calibration = CalibrationConfig(args.cali_n, args.cali_st)
-    correction, controlled = CorrectionConfig(interval=args.interval), any(map(corrects, args.modes))
+    correction, controlled = CorrectionConfig(interval=args.interval), any(map(corrects, cells))
     reconstruction = ReconstructionConfig() if args.cali_iters is None else ReconstructionConfig(args.cali_iters)
 
     from qncd.benchmark.subjects import is_latent

@@ -34,6 +34,7 @@ def correct_biases_(network: Network, data: CalibrationSet, batch_size: int = 32
     layers = quant_layers(network.module)
     sums = {name: torch.zeros(len(layer.weight), dtype=torch.float64, device=network.device) for name, layer in layers.items()}
     ran: dict[str, None] = {}  # in their order: the first to see NaN is the one to name
+    weight = 1.0  # of the inputs that pass
     inside = False  # rounding_error calls the layer itself
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -42,17 +43,28 @@ def correct_biases_(network: Network, data: CalibrationSet, batch_size: int = 32
             if not inside:
                 inside = True
                 ran.setdefault(name)
-                sums[name] += layers[name].rounding_error(inputs[0]) * len(inputs[0])
+                sums[name] += layers[name].rounding_error(inputs[0]) * len(inputs[0]) * weight
                 inside = False
 
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     part = data.spread(BIAS_INPUTS)  # a mean needs fewer inputs than a range does
+    total = 0.0
     with hooked(handles):
-        run_over(network, part, batch_size)
+        for weight, rows in _by_weight(part):
+            run_over(network, part.subset(rows), batch_size)
+            total += weight * len(rows) * part.passed / len(part)
     for name in [*ran, *(name for name in layers if name not in ran)]:
-        named(name, functools.partial(layers[name].shift_bias_, -sums[name] / part.passed))
+        named(name, functools.partial(layers[name].shift_bias_, -sums[name] / total))
+
+
+def _by_weight(data: CalibrationSet) -> list[tuple[float, Tensor]]:
+    """Rows of inputs that count alike, with how much."""
+    weights = data.weights_at(data.t)
+    if weights is None:
+        return [(1.0, torch.arange(len(data)))]
+    return [(float(weight), (weights == weight).nonzero()[:, 0]) for weight in weights.unique()]
 
 
 class BiasCorrection:

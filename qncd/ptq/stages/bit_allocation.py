@@ -23,9 +23,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from qncd.models.network import Network
+from qncd.ptq.backpropagation import frozen, step_by_step
 from qncd.ptq.bits import counting_multiplications
 from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
@@ -34,7 +34,6 @@ from qncd.quant.inspection import act_quantizers, quant_layers, set_act_bits_
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer
 from qncd.recipe import WIDEST, QuantConfig, Recipe
-from qncd.sampling.corrector import Denoiser
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
 
@@ -153,9 +152,9 @@ def sample_errors(
             count = min(size, samples - start)
             rows = [i % len(conditions) for i in range(start, start + count)] if conditions else []
             sums: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64, device=device))
-            with _frozen(module), counting_multiplications(module, counts), _watching(module, trials, sums, size):
+            with frozen(module), counting_multiplications(module, counts), _watching(module, trials, sums, size):
                 seeds = range(SEED_BASE + start, SEED_BASE + start + count)
-                x0 = small.sample(seeds, None, None, _step_by_step, conditions[rows] if conditions else None, gradients=True)
+                x0 = small.sample(seeds, None, None, step_by_step, conditions[rows] if conditions else None, gradients=True)
                 signs = torch.randint(0, 2, x0.shape, generator=generator) * 2.0 - 1
                 x0.backward(signs.to(x0))
             for name, by_width in found.items():
@@ -181,30 +180,6 @@ def shares_of_loss(errors: Mapping[str, Mapping[int, Tensor]], uniform: int) -> 
         name: {width: float((error.square() / lost).mean()) for width, error in by_width.items()}
         for name, by_width in errors.items()
     }
-
-
-def _step_by_step(denoise: Denoiser) -> Denoiser:
-    """The denoiser, whose activations are computed anew when its gradients are: those of one step are held at a time."""
-
-    def checkpointed(x: Tensor, t: float) -> Tensor:
-        x = x if x.requires_grad else x.detach().requires_grad_()  # the first: a re-entrant checkpoint needs one that does
-        result: Tensor = checkpoint(denoise, x, t, use_reentrant=True)
-        return result
-
-    return checkpointed
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Within it, no gradients of parameters."""
-    learning = [p for p in module.parameters() if p.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -13,10 +13,12 @@ from qncd.ptq.stages.ranges import Ranges, Rounding
 from qncd.ptq.stages.reconstruction import Reconstruction
 from qncd.ptq.stages.smoothing import Smoothing
 from qncd.ptq.stages.smoothing_search import SmoothingSearch
+from qncd.ptq.stages.step_weights import StepWeights
 from qncd.ptq.stages.temporal import StepwiseRanges, TemporalReconstruction
 
 STAGES: list[Stage] = [
     Prepare(),
+    StepWeights(),
     Smoothing(),
     StepwiseRanges(),
     SmoothingSearch(),
