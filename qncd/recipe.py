@@ -61,8 +61,7 @@ class QuantConfig:
         bit_allocation: mixed precision: activations have up to 8 bits each, and `act_bits` in the mean over all
             multiplications, shared out so as to leave the sample the least error. The first and the last layer keep
             `edge_bits`, the softmax output keeps `softmax_bits`. Needs `act_bits` of 7 or fewer.
-        step_weights: reconstruction and bias correction weigh calibration inputs by what an error at their time step does to the
-            sample; see `qncd.ptq.stages.step_weights`. Not part of the QNCD paper.
+        step_weights: in reconstruction and bias correction, inputs count as an error at their time step moves the sample.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
@@ -105,10 +104,8 @@ class QuantConfig:
         True, flag="bias_correction", help="take each layer's mean rounding error out of its bias; not in the paper"
     )
     step_weights: bool = option(
-        False, flag="step_weights",
-        help="reconstruction and bias correction weigh inputs by what an error at their time step does to the sample; not in the "
-        "paper",
-    )  # fmt: skip
+        False, flag="step_weights", help="weigh calibration inputs by what an error at their time step does to the sample"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -314,10 +311,8 @@ class Recipe:
                 "{reconstruction.act_iterations} learns scales of quantized activations: they are in floating point here"
             )
         if self.quant.step_weights and not self.reconstruction and (self.quant.gptq or not self.quant.bias_correction):
-            raise RecipeError(
-                "{quant.step_weights} weighs the inputs of reconstruction and bias correction: it needs {reconstruction} or "
-                "{quant.bias_correction} without GPTQ"
-            )
+            parts = "{reconstruction}, or {quant.bias_correction} without GPTQ"
+            raise RecipeError(f"{{quant.step_weights}} weighs the inputs of reconstruction and bias correction: it needs {parts}")
         if self.offline and self.correction:
             raise ValueError(f"correction and offline {self.offline}: each prediction is corrected once, allowed is one")
 

@@ -29,7 +29,7 @@ FLAGS = {
         ("running_stat", "", ""), ("rs_sm_only", "", ""), ("emb_float", "", ""), ("act_range", "mse|max|running", "at"),
         ("split", "on/off", ""), ("scale_split_static", "on/off", ""), ("bias_correction", "on/off", ""),
         ("gptq", "on/off", ""), ("smooth_search", "on/off", ""), ("allocate_bits", "on/off", ""),
-        ("stepwise_act", "on/off", ""), ("tracking", "on/off", ""), ("weight_only", "", ""),
+        ("stepwise_act", "on/off", ""), ("step_weights", "on/off", ""), ("tracking", "on/off", ""), ("weight_only", "", ""),
     ),
     "reconstruction (BRECQ)": (
         ("recon", "on/off", ""), ("cali_iters", "int", "2000"), ("recon_lr", "float", "0.01"), ("recon_inputs", "int", "512"),
