@@ -62,7 +62,8 @@ def test_subprocess_prints_every_number_with_its_convention(folders, tmp_path):
     for line in lines[:2]:
         assert "12 real against 12 synthetic images" in line and "test accuracy" in line and "no resize" in line
     assert "10 contiguous splits" in lines[2]
-    assert "biased upwards at 12 images (fewer than 2048)" in lines[-1]
+    assert "biased upwards at 12 images (fewer than 2048)" in lines[-2]
+    assert "no LPIPS: --metrics lpips downloads alexnet" in lines[-1]
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert f"{scores['fid']:.6g}" in lines[0] and scores["pairs"] == COUNT
 
@@ -344,7 +345,8 @@ def test_intervals_and_the_difference_of_two_sets(capsys, folders, tmp_path, mak
     options = ["--bootstrap", 200, "--metrics", "fid", "is", "kid", "precision_recall"]
     scores = call(capsys, folders[0], tmp_path / "far", "--compare", tmp_path / "near", *options)
     expected = {"fid", "inception_score_mean", "inception_score_adm", "kid", "precision", "recall", "psnr", "ssim", "mse"}
-    assert set(scores["intervals"]) == set(scores["difference"]["figures"]) == expected
+    expected |= {"psnr_of_mean", "poor"}
+    assert set(scores["intervals"]) == expected and set(scores["difference"]["figures"]) == expected | {"psnr_p5"}
     for key, (low, high) in scores["intervals"].items():
         assert low <= scores[key] + 1e-9 and scores[key] - 1e-9 <= high, key
     difference = scores["difference"]["figures"]["psnr"]
