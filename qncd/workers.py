@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from qncd.launchers import WORKER, Place
 
@@ -25,6 +26,7 @@ LAST = 2.0  # seconds that workers have to end after the first process has
 STOPPED = (2, -1, -2, -15, 129, 130, 143)  # bad input, or stopped by SIGHUP, SIGINT or SIGTERM: so is the first process, soon
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
+T = TypeVar("T")
 before_exit: list[Callable[[], object]] = []  # called before a worker's end ends this process
 _workers: list[Worker] = []
 _stopping = threading.Event()
@@ -94,6 +96,19 @@ def dying_with_this() -> Callable[[], None] | None:
             os._exit(1)
 
     return die_with_parent
+
+
+def alone(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns in a fresh process, whose memory goes with it. Raises OSError where the process is killed."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise OSError(f"{function.__name__}: its process was killed, for want of memory most likely") from None
 
 
 def end_with_parent(parent: int) -> None:

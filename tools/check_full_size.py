@@ -15,12 +15,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +35,7 @@ from qncd.recipe import (
     SamplerConfig,
     SmoothingConfig,
 )
+from qncd.workers import alone
 
 if TYPE_CHECKING:
     from qncd.models.network import Network
@@ -192,15 +190,6 @@ def load_and_sample(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     with phase(f"{args.steps} PLMS steps, {args.size}x{args.size}, quantized"):
         diffusion.sample([0], corrector, conditions=contexts(args, diffusion)[:1])  # raises where it is not finite
     return {"phases": phase.rows, "state": state_of(diffusion.network)}
-
-
-def alone(function: Callable[[argparse.Namespace, Path], dict[str, Any]], args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """The result of a function called in a fresh process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, args, path).result()
-        except BrokenProcessPool:
-            raise OSError(f"{function.__name__}: its process was killed, for want of memory most likely") from None
 
 
 def main(args: argparse.Namespace) -> None:

@@ -19,12 +19,13 @@ from qncd.benchmark.protocols import PROTOCOLS, Protocol
 from qncd.io.files import read_json, write_json, write_text
 from qncd.io.runs import Run
 from qncd.metrics.report.conventions import CONVENTIONS
-from qncd.recipe import Recipe
+from qncd.recipe import CalibrationConfig, Recipe
 from qncd.workers import GO_ON, dying_with_this
 
 log = logging.getLogger("qncd")
 FULL = "FP"
 PNG_SHARE = 0.6  # of an image's bytes that its PNG takes, about
+CALIBRATION_RUNS = 3  # of the sampler: the set, and as much again for ranges and corrections, about
 SIMULATED = 1.6  # times a network call in full precision, about: fake quantization
 REHEARSED = {"steps": 4, "images": 2, "cali_n": 4, "cali_st": 2}  # as many as every part needs to be exercised
 FIGURES = {
@@ -84,6 +85,11 @@ class Reproduction:
     def steps(self) -> int:
         """Network calls of one image, without those of a correction."""
         return REHEARSED["steps"] if self.rehearsal else self.protocol.steps
+
+    @property
+    def calibrated(self) -> int:
+        """Images of the calibration set."""
+        return REHEARSED["cali_n"] if self.rehearsal else CalibrationConfig().samples
 
     def sampling(self, entry: Entry) -> list[str]:
         """The command line that samples a row."""
@@ -152,7 +158,7 @@ class Cost:
 
     def __str__(self) -> str:
         return (
-            f"{self.images} images, {self.calls / 1e6:.3g} million network calls, about {self.hours:.3g} hours on this device, "
+            f"{self.images:,} images, {self.calls:,.0f} network calls, about {self.hours:.3g} hours of them on this device, "
             f"{self.disk / 1e9:.3g} GB of disk, {self.memory / 1e9:.3g} GB of memory or more"
         )
 
@@ -173,6 +179,7 @@ def cost_of(plan: Reproduction, seconds: float, parameters: int, iterations: int
             continue
         recipe = Recipe.of(entry.mode, entry.width)
         own = plan.images * each * (1 + (1 / protocol.interval if recipe.correction else 0))
+        own += CALIBRATION_RUNS * plan.calibrated * each
         reconstructing = 0.0
         if recipe.reconstruction and "--no-recon" not in plan.calibration:
             reconstructing = 3.0 * iterations * inputs  # forward, and twice as much back

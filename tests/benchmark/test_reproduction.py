@@ -73,11 +73,12 @@ def test_cost(tmp_path: Path) -> None:
     """100 images of 20 guided steps in full precision, one row of them quantized, its estimates every fourth step."""
     one = plan("imagenet", tmp_path, entries=ENTRIES[:2])
     found = cost_of(one, 0.5, 1000)
-    assert found.images == 200 and found.calls == pytest.approx(4000 + 4000 * 1.25)
-    assert found.hours == pytest.approx((4000 + 5000 * reproduction.SIMULATED) * 0.5 / 3600)
+    calibration = reproduction.CALIBRATION_RUNS * 64 * 40
+    assert found.images == 200 and found.calls == pytest.approx(4000 + 4000 * 1.25 + calibration)
+    assert found.hours == pytest.approx((4000 + (5000 + calibration) * reproduction.SIMULATED) * 0.5 / 3600)
     rows = plan("imagenet", tmp_path, entries=(ENTRIES[0], ENTRIES[3]))
-    assert cost_of(rows, 0.5, 1000, iterations=10, inputs=4).calls == 4000 + 4000 + 3 * 10 * 4
-    assert cost_of(dataclasses.replace(rows, calibration=("--no-recon",)), 0.5, 1000).calls == 8000
+    assert cost_of(rows, 0.5, 1000, iterations=10, inputs=4).calls == 4000 + 4000 + calibration + 3 * 10 * 4
+    assert cost_of(dataclasses.replace(rows, calibration=("--no-recon",)), 0.5, 1000).calls == 8000 + calibration
     write_json(one.scores(ENTRIES[1]), {"fid": 1})
     assert cost_of(one, 0.5, 1000).calls == 4000  # what is there costs nothing again
 

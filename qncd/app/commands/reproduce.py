@@ -26,6 +26,7 @@ from qncd.app import parser as cli
 from qncd.benchmark.protocols import PROTOCOLS, REFERENCES
 from qncd.benchmark.reproduction import FULL, REHEARSED, Entry, Reproduction, check_room, cost_of, run, table_lines
 from qncd.modes import MODES, parse_width
+from qncd.workers import alone
 
 log = logging.getLogger("qncd")
 WIDTHS, DEFAULT_MODES = ("W8A8", "W4A8"), ("qncd", "qncd+")
@@ -92,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     plan = Reproduction(
         args.name, args.out, weights, reference, prompts, images, entries, checkpoints, common, tuple(calibration), args.rehearse
     )
-    seconds, parameters = time_of_a_call(config, device)
+    seconds, parameters = alone(time_of_a_call, config, device)
     cost = cost_of(plan, seconds, parameters)
     log.info("%s: %s", protocol.title, cost)
     check_room(cost, args.out, device)
@@ -107,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
     }  # fmt: skip
     with open_run(args.out, settings, {"widths": widths, "modes": args.modes, "device": device}, cost.disk) as record:
         if args.rehearse:
-            write_random_weights(config, args.out / "rehearsal" / "model.ckpt")
+            alone(write_random_weights, config, args.out / "rehearsal" / "model.ckpt")
         if plan.prompts is not None:
             _write_prompts(args, plan.prompts, images)
         run(plan, record)
