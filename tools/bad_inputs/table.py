@@ -39,10 +39,14 @@ FIGURES = {"--metrics": "fidelity", "--features": "vgg", "--convention": "ours",
            "--bootstrap": "-1 2.5 x", "--batch_size": WRONG_COUNTS, "--devices": WRONG_COUNTS, "--num_nodes": WRONG_COUNTS,
            "--device": "tpu", "--weights": "{m}/missing", "--json": "{m}/missing/x.json {m}/other",
            "--save_statistics": "{m}/other"}  # fmt: skip
-QUALITY = {"--widths": "W4 8 W9A8 W4A1", "--modes": "best", "--seeds": WRONG_COUNTS, "--images": WRONG_COUNTS, "--seed": "x",
+QUALITY = {"--widths": "W4 8 W9A8 W4A1", "--modes": "best qncd,smooth=false qncd,smoothing", "--seeds": WRONG_COUNTS,
+           "--images": WRONG_COUNTS, "--seed": "x",
            "--batch_size": WRONG_COUNTS, "--cali_n": WRONG_COUNTS, "--cali_st": WRONG_COUNTS, "--cali_iters": WRONG_COUNTS,
            "--interval": WRONG_COUNTS, "--jobs": WRONG_COUNTS, "--device": "tpu", "--config": "{m}/missing.yml",
            "--out": "{m}/taken"}  # fmt: skip
+REPRODUCE = {"--widths": "W4 W9A8 x", "--modes": "best nncf", "--images": f"{WRONG_COUNTS} 1", "--devices": WRONG_COUNTS,
+             "--device": "tpu", "--seed": "-1 x", "--reference": "{m}/missing", "--ckpt": "{m}/missing",
+             "--cali_ckpt": "W4A8 W4A4={m}/other W4A8={m}/missing", "--out": "{m}/taken"}  # fmt: skip
 SPEED = {"--rounds": WRONG_COUNTS, "--calibration_samples": WRONG_COUNTS, "--job_rounds": WRONG_COUNTS,
          "--job_images": WRONG_COUNTS, "--large_rounds": WRONG_COUNTS, "--parts": "all", "--threads": WRONG_COUNTS,
          "--json": "{m}/other"}  # fmt: skip
@@ -177,6 +181,10 @@ CONTRADICTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("qncd evaluate {m}/good/pictures {m}/good/images.npz --json {m}/good/images.npz", ("--json", "images.npz")),
     ("qncd evaluate - {m}/good/pictures --metrics fid", ("REAL", "--metrics")),
     (f"{EVALUATE} --metrics clip_score --prompts {{m}}/missing", ("missing",)),
+    ("qncd reproduce bedroom --out out", ("bedroom",)),
+    ("qncd reproduce cifar10 --out out", ("--reference",)),
+    ("qncd reproduce coco --reference {m}/good/pictures --out out", ("--annotations",)),
+    ("qncd reproduce cifar10 --rehearse --annotations {m}/other --out out", ("--annotations",)),
     ("qncd prompts --annotations {m}/good/captions.json --n 2 --out out.txt", ("--n", "2")),
     ("qncd prompts --annotations {m}/good/captions.json --n 1 --out {m}/other", ("--out", "other")),
     ("qncd prompts --annotations {m}/good/captions.json --n 1 --out o.txt --images {m}/other", ("1.jpg",)),
@@ -192,6 +200,7 @@ def all_cases() -> list[Case]:
     cases = []
     for command, values in ((DDIM, STEPS), (PTQ, QUANTIZATION), (LDM, LATENT), (TEXT, TEXTS), (EVALUATE, FIGURES),
                             ("qncd benchmark quality --out out", QUALITY), ("qncd benchmark speed", SPEED),
+                            ("qncd reproduce cifar10 --rehearse --out out", REPRODUCE),
                             ("scripts/benchmark_speed.py", {"--rounds": "0 x"}),
                             ("scripts/benchmark_quality.py", {"--seeds": "0 x"}),
                             ("scripts/sample_diffusion_ldm.py -l out", {"--custom_steps": "0 x"}),

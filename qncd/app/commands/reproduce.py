@@ -116,8 +116,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _width(text: str) -> str:
-    found = parse_width(text)
-    weights, acts = found["quant.weight_bits"], found["quant.act_bits"]
+    """A width of --widths, as W4A8. Raises ValueError for anything else."""
+    try:
+        found = parse_width(text)
+    except ValueError:
+        found = {}
+    weights, acts = found.get("quant.weight_bits"), found.get("quant.act_bits")
     if weights is None or acts is None:
         raise ValueError(f"--widths {text}: allowed are names such as W4A8, 2 to 8 bits each")
     return f"W{weights}A{acts}"
