@@ -102,6 +102,15 @@ def test_batch_size_changes_no_pixel_and_a_cut_off_run_goes_on(model: Path, tmp_
     assert len(first) == 3
 
 
+def test_a_correction_that_is_fitted_anew_says_so(model: Path, tmp_path: Path) -> None:
+    quantized = ["--ptq", "--weight_bit", "8", "--quant_mode", "qncd", "--sample_reverse", "2", "--max_images", "1"]
+    quantized += ["--cali_ckpt", str(tmp_path / "q.safetensors")]
+    run(model, tmp_path / "a", *quantized)
+    assert "fitted" not in run(model, tmp_path / "b", *quantized)
+    log = run(model, tmp_path / "c", *quantized, "--eta", "1")
+    assert "q.safetensors: its noise correction was fitted otherwise (eta 0.0 there, 1.0 asked for): fitted anew" in log
+
+
 def test_switches_act(model: Path, tmp_path: Path) -> None:
     """Each part of the method changes the images when it is switched off."""
     base = ["--ptq", "--weight_bit", "4", "--no-recon", "--act_bit", "4", "--max_images", "2", "--cali_batch_size", "2"]

@@ -284,9 +284,9 @@ class Evaluator:
             return [], [str(error)] if set(real.names) & set(synthetic.names) else []
         channels = 3 if self.extractor is None else self.extractor.channels
         lpips, notes = self.lpips, []
-        if lpips is None:
-            notes = [f"no LPIPS: {lpips_obstacle()}"]
-        elif "lpips" not in self.settings.metrics and min(folders[0].height, folders[0].width) < LPIPS_SIZE:
+        if lpips is None and (obstacle := lpips_obstacle()):
+            notes = [f"no LPIPS: {obstacle}"]
+        elif lpips is not None and "lpips" not in self.settings.metrics and min(folders[0].height, folders[0].width) < LPIPS_SIZE:
             lpips, notes = None, [f"no LPIPS: images smaller than {LPIPS_SIZE}x{LPIPS_SIZE}"]
         return paired_scores(*folders, channels, self.settings.batch_size, lpips), notes
 
