@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from child_processes import running, until
 
 from qncd.distributed import FabricProcesses, OneProcess, join_, part_of, start_processes, stop_workers
 
-ROOT = Path(__file__).parents[1]
 PATIENCE = 120.0  # seconds until a process that should have come or gone is given up
 
 
@@ -33,26 +30,6 @@ def share_a_run() -> None:
         sys.stdout.flush()
         while "WAIT" in os.environ:
             processes.agree(None)
-
-
-@contextlib.contextmanager
-def running(folder: Path, *command: object, **variables: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A command that runs this file's `share_a_run`; its output goes to files."""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **{k: str(v) for k, v in variables.items()})
-    with (folder / "stdout").open("ab") as out, (folder / "stderr").open("ab") as err:
-        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=err, env=environment)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def told(folder: Path) -> set[str]:
@@ -147,7 +124,7 @@ def test_two_machines_of_slurm_share_and_tell_that_one_is_gone(tmp_path: Path) -
                 )
             )
         for rank in range(2):
-            until(lambda rank=rank: told(tmp_path / str(rank)) == {OF_TWO})
+            until(lambda rank=rank: told(tmp_path / str(rank)) == {OF_TWO}, PATIENCE)
         started[1].kill()
         assert started[0].wait(PATIENCE) == 1
     last = (tmp_path / "0" / "stderr").read_text()

@@ -6,18 +6,16 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from child_processes import running, until
 
 from qncd import workers
 from qncd.launchers import Place
 
-ROOT = Path(__file__).parents[1]
 GO_ON = "; the same command line goes on from here"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -45,25 +43,6 @@ def start(task: str) -> None:
     time.sleep(60)
 
 
-@contextlib.contextmanager
-def running(folder: Path, task: str) -> Iterator[subprocess.Popen[bytes]]:
-    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
-        command = [sys.executable, __file__, task]
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def lives(pid: int) -> bool:
     """A process that is dead and not yet reaped has no command line."""
     with contextlib.suppress(OSError):
@@ -79,7 +58,7 @@ def started(folder: Path) -> list[int]:
         found.update(re.findall(r"worker (\d) (\d+) 1234", (folder / "stdout").read_text()))
         return len(found) == 2
 
-    until(there)
+    until(there, 60)
     return [int(found["1"]), int(found["2"])]
 
 
@@ -93,7 +72,7 @@ def gone(pids: list[int]) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
 def test_a_worker_that_is_killed_ends_the_run_with_one_line(tmp_path: Path, number: signal.Signals) -> None:
-    with running(tmp_path, "wait") as first:
+    with running(tmp_path, __file__, "wait") as first:
         pids = started(tmp_path)
         os.kill(pids[0], number)
         assert first.wait(10) == 1
@@ -107,7 +86,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(tmp_path: Path, numb
     [(3, "worker 2 of 3 (process {pid}) ended with status 3" + GO_ON), (2, "test_workers.py: error: what 2 said")],
 )
 def test_a_worker_that_fails_tells_why(tmp_path: Path, status: int, line: str) -> None:
-    with running(tmp_path, f"status {status}") as first:
+    with running(tmp_path, __file__, f"status {status}") as first:
         pids = started(tmp_path)
         assert first.wait(10) == (2 if status == 2 else 1)
     assert (tmp_path / "stderr").read_text() == line.format(pid=pids[1]) + "\n"
@@ -116,7 +95,7 @@ def test_a_worker_that_fails_tells_why(tmp_path: Path, status: int, line: str) -
 
 @pytest.mark.parametrize(("task", "status"), [("end", 0), ("raise", 3), ("stop", 143)])
 def test_no_worker_outlives_an_ordinary_end(tmp_path: Path, task: str, status: int) -> None:
-    with running(tmp_path, task) as first:
+    with running(tmp_path, __file__, task) as first:
         pids = started(tmp_path)
         assert first.wait(10) == status
     assert gone(pids) and (tmp_path / "stderr").read_text() == ""
@@ -124,9 +103,9 @@ def test_no_worker_outlives_an_ordinary_end(tmp_path: Path, task: str, status: i
 
 @pytest.mark.parametrize("imported", [False, True], ids=["while a worker starts", "while it works"])
 def test_a_parent_that_is_killed_takes_its_workers_along(tmp_path: Path, imported: bool) -> None:
-    with running(tmp_path, "wait") as first:
+    with running(tmp_path, __file__, "wait") as first:
         children = Path(f"/proc/{first.pid}/task/{first.pid}/children")
-        until(lambda: len(children.read_text().split()) == 2)
+        until(lambda: len(children.read_text().split()) == 2, 60)
         pids = [int(pid) for pid in children.read_text().split()]
         if imported:
             assert started(tmp_path) == pids

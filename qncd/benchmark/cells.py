@@ -219,11 +219,8 @@ def run_cell(plan: Plan, cell: Cell) -> None:
 
 def lpips_of(full: np.ndarray, images: np.ndarray, device: str, batch_size: int = 64) -> float:
     """Mean LPIPS of images uint8 (N, H, W, C) to those of full precision."""
-    lpips, colours = Lpips(device=device), 3 // full.shape[-1]
-    parts = [
-        lpips(*(np.repeat(side[start : start + batch_size], colours, 3) for side in (full, images)))
-        for start in range(0, len(full), batch_size)
-    ]
+    lpips, starts = Lpips(device=device), range(0, len(full), batch_size)
+    parts = [lpips(*(side[start : start + batch_size] for side in (full, images))) for start in starts]
     return float(np.concatenate(parts).mean())
 
 

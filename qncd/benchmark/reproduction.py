@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qncd.benchmark.plan import FULL, parse_width
 from qncd.benchmark.protocols import PROTOCOLS, Protocol
 from qncd.io.files import read_json, write_json, write_text
 from qncd.io.runs import Run
@@ -23,7 +24,6 @@ from qncd.recipe import CalibrationConfig, Recipe
 from qncd.workers import GO_ON, dying_with_this
 
 log = logging.getLogger("qncd")
-FULL = "FP"
 PNG_SHARE = 0.6  # of an image's bytes that its PNG takes, about
 CALIBRATION_RUNS = 3  # of the sampler: the set, and as much again for ranges and corrections, about
 SIMULATED = 1.6  # times a network call in full precision, about: fake quantization
@@ -99,8 +99,8 @@ class Reproduction:
             words += ["--from_file", str(self.prompts), "--n_samples", "1"]
         words += self.common
         if entry.mode != FULL:
-            bits = entry.width.removeprefix("W").split("A")
-            words += ["--ptq", "--quant_mode", entry.mode, "--weight_bit", bits[0], "--quant_act", "--act_bit", bits[1]]
+            weights, acts = map(str, parse_width(entry.width))
+            words += ["--ptq", "--quant_mode", entry.mode, "--weight_bit", weights, "--quant_act", "--act_bit", acts]
             checkpoint = self.checkpoints.get(entry.width, self.out / f"{entry.name}.safetensors")
             words += ["--cali_ckpt", str(checkpoint), *self.calibration]
             if Recipe.of(entry.mode, entry.width).correction:

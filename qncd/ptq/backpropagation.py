@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qncd.ptq.observing import Progress
 from qncd.sampling.corrector import Denoiser
+from qncd.sampling.diffusion import Diffusion
+from qncd.sampling.guidance import Conditions
 
 
 def step_by_step(denoise: Denoiser) -> Denoiser:
@@ -33,3 +37,39 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+def probe_samples(
+    diffusion: Diffusion,
+    conditions: Conditions | None,
+    counts: tuple[int, int],
+    first_seed: int,
+    watching: Callable[[int], AbstractContextManager[object]],
+    wrap: Callable[[Denoiser], Denoiser] = step_by_step,
+    progress: Progress | None = None,
+) -> None:
+    """Back-propagate v . x_0 through runs of the sampler, v a vector of random signs, a lane at a time.
+
+    Args:
+        diffusion: with the network in floating point; its lane is how many samples go at once.
+        conditions: are used in turn, as many as there are.
+        counts: seeds that are sampled, and vectors v for each.
+        first_seed: of the samples.
+        watching: what is there while one batch of so many samples is made and back-propagated.
+        wrap: of the denoiser; has to hold one step at a time, as `step_by_step` does.
+
+    Raises:
+        FloatingPointError: a sample is NaN or infinite.
+    """
+    (samples, probes), size, generator = counts, diffusion.lane, torch.Generator().manual_seed(0)
+    for probe in range(probes):
+        for start in range(0, samples, size):
+            count = min(size, samples - start)
+            rows = [i % len(conditions) for i in range(start, start + count)] if conditions else []
+            with frozen(diffusion.network.module), watching(count):
+                seeds = range(first_seed + start, first_seed + start + count)
+                x0 = diffusion.sample(seeds, None, None, wrap, conditions[rows] if conditions else None, gradients=True)
+                signs = torch.randint(0, 2, x0.shape, generator=generator) * 2.0 - 1
+                x0.backward(signs.to(x0))
+            if progress:
+                progress(probe * samples + start + count, probes * samples)

@@ -15,8 +15,9 @@ import pytest
 from qncd.app import console
 from qncd.app.commands import reproduce
 from qncd.benchmark import reproduction
+from qncd.benchmark.plan import FULL
 from qncd.benchmark.protocols import PROTOCOLS, REFERENCES
-from qncd.benchmark.reproduction import FULL, Cost, Entry, Reproduction, check_room, cost_of, table_lines
+from qncd.benchmark.reproduction import Cost, Entry, Reproduction, check_room, cost_of, table_lines
 from qncd.io.files import write_json
 from qncd.models import latent, loading
 from qncd.models.configs import CONFIGS

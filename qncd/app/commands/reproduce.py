@@ -23,9 +23,10 @@ from typing import Any
 
 from qncd.app import flags, messages
 from qncd.app import parser as cli
+from qncd.benchmark.plan import FULL, parse_width
 from qncd.benchmark.protocols import PROTOCOLS, REFERENCES
-from qncd.benchmark.reproduction import FULL, REHEARSED, Entry, Reproduction, check_room, cost_of, run, table_lines
-from qncd.modes import MODES, parse_width
+from qncd.benchmark.reproduction import REHEARSED, Entry, Reproduction, check_room, cost_of, run, table_lines
+from qncd.modes import MODES
 from qncd.workers import alone
 
 log = logging.getLogger("qncd")
@@ -117,13 +118,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _width(text: str) -> str:
     """A width of --widths, as W4A8. Raises ValueError for anything else."""
-    try:
-        found = parse_width(text)
-    except ValueError:
-        found = {}
-    weights, acts = found.get("quant.weight_bits"), found.get("quant.act_bits")
-    if weights is None or acts is None:
-        raise ValueError(f"--widths {text}: allowed are names such as W4A8, 2 to 8 bits each")
+    weights, acts = parse_width(text)
     return f"W{weights}A{acts}"
 
 

@@ -120,7 +120,7 @@ def paired_scores(
         if min(real.height, real.width) >= SSIM_WINDOW:
             values["ssim"].append(paired_ssim(a, b))
         if lpips is not None:
-            values["lpips"].append(lpips(*(np.repeat(side, 3, 3) if channels == 1 else side for side in (a, b))))
+            values["lpips"].append(lpips(a, b))
     whole = {name: np.concatenate(parts) for name, parts in values.items() if parts}
     over = f"mean over {real.count} pairs of the same name"
     scores = psnr_scores(whole["mse"], over)

@@ -122,7 +122,8 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """(N,) float64 distances of pairs of images uint8 NHWC with 3 channels."""
+        """(N,) float64 distances of pairs of images uint8 NHWC with 3 channels, or with 1 that stands for all three."""
+        a, b = (side.repeat(3, 3) if side.shape[3] == 1 else side for side in (a, b))
         x, y = (torch.from_numpy(i).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1 for i in (a, b))
         try:
             return self.network(x, y).flatten().double().cpu().numpy()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qncd.models.network import Network
-from qncd.ptq.backpropagation import frozen, step_by_step
+from qncd.ptq.backpropagation import probe_samples
 from qncd.ptq.bits import counting_multiplications
 from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
@@ -144,24 +144,19 @@ def sample_errors(
     module, device = diffusion.network.module, diffusion.network.device
     size = min(batch_size, diffusion.lane)
     small = dataclasses.replace(diffusion, lane=size)
-    generator = torch.Generator().manual_seed(0)
     found: dict[str, dict[int, list[Tensor]]] = {name: {width: [] for width in trials[name]} for name in trials}
     counts: dict[str, int] = {}
-    for probe in range(probes):
-        for start in range(0, samples, size):
-            count = min(size, samples - start)
-            rows = [i % len(conditions) for i in range(start, start + count)] if conditions else []
-            sums: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64, device=device))
-            with frozen(module), counting_multiplications(module, counts), _watching(module, trials, sums, size):
-                seeds = range(SEED_BASE + start, SEED_BASE + start + count)
-                x0 = small.sample(seeds, None, None, step_by_step, conditions[rows] if conditions else None, gradients=True)
-                signs = torch.randint(0, 2, x0.shape, generator=generator) * 2.0 - 1
-                x0.backward(signs.to(x0))
-            for name, by_width in found.items():
-                for width, parts in by_width.items():
-                    parts.append(sums[name, width][:count].cpu())
-            if progress:
-                progress(probe * samples + start + count, probes * samples)
+
+    @contextmanager
+    def watching(count: int) -> Iterator[None]:
+        sums: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64, device=device))
+        with counting_multiplications(module, counts), _watching(module, trials, sums, size):
+            yield
+        for name, by_width in found.items():
+            for width, parts in by_width.items():
+                parts.append(sums[name, width][:count].cpu())
+
+    probe_samples(small, conditions, (samples, probes), SEED_BASE, watching, progress=progress)
     errors = {name: {width: torch.cat(parts) for width, parts in by_width.items()} for name, by_width in found.items()}
     return errors, {name: counts[name] for name in trials}
 

@@ -11,13 +11,14 @@ loss that takes all calibration inputs alike is about.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections import defaultdict
 
-import torch
 from torch import Tensor
 
-from qncd.ptq.backpropagation import frozen, step_by_step
+from qncd.ptq.backpropagation import probe_samples, step_by_step
 from qncd.ptq.context import Context
 from qncd.ptq.observing import Progress
 from qncd.recipe import Recipe
@@ -48,8 +49,7 @@ def step_sensitivity(
         FloatingPointError: a sample is NaN or infinite.
         ValueError: a derivative is.
     """
-    size = min(batch_size, diffusion.lane)
-    small, generator = dataclasses.replace(diffusion, lane=size), torch.Generator().manual_seed(0)
+    small = dataclasses.replace(diffusion, lane=min(batch_size, diffusion.lane))
     sums: dict[float, float] = defaultdict(float)
 
     def watched(denoise: Denoiser) -> Denoiser:
@@ -62,18 +62,8 @@ def step_sensitivity(
 
         return predict
 
-    for probe in range(PROBES):
-        for start in range(0, samples, size):
-            count = min(size, samples - start)
-            rows = [i % len(conditions) for i in range(start, start + count)] if conditions else []
-            with frozen(diffusion.network.module):
-                seeds = range(SEED_BASE + start, SEED_BASE + start + count)
-                x0 = small.sample(seeds, None, None, watched, conditions[rows] if conditions else None, gradients=True)
-                signs = torch.randint(0, 2, x0.shape, generator=generator) * 2.0 - 1
-                x0.backward(signs.to(x0))
-            if progress:
-                progress(probe * samples + start + count, PROBES * samples)
-    elements = PROBES * samples * x0[0].numel()
+    probe_samples(small, conditions, (samples, PROBES), SEED_BASE, lambda _: contextlib.nullcontext(), watched, progress)
+    elements = PROBES * samples * math.prod(diffusion.shape)
     found = {t: sums[t] / elements for t in sorted(sums, reverse=True)}
     if not all(value < float("inf") for value in found.values()):
         raise ValueError("what an error at a time step does to the sample is NaN or infinite")

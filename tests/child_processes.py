@@ -1,0 +1,34 @@
+"""Processes that a test starts and waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@contextlib.contextmanager
+def running(folder: Path, *words: object, **variables: object) -> Iterator[subprocess.Popen[bytes]]:
+    """`python WORDS` with these variables, killed in the end; what it prints goes to FOLDER/stdout and FOLDER/stderr."""
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **{k: str(v) for k, v in variables.items()})
+    with (folder / "stdout").open("ab") as out, (folder / "stderr").open("ab") as err:
+        process = subprocess.Popen([sys.executable, *map(str, words)], stdout=out, stderr=err, env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def until(condition: Callable[[], object], patience: float) -> None:
+    """Wait for so many seconds at most."""
+    end = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
