@@ -19,12 +19,13 @@ from qncd.ptq.checkpoint import load_quantized_, save_quantized
 from qncd.ptq.context import silent
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import CalibrationRuns, Job, Outcome, quantize_network, sample_calibration
-from qncd.ptq.pipeline_runs import PipelineRuns, calls_for, denoiser_of
+from qncd.ptq.pipeline_runs import PipelineRuns, calls_for
 from qncd.ptq.runs import BareRuns
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.recipe import Recipe
 from qncd.sampling.corrector import Record
 from qncd.sampling.correctors.registry import corrector_of, kind_of
+from qncd.sampling.pipeline import denoiser_of
 from qncd.sampling.scheduler import PipelineCorrection, Tap, attach, prediction_of
 
 log = logging.getLogger("qncd")

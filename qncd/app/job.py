@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import logging
 import sys
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from qncd.app import messages, stopping
 from qncd.app import parser as cli
-from qncd.app.quantizing import Files, check_files, is_quiet, quantized, run_settings
+from qncd.app.quantizing import Files, Given, Sampler, check_files, is_quiet, quantized, run_settings
 from qncd.distributed import OneProcess, Processes, start_processes
 from qncd.engines.registry import TORCH
 from qncd.io.images import NotFiniteError, contact_sheet, image_name, save_image, save_npz, save_png, to_uint8
@@ -33,7 +32,6 @@ from qncd.progress import progress_bar
 from qncd.recipe import Recipe
 from qncd.sampling.corrector import Corrector
 from qncd.sampling.diffusion import Diffusion
-from qncd.sampling.guidance import Conditions
 from qncd.workers import GO_ON
 
 log = logging.getLogger("qncd")
@@ -84,7 +82,7 @@ class ImagePlan:
 
     count: int
     seed_of: Callable[[int], int]
-    conditions: Callable[[Sequence[int]], Conditions] | None = None
+    conditions: Callable[[Sequence[int]], Any] | None = None
     decode: Callable[[Tensor], np.ndarray] = to_uint8
     columns: int = 8
 
@@ -93,7 +91,7 @@ class ImagePlan:
         return folder / image_name(index, self.seed_of(index))
 
 
-def on_engine(args: argparse.Namespace, recipe: Recipe | None, diffusion: Diffusion, base_hash: str, folder: Path) -> Diffusion:
+def on_engine(args: argparse.Namespace, recipe: Recipe | None, sampler: Sampler, base_hash: str, folder: Path) -> Sampler:
     """The same with the network on --backend: from --onnx, else exported to `folder` unless it lies there already.
 
     An engine that runs no file needs none.
@@ -105,19 +103,19 @@ def on_engine(args: argparse.Namespace, recipe: Recipe | None, diffusion: Diffus
     from qncd.engines.engine import engine_of, export, open_engine
     from qncd.engines.onnx.model import FILE, check_fits, is_current
 
-    network = diffusion.network
+    network = sampler.network
     if not engine_of(args.backend).file:
         log.info("%s runs the network on %s", args.backend, network.device)
     elif args.onnx is not None:
         folder = args.onnx
-        check_fits(folder, network, diffusion.shape)
-    elif not is_current(folder, network, diffusion.shape):
-        path = export(network, folder, recipe.quant if recipe else None, base_hash, shape=diffusion.shape)
+        check_fits(folder, network, sampler.shape)
+    elif not is_current(folder, network, sampler.shape):
+        path = export(network, folder, recipe.quant if recipe else None, base_hash, shape=sampler.shape)
         log.info("exported %s: %.1f MB", path, path.stat().st_size / 1e6)
     if engine_of(args.backend).file:
         log.info("%s runs %s", args.backend, folder / FILE)
     opened = open_engine(network, folder, args.backend, args.engine_precision)
-    return dataclasses.replace(diffusion, network=network_of(opened))
+    return sampler.with_network(network_of(opened))
 
 
 @dataclass(frozen=True)
@@ -125,17 +123,17 @@ class Task:
     """What a run samples with.
 
     Attributes:
-        diffusion: in full precision.
+        sampler: in full precision.
         base_hash: of its weights.
         recipe: of the quantization; None for full precision.
         conditions: of the calibration trajectories.
         key_table: names of the original model's layers, where they are known.
     """
 
-    diffusion: Diffusion
+    sampler: Sampler
     base_hash: str
     recipe: Recipe | None = None
-    conditions: Conditions | None = None
+    conditions: Given = None
     key_table: KeyTable | None = None
 
 
@@ -152,16 +150,16 @@ def open_folder(
         ValueError, FileNotFoundError: a file does not fit the model or what is asked for; the calibration or the correction
             does not fit the sampler; as `open_run` does.
     """
-    recipe, diffusion = task.recipe, task.diffusion
+    recipe, sampler = task.recipe, task.sampler
     if recipe is not None:
         with cli.naming_flags(interval="sample_reverse" if args.sample_reverse else "reverse_interval"):
-            check_files(recipe, diffusion, task.base_hash, Files.of(args, folder, task.key_table))
+            check_files(recipe, sampler, task.base_hash, Files.of(args, folder, task.key_table), task.conditions)
     if args.onnx is not None:
         from qncd.engines.onnx.model import check_origin
 
-        check_origin(args.onnx, task.base_hash, recipe.quant if recipe else None, diffusion.shape)
+        check_origin(args.onnx, task.base_hash, recipe.quant if recipe else None, sampler.shape)
     decisive = {**settings, **run_settings(recipe, args, batch_size)}
-    return open_run(folder, decisive, environment(args, diffusion.network.device, batch_size), min_free_bytes)
+    return open_run(folder, decisive, environment(args, sampler.network.device, batch_size), min_free_bytes)
 
 
 class SamplingJob:
@@ -187,14 +185,14 @@ class SamplingJob:
             self._sample_and_finish(args, task, grid)
 
     def _sample_and_finish(self, args: argparse.Namespace, task: Task, grid: bool) -> None:
-        diffusion, recipe = task.diffusion, task.recipe
+        sampler, recipe = task.sampler, task.recipe
         label = recipe.label if recipe else "FP32"
         if args.compare_fp and self.plan.count:
-            self.sample_images(diffusion, "fp", None, "FP32")
+            self.sample_images(sampler, "fp", None, "FP32")
         corrector = None
         if recipe:
             files = Files.of(args, self.run.folder, task.key_table)
-            corrector, seconds = quantized(recipe, diffusion, task.base_hash, files, task.conditions, self.processes)
+            corrector, seconds = quantized(recipe, sampler, task.base_hash, files, task.conditions, self.processes)
             self.figures["calibration_seconds"] = seconds
         if not self.plan.count:
             if self.processes.is_first:
@@ -202,18 +200,19 @@ class SamplingJob:
             return
         if args.backend != TORCH:
             start = time.perf_counter()
-            diffusion = on_engine(args, recipe, diffusion, task.base_hash, self.run.folder / "onnx")
+            sampler = on_engine(args, recipe, sampler, task.base_hash, self.run.folder / "onnx")
             self.figures["engine_seconds"] = time.perf_counter() - start
         by_batch = bool(recipe and recipe.correction and recipe.correction.statistics == "batch")
-        self.sample_images(diffusion, "images", corrector, label, by_batch)
+        self.sample_images(sampler, "images", corrector, label, by_batch)
         if not self.processes.is_first:
             return
         if args.sequence:
-            self.write_sequence(diffusion, corrector)
+            assert isinstance(sampler, Diffusion)
+            self.write_sequence(sampler, corrector)
         self.finish(label, args.compare_fp, args.savez, grid)
 
     def sample_images(
-        self, diffusion: Diffusion, subfolder: str, corrector: Corrector | None, label: str, whole_batches: bool = False
+        self, sampler: Sampler, subfolder: str, corrector: Corrector | None, label: str, whole_batches: bool = False
     ) -> None:
         """Sample what is missing of the plan's images into a subfolder, batch by batch.
 
@@ -236,7 +235,7 @@ class SamplingJob:
                 while mine:
                     indices = mine.pop(0)
                     try:
-                        images = self._images(self._sample(diffusion, indices, corrector))
+                        images = self._images(self._sample(sampler, indices, corrector))
                     except Exception as problem:
                         mine[:0] = self._halved(indices, problem, whole_batches)
                         continue
@@ -300,10 +299,9 @@ class SamplingJob:
                     images[row] = self.plan.decode(samples[row : row + 1])[0]
         return images
 
-    def _sample(self, diffusion: Diffusion, indices: Sequence[int], corrector: Corrector | None, callback: Any = None) -> Tensor:
+    def _sample(self, sampler: Sampler, indices: Sequence[int], corrector: Corrector | None, **watching: Any) -> Tensor:
         conditions = self.plan.conditions(indices) if self.plan.conditions else None
-        seeds = [self.plan.seed_of(i) for i in indices]
-        return diffusion.sample(seeds, corrector, callback, conditions=conditions)
+        return sampler.sample([self.plan.seed_of(i) for i in indices], corrector, conditions=conditions, **watching)
 
     def write_sequence(self, diffusion: Diffusion, corrector: Corrector | None) -> None:
         """sequence.png: the first images on their way from noise; those that hold NaN are black from there on."""
@@ -317,7 +315,7 @@ class SamplingJob:
                 there = next((image for image in images if image is not None), np.zeros((*state.x_prev.shape[2:], 3), np.uint8))
                 rows.append(np.stack([np.zeros_like(there) if image is None else image for image in images]))
 
-        self._sample(diffusion, range(min(SEQUENCE_IMAGES, self.plan.count)), corrector, keep)
+        self._sample(diffusion, range(min(SEQUENCE_IMAGES, self.plan.count)), corrector, callback=keep)
         images = np.stack(rows, 1)  # (images, steps, H, W, C)
         sheet = contact_sheet([images.reshape(-1, *images.shape[2:])], ["x_t on its way"], len(rows))
         save_image(sheet, self.run.folder / "sequence.png")

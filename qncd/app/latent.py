@@ -18,8 +18,6 @@ from qncd.models.latent import LatentModel, load_latent_model
 from qncd.models.loading import load_config, state_dict_hash
 from qncd.models.network import network_of
 from qncd.models.original.conditioning import ClassConditioner, TextConditioner
-from qncd.models.original.key_tables import KeyTable
-from qncd.models.original.ldm import ldm_unet_key_map
 from qncd.models.safety import Finisher
 from qncd.recipe import SamplerConfig
 from qncd.sampling.diffusion import Diffusion, fill_up
@@ -31,11 +29,11 @@ CONTEXT = "encoder_hidden_states"  # the networks' name for it
 TEXT_LANE = 16  # prompts that the text model sees at a time, always exactly
 
 
-def find_model(config: Path | None, ckpt: str | None, default_config: Path) -> tuple[dict[str, Any] | None, str | None]:
+def find_model(config: Path | None, ckpt: str | None, default_config: Path) -> tuple[dict[str, Any], str | None]:
     """The yaml and the weights that the flags mean.
 
-    A checkpoint without --config brings its yaml along: config.yaml (or another single yaml) in its folder. A folder of
-    diffusers and a hub id need none. Without both, the bundled model.
+    A checkpoint without --config brings its yaml along: config.yaml (or another single yaml) in its folder. Without both, the
+    bundled model.
 
     Raises:
         ValueError, FileNotFoundError: there is no yaml for the checkpoint, or no such file.
@@ -47,15 +45,15 @@ def find_model(config: Path | None, ckpt: str | None, default_config: Path) -> t
         path = path / "model.ckpt"
     if config is not None:
         return load_config(config), str(path) if path.exists() else ckpt
-    if not path.is_file():
-        if not path.is_dir() and path.suffix in (".ckpt", ".pt", ".pth", ".safetensors"):
-            raise FileNotFoundError(f"{ckpt}: no such checkpoint")
-        return None, ckpt
+    if not path.exists():
+        raise FileNotFoundError(f"{ckpt}: no such checkpoint")
+    if path.is_dir():
+        raise ValueError(f"{ckpt}: neither a pipeline's folder (no model_index.json in it) nor one with model.ckpt")
     return load_config(config_beside(path)), str(path)
 
 
-def load_model(args: argparse.Namespace, default_config: Path, device: str) -> tuple[LatentModel, dict[str, Any] | None]:
-    """The latent model that --config, the checkpoint flag and --use_pretrained name, on `device`, and its yaml if it has one."""
+def load_model(args: argparse.Namespace, default_config: Path, device: str) -> tuple[LatentModel, dict[str, Any]]:
+    """The latent model that --config, the checkpoint flag and --use_pretrained name, on `device`, and its yaml."""
     config, ckpt = find_model(args.config, args.ckpt, default_config)
     return load_latent_model(config, ckpt, args.use_pretrained, args.sha256).to(device), config
 
@@ -65,14 +63,9 @@ def tell_model(model: LatentModel) -> None:
     log.info("model: %s, latents %s", model.source, "x".join(map(str, model.latent_shape)))
 
 
-def original_names(config: Mapping[str, Any] | None) -> KeyTable | None:
-    """The original code's names of the UNet's layers, where a yaml in its layout is known."""
-    return ldm_unet_key_map(config) if config is not None else None
-
-
-def recommended_scale(config: Mapping[str, Any] | None, fallback: float) -> float:
+def recommended_scale(config: Mapping[str, Any], fallback: float) -> float:
     """The guidance that the model's yaml recommends as sampling.scale, else `fallback`."""
-    scale = ((config or {}).get("sampling") or {}).get("scale")
+    scale = (config.get("sampling") or {}).get("scale")
     return fallback if scale is None else float(scale)
 
 

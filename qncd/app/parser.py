@@ -26,6 +26,8 @@ from qncd.recipe import SAMPLE_TYPES, SKIP_TYPES, OptionError, SamplerConfig
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+PIPELINE_FLAGS = ("scheduler", "argument", "image", "mask_image", "lora", "embedding")
+DDIM_STEPS = 100  # of the published command lines
 VERBOSITY = ("debug", "info", "warning", "critical")
 
 
@@ -91,7 +93,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--config, --ckpt, --use_pretrained, --device."""
     group = parser.add_argument_group("model")
-    group.add_argument("--config", type=Path, required=True, help="yaml of the model, e.g. configs/fashion_mnist.yml")
+    group.add_argument(
+        "--config", type=Path,
+        help="yaml of the model, e.g. configs/fashion_mnist.yml; needed unless --ckpt is a pipeline, whose sampler it replaces",
+    )  # fmt: skip
     group.add_argument(
         "--ckpt", help="weights: a local checkpoint, a diffusers folder or a hub id (default: what the config names)"
     )
@@ -150,6 +155,37 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that pipelines of diffusers have beside those of the original models."""
+    group = parser.add_argument_group("pipelines of diffusers (folders with model_index.json, hub ids)")
+    group.add_argument("--scheduler", metavar="NAME", help="such as DDIM, EulerDiscrete, DPMSolverMultistep (default: its own)")
+    group.add_argument(
+        "--argument", metavar="NAME=VALUE", action="append", default=[],
+        help="any argument of the pipeline's call, e.g. guidance_rescale=0.7, strength=0.5, negative_prompt=blurry; repeatable",
+    )  # fmt: skip
+    group.add_argument("--image", type=Path, help="image that it begins with, or that a ControlNet follows; a folder: in turn")
+    group.add_argument("--mask_image", type=Path, help="white where an inpainting pipeline paints; a folder: in turn")
+    group.add_argument(
+        "--lora", metavar="FILE[=WEIGHT]", action="append", default=[],
+        help="merge a LoRA into the weights before they are quantized (default weight 1); repeatable",
+    )  # fmt: skip
+    group.add_argument(
+        "--embedding",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="textual inversion: its token may be in prompts; repeatable",
+    )
+
+
+def refuse_pipeline_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError where a flag of `add_pipeline_arguments` is given and the model is no pipeline of diffusers."""
+    for name in PIPELINE_FLAGS:
+        if value := getattr(args, name):
+            shown = value[0] if isinstance(value, list) else value
+            raise ValueError(f"--{name} {shown}: allowed with a diffusers folder or a hub id as --ckpt")
+
+
 def default_calibration_batch(size: int) -> int:
     """Calibration inputs at a time by the side of what the network sees."""
     return 32 if size <= 64 else 2
@@ -160,24 +196,26 @@ def default_lane(size: int) -> int:
     return 16 if size <= 64 else 4
 
 
-def add_step_arguments(group: argparse._ArgumentGroup, timesteps: int) -> None:
-    """--sample_type, --skip_type, --timesteps (with its default) and --eta."""
+def add_step_arguments(group: argparse._ArgumentGroup, timesteps: int, unless: str = "") -> None:
+    """--sample_type, --skip_type, --timesteps (with its default; None where that holds not for all, as `unless` says), --eta."""
     group.add_argument("--sample_type", choices=SAMPLE_TYPES, default="generalized", help="generalized is DDIM")
     group.add_argument("--skip_type", choices=SKIP_TYPES, default="uniform", help="spacing of the time steps")
-    group.add_argument("--timesteps", type=int, default=timesteps, help=f"number of steps (default {timesteps})")
+    default = None if unless else timesteps
+    group.add_argument("--timesteps", type=int, default=default, help=f"number of steps (default {timesteps}{unless})")
     group.add_argument("--eta", type=float, default=0.0, help="0: deterministic DDIM; 1: as much noise as DDPM")
 
 
 def sampler_config(args: argparse.Namespace) -> SamplerConfig:
     """The sampler of `add_step_arguments`. Raises ValueError for values out of range."""
+    steps = DDIM_STEPS if args.timesteps is None else args.timesteps
     with naming_flags(eta="eta", timesteps="timesteps"):
-        return SamplerConfig(args.sample_type, args.skip_type, args.timesteps, args.eta)
+        return SamplerConfig(args.sample_type, args.skip_type, steps, args.eta)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """--sample_type, --skip_type, --timesteps, --eta and what says which images to make."""
     group = parser.add_argument_group("sampling")
-    add_step_arguments(group, 100)
+    add_step_arguments(group, DDIM_STEPS, "; of a pipeline, its own")
     group.add_argument("--seed", type=seed, default=1234, help="image i has the seed SEED + i (default 1234)")
     group.add_argument("--max_images", type=int, default=64, help="images to make (default 64)")
     group.add_argument("--batch_size", type=int, help="images at a time (default: the config's); changes no image")

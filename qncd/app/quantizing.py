@@ -25,6 +25,7 @@ from qncd.progress import Update, progress_bar
 from qncd.ptq.checkpoint import QuantizedInfo, check_quantized, load_quantized_, load_weights_, peek_quantized, save_quantized
 from qncd.ptq.data import CalibrationCollector, CalibrationSet, load_calibration, save_calibration
 from qncd.ptq.pipeline import Job, quantize_network, record_before, sample_calibration
+from qncd.ptq.pipeline_runs import PipelineRuns, calls_of
 from qncd.ptq.qdiffusion import check_qdiffusion, is_qdiffusion, load_qdiffusion_
 from qncd.ptq.runs import DiffusionRuns
 from qncd.recipe import QuantConfig, Recipe, ReconstructionConfig
@@ -33,6 +34,10 @@ from qncd.sampling.correctors.registry import corrector_of, fits, kind_of
 from qncd.sampling.correctors.runtime import check_interval
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
+from qncd.sampling.pipeline import PipelineSampler, Row
+
+Sampler = Diffusion | PipelineSampler  # ours for original checkpoints, and a pipeline of diffusers
+Given = Conditions | Sequence[Row] | None  # what its images are conditioned on
 
 log = logging.getLogger("qncd")
 WEIGHT_SETTINGS = (
@@ -106,23 +111,33 @@ class Files:
         return cls(args.cali_ckpt, args.cali_data_path, args.resume_w, folder, key_table)
 
 
-def check_files(recipe: Recipe, diffusion: Diffusion, base_hash: str, files: Files) -> None:
+def runs_of(sampler: Sampler, recipe: Recipe, conditions: Given, processes: Processes) -> DiffusionRuns | PipelineRuns:
+    """Calibration runs of a sampler; of a pipeline, every process makes all of them."""
+    calibration = recipe.calibration
+    if isinstance(sampler, PipelineSampler):
+        calls = calls_of(sampler.call, conditions if isinstance(conditions, Sequence) else None, calibration.samples)
+        return PipelineRuns(sampler.pipe, calls, calibration, monitor=bars)
+    assert conditions is None or isinstance(conditions, Conditions)
+    return DiffusionRuns(sampler, calibration, conditions, bars, processes=processes)
+
+
+def check_files(recipe: Recipe, sampler: Sampler, base_hash: str, files: Files, conditions: Given = None) -> None:
     """Raise what `quantized` would find out about its files, or about the recipe and the sampler, before any work is done.
 
     The network stays as it is.
     """
-    _Task(recipe, diffusion, base_hash, files, None, OneProcess()).check()
+    _Task(recipe, sampler, base_hash, files, conditions, OneProcess()).check()
 
 
 def quantized(
     recipe: Recipe,
-    diffusion: Diffusion,
+    sampler: Sampler,
     base_hash: str,
     files: Files,
-    conditions: Conditions | None = None,
+    conditions: Given = None,
     processes: Processes | None = None,
 ) -> tuple[Corrector | None, float]:
-    """Turn the network of `diffusion` into the quantized one: from the checkpoint where it exists, else by calibrating.
+    """Turn the network of `sampler` into the quantized one: from the checkpoint where it exists, else by calibrating.
 
     A checkpoint of Q-Diffusion (.pth) brings weights and activation ranges; the correction is this package's.
 
@@ -134,7 +149,7 @@ def quantized(
     Returns:
         the corrector, where one is asked for, and the seconds that calibrating took.
     """
-    task = _Task(recipe, diffusion, base_hash, files, conditions, processes or OneProcess())
+    task = _Task(recipe, sampler, base_hash, files, conditions, processes or OneProcess())
     path = files.checkpoint
     # One process may be done with a file before another one looks.
     there = task.processes.share(path is not None and path.is_file())
@@ -151,20 +166,21 @@ class _Task:
     def __init__(
         self,
         recipe: Recipe,
-        diffusion: Diffusion,
+        sampler: Sampler,
         base_hash: str,
         files: Files,
-        conditions: Conditions | None,
+        conditions: Given,
         processes: Processes,
     ) -> None:
-        self.recipe, self.diffusion, self.base_hash, self.files, self.processes = recipe, diffusion, base_hash, files, processes
-        self.conditions = conditions
-        self.runs = DiffusionRuns(diffusion, recipe.calibration, conditions, bars, processes=processes)
+        self.recipe, self.sampler, self.base_hash, self.files, self.processes = recipe, sampler, base_hash, files, processes
+        self.guidance = conditions.scale if isinstance(conditions, Conditions) else None
+        self.runs = runs_of(sampler, recipe, conditions, processes)
+        self.network = sampler.network
         self.kind = kind_of(recipe)
 
     def check(self) -> None:
         """Read what the three ways read, and compare it with what is asked for."""
-        path, recipe, steps = self.files.checkpoint, self.recipe, len(self.diffusion.steps)
+        path, recipe, steps = self.files.checkpoint, self.recipe, self.sampler.step_count
         if self.kind is not None:
             self.kind.recorder(recipe)
         if recipe.controlled:
@@ -188,11 +204,11 @@ class _Task:
         recipe, controlled = self.recipe, self.recipe.controlled
         return {
             "reconstruction": recipe.reconstruction and dataclasses.asdict(recipe.reconstruction),
-            "sampler": dataclasses.asdict(self.diffusion.config),
-            "guidance": self.conditions.scale if self.conditions else None,
+            "sampler": self.sampler.settings,
+            "guidance": self.guidance,
             "correction": {"interval": controlled.interval, "target": controlled.target} if controlled else None,
             "recipe": recipe.to_json(),
-            "times": list(self.diffusion.times),
+            "times": list(self.runs.times),
         }
 
     def fitted_later(self, record: Record | None) -> Record | None:
@@ -216,7 +232,7 @@ class _Task:
         if self.files.weights_only:
             raise ValueError(f"--resume_w: allowed with this package's checkpoints; {path.name} is one of Q-Diffusion")
         with _naming(path):
-            check_qdiffusion(self.diffusion.network, content, self.files.key_table, self.recipe.quant)
+            check_qdiffusion(self.network, content, self.files.key_table, self.recipe.quant)
         return content, self.files.key_table, self.recipe.quant
 
     def from_qdiffusion(self, path: Path) -> Corrector | None:
@@ -225,7 +241,7 @@ class _Task:
         record = record_before(self.runs, self.recipe)
         self.keep_reference()
         with _naming(path):
-            load_qdiffusion_(self.diffusion.network, *given)
+            load_qdiffusion_(self.network, *given)
         log.info("loaded %s: %s as Q-Diffusion wrote it", path, self.recipe.quant.label)
         return corrector_of(self.recipe, self.fitted_later(record))
 
@@ -236,7 +252,7 @@ class _Task:
         if recipe.reconstruction and _reconstruction_of(info) != self.settings["reconstruction"]:
             how = info.settings.get("reconstruction") or "not at all"
             raise ValueError(f"{path}: was reconstructed otherwise: {how}: --no-recon takes its weights as they are")
-        check_quantized(self.diffusion.network, path, self.base_hash)
+        check_quantized(self.network, path, self.base_hash)
         return info
 
     def from_checkpoint(self, path: Path) -> Corrector | None:
@@ -248,7 +264,7 @@ class _Task:
         if record is None:
             record = record_before(self.runs, recipe)
             self.keep_reference()
-        load_quantized_(self.diffusion.network, path, self.base_hash)
+        load_quantized_(self.network, path, self.base_hash)
         log.info("loaded %s: %s", path, info.config.label)
         return corrector_of(recipe, self.fitted_later(record))
 
@@ -285,16 +301,16 @@ class _Task:
         target = files.folder / "quantized.safetensors" if files.weights_only else files.checkpoint
         if target and first:
             settings = json.loads(json.dumps(self.settings))
-            save_quantized(self.diffusion.network, target, recipe.quant, self.base_hash, settings, outcome.record)
+            save_quantized(self.network, target, recipe.quant, self.base_hash, settings, outcome.record)
             log.info("quantized checkpoint: %s, %.1f MB", target, target.stat().st_size / 1e6)
         return corrector_of(recipe, outcome.record), time.perf_counter() - start
 
     def _calibration(self, path: Path) -> CalibrationSet:
         """The calibration set of a file. Raises ValueError where it is none, or of another model."""
         calibration = self.recipe.calibration
-        data = load_calibration(path, calibration.samples, calibration.steps, self.diffusion.network.condition)
+        data = load_calibration(path, calibration.samples, calibration.steps, self.network.condition)
         with _naming(path):
-            data.check_model(self.diffusion.network, self.base_hash)
+            data.check_model(self.network, self.base_hash)
         return data
 
     def _check_weights(self) -> Path:
@@ -302,7 +318,7 @@ class _Task:
         path, quant = self.files.checkpoint, self.recipe.quant
         assert path is not None
         _check_same(path, peek_quantized(path), quant, self.recipe.smoothing is not None, WEIGHT_SETTINGS)
-        check_quantized(self.diffusion.network, path, self.base_hash, quant)
+        check_quantized(self.network, path, self.base_hash, quant)
         return path
 
     def _weights(self) -> Any:

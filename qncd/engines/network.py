@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from qncd.models.network import Network, rows_of
+from qncd.models.network import Network, rows_of, without_memory
 
 Session = Callable[[dict[str, Tensor]], Tensor]  # named inputs -> the network's output, on the inputs' device
 
@@ -66,8 +66,19 @@ class EngineNetwork(nn.Module):
         self.config, self.session, self.inputs, self.one_step_a_call = network.config, session, inputs, one_step_a_call
         self.defaults = {name: p.default for name, p in inspect.signature(type(network.module).forward).parameters.items()}
         self.register_buffer("place", torch.empty(0, device=network.device, dtype=network.dtype), persistent=False)
+        # What pipelines look up in the original, such as the width of an embedding: shapes alone.
+        object.__setattr__(self, "_original", without_memory(network).module)
         self._qncd_network: Network = _StandIn(network, self)  # what qncd.models.network.network_of gives
         self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original")
+            if original is None or name.startswith("_"):
+                raise
+            return getattr(original, name)
 
     @property
     def device(self) -> torch.device:

@@ -60,7 +60,7 @@ class LatentModel:
 
 
 def load_latent_model(
-    config: Mapping[str, Any] | None,
+    config: Mapping[str, Any],
     ckpt: str | Path | None = None,
     use_pretrained: bool = False,
     sha256: str | None = None,
@@ -68,8 +68,9 @@ def load_latent_model(
     """A latent diffusion model with its weights: eval mode, float32, on the CPU, no gradients.
 
     Args:
-        config: the original yaml as a mapping; may be None for a diffusers folder, which is checked against it otherwise.
-        ckpt: an original checkpoint (.ckpt, .pth, .safetensors), a diffusers folder of a pipeline, or a hub id.
+        config: the original yaml as a mapping.
+        ckpt: an original checkpoint (.ckpt, .pth, .safetensors); a diffusers folder or a hub id of the yaml's model, which must
+            ask for nothing that the original's samplers do not do.
         use_pretrained: without `ckpt`, the published weights that `config["model"]["pretrained"]` names.
             Without both, `config["model"]["weights"]` names a bundled model.
         sha256: hex digest that the file of `ckpt`, or the published one, must have.
@@ -80,21 +81,13 @@ def load_latent_model(
         ValueError: weights and config do not fit, the model is not supported, a file is damaged, or a weight is not finite.
         FileNotFoundError: there are no such weights.
     """
-    if config is not None:
-        check_config(config)
-    elif ckpt is None:
-        raise ValueError("no model: give a config, or --ckpt with a diffusers folder or a hub id")
-    source = str(ckpt) if ckpt is not None else str(default_weights(config or {}, use_pretrained, sha256))
+    check_config(config)
+    source = str(ckpt) if ckpt is not None else str(default_weights(config, use_pretrained, sha256))
     path = local_path(source) if sha256 is None else loading.pinned_path(source, sha256)
     if path.is_dir():
         model = _load_folder(path, source)
-        if config is not None:
-            _check_against(model, config)
+        _check_against(model, config)
         return model
-    if config is None:
-        if not path.exists():
-            raise FileNotFoundError(f"{source}: no such file")
-        raise ValueError(f"{source}: an original checkpoint needs its yaml, give --config")
     unet, first_stage, conditioner = networks_of(path, config)
     return _latent_model(unet, first_stage, conditioner, ldm_betas(config), source)
 

@@ -6,6 +6,7 @@ smoothed. Families in `qncd.models.families` say more about the classes that the
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import logging
@@ -90,10 +91,10 @@ class Network:
 
     def __init__(self, module: nn.Module, prediction: str = "epsilon") -> None:
         self.module, self.prediction = module, prediction
-        parameters = [
-            name for name, p in inspect.signature(type(module).forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD
-        ]
+        signature = inspect.signature(type(module).forward).parameters
+        parameters = [name for name, p in signature.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
         self._parameters = parameters[1:]  # without self
+        self._required = [name for name in self._parameters if signature[name].default is inspect.Parameter.empty]
         self.sample_name = self._parameters[0]
         self.time_name = next((name for name in TIME_NAMES if name in self._parameters), "")
         if not self.time_name:
@@ -142,6 +143,8 @@ class Network:
         for name, value in constants.items():
             arguments[name] = {**value, **arguments[name]} if isinstance(arguments.get(name), dict) else value
         arguments.pop("return_dict", None)
+        given = {*arguments, self.sample_name, self.time_name}
+        arguments |= {name: None for name in self._required if name not in given}  # a context that the network makes itself
         out = self.module(**{self.sample_name: x, self.time_name: t}, **arguments)
         whole: Tensor = out[0] if isinstance(out, tuple) else out.sample
         return whole
@@ -159,7 +162,16 @@ class Network:
         Raises:
             ValueError: the family does not know what its networks are called with.
         """
-        raise ValueError(f"{type(self.module).__name__} is not exported: its family does not say what it is called with")
+        seen = seen_inputs(self.module)
+        if seen is None:
+            raise ValueError(
+                f"{type(self.module).__name__}: what it is called with is known once it is calibrated: export the quantized "
+                "network, or one that a quantized checkpoint was loaded into"
+            )
+        rows = {name: (tuple(one), getattr(torch, dtype)) for name, (one, dtype) in seen.items()}
+        if shape is not None:
+            rows[self.sample_name] = (tuple(shape), rows[self.sample_name][1])
+        return {name: torch.zeros(batch, *one, dtype=dtype, device=self.device) for name, (one, dtype) in rows.items()}
 
     # Places.
 
@@ -250,6 +262,43 @@ def network_of(module: nn.Module | Network, prediction: str | None = None) -> Ne
         log.warning(PLAIN, type(module).__name__)
         object.__setattr__(module, "_qncd_told", True)
     return network
+
+
+def without_memory(network: Network) -> Network:
+    """The network with shapes alone in the place of its weights."""
+    module = network.module
+    memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
+    memo |= {id(p): _shape_of(p) for p in module.parameters()}
+    return network_of(copy.deepcopy(module, memo), network.prediction)
+
+
+def _shape_of(parameter: Tensor) -> Tensor:
+    return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+_SEEN = "_qncd_inputs"  # the attribute of a module
+
+
+def remember_inputs(network: Network, x: Tensor, t: Tensor, inputs: Inputs) -> None:
+    """Keep the shape of one row and the dtype of all that a network is called with, for exporters and checkpoints.
+
+    Time steps are whole numbers (int64) unless one has a fraction.
+    """
+    whole = not t.is_floating_point() or bool((t == t.round()).all())
+    seen = {network.sample_name: [list(x.shape[1:]), "float32"], network.time_name: [[], "int64" if whole else "float32"]}
+    for name, value in inputs.items():
+        seen[name] = [list(value.shape[1:]), "float32" if value.is_floating_point() else "int64"]
+    set_seen_inputs(network.module, seen)
+
+
+def seen_inputs(module: nn.Module) -> dict[str, Any] | None:
+    """What `remember_inputs` kept: [shape of one row, dtype] by name, the sample and the time step first."""
+    return getattr(module, _SEEN, None)
+
+
+def set_seen_inputs(module: nn.Module, seen: dict[str, Any] | None) -> None:
+    """Put back what `seen_inputs` gave."""
+    object.__setattr__(module, _SEEN, seen)
 
 
 def rows_of(inputs: Inputs, rows: Tensor | slice | Sequence[int]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,7 @@ __all__ = ["load_pipeline"]
 
 INDEX = "model_index.json"
 _YAML = (".yml", ".yaml")
-# The class that this package's folders of class-conditional models named before there was such a pipeline.
-_FORMER_CLASS = "ClassConditionalLDM"
+_VARIANT = re.compile(r"\.(fp16|bf16|non_ema|ema_only|fp32)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
 _LIBRARIES = ("diffusers", "transformers", "qncd")
 # What loading a folder or a hub id of diffusers ends in where something is wrong with it.
 _FAULTS = (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError)
@@ -92,14 +92,24 @@ def _from_folder(folder: Path) -> DiffusionPipeline:
     index = read_settings(folder / INDEX, PIPELINE)
     kind = index.get("_class_name")
     _check_libraries(folder / INDEX, index)
-    if kind == _FORMER_CLASS:
-        return latent_pipeline(load_latent_model(None, folder))
     ours = ClassConditionalLDMPipeline
     found = ours if kind == ours.__name__ else DiffusionPipeline
     try:
-        return found.from_pretrained(str(folder), local_files_only=True, low_cpu_mem_usage=is_accelerate_available())
+        return found.from_pretrained(
+            str(folder), local_files_only=True, low_cpu_mem_usage=is_accelerate_available(), variant=_variant(folder)
+        )
     except _FAULTS as error:
         raise ValueError(f"{folder}: diffusers cannot load this {kind} ({_reason(error)})") from error
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of a folder's weights (fp16), where a component has no other; None else."""
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        weights = [path.name for path in part.iterdir() if path.suffix in (".safetensors", ".bin")]
+        variants = {match.group(1) for name in weights if (match := _VARIANT.search(name))}
+        if variants and all(_VARIANT.search(name) for name in weights):
+            return sorted(variants)[0]
+    return None
 
 
 def _check_libraries(path: Path, index: Mapping[str, Any]) -> None:

@@ -21,9 +21,16 @@ import torch
 from torch import Tensor
 
 from qncd.models.files.safetensors_files import read_safetensors, read_safetensors_part, write_safetensors
-from qncd.models.network import Network
-from qncd.ptq.checkpoint_schema import check_tensors, read_act_bits, read_config, read_settings, shortened, unpack4
-from qncd.ptq.context import without_memory
+from qncd.models.network import Network, seen_inputs, set_seen_inputs, without_memory
+from qncd.ptq.checkpoint_schema import (
+    check_tensors,
+    read_act_bits,
+    read_config,
+    read_inputs,
+    read_settings,
+    shortened,
+    unpack4,
+)
 from qncd.ptq.stages.prepare import quantize_
 from qncd.quant.inspection import act_quantizers, quant_layers, replace_quantizers_, set_act_bits_, set_stage
 from qncd.quant.layers import QuantLayer
@@ -52,6 +59,7 @@ class QuantizedInfo:
         settings: what else the calibration depended on (time steps, seeds, ...), as plain JSON values.
         records: what corrections know, by their prefixes, where the file has it.
         act_bits: of each activation quantizer, where the precision is mixed.
+        inputs: shape of one row and dtype of all that the network is called with, by name, where the file says so.
     """
 
     config: QuantConfig
@@ -60,6 +68,7 @@ class QuantizedInfo:
     settings: dict[str, Any]
     records: dict[str, Record] = field(default_factory=dict)
     act_bits: dict[str, int] | None = None
+    inputs: dict[str, Any] | None = None
 
 
 def pack4(codes: Tensor) -> Tensor:
@@ -121,6 +130,8 @@ def save_quantized(
         "base_hash": base_hash,
         "settings": json.dumps(settings),
     }
+    if (seen := seen_inputs(module)) is not None:
+        metadata["inputs"] = json.dumps(seen)
     if config.bit_allocation:
         metadata["act_bits"] = json.dumps(
             {name: quantizer.codes.bits for name, quantizer in quantizers.items() if quantizer.codes}
@@ -153,7 +164,8 @@ def peek_quantized(path: Path) -> QuantizedInfo:
         smoothed = any(name.endswith(".smoothing") for name in names)
         bits = read_act_bits(path, metadata) if config.bit_allocation else None
         settings = read_settings(path, metadata)
-        return QuantizedInfo(config, smoothed, metadata["base_hash"], settings, _records(path, fields, metadata), bits)
+        seen = read_inputs(path, metadata) if "inputs" in metadata else None
+        return QuantizedInfo(config, smoothed, metadata["base_hash"], settings, _records(path, fields, metadata), bits, seen)
     except KeyError as error:
         raise ValueError(f"{path}: damaged header: {error}") from None
 
@@ -218,6 +230,7 @@ def _load_(network: Network, path: Path, config: QuantConfig | None, base_hash: 
     info, tensors = _checked(network, path, config, base_hash)
     # Not the file's memory: codes are kept as they are, and the file may go.
     _take_over(network, {name: value.clone() for name, value in tensors.items()}, info, config)
+    set_seen_inputs(network.module, info.inputs)
     return info
 
 

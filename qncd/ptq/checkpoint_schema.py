@@ -190,6 +190,16 @@ def read_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return settings
 
 
+def read_inputs(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the network is called with: [shape of one row, dtype] by name. Raises as `read_field`."""
+    inputs = read_field(path, metadata, "inputs")
+    for name, value in inputs.items():
+        fits = isinstance(value, list) and len(value) == 2 and isinstance(value[0], list) and value[1] in ("float32", "int64")
+        if not fits or not all(type(size) is int and 0 < size < 1 << 20 for size in value[0]):
+            raise ValueError(f"{path}: damaged header: inputs: {shortened(name)}: expected the shape of a row and its dtype")
+    return inputs
+
+
 def read_act_bits(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
     """The number of bits of each activation quantizer. Raises as `read_field`."""
     bits = read_field(path, metadata, "act_bits")

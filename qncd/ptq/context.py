@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
 from qncd.distributed import OneProcess, Processes
 from qncd.models.network import Network, network_of
 from qncd.ptq.data import CalibrationSet
@@ -98,15 +95,3 @@ class Stage(Protocol):
 def copied(network: Network) -> Network:
     """A copy of a network with a memory of its own."""
     return network_of(copy.deepcopy(network.module), network.prediction)
-
-
-def without_memory(network: Network) -> Network:
-    """The network with shapes alone in the place of its weights."""
-    module = network.module
-    memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
-    memo |= {id(p): _shape_of(p) for p in module.parameters()}
-    return network_of(copy.deepcopy(module, memo), network.prediction)
-
-
-def _shape_of(parameter: Tensor) -> Tensor:
-    return torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

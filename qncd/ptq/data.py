@@ -117,7 +117,7 @@ class CalibrationSet:
         channels, size = config.get("in_channels"), config.get("sample_size")
         images = self.x.ndim == 4 and channels is not None and network.channel_dim == 1
         sides = (size, size) if isinstance(size, int) else tuple(size or self.x.shape[2:])
-        whole = condition == CONDITION or tuple(self.x.shape[2:]) == sides  # text models take other sizes too
+        whole = condition not in (None, "class_labels") or tuple(self.x.shape[2:]) == sides  # text models take other sizes too
         if images and (self.x.shape[1] != channels or not whole):
             raise ValueError(
                 f"the calibration set holds inputs of shape {tuple(self.x.shape[1:])}, the model takes {(channels, *sides)}"

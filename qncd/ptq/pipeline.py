@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from qncd.distributed import OneProcess, Processes
-from qncd.models.network import Network, network_of
+from qncd.models.network import Network, network_of, remember_inputs
 from qncd.ptq.bits import MeanBits, mean_bits
 from qncd.ptq.context import Context, Monitor, silent
 from qncd.ptq.data import CalibrationSet
@@ -130,6 +130,7 @@ def quantize_network(
     if job.weights:
         job.weights(runs.network)
     run_stages(context, job.weights is not None)
+    remember_inputs(runs.network, data.x, data.t, data.inputs)
     if to_fit is not None:
         with naming("fitting the noise correction"):
             record = to_fit.fit(runs, recipe)

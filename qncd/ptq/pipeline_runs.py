@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,14 +13,16 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from qncd.models.network import Call, Network, network_of
+from qncd.models.network import Call, Inputs, Network, network_of
 from qncd.ptq.context import Monitor, copied, silent
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.runs import CALIBRATION_SEED_BASE, TRACKING_SEED_BASE
 from qncd.recipe import CalibrationConfig, SamplerConfig
+from qncd.rng import ImageNoise
 from qncd.sampling.corrector import Corrector, Recorder, See
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
+from qncd.sampling.pipeline import Row, columns, denoiser_of, quiet, replaced
 from qncd.sampling.scheduler import (
     Guidance,
     PipelineCorrection,
@@ -32,18 +35,22 @@ from qncd.sampling.scheduler import (
     process_of,
 )
 
-COMPONENTS = ("unet", "transformer", "prior")  # names that pipelines have for their denoiser
+LEAST_SIGNAL = 1e-3  # of a time step from which a clean image can be read off
 PROMPT_BATCH = 4  # prompts of a call, at most
-BATCHED = ("prompt", "class_labels", "image", "mask_image", "prompt_embeds", "negative_prompt", "latents")
+BATCHED = (
+    "prompt", "negative_prompt", "class_labels", "image", "mask_image", "prompt_embeds", "negative_prompt_embeds", "image_embeds",
+    "negative_image_embeds", "latents",
+)  # fmt: skip
 
 
-def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
-    """(name, module) of a pipeline's denoiser. Raises ValueError where it has none of the known names."""
-    for name in COMPONENTS:
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            return name, module
-    raise ValueError(f"{type(pipe).__name__}: no denoiser among its components (looked for {', '.join(COMPONENTS)})")
+def calls_of(call: Mapping[str, Any], rows: Sequence[Row] | None, samples: int) -> list[dict[str, Any]]:
+    """Calls for `samples` images with the same arguments, and with the rows in turn; without rows, of so many images each."""
+    calls = []
+    for start in range(0, samples, PROMPT_BATCH):
+        part = range(start, min(start + PROMPT_BATCH, samples))
+        own = columns([rows[i % len(rows)] for i in part]) if rows else {"batch_size": len(part)}
+        calls.append({**call, **own})
+    return calls
 
 
 def calls_for(pipe: Any, prompts: Sequence[str] | None, samples: int) -> list[dict[str, Any]]:
@@ -54,10 +61,9 @@ def calls_for(pipe: Any, prompts: Sequence[str] | None, samples: int) -> list[di
             raise ValueError("prompts: expected a sequence of texts, one or more")
         if "prompt" not in parameters:
             raise ValueError(f"{type(pipe).__name__} takes no prompts: give calls=[{{...}}] with what its call takes")
-        texts = [prompts[i % len(prompts)] for i in range(samples)]
-        return [{"prompt": texts[start : start + PROMPT_BATCH]} for start in range(0, samples, PROMPT_BATCH)]
+        return calls_of({}, [{"prompt": text} for text in prompts], samples)
     if "batch_size" in parameters and "prompt" not in parameters:
-        return [{"batch_size": min(PROMPT_BATCH, samples - start)} for start in range(0, samples, PROMPT_BATCH)]
+        return calls_of({}, None, samples)
     raise ValueError(f"{type(pipe).__name__} needs something to be calibrated on: give prompts=[...] or calls=[{{...}}, ...]")
 
 
@@ -116,7 +122,7 @@ class InLanes(nn.Module):
         for start in range(0, size, self.lane):
             rows = slice(start, start + self.lane)
             inputs = {name: v[rows] if v.ndim and len(v) == size else v for name, v in call.inputs.items()}
-            parts.append(self._network.predict(call.x[rows], call.t[rows], inputs, **call.constants))
+            parts.append(self._network.call(call.x[rows], call.t[rows], inputs, **call.constants))
         out = torch.cat(parts)
         return UNet2DOutput(out) if call.constants.get("return_dict", True) else (out,)
 
@@ -144,8 +150,7 @@ class PipelineRuns:
     conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
-        self.component, module = denoiser_of(self.pipe)
-        self.network = network_of(module, prediction_of(self.pipe.scheduler))
+        self.network = network_of(denoiser_of(self.pipe)[1], prediction_of(self.pipe.scheduler))
         parameters = inspect.signature(type(self.pipe).__call__).parameters
         self.accepted = set(parameters)
         unknown = {name for call in self.calls for name in call} - self.accepted
@@ -238,35 +243,26 @@ class PipelineRuns:
         """Within it, the pipeline runs the full-precision network."""
         if self.reference is None:
             raise ValueError("the full-precision network was not kept before it was quantized")
-        with self._replaced(self.reference.module):
+        with replaced(self.pipe, self.reference.module):
             yield
-
-    @contextmanager
-    def _replaced(self, module: nn.Module) -> Iterator[None]:
-        own = getattr(self.pipe, self.component)
-        object.__setattr__(self.pipe, self.component, module)  # diffusers' own would write it into the configuration
-        try:
-            yield
-        finally:
-            object.__setattr__(self.pipe, self.component, own)
 
     def _run(self, title: str, calls: Sequence[Mapping[str, Any]], handler: StepHandler, base: int, lanes: bool = False) -> None:
         """Call the pipeline with each of the calls, while `handler` sees every step."""
-        settings = dict(getattr(self.pipe, "_progress_bar_config", {}))
-        self.pipe.set_progress_bar_config(disable=True)
         seed, done = base + (self.config.seed << 20), 0
-        own = getattr(self.pipe, self.component)
+        own = denoiser_of(self.pipe)[1]
         inner = InLanes(own, network_of(own, self.network.prediction), 2 * PROMPT_BATCH) if lanes else own
-        try:
-            with self.monitor(title, "call") as update, handled(self.pipe.scheduler, handler), self._replaced(inner):
-                for count, call in enumerate(calls, 1):
-                    rows = rows_of_call(call)
-                    with torch.no_grad():
-                        self.pipe(**self._arguments(call, range(seed + done, seed + done + rows)))
-                    done += rows
-                    update(count, len(calls))
-        finally:
-            self.pipe.set_progress_bar_config(**{"disable": False, **settings})
+        with (
+            self.monitor(title, "call") as update,
+            handled(self.pipe.scheduler, handler),
+            replaced(self.pipe, inner),
+            quiet(self.pipe),
+        ):
+            for count, call in enumerate(calls, 1):
+                rows = rows_of_call(call)
+                with torch.no_grad():
+                    self.pipe(**self._arguments(call, range(seed + done, seed + done + rows)))
+                done += rows
+                update(count, len(calls))
 
     def _arguments(self, call: Mapping[str, Any], seeds: range) -> dict[str, Any]:
         """A call's arguments with what makes it repeatable and quick: generators, the number of steps, no decoding."""
@@ -276,7 +272,7 @@ class PipelineRuns:
         if "output_type" in self.accepted:
             extra["output_type"] = "latent"
         if "generator" in self.accepted:
-            extra["generator"] = [torch.Generator().manual_seed(seed << 8) for seed in seeds]
+            extra["generator"] = ImageNoise(seeds).generators
         return {**extra, **call}
 
     def _collected(self, kept: Mapping[int, Sequence[Call]], model_hash: str | None) -> CalibrationSet:
@@ -294,23 +290,41 @@ class PipelineRuns:
     def _find_diffusion(self, first: Sequence[tuple[Call, Tensor, Taken]]) -> None:
         """Our own sampler of the same network at the same time steps, by what the pipeline's first step showed."""
         process = process_of(self.pipe.scheduler)
-        if process is None or not first or any(call.x.shape[1:] != taken.x.shape[1:] for call, _, taken in first):
+        if process is None or process.times is None or not first or any(t.x.shape[2:] != c.x.shape[2:] for c, _, t in first):
             return
+        # Nothing of the sample is in a time step of pure noise.
+        process = dataclasses.replace(process, times=tuple(t for t in process.times if process.at(t)[0] > LEAST_SIGNAL))
+        (_, output, taken), channels = first[0], first[0][2].x.shape[1]
         try:
-            guidance = Guidance.seen(first[0][0], first[0][1].to(first[0][2].x.device), first[0][2])
+            guidance = Guidance.seen(output.to(taken.x.device), taken, nearly=True)
         except ValueError:
             return
         halves: list[list[dict[str, Tensor]]] = [[], []]
-        for call, _, taken in first:
-            count = len(taken.x)
-            halves[0].append({name: value[-count:] for name, value in call.inputs.items()})
-            halves[1].append({name: value[:count] for name, value in call.inputs.items()})
+        for made, _, step in first:
+            count = len(step.x)
+            inputs = {**made.inputs, **({WithChannels.name: made.x[:, channels:]} if made.x.shape[1] > channels else {})}
+            halves[0].append({name: value[-count:] for name, value in inputs.items()})
+            halves[1].append({name: value[:count] for name, value in inputs.items()})
         cond, uncond = (_joined(half) for half in halves)
-        self.diffusion = Diffusion(
-            self.network, process, SamplerConfig(), tuple(first[0][2].x.shape[1:]), lane=min(4, self.samples)
-        )
+        network = WithChannels(self.network) if WithChannels.name in cond else self.network
+        self.diffusion = Diffusion(network, process, SamplerConfig(), tuple(taken.x.shape[1:]), lane=min(4, self.samples))
         if cond:
             self.conditions = Conditions(cond, uncond if guidance.parts == 2 else None, guidance.scale)
+
+
+class WithChannels(Network):
+    """A network whose sample has further channels that stay as they are (inpainting's mask and image), among its inputs."""
+
+    name = "further_channels"
+
+    def __init__(self, network: Network) -> None:
+        vars(self).update(vars(network))
+
+    def predict(self, x: Tensor, t: Tensor | int, inputs: Inputs | None = None, **constants: Any) -> Tensor:
+        """As the network; where the other channels are among the inputs, of a sample without them."""
+        others = dict(inputs or {})
+        further = others.pop(self.name, None)
+        return super().predict(x if further is None else torch.cat([x, further], 1), t, others, **constants)
 
 
 def _on_cpu(call: Call) -> Call:

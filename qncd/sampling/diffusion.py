@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +53,20 @@ class Diffusion:
     def times(self) -> list[float]:
         """The time steps that it visits, the noisiest first."""
         return [step.t for step in self.steps]
+
+    @property
+    def step_count(self) -> int:
+        """How many steps that are."""
+        return len(self.steps)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the images beside the weights and the seeds, as JSON."""
+        return dataclasses.asdict(self.config)
+
+    def with_network(self, network: Network) -> Diffusion:
+        """The same with another network."""
+        return dataclasses.replace(self, network=network)
 
     def denoiser(self, conditions: Conditions | None = None) -> Denoiser:
         """The network as the samplers call it: any number of images, in lanes of one size, the last one filled up.

@@ -98,3 +98,15 @@ def noise_of(kind: str, output: Tensor, x: Tensor, alpha: float, sigma: float) -
     if kind == "flow":
         return (x + alpha * output) / (alpha + sigma)
     raise ValueError(f"prediction {kind!r}: allowed are {', '.join(PREDICTIONS)}")
+
+
+def slope_of(kind: str, alpha: float, sigma: float) -> float:
+    """d output / d eps at a fixed x_t: what a change of the noise is in what a network predicts. Inverse of `noise_of` in eps.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in PREDICTIONS:
+        raise ValueError(f"prediction {kind!r}: allowed are {', '.join(PREDICTIONS)}")
+    slopes = {"epsilon": alpha, "v_prediction": alpha**2 + sigma**2, "sample": -sigma, "flow": alpha + sigma}
+    return slopes[kind] / alpha

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from qncd.models.network import Call, Network
 from qncd.sampling.corrector import Corrector, Tentative
-from qncd.sampling.process import Process, clean_of
+from qncd.sampling.process import Process, clean_of, noise_of, slope_of
 from qncd.sampling.schedule import Step
 
 FLOW = "FlowMatch"  # in the names of schedulers of rectified flow
@@ -31,6 +32,9 @@ VARIANCE_PRESERVING = (
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler", "DEISMultistepScheduler", "LCMScheduler", "TCDScheduler",
 )  # fmt: skip
+
+# Whose samples are x_0 + sigma eps with the levels of `sigmas`, and are scaled for the network.
+VARIANCE_EXPLODING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
 
 
 def prediction_of(scheduler: Any) -> str:
@@ -176,19 +180,27 @@ class Guidance:
     scale: float
 
     @classmethod
-    def seen(cls, call: Call, output: Tensor, taken: Taken) -> Guidance:
-        """From one step. Raises ValueError for guidance that is not u + s (c - u)."""
+    def seen(cls, output: Tensor, taken: Taken, nearly: bool = False) -> Guidance:
+        """From one step.
+
+        Args:
+            output: of the network.
+            nearly: guidance with something more, such as a rescaled standard deviation, is taken as the nearest plain one.
+
+        Raises:
+            ValueError: it is not u + s (c - u).
+        """
         parts, rest = divmod(len(output), len(taken.x))
-        output = output[:, : taken.output.shape[1]]
-        if rest == 0 and parts == 1 and _near(output, taken.output):
+        output, guided = output[:, : taken.x.shape[1]], taken.output[:, : taken.x.shape[1]]
+        if rest == 0 and parts == 1 and (nearly or _near(output, guided)):
             return cls(1, 1.0)
         if rest == 0 and parts == 2:
             uncond, cond = output.chunk(2)
             along = (cond - uncond).double()
             length = float(along.square().sum())
-            scale = float(((taken.output - uncond).double() * along).sum()) / length if length else 1.0
+            scale = float(((guided - uncond).double() * along).sum()) / length if length else 1.0
             found = cls(2, round(scale, 4))
-            if _near(found(output), taken.output):
+            if nearly or _near(found(output), guided):
                 return found
         raise ValueError(
             "the pipeline's guidance is not e_u + s (e_c - e_u) of one network call (guidance_rescale, several calls a step?): "
@@ -229,19 +241,36 @@ class PipelineCorrection:
         self._check_time(taken)
         if taken.index == 0:
             self.corrector.begin([seed_of(x) for x in taken.x], str(taken.x.device))
-        step = self._step(taken)
-        calls = self.tap.take() if self.tap else []
+        step, calls = self._step(taken), self.tap.take() if self.tap else []
+        if self.tap is not None and not step.alpha:
+            return taken.output  # pure noise: whatever the network predicts there says nothing of its noise
+        kind = self.network.prediction if self.tap is not None else "epsilon"
+        # What the network gets has the levels of a variance-preserving process.
+        scale = 1 / math.hypot(step.alpha, step.noise) if kind != "epsilon" else 1.0
+        levels = (scale * step.alpha, scale * step.noise)
+        slope = slope_of(kind, *levels) if kind != "epsilon" else 1.0
 
-        def advance(eps: Tensor) -> Tentative:
-            x_prev = taken.advance(eps)
-            return Tentative(x_prev, clean_of(taken.x, eps, step.alpha, step.noise) if step.noise else x_prev)
+        def noise(output: Tensor, x: Tensor) -> Tensor:
+            return noise_of(kind, output, scale * x, *levels)
+
+        channels = taken.x.shape[1]
+        predicted, variance = taken.output[:, :channels], taken.output[:, channels:]  # a learned variance is not corrected
+        eps = noise(predicted, taken.x)
+
+        def output(corrected: Tensor) -> Tensor:
+            changed = predicted + slope * (corrected - eps) if kind != "epsilon" else corrected
+            return torch.cat([changed, variance], 1) if variance.numel() else changed
+
+        def advance(corrected: Tensor) -> Tentative:
+            x_prev = taken.advance(output(corrected))
+            return Tentative(x_prev, clean_of(taken.x, corrected, step.alpha, step.noise) if step.noise else x_prev)
 
         def denoise(x: Tensor, t: float) -> Tensor:
             if self.tap is None:
                 raise ValueError("this correction calls the network, and was not told so")
-            return self._again(calls, taken, x)
+            return noise(self._again(calls, taken, x), x)
 
-        return self.corrector.correct(step, taken.x, taken.output, denoise, advance).eps
+        return output(self.corrector.correct(step, taken.x, eps, denoise, advance).eps)
 
     def _check_time(self, taken: Taken) -> None:
         if self.times is None:
@@ -268,7 +297,7 @@ class PipelineCorrection:
         if len(calls) != 1:
             raise ValueError(f"the network was called {len(calls)} times for a step: allowed with runtime correction is 1")
         (call, output), channels = calls[0], taken.x.shape[1]
-        guidance = Guidance.seen(call, output, taken)
+        guidance = Guidance.seen(output, taken)
 
         def network_input(sample: Tensor) -> Tensor:
             scaled = taken.scheduler.scale_model_input(sample, taken.time_given)
@@ -292,17 +321,24 @@ def bare_step(taken: Taken) -> Step:
 
 def steps_of(scheduler: Any) -> dict[int, Step]:
     """The steps that a scheduler is about to take, by index. Raises ValueError where their noise levels are not known here."""
-    kind, prediction = type(scheduler).__name__, prediction_of(scheduler)
-    if kind not in VARIANCE_PRESERVING or prediction != "epsilon":
+    name = type(scheduler).__name__
+    if name in VARIANCE_EXPLODING:
+        sigmas = [float(sigma) for sigma in scheduler.sigmas]
+        times = [float(t) for t in scheduler.timesteps]
+        return {
+            i: Step(i, t, -1.0, 1.0, sigma, 1.0, later, 0.0, 0.0)
+            for i, (t, sigma, later) in enumerate(zip(times, sigmas, sigmas[1:], strict=False))
+        }
+    if name not in VARIANCE_PRESERVING:
         raise ValueError(
-            f"runtime correction with {kind} and prediction_type {prediction}: allowed are epsilon and "
-            f"{', '.join(VARIANCE_PRESERVING)}; mode qncd+ corrects with any scheduler"
+            f"runtime correction with {name}: allowed are {', '.join((*VARIANCE_PRESERVING, *VARIANCE_EXPLODING))}; "
+            "mode qncd+ corrects with any scheduler"
         )
     process = process_of(scheduler)
     assert process is not None and process.times is not None
-    times, steps = process.times, {}
-    for index, t in enumerate(times):
-        following = next((later for later in times[index + 1 :] if later != t), -1.0)
+    steps = {}
+    for index, t in enumerate(process.times):
+        following = next((later for later in process.times[index + 1 :] if later != t), -1.0)
         (alpha, noise), (alpha_prev, noise_prev) = process.at(t), process.at(following)
         steps[index] = Step(index, t, following, alpha, noise, alpha_prev, noise_prev, 0.0, 0.0)
     return steps

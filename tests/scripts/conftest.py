@@ -1,4 +1,4 @@
-"""Small random latent models as folders, and a way to run a script in this process."""
+"""Small random latent models in the original layout, and a way to run a script in this process."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from script_runs import run_in_process
 
-from qncd.models.latent import LatentModel, save_latent_model
 from qncd.models.original.autoencoders import FirstStage, build_first_stage
-from qncd.models.original.compvis import build_conditioner
-from qncd.models.original.ldm import build_ldm_unet, ldm_betas
+from qncd.models.original.compvis import build_conditioner, original_state_dict
+from qncd.models.original.ldm import build_ldm_unet
 
 RunScript = Callable[..., str]
 
@@ -57,7 +57,7 @@ def latent_config(kind: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def latent_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """latent_folder(kind): a diffusers folder with a random model, made once."""
+    """latent_folder(kind): a folder with a random model's model.ckpt and config.yaml, made once."""
     made: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -67,16 +67,12 @@ def latent_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
             conditioner = build_conditioner(config)
             if kind == "class":
                 torch.nn.init.normal_(conditioner.embedding.weight, std=3.0)  # type: ignore[union-attr, arg-type]
-            model = LatentModel(
-                build_ldm_unet(config),
-                FirstStage(build_first_stage(config), 1.0),
-                conditioner,
-                ldm_betas(config),
-                (3, 8, 8),
-                kind,
-            )
+            stage = FirstStage(build_first_stage(config), 1.0)
+            state = original_state_dict(config, build_ldm_unet(config), stage, conditioner)
             made[kind] = tmp_path_factory.mktemp(kind) / "model"
-            save_latent_model(model, made[kind])
+            made[kind].mkdir()
+            torch.save({"state_dict": {key: value.detach().clone() for key, value in state.items()}}, made[kind] / "model.ckpt")
+            (made[kind] / "config.yaml").write_text(yaml.safe_dump(config))
         return made[kind]
 
     return make

@@ -66,7 +66,7 @@ def files(tmp_path: Path) -> Path:
 def test_latent_diffusion(files: Path) -> None:
     out = files / "out"
     run("--config", files / "ldm.yaml", "--ckpt", files / "ldm.ckpt", "--out", out)
-    model, folder = load_latent_model(LDM, files / "ldm.ckpt"), load_latent_model(None, out)
+    model, folder = load_latent_model(LDM, files / "ldm.ckpt"), load_latent_model(LDM, out)
     assert state_dict_hash(folder.unet) == state_dict_hash(model.unet)
     assert state_dict_hash(folder.first_stage.model) == state_dict_hash(model.first_stage.model)
     assert diffusers.LDMPipeline.from_pretrained(out).unet.config.sample_size == 8

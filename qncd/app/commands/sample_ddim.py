@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qncd.app import flags
 from qncd.app import parser as cli
@@ -30,6 +30,7 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     parser = cli.make_parser(description)
     cli.add_model_arguments(parser)
     cli.add_sampling_arguments(parser)
+    cli.add_pipeline_arguments(parser)
     cli.add_ptq_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument("-l", "--logdir", type=Path, required=True, help="output folder")
@@ -43,6 +44,8 @@ def check(args: argparse.Namespace) -> Recipe | None:
     cli.sampler_config(args)
     recipe = flags.recipe_of(args)
     flags.check_files(args)
+    if args.config is None and args.ckpt is None:
+        raise ValueError("which model? Name its yaml with --config, or a pipeline of diffusers with --ckpt")
     if args.cond:
         raise ValueError("--cond: the models of this script are unconditional; allowed without it")
     return recipe
@@ -57,8 +60,31 @@ def run(args: argparse.Namespace) -> None:
     """The same for 0 images too: the network is quantized and nothing is sampled."""
     recipe = check(args)
     from qncd.app.job import in_processes
+    from qncd.app.pipelines import is_pipeline
 
-    in_processes(args, recipe, sample)
+    in_processes(args, recipe, sample_pipeline if args.config is None and is_pipeline(args.ckpt) else sample)
+
+
+def sample_pipeline(args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
+    """The run on a pipeline of diffusers, with its own scheduler, in each of the processes."""
+    from qncd.app import pipelines
+
+    def rows(pipe: Any, samples: int) -> None:
+        pipelines.check_takes(
+            pipe, "batch_size", "number of images alone", "scripts/txt2img.py or scripts/sample_diffusion_ldm.py"
+        )
+
+    names = {"num_inference_steps": ("timesteps", args.timesteps), "eta": ("eta", args.eta or None)}
+    refused = {}
+    if args.sample_type != "generalized":
+        refused["sample_type"] = "a pipeline samples with its scheduler; name another with --scheduler"
+    if args.skip_type != "uniform":
+        refused["skip_type"] = "a pipeline's scheduler spaces its time steps; give --config for DDIM's own sampler"
+    request = pipelines.Request(
+        names, refused, pipelines.named_scheduler(args), args.max_images, lambda i: args.seed + i,
+        args.batch_size or 64, args.logdir, rows,
+    )  # fmt: skip
+    pipelines.sample(request, args, recipe, processes)
 
 
 def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
@@ -71,6 +97,11 @@ def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes
     from qncd.sampling.process import Process
     from qncd.sampling.schedule import betas_of
 
+    cli.refuse_pipeline_arguments(args)
+    if args.config is None:
+        raise ValueError(
+            f"--ckpt {args.ckpt}: no pipeline of diffusers (no model_index.json in it): its yaml is needed, --config"
+        )
     quantizing.check_engine_arguments(args, recipe)
     sampler = cli.sampler_config(args)
     model_config = load_config(args.config)

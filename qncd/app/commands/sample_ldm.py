@@ -14,19 +14,23 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qncd.app import flags
 from qncd.app import parser as cli
+from qncd.io.files import write_text
 from qncd.models.configs import CONFIGS
 from qncd.recipe import SamplerConfig
 
 if TYPE_CHECKING:
+    from qncd.app.job import ImagePlan
     from qncd.distributed import Processes
+    from qncd.io.runs import Run
     from qncd.recipe import Recipe
 
 DEFAULT_CONFIG = CONFIGS / "fashion_mnist_ldm.yaml"
 GUIDANCE = 3.0  # of the published ImageNet figures
+STEPS = 50
 
 
 def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
@@ -34,7 +38,7 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     cli.add_latent_model_arguments(parser, "-r", "--resume_base")
     group = parser.add_argument_group("sampling")
     group.add_argument("-n", "--n_samples", type=int, default=64, help="images to make (default 64)")
-    group.add_argument("-c", "--custom_steps", type=int, default=50, help="time steps (default 50)")
+    group.add_argument("-c", "--custom_steps", type=int, help=f"time steps (default {STEPS}; of a pipeline, its own)")
     group.add_argument("-e", "--eta", type=float, help="noise of DDIM (default 1, as in the original; 0 with --dpm)")
     group.add_argument("-v", "--vanilla_sample", action="store_true", help="DDPM over all of the model's time steps")
     group.add_argument("--dpm", action="store_true", help="DPM-Solver++ instead of DDIM")
@@ -44,6 +48,7 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     group.add_argument("--scale", type=float, help=f"classifier-free guidance (default {GUIDANCE:g}; 1 for none)")
     group.add_argument("--classes", help="comma-separated class numbers, repeated over the images (default: all in turn)")
     cli.add_lane_argument(group)
+    cli.add_pipeline_arguments(parser)
     cli.add_ptq_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument("-l", "--logdir", type=Path, required=True, help="output folder")
@@ -62,7 +67,7 @@ def sampler_config(args: argparse.Namespace, train_timesteps: int) -> SamplerCon
         return SamplerConfig("generalized", "uniform", train_timesteps, 1.0)
     eta = args.eta if args.eta is not None else 0.0 if args.dpm else 1.0
     with cli.naming_flags(eta="eta", timesteps="custom_steps"):
-        return SamplerConfig("dpm_solver" if args.dpm else "generalized", args.skip_type, args.custom_steps, eta, "ldm")
+        return SamplerConfig("dpm_solver" if args.dpm else "generalized", args.skip_type, args.custom_steps or STEPS, eta, "ldm")
 
 
 def named_classes(text: str | None) -> list[int] | None:
@@ -107,17 +112,65 @@ def run(args: argparse.Namespace) -> None:
     """The same for 0 images too: the network is quantized and nothing is sampled."""
     recipe = check(args)
     from qncd.app.job import in_processes
+    from qncd.app.pipelines import is_pipeline
 
-    in_processes(args, recipe, sample)
+    in_processes(args, recipe, sample_pipeline if is_pipeline(args.ckpt) else sample)
+
+
+def write_labels(run: Run, plan: ImagePlan, classes: Sequence[int]) -> None:
+    """labels.csv: which image has which class."""
+    rows = [f"{plan.path(Path(), i)},{classes[i % len(classes)]}" for i in range(plan.count)]
+    write_text(run.folder / "labels.csv", "\n".join(["file,class", *rows]) + "\n")
+
+
+def sample_pipeline(args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
+    """The run on a pipeline of diffusers, with its own scheduler, in each of the processes."""
+    from qncd.app import pipelines
+
+    classes: list[int] = []
+
+    def rows(pipe: Any, samples: int) -> pipelines.Rows | None:
+        every = pipelines.class_labels(pipe)
+        if every is None:
+            pipelines.check_takes(pipe, "batch_size", "number of images alone", "scripts/txt2img.py")
+            if args.classes or args.cond:
+                raise ValueError(f"{args.ckpt} is unconditional: allowed without --cond and --classes")
+            return None
+        classes[:] = chosen_classes(named_classes(args.classes), len(every) + 1)
+        spread = [{"class_labels": every[i * len(every) // samples % len(every)]} for i in range(samples)]
+        return pipelines.Rows(lambda i: {"class_labels": classes[i % len(classes)]}, spread)
+
+    def describe(run: Run, plan: ImagePlan) -> None:
+        if classes:
+            write_labels(run, plan, classes)
+
+    refused = {}
+    if args.vanilla_sample:
+        refused["vanilla_sample"] = "a pipeline samples with its scheduler; --scheduler DDPM -c 1000 is DDPM"
+    if args.skip_type != "uniform":
+        refused["skip_type"] = "a pipeline's scheduler spaces its time steps"
+    if args.dpm and args.scheduler:
+        raise ValueError(f"--scheduler {args.scheduler}: excludes --dpm, which names another one")
+    scheduler = ("--dpm", "DPMSolverMultistep") if args.dpm else pipelines.named_scheduler(args)
+    names = {
+        "num_inference_steps": ("custom_steps", args.custom_steps),
+        "eta": ("eta", args.eta),
+        "guidance_scale": ("scale", args.scale),
+    }
+    request = pipelines.Request(
+        names, refused, scheduler, args.n_samples, lambda i: args.seed + i, args.batch_size, args.logdir, rows, describe
+    )
+    pipelines.sample(request, args, recipe, processes)
 
 
 def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
     """The run, in each of the processes."""
     from qncd.app import job, latent, quantizing
-    from qncd.io.files import write_text
     from qncd.models.original.conditioning import ClassConditioner, TextConditioner
+    from qncd.models.original.ldm import ldm_unet_key_map
     from qncd.sampling.guidance import Conditions
 
+    cli.refuse_pipeline_arguments(args)
     quantizing.check_engine_arguments(args, recipe)
     device = str(processes.device)
     model, config = latent.load_model(args, DEFAULT_CONFIG, device)
@@ -155,12 +208,11 @@ def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes
     }
     side = model.latent_shape[1] * model.first_stage.factor
     needed = 12 * args.n_samples * side * side
-    task = job.Task(diffusion, settings["model"], recipe, calibration_conditions, latent.original_names(config))
+    task = job.Task(diffusion, settings["model"], recipe, calibration_conditions, ldm_unet_key_map(config))
     run = processes.first(lambda: job.open_folder(args, task, args.logdir, settings, args.batch_size, needed))
     latent.tell_model(model)
     decode = latent.make_decoder(model, diffusion.lane)
     plan = job.ImagePlan(args.n_samples, lambda i: args.seed + i, conditions, decode, columns)
     if classes and processes.is_first:
-        rows = [f"{plan.path(Path(), i)},{classes[i % len(classes)]}" for i in range(args.n_samples)]
-        write_text(run.folder / "labels.csv", "\n".join(["file,class", *rows]) + "\n")
+        write_labels(run, plan, classes)
     job.SamplingJob(run, plan, args.batch_size, processes).sample_and_finish(args, task)

@@ -21,7 +21,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qncd.app import flags
 from qncd.app import parser as cli
@@ -31,12 +31,15 @@ from qncd.models.configs import CONFIGS
 from qncd.recipe import SamplerConfig
 
 if TYPE_CHECKING:
+    from qncd.app.job import ImagePlan
     from qncd.distributed import Processes
+    from qncd.io.runs import Run
     from qncd.models.latent import LatentModel
     from qncd.recipe import Recipe
 
 DEFAULT_CONFIG = CONFIGS / "scenes.yaml"
 GUIDANCE = 7.5
+STEPS = 50
 
 
 def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
@@ -53,8 +56,10 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     kinds = group.add_mutually_exclusive_group()
     kinds.add_argument("--plms", action="store_true", help="PLMS instead of DDIM")
     kinds.add_argument("--dpm", "--dpm_solver", action="store_true", help="DPM-Solver++ instead of DDIM")
-    group.add_argument("--ddim_steps", type=int, default=50, help="time steps of whichever sampler (default 50)")
-    group.add_argument("--ddim_eta", type=float, default=0.0, help="noise of DDIM (default 0)")
+    group.add_argument(
+        "--ddim_steps", type=int, help=f"time steps of whichever sampler (default {STEPS}; of a pipeline, its own)"
+    )
+    group.add_argument("--ddim_eta", type=float, help="noise of DDIM (default 0)")
     group.add_argument("--scale", type=float, help=f"classifier-free guidance (default: the yaml's, else {GUIDANCE})")
     group.add_argument("--seed", type=cli.seed, default=42, help="image i has the seed SEED + i (default 42)")
     group.add_argument("--fixed_code", action="store_true", help="every --n_samples images start from the same noises")
@@ -67,6 +72,7 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
         help="autocast: mixed precision (faster on a GPU; the original's default)",
     )  # fmt: skip
     cli.add_lane_argument(group)
+    cli.add_pipeline_arguments(parser)
     cli.add_ptq_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--outdir", type=Path, default=Path("outputs/txt2img-samples"), help="output folder (default %(default)s)")
@@ -123,7 +129,7 @@ def sampler_config(args: argparse.Namespace) -> SamplerConfig:
     """DDIM, PLMS or DPM-Solver++ in latent-diffusion's convention. Raises ValueError for values out of range."""
     kind = "plms" if args.plms else "dpm_solver" if args.dpm else "generalized"
     with cli.naming_flags(eta="ddim_eta", timesteps="ddim_steps"):
-        return SamplerConfig(kind, "uniform", args.ddim_steps, args.ddim_eta, "ldm")
+        return SamplerConfig(kind, "uniform", args.ddim_steps or STEPS, args.ddim_eta or 0.0, "ldm")
 
 
 def check(args: argparse.Namespace) -> tuple[Recipe | None, list[str]]:
@@ -133,6 +139,8 @@ def check(args: argparse.Namespace) -> tuple[Recipe | None, list[str]]:
     cli.check_scale(args.scale)
     if args.begin_data < 0:
         raise ValueError(f"--begin_data {args.begin_data}: allowed are whole numbers, 0 or more")
+    if args.scheduler and (args.plms or args.dpm):
+        raise ValueError(f"--scheduler {args.scheduler}: excludes --plms and --dpm, which name another one")
     if args.skip_grid and args.skip_save:
         raise ValueError("--skip_grid and --skip_save together leave nothing to look at")
     recipe = flags.recipe_of(args)
@@ -150,16 +158,102 @@ def run(args: argparse.Namespace) -> None:
     """The same for 0 images too: the network is quantized and nothing is sampled."""
     recipe, prompts = check(args)
     from qncd.app.job import in_processes
+    from qncd.app.pipelines import is_pipeline
 
-    in_processes(args, recipe, functools.partial(sample, prompts))
+    in_processes(args, recipe, functools.partial(sample_pipeline if is_pipeline(args.ckpt) else sample, prompts))
+
+
+class PromptPlan:
+    """Which image has which prompt and seed."""
+
+    def __init__(self, prompts: Sequence[str], args: argparse.Namespace) -> None:
+        self.prompts, self.args = prompts, args
+        self.rounds = len(prompts) if args.from_file else args.n_samples
+        self.count = args.n_iter * self.rounds
+
+    def number(self, index: int) -> int:
+        """Of image `index`, its prompt's place among the prompts."""
+        return index % self.rounds if self.args.from_file else 0
+
+    def prompt(self, index: int) -> str:
+        """Of image `index`."""
+        return self.prompts[self.number(index)]
+
+    def seed(self, index: int) -> int:
+        """Of image `index`."""
+        return int(self.args.seed + (index % self.args.n_samples if self.args.fixed_code else index))
+
+    def calibration(self, samples: int) -> list[str]:
+        """Prompts spread over the whole file; where there are fewer, they are taken several times with other noise."""
+        return [self.prompts[i * len(self.prompts) // samples] for i in range(samples)]
+
+    @property
+    def columns(self) -> int:
+        """Of the contact sheet."""
+        return int(self.args.n_rows or (8 if self.args.from_file else self.args.n_samples))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For run.json."""
+        return {
+            "fixed_code": self.args.n_samples if self.args.fixed_code else None,
+            "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+            "images": self.count,
+        }
+
+    def write(self, run: Run, plan: ImagePlan) -> None:
+        """prompts.jsonl."""
+        lines = []
+        for i in range(self.count):
+            name, number = str(plan.path(Path("images"), i)), self.args.begin_data + self.number(i)
+            line = {"index": i, "file": name, "seed": self.seed(i), "prompt_index": number, "prompt": self.prompt(i)}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        write_text(run.folder / "prompts.jsonl", "".join(lines))
+
+
+def sample_pipeline(prompts: Sequence[str], args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
+    """The run on a pipeline of diffusers, in each of the processes."""
+    from qncd.app import pipelines
+
+    chosen = PromptPlan(prompts, args)
+
+    def rows(pipe: Any, samples: int) -> pipelines.Rows:
+        pipelines.check_takes(pipe, "prompt", "text", "scripts/sample_diffusion_ldm.py or scripts/sample_diffusion_ddim.py")
+        spread = [{"prompt": text} for text in chosen.calibration(samples)] if samples else []
+        return pipelines.Rows(lambda i: {"prompt": chosen.prompt(i)}, spread)
+
+    names = {
+        "num_inference_steps": "ddim_steps", "eta": "ddim_eta", "guidance_scale": "scale", "height": "H", "width": "W",
+    }  # fmt: skip
+    named = ("--plms", "PNDM") if args.plms else ("--dpm", "DPMSolverMultistep") if args.dpm else pipelines.named_scheduler(args)
+    request = pipelines.Request(
+        arguments={name: (flag, getattr(args, flag)) for name, flag in names.items()},
+        refused={name: "the pipeline knows its own" for name in ("C", "f") if getattr(args, name) is not None},
+        scheduler=named,
+        count=chosen.count,
+        seed_of=chosen.seed,
+        batch_size=args.n_samples,
+        output=args.outdir,
+        rows=rows,
+        describe=chosen.write,
+        columns=chosen.columns,
+        grid=not args.skip_grid,
+        settings=chosen.settings,
+        finish=(args.safety_checker, args.watermark),
+    )
+    pipelines.sample(request, args, recipe, processes)
+    if args.skip_save and chosen.count and processes.is_first:
+        shutil.rmtree(args.outdir / "images")
 
 
 def sample(prompts: Sequence[str], args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
     """The run, in each of the processes."""
     from qncd.app import job, latent, quantizing
+    from qncd.models.original.ldm import ldm_unet_key_map
     from qncd.models.safety import image_finishers
     from qncd.sampling.guidance import Conditions
 
+    cli.refuse_pipeline_arguments(args)
     quantizing.check_engine_arguments(args, recipe)
     sampler = sampler_config(args)
     device = str(processes.device)
@@ -172,24 +266,15 @@ def sample(prompts: Sequence[str], args: argparse.Namespace, recipe: Recipe | No
     recipe = recipe.with_batch_size(cli.default_calibration_batch(4 * max(shape[1:]))) if recipe else None
     with cli.naming_flags(timesteps="ddim_steps"):
         diffusion = latent.build_diffusion(model, sampler, shape, args.lane, scale != 1, args.precision)
-    rounds = len(prompts) if args.from_file else args.n_samples
-    count = args.n_iter * rounds
-
-    def prompt_of(index: int) -> int:
-        return index % rounds if args.from_file else 0
-
-    def seed_of(index: int) -> int:
-        return args.seed + (index % args.n_samples if args.fixed_code else index)
+    chosen = PromptPlan(prompts, args)
 
     def conditions(indices: Sequence[int]) -> Conditions:
-        return encode([prompts[prompt_of(i)] for i in indices])
+        return encode([chosen.prompt(i) for i in indices])
 
     settings = {
         **latent.model_hashes(model),
         "seed": args.seed,
-        "fixed_code": args.n_samples if args.fixed_code else None,
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "images": count,
+        **chosen.settings,
         "guidance": scale,
         "latents": shape,
         "precision": args.precision,
@@ -198,24 +283,15 @@ def sample(prompts: Sequence[str], args: argparse.Namespace, recipe: Recipe | No
         "finish": [args.safety_checker, args.watermark],
     }
     height, width = (side * model.first_stage.factor for side in shape[1:])
-    needed = 12 * count * height * width
-    # Prompts spread over the whole file; where there are fewer, they are taken several times with other noise.
-    samples = recipe.calibration.samples if recipe else 0
-    spread = [prompts[i * len(prompts) // samples] for i in range(samples)]
-    calibration = encode(spread) if spread else None
-    task = job.Task(diffusion, settings["model"], recipe, calibration, latent.original_names(config))
+    needed = 12 * chosen.count * height * width
+    calibration = encode(chosen.calibration(recipe.calibration.samples)) if recipe else None
+    task = job.Task(diffusion, settings["model"], recipe, calibration, ldm_unet_key_map(config))
     run = processes.first(lambda: job.open_folder(args, task, args.outdir, settings, args.n_samples, needed))
     latent.tell_model(model)
     decode = latent.make_decoder(model, diffusion.lane, finishers)
-    columns = args.n_rows or (8 if args.from_file else args.n_samples)
-    plan = job.ImagePlan(count, seed_of, conditions, decode, columns)
+    plan = job.ImagePlan(chosen.count, chosen.seed, conditions, decode, chosen.columns)
     if processes.is_first:
-        lines = []
-        for i in range(count):
-            name, number = str(plan.path(Path("images"), i)), args.begin_data + prompt_of(i)
-            line = {"index": i, "file": name, "seed": seed_of(i), "prompt_index": number, "prompt": prompts[prompt_of(i)]}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        write_text(run.folder / "prompts.jsonl", "".join(lines))
+        chosen.write(run, plan)
     job.SamplingJob(run, plan, args.n_samples, processes).sample_and_finish(args, task, not args.skip_grid)
-    if args.skip_save and count and processes.is_first:
+    if args.skip_save and chosen.count and processes.is_first:
         shutil.rmtree(run.folder / "images")

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from qncd.models.network import Inputs, Network, TimePath, few
+from qncd.models.network import Inputs, Network, TimePath, few, seen_inputs
 from qncd.models.stretch import additive_factors, scale_shift_factors
 
 log = logging.getLogger("qncd")
@@ -30,16 +30,17 @@ class UNet(Network):
 
     @property
     def condition(self) -> str | None:
+        if self.config.get("encoder_hid_dim_type") == "image_proj":
+            return "added_cond_kwargs.image_embeds"  # which the context is made of
         if "cross_attention_dim" in self.config:
             return "encoder_hidden_states"
         return "class_labels" if getattr(self.module, "class_embedding", None) is not None else None
 
     def example(self, batch: int, shape: Sequence[int] | None = None) -> dict[str, Tensor]:
         config, device = self.config, self.device
-        if config.get("addition_embed_type") or getattr(self.module, "encoder_hid_proj", None) is not None:
-            raise ValueError("networks with added embeddings (SDXL, image prompts) are not exported")
-        if config.get("time_cond_proj_dim") or (self.config.get("class_embed_type") and "cross_attention_dim" in config):
-            raise ValueError("networks with guidance or class embeddings beside a context are not exported")
+        further = ("addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim", "class_embed_type")
+        if seen_inputs(self.module) is not None or any(config.get(name) for name in further):
+            return super().example(batch, shape)
         if shape is None:
             size = config.sample_size
             shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -83,8 +84,8 @@ class UNet(Network):
         for name, attention in self.module.named_modules():
             if not isinstance(attention, Attention):
                 continue
-            if getattr(attention, "added_kv_proj_dim", None) is not None or getattr(attention, "fused_projections", False):
-                raise ValueError(f"{name}: attention with added or fused projections is not supported; unfuse it first")
+            if getattr(attention, "fused_projections", False):
+                raise ValueError(f"{name}: attention with fused projections is not supported; unfuse it first")
             processor: Any = attention.processor
             own = type(processor).__module__ == processors.__name__
             if own and type(processor).__name__ in PLAIN_PROCESSORS:

@@ -46,7 +46,7 @@ def write(path: Path, settings: dict[str, Any]) -> Path:
 
 def refused(message: str, folder: Path, config: Any = CONFIG, **kwargs: Any) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        load_ddim(config, folder, **kwargs) if config is not None else load_latent_model(None, folder)
+        load_ddim(config, folder, **kwargs) if config is not None else load_latent_model(config_of("text"), folder)
     assert "\n" not in str(caught.value)
 
 
@@ -116,10 +116,12 @@ def test_schedulers_that_the_samplers_compute(pixel_folder: Path, latent_folder:
         write(scheduler_of(pixel_folder), settings)
         assert state_dict_hash(load_ddim(CONFIG, pixel_folder)) == expected
     for kind in (DDIMScheduler, PNDMScheduler):
-        scheduler = kind(beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1)
+        scheduler = kind(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1
+        )
         changes = {"clip_sample": False} if kind is DDIMScheduler else {"skip_prk_steps": True}
         write(scheduler_of(latent_folder), {**scheduler.config, **changes, "_class_name": kind.__name__})
-        load_latent_model(None, latent_folder)
+        load_latent_model(config_of("text"), latent_folder)
 
 
 def test_clipping_belongs_to_one_sampler(pixel_folder: Path) -> None:
@@ -210,7 +212,8 @@ def test_components_that_the_samplers_leave_out(latent_folder: Path, name: str) 
         refused(message, latent_folder, None)
     finally:
         write(latent_folder / "model_index.json", index)
-    load_latent_model(None, latent_folder)
+    write(scheduler_of(latent_folder), {**DDPM, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+    load_latent_model(config_of("text"), latent_folder)
 
 
 def test_a_latent_folder_is_no_pixel_model(latent_folder: Path) -> None:

@@ -1,0 +1,325 @@
+"""Runs of the sampling commands on pipelines of diffusers: flags become arguments of the pipeline's own call, or are refused."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+
+from qncd.app import job
+from qncd.app import parser as cli
+from qncd.distributed import Processes
+from qncd.io.files import first_line
+from qncd.io.images import to_uint8
+from qncd.io.runs import Run
+from qncd.metrics.report.image_files import SUFFIXES
+from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, HUB_ID
+from qncd.models.loading import state_dict_hash
+from qncd.models.pipelines import INDEX, load_pipeline
+from qncd.models.safety import image_finishers
+from qncd.models.schedulers import scheduler_named
+from qncd.recipe import Recipe
+from qncd.sampling.correctors.registry import kind_of
+from qncd.sampling.pipeline import PipelineSampler, Row, denoiser_of
+
+log = logging.getLogger("qncd")
+# Arguments of a call that other flags give, or that decide what comes back.
+RESERVED = (
+    "prompt", "class_labels", "batch_size", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt",
+    "callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "self", "image", "mask_image",
+)  # fmt: skip
+ADAPTER_SCALE = "="  # between an adapter's file and its weight
+
+
+def is_pipeline(source: str | None) -> bool:
+    """Whether a checkpoint flag names a pipeline of diffusers: a folder with model_index.json, or a hub id."""
+    if source is None:
+        return False
+    path = Path(source)
+    if path.exists():
+        return (path / INDEX).is_file()
+    return HUB_ID.fullmatch(source) is not None and path.suffix not in CHECKPOINT_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command asks of a pipeline.
+
+    Attributes:
+        arguments: of the call by name, each with the flag that gives it; those of None are the pipeline's own.
+        refused: flags of original models that are given, and why no pipeline does what they say.
+        scheduler: another scheduler than the pipeline's own: the words that ask for it, and its name.
+        count: images.
+        seed_of: the seed of image i.
+        batch_size: images at a time.
+        output: folder.
+        rows: of images by their indices, for a pipeline, and of the calibration trajectories; None where it takes none.
+        describe: writes what belongs beside the images.
+        columns: of the contact sheet.
+        grid: whether there is one.
+        settings: further ones for run.json.
+        finish: safety checker and watermark.
+    """
+
+    arguments: Mapping[str, tuple[str, Any]]
+    refused: Mapping[str, str]
+    scheduler: tuple[str, str] | None
+    count: int
+    seed_of: Callable[[int], int]
+    batch_size: int
+    output: Path
+    rows: Callable[[Any, int], Rows | None]
+    describe: Callable[[Run, job.ImagePlan], None] = lambda run, plan: None
+    columns: int = 8
+    grid: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    finish: tuple[str | None, str | None] = (None, None)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What images are conditioned on: of image i, and of all calibration trajectories."""
+
+    of_image: Callable[[int], Row]
+    calibration: Sequence[Row]
+
+
+def _arguments(args: argparse.Namespace, request: Request, pipe: Any) -> dict[str, Any]:
+    """The arguments of every call. Raises ValueError for a flag that this pipeline cannot honour."""
+    name, parameters = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
+    for flag, reason in request.refused.items():
+        raise ValueError(f"--{flag}: {reason}")
+    found: dict[str, Any] = {}
+    for argument, (flag, value) in request.arguments.items():
+        if value is None:
+            continue
+        if argument not in parameters:
+            raise ValueError(f"--{flag} {value}: {name} takes no {argument}")
+        if argument == "eta" and value and "eta" not in inspect.signature(type(pipe.scheduler).step).parameters:
+            raise ValueError(f"--{flag} {value}: {type(pipe.scheduler).__name__} has no eta; allowed is 0, or --scheduler DDIM")
+        found[argument] = value
+    for text in args.argument:
+        argument, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--argument {text}: expected NAME=VALUE")
+        if argument in RESERVED or argument not in parameters:
+            allowed = ", ".join(key for key in parameters if key not in RESERVED and parameters[key].kind.name != "VAR_KEYWORD")
+            raise ValueError(f"--argument {text}: allowed with {name} are {allowed}")
+        try:
+            found[argument] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--argument {text}: not a value in YAML ({first_line(error)})") from None
+    return found
+
+
+def _images(path: Path | None, flag: str) -> list[Image.Image]:
+    """The image of a file, or those of a folder by their names. Raises ValueError, FileNotFoundError where there is none."""
+    if path is None:
+        return []
+    if not path.exists():
+        raise FileNotFoundError(f"--{flag} {path}: no such file or folder")
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"--{flag} {path}: no image in this folder")
+    try:
+        return [Image.open(file).convert("RGB" if flag == "image" else "L") for file in files]
+    except OSError as error:
+        raise ValueError(f"--{flag} {path}: not an image ({first_line(error)})") from None
+
+
+def _with_images(args: argparse.Namespace, pipe: Any, rows: Rows | None) -> Rows | None:
+    """The rows with the images of --image and --mask_image in turn."""
+    given = {name: _images(getattr(args, name), name) for name in ("image", "mask_image")}
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for name, images in given.items():
+        if images and name not in parameters:
+            raise ValueError(f"--{name}: {type(pipe).__name__} takes none")
+        if not images and name in parameters and (name == "mask_image" or "strength" in parameters or _controlled(pipe)):
+            raise ValueError(f"{type(pipe).__name__} needs --{name}")
+    if not any(given.values()):
+        return rows
+    if rows is None:
+        raise ValueError(f"--image: {type(pipe).__name__} makes images of nothing else than seeds")
+
+    def pictures(i: int) -> dict[str, Any]:
+        return {name: images[i % len(images)] for name, images in given.items() if images}
+
+    own = rows
+    calibration = [{**row, **pictures(i)} for i, row in enumerate(own.calibration)]
+    return Rows(lambda i: {**own.of_image(i), **pictures(i)}, calibration)
+
+
+def _controlled(pipe: Any) -> bool:
+    return getattr(pipe, "controlnet", None) is not None
+
+
+def _check_required(pipe: Any, given: set[str]) -> None:
+    """Raise ValueError where a call needs an argument that no flag gives."""
+    for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
+        needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if needed and name != "self" and name not in given:
+            raise ValueError(
+                f"{type(pipe).__name__} needs {name}, which this command cannot give: sample it from Python (qncd.quantize)"
+            )
+
+
+def _adapted(args: argparse.Namespace, pipe: Any) -> None:
+    """Merge --lora into the weights and take in --embedding. Raises ValueError for files that are none, or of another model."""
+    for flag, method, texts in (
+        ("lora", "load_lora_weights", args.lora),
+        ("embedding", "load_textual_inversion", args.embedding),
+    ):
+        if texts and not hasattr(pipe, method):
+            raise ValueError(f"--{flag} {texts[0]}: {type(pipe).__name__} takes none")
+    faults = (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, ImportError)
+    for text in args.lora:
+        path, _, weight = text.partition(ADAPTER_SCALE)
+        _check_file("lora", path)
+        try:
+            scale = float(weight) if weight else 1.0
+        except ValueError:
+            raise ValueError(f"--lora {text}: expected FILE or FILE=WEIGHT") from None
+        before = state_dict_hash(denoiser_of(pipe)[1])
+        try:
+            pipe.load_lora_weights(str(Path(path).parent), weight_name=Path(path).name)
+            pipe.fuse_lora(lora_scale=scale)
+            pipe.unload_lora_weights()
+        except faults as error:
+            raise ValueError(f"--lora {path}: is not a LoRA of this model ({first_line(error)})") from None
+        if scale and state_dict_hash(denoiser_of(pipe)[1]) == before:
+            raise ValueError(f"--lora {path}: changes no weight of this {type(denoiser_of(pipe)[1]).__name__}: of another model?")
+    for path in args.embedding:
+        _check_file("embedding", path)
+        try:
+            pipe.load_textual_inversion(path)
+        except faults as error:
+            raise ValueError(f"--embedding {path}: is no textual inversion for this model ({first_line(error)})") from None
+
+
+def _check_file(flag: str, path: str) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--{flag} {path}: no such file")
+
+
+def load(args: argparse.Namespace, request: Request, device: str) -> Any:
+    """The pipeline of --ckpt with the scheduler and the adapters that are asked for, on `device`, ready to be called."""
+    for flag in ("config", "use_pretrained", "sha256", "cali_data_path", "sequence"):
+        if getattr(args, flag, None):
+            raise ValueError(f"--{flag}: allowed with original checkpoints; {args.ckpt} is a pipeline of diffusers")
+    pipe = load_pipeline(args.ckpt)
+    if request.scheduler is not None:
+        words, name = request.scheduler
+        pipe.scheduler = scheduler_named(pipe, name, words)
+    _adapted(args, pipe)
+    pipe = pipe.to(device)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return pipe
+
+
+def named_scheduler(args: argparse.Namespace) -> tuple[str, str] | None:
+    """The scheduler of --scheduler, for `Request.scheduler`."""
+    return (f"--scheduler {args.scheduler}", args.scheduler) if args.scheduler else None
+
+
+def check_takes(pipe: Any, argument: str, what: str, instead: str) -> None:
+    """Raise ValueError where a pipeline does not take what a command's images are made of."""
+    if argument not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(f"{type(pipe).__name__} takes no {what}: {instead} samples it")
+
+
+def class_labels(pipe: Any) -> list[int] | None:
+    """The classes that a pipeline draws, without the one that stands for none; None where it takes no class labels.
+
+    Raises:
+        ValueError: it takes some, and how many there are is not known.
+    """
+    if "class_labels" not in inspect.signature(type(pipe).__call__).parameters:
+        return None
+    module: Any = denoiser_of(pipe)[1]
+    embedder, config = getattr(pipe, "class_embedder", None), module.config
+    count = (
+        embedder.n_classes - 1 if embedder is not None else config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+    )
+    if not count:
+        raise ValueError(f"{type(pipe).__name__}: how many classes there are is not known")
+    return list(range(count))
+
+
+def default_lane(pipe: Any, height: int) -> int:
+    """Images in every call by what the network sees: those of latents of 16x16 are as many as of images of 64x64."""
+    return 16 if height <= 16 or (height <= 64 and not hasattr(pipe, "vae")) else 4 if height <= 64 else 2
+
+
+def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, processes: Processes) -> None:
+    """The run, in each of the processes."""
+    from qncd.app import quantizing
+
+    quantizing.check_engine_arguments(args, recipe)
+    device = str(processes.device)
+    pipe = load(args, request, device)
+    call = _arguments(args, request, pipe)
+    rows = _with_images(args, pipe, request.rows(pipe, recipe.calibration.samples if recipe else 0))
+    given = set(call) | (set(rows.of_image(0)) if rows else {"batch_size"})
+    _check_required(pipe, given)
+    kind = kind_of(recipe) if recipe else None
+    precision = getattr(args, "precision", "full")
+    sampler = PipelineSampler(pipe, call, 1, bool(kind and kind.calls_network), precision)
+    lane = args.lane or default_lane(pipe, max(sampler.shape[1:]))
+    sampler = PipelineSampler(pipe, call, lane, sampler.corrects_by_calls, precision)
+    recipe = recipe.with_batch_size(cli.default_calibration_batch(4 * max(sampler.shape[1:]))) if recipe else None
+    factor = int(getattr(pipe, "vae_scale_factor", 1))
+    base_hash = state_dict_hash(sampler.network.module)
+    own = denoiser_of(pipe)[0]
+    hashes = {
+        name: state_dict_hash(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name != own
+    }
+    pictures = {name: _hash_of(getattr(args, name)) for name in ("image", "mask_image") if getattr(args, name)}
+    settings = {
+        "model": base_hash,
+        "components": hashes,
+        "seed": args.seed,
+        "lane": lane,
+        "sampler": sampler.settings,
+        "precision": precision,
+        "pictures": pictures,
+        "finish": list(request.finish),
+        **request.settings,
+    }
+    needed = 12 * request.count * sampler.shape[1] * sampler.shape[2] * factor**2
+    conditions = list(rows.calibration) if rows else None
+    task = job.Task(sampler, base_hash, recipe, conditions)
+    run = processes.first(lambda: job.open_folder(args, task, request.output, settings, request.batch_size, needed))
+    log.info("model: %s (%s, %s), %d steps", args.ckpt, type(pipe).__name__, type(pipe.scheduler).__name__, sampler.step_count)
+
+    def of_images(indices: Sequence[int]) -> list[Row]:
+        assert rows is not None
+        return [rows.of_image(i) for i in indices]
+
+    finishers = image_finishers(*request.finish, device)
+
+    def decode(images: torch.Tensor) -> Any:
+        made = to_uint8(images)
+        for finish in finishers:
+            made = finish(made)
+        return made
+
+    plan = job.ImagePlan(request.count, request.seed_of, of_images if rows else None, decode, request.columns)
+    if processes.is_first:
+        request.describe(run, plan)
+    job.SamplingJob(run, plan, request.batch_size, processes).sample_and_finish(args, task, request.grid)
+
+
+def _hash_of(path: Path) -> str:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()

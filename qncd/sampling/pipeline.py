@@ -1,0 +1,171 @@
+"""A pipeline of diffusers as what samples images from seeds: it is called, with its own scheduler, and not imitated."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qncd.models.network import Network, network_of
+from qncd.recipe import check_choice
+from qncd.rng import ImageNoise
+from qncd.sampling.corrector import Corrector
+from qncd.sampling.scheduler import PipelineCorrection, Tap, handled, prediction_of
+
+COMPONENTS = ("unet", "transformer", "prior")  # names that pipelines have for their denoiser
+Row = Mapping[str, Any]  # arguments of a call that one image has: its prompt, its class, the image that it begins with
+
+
+def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
+    """(name, module) of a pipeline's denoiser. Raises ValueError where it has none of the known names."""
+    for name in COMPONENTS:
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    raise ValueError(f"{type(pipe).__name__}: no denoiser among its components (looked for {', '.join(COMPONENTS)})")
+
+
+@contextmanager
+def replaced(pipe: Any, module: nn.Module) -> Iterator[None]:
+    """Within it, the pipeline runs another denoiser."""
+    name, own = denoiser_of(pipe)
+    object.__setattr__(pipe, name, module)  # diffusers' own would write it into the configuration
+    try:
+        yield
+    finally:
+        object.__setattr__(pipe, name, own)
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """Within it, the pipeline draws no progress bar."""
+    settings = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**{"disable": False, **settings})
+
+
+def columns(rows: Sequence[Row]) -> dict[str, Any]:
+    """The arguments of one call for several images."""
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
+
+
+@dataclass(frozen=True)
+class PipelineSampler:
+    """A pipeline with the arguments of its calls; samples as `qncd.sampling.diffusion.Diffusion` does.
+
+    Attributes:
+        pipe: the pipeline, with the scheduler that it samples with.
+        call: arguments of every call.
+        lane: images in every call, exactly, so that an image does not depend on the others of its batch.
+        corrects_by_calls: the correction calls the network while sampling.
+        precision: "full", or "autocast": torch's mixed precision.
+    """
+
+    pipe: Any
+    call: Mapping[str, Any]
+    lane: int = 4
+    corrects_by_calls: bool = False
+    precision: str = "full"
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, ("full", "autocast"))
+
+    @property
+    def network(self) -> Network:
+        """The pipeline's denoiser."""
+        return network_of(denoiser_of(self.pipe)[1], prediction_of(self.pipe.scheduler))
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """What a call takes."""
+        return inspect.signature(type(self.pipe).__call__).parameters
+
+    @property
+    def step_count(self) -> int:
+        """The scheduler's steps of a call."""
+        steps = self.call.get("num_inference_steps")
+        steps = int(self.parameters["num_inference_steps"].default if steps is None else steps)
+        return max(1, int(steps * float(self.call["strength"]))) if "strength" in self.call else steps
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the network's input, by the height and width of a call where it has them."""
+        config = self.network.config
+        size = config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        factor = int(getattr(self.pipe, "vae_scale_factor", 1))
+        if "height" in self.call:
+            height = int(self.call["height"]) // factor
+        if "width" in self.call:
+            width = int(self.call["width"]) // factor
+        return int(config["in_channels"]), height, width
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the images beside the weights and the seeds, as JSON."""
+        scheduler = self.pipe.scheduler
+        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        call = {name: value for name, value in self.call.items() if isinstance(value, (str, int, float, bool, type(None)))}
+        return {
+            "pipeline": type(self.pipe).__name__,
+            "scheduler": type(scheduler).__name__,
+            "scheduler_config": {name: list(v) if isinstance(v, (tuple, np.ndarray)) else v for name, v in config.items()},
+            "call": call,
+        }
+
+    def with_network(self, network: Network) -> PipelineSampler:
+        """The same with another denoiser; this one stays as it is."""
+        pipe = copy.copy(self.pipe)
+        object.__setattr__(pipe, denoiser_of(self.pipe)[0], network.module)
+        return dataclasses.replace(self, pipe=pipe)
+
+    def sample(
+        self, seeds: Sequence[int], corrector: Corrector | None = None, *, conditions: Sequence[Row] | None = None
+    ) -> Tensor:
+        """Images (N, C, H, W) in [-1, 1] for `seeds` and as many rows; latents where the call's `output_type` is "latent".
+
+        Raises:
+            ValueError: as many seeds as rows are needed, or what the pipeline raises.
+        """
+        if conditions is not None and len(conditions) != len(seeds):
+            raise ValueError(f"{len(conditions)} conditions for {len(seeds)} seeds")
+        parts = []
+        for start in range(0, len(seeds), self.lane):
+            part, rows = list(seeds[start : start + self.lane]), list(conditions or ())[start : start + self.lane]
+            missing = self.lane - len(part)
+            filled = part + part[-1:] * missing, rows + rows[-1:] * missing
+            parts.append(self._called(*filled, corrector)[: len(part)])
+        return torch.cat(parts)
+
+    def _called(self, seeds: Sequence[int], rows: Sequence[Row], corrector: Corrector | None) -> Tensor:
+        """One call of the pipeline."""
+        arguments: dict[str, Any] = {"output_type": "np", **self.call, **columns(rows), "generator": ImageNoise(seeds).generators}
+        if not rows:
+            arguments["batch_size"] = len(seeds)
+        network = self.network
+        tap = Tap(network) if corrector is not None and self.corrects_by_calls else None
+        correcting = (
+            nullcontext() if corrector is None else handled(self.pipe.scheduler, PipelineCorrection(network, corrector, tap))
+        )
+        try:
+            autocast = torch.autocast(network.device.type, enabled=self.precision == "autocast")
+            with quiet(self.pipe), correcting, torch.no_grad(), autocast:
+                out = self.pipe(**arguments)
+        finally:
+            if tap is not None:
+                tap.remove()
+        images = out.images if hasattr(out, "images") else out[0]
+        if arguments["output_type"] == "latent":
+            return images
+        return torch.as_tensor(np.asarray(images)).permute(0, 3, 1, 2).float() * 2 - 1

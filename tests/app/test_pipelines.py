@@ -1,0 +1,275 @@
+"""Pipelines of diffusers through the sampling commands: diffusers' own images, quantized, saved, on engines, or refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipeline_table import CELLS, difference, saved
+from safetensors.torch import save_file
+from script_runs import run_in_process
+from small_pipelines import KINDS, PROMPTS, made, picture
+
+import qncd
+from qncd.sampling.pipeline import PipelineSampler
+
+QUICK = {("SD1", "own", 8), ("SD1", "DDIM, trailing", 30), ("SD1", "Euler", 8), ("SDXL turbo", "own", 8), ("LCM", "own", 8)}
+QUICK |= {("SD2, v-prediction", "own", 8), ("SD1 inpainting", "own", 8), ("DDPM", "own", 8), ("LDM", "own", 8)}
+QUICK |= {("SDXL", "DPM++ 2M", 8), ("SD1 ControlNet", "own", 8), ("LDM, classes", "own", 8), ("SDXL refiner", "own", 8)}
+
+
+def _marked(cell: tuple[str, str, int]) -> Any:
+    return pytest.param(*cell, marks=() if cell in QUICK else pytest.mark.slow, id="-".join(map(str, cell)))
+
+
+@pytest.mark.parametrize(("kind", "scheduler", "steps"), map(_marked, CELLS))
+def test_images_are_those_of_diffusers(kind: str, scheduler: str, steps: int, tmp_path: Path) -> None:
+    """A level of 255 at most, where rounding to bytes is undecided."""
+    worst, spread = difference(kind, scheduler, steps, tmp_path)
+    assert worst <= 1 and spread > 20
+
+
+@pytest.mark.parametrize("kind", ["SD1", "SDXL", "SD2, v-prediction", "LCM", "SD1 img2img"])
+def test_latents_and_lanes(kind: str) -> None:
+    """Latents to 1e-4 of diffusers' own call, alone and among others, in calls of one size."""
+    pipe, call = made(kind), {**KINDS[kind].call, "num_inference_steps": 4, "output_type": "latent"}
+    expected = pipe(**call, generator=[torch.Generator().manual_seed(seed << 8) for seed in (3, 4)])[0]
+    rows = [{name: value[i] for name, value in call.items() if isinstance(value, list)} for i in range(2)]
+    constants = {name: value for name, value in call.items() if not isinstance(value, list)}
+    sampler = PipelineSampler(pipe, constants, lane=2)
+    assert float((sampler.sample((3, 4), conditions=rows) - expected).abs().max()) < 1e-4
+    alone = sampler.sample((4,), conditions=rows[1:])
+    assert torch.equal(alone[0], sampler.sample((3, 4), conditions=rows)[1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """folder(kind): a pipeline as diffusers writes it, made once."""
+    there: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in there:
+            there[kind] = saved(kind, "own", tmp_path_factory.mktemp("pipeline") / "model")
+        return there[kind]
+
+    return make
+
+
+TEXT = ("--prompt", PROMPTS[0], "--n_samples", 2, "--ddim_steps", 3, "--device", "cpu", "--lane", 2)
+PTQ = ("--ptq", "--quant_act", "--weight_bit", 8, "--act_bit", 8, "--cali_n", 4, "--cali_st", 3)
+
+
+def images(out: Path, subfolder: str = "images") -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted((out / subfolder).glob("*.png"))])
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_sdxl_quantized_saved_and_on_an_engine(folder: Callable[[str], Path], tmp_path: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    common = ("--ckpt", folder("SDXL"), *TEXT, *PTQ, "--quant_mode", "linear", "--cali_ckpt", tmp_path / "q.safetensors")
+    run_in_process("txt2img.py", *common, "--outdir", tmp_path / "a", "--compare_fp")
+    run_in_process("txt2img.py", *common, "--outdir", tmp_path / "b", "--resume")
+    assert np.array_equal(images(tmp_path / "a"), images(tmp_path / "b"))
+    assert not np.array_equal(images(tmp_path / "a"), images(tmp_path / "a", "fp"))
+    run_in_process("txt2img.py", *common, "--outdir", tmp_path / "c", "--resume", "--backend", backend)
+    apart = np.abs(images(tmp_path / "c").astype(float) - images(tmp_path / "a"))
+    assert apart.mean() < 2 and apart.any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("LCM", "qncd"), ("SD2, v-prediction", "qncd"), ("SDXL", "qncd"), ("SD1 inpainting", "qncd+")]
+)
+def test_corrected_pipelines(folder: Callable[[str], Path], tmp_path: Path, kind: str, mode: str) -> None:
+    flags: list[Any] = ["--no-recon", "--reverse_interval", 2] if mode == "qncd" else []
+    if "image" in KINDS[kind].call:
+        for name in ("image", "mask_image"):
+            picture(7).save(tmp_path / f"{name}.png")
+            flags += [f"--{name}", tmp_path / f"{name}.png"]
+        flags += ["--H", 16, "--W", 16]
+    out = tmp_path / "out"
+    common = (
+        "--ckpt",
+        folder(kind),
+        *TEXT,
+        *PTQ,
+        "--quant_mode",
+        mode,
+        "--compare_fp",
+        "--cali_ckpt",
+        tmp_path / "q.safetensors",
+    )
+    run_in_process("txt2img.py", *common, *flags, "--outdir", out)
+    first = images(out)
+    assert np.abs(first.astype(float) - images(out, "fp")).mean() < 12
+    run_in_process("txt2img.py", *common, *flags, "--outdir", tmp_path / "again")
+    assert np.array_equal(images(tmp_path / "again"), first)
+
+
+def test_a_run_is_resumed_and_independent_of_the_batch(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    common = ("--ckpt", folder("SDXL turbo"), "--prompt", "x", "--ddim_steps", 2, "--scale", 0, "--device", "cpu", "--lane", 2)
+    run_in_process("txt2img.py", *common, "--n_samples", 3, "--outdir", tmp_path / "a")
+    whole = images(tmp_path / "a")
+    sorted((tmp_path / "a" / "images").glob("*.png"))[1].unlink()
+    run_in_process("txt2img.py", *common, "--n_samples", 3, "--outdir", tmp_path / "a")
+    assert np.array_equal(images(tmp_path / "a"), whole)
+    run_in_process("txt2img.py", *common, "--n_samples", 1, "--n_iter", 3, "--outdir", tmp_path / "b")
+    assert np.array_equal(images(tmp_path / "b"), whole)
+    log = run_in_process("txt2img.py", *common, "--n_samples", 3, "--scheduler", "DDIM", "--outdir", tmp_path / "a", status=2)
+    assert "scheduler" in log.splitlines()[-1]
+
+
+def test_classes_and_pixels(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "classes"
+    run_in_process(
+        "sample_diffusion_ldm.py", "-r", folder("LDM, classes"), "-n", 3, "-c", 3, "--classes", "0,4", "--device", "cpu", *PTQ,
+        "--quant_mode", "linear", "-l", out,
+    )  # fmt: skip
+    assert [line.split(",")[1] for line in (out / "labels.csv").read_text().splitlines()] == ["class", "0", "4", "0"]
+    run_in_process(
+        "sample_diffusion_ddim.py", "--ckpt", folder("DDPM"), "--max_images", 2, "--timesteps", 3, "--device", "cpu", *PTQ,
+        "--quant_mode", "ptqd", "-l", tmp_path / "pixels",
+    )  # fmt: skip
+    assert len(images(tmp_path / "pixels")) == 2
+
+
+def write_lora(path: Path, size: int, scale: float = 1.0) -> Path:
+    """A LoRA of one attention layer in the layout of diffusers, for networks whose layer has `size` channels."""
+    torch.manual_seed(0)
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    state = {f"{name}.lora_A.weight": torch.randn(2, size) * scale, f"{name}.lora_B.weight": torch.randn(size, 2) * scale}
+    save_file(state, path)
+    return path
+
+
+def test_an_adapter_is_merged(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    common = ("--ckpt", folder("SD1"), *TEXT)
+    run_in_process("txt2img.py", *common, "--outdir", tmp_path / "plain")
+    lora = write_lora(tmp_path / "lora.safetensors", 32)
+    run_in_process("txt2img.py", *common, "--outdir", tmp_path / "merged", "--lora", lora)
+    run_in_process("txt2img.py", *common, "--outdir", tmp_path / "nothing", "--lora", f"{lora}=0")
+    assert not np.array_equal(images(tmp_path / "merged"), images(tmp_path / "plain"))
+    assert np.array_equal(images(tmp_path / "nothing"), images(tmp_path / "plain"))
+    pipe = made("SD1")
+    pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    call = {"prompt": [PROMPTS[0]] * 2, "num_inference_steps": 3, "output_type": "np"}
+    expected = pipe(**call, generator=[torch.Generator().manual_seed(seed << 8) for seed in (42, 43)]).images
+    apart = np.abs(images(tmp_path / "merged") - (expected * 255).round())
+    assert apart.max() <= 1
+    other = write_lora(tmp_path / "other.safetensors", 48)
+    log = run_in_process("txt2img.py", *common, "--outdir", tmp_path / "x", "--lora", other, status=2)
+    assert f"--lora {other}: is not a LoRA of this model" in log.splitlines()[-1]
+
+
+REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
+    ("SD1", ("--scheduler", "FlowX"), "--scheduler FlowX: with DDIMScheduler in the folder, allowed are DDIM, DDPM"),
+    ("SD1", ("--scheduler", "DDIM", "--plms"), "--scheduler DDIM: excludes --plms and --dpm"),
+    ("SD2, zero terminal SNR", ("--plms",), "--plms: PNDMScheduler has no rescale_betas_zero_snr, and the folder's"),
+    ("SDXL", ("--ddim_eta", 0.5), "--ddim_eta 0.5: EulerDiscreteScheduler has no eta"),
+    ("SD1", ("--argument", "colour=3"), "--argument colour=3: allowed with StableDiffusionPipeline are"),
+    ("SD1", ("--argument", "strength"), "--argument strength: expected NAME=VALUE"),
+    ("SD1", ("--argument", "generator=3"), "--argument generator=3: allowed with"),
+    ("SD1", ("--image", "gone.png"), "--image gone.png: no such file or folder"),
+    ("SD1 inpainting", (), "StableDiffusionInpaintPipeline needs --image"),
+    ("SD1 ControlNet", (), "StableDiffusionControlNetPipeline needs --image"),
+    ("SD1", ("--C", 4), "--C: the pipeline knows its own"),
+    ("SD1", ("--config", "configs/scenes.yaml"), "--config: allowed with original checkpoints"),
+    ("SD1", ("--sequence",), "--sequence: allowed with original checkpoints"),
+    ("SD1", ("--lora", "gone.safetensors"), "--lora gone.safetensors: no such file"),
+    ("SD1", ("--embedding", "gone.safetensors"), "--embedding gone.safetensors: no such file"),
+    ("LDM, classes", (), "ClassConditionalLDMPipeline takes no text: scripts/sample_diffusion_ldm.py"),
+    ("Kandinsky 2.2", (), "KandinskyV22Pipeline takes no text"),
+]
+
+
+@pytest.mark.parametrize(("kind", "flags", "message"), REFUSED, ids=[f"{k}-{m[:40]}" for k, _, m in REFUSED])
+def test_what_cannot_be_honoured_is_refused(
+    folder: Callable[[str], Path], tmp_path: Path, kind: str, flags: tuple[Any, ...], message: str
+) -> None:
+    log = run_in_process("txt2img.py", "--ckpt", folder(kind), *TEXT, *flags, "--outdir", tmp_path / "o", status=2)
+    line = log.splitlines()[-1]
+    assert line.startswith("txt2img.py: error: ") and message in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_other_flags_that_are_refused(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    for script, model, flags, message in (
+        ("sample_diffusion_ldm.py", ("-r", folder("LDM")), ("--scale", 2), "--scale 2.0: LDMPipeline takes no guidance_scale"),
+        ("sample_diffusion_ldm.py", ("-r", folder("LDM")), ("-v",), "--vanilla_sample: a pipeline samples with its scheduler"),
+        (
+            "sample_diffusion_ldm.py",
+            ("-r", folder("LDM")),
+            ("--classes", "1"),
+            "is unconditional: allowed without --cond and --cla",
+        ),
+        ("sample_diffusion_ldm.py", ("-r", folder("SD1")), (), "takes no number of images alone: scripts/txt2img.py samples it"),
+        ("sample_diffusion_ldm.py", ("-r", folder("LDM, classes")), ("--classes", "9"), "--classes 9: allowed are 0 to 5"),
+        ("sample_diffusion_ddim.py", ("--ckpt", folder("DDPM")), ("--skip_type", "quad"), "--skip_type: a pipeline's scheduler"),
+        ("sample_diffusion_ddim.py", ("--ckpt", folder("DDPM")), ("--eta", 1), "--eta 1.0: DDPMPipeline takes no eta"),
+        ("sample_diffusion_ddim.py", (), (), "which model? Name its yaml with --config"),
+        ("sample_diffusion_ddim.py", ("--config", "configs/fashion_mnist.yml"), ("--lora", "x"), "--lora x: allowed with a diff"),
+    ):
+        log = run_in_process(script, *model, "-l", tmp_path / "o", *flags, status=2)
+        assert message in log.splitlines()[-1], log
+
+
+def test_a_half_precision_variant_is_found(tmp_path: Path) -> None:
+    """Weights that are there as the variant fp16 alone, as many published folders have them."""
+    made("SD1").to(dtype=torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
+    pipe = qncd.load(tmp_path / "model")
+    assert pipe.unet.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind not in ("SDXL", "LCM") else ()) for kind in KINDS]
+)
+def test_every_kind_is_quantized(kind: str, tmp_path: Path) -> None:
+    """Calibrated by calling it, near full precision, and the same after a round trip through a file."""
+    call = {**KINDS[kind].call, "num_inference_steps": 3}
+
+    def run(pipe: Any) -> torch.Tensor:
+        latent = {} if kind in ("DDPM", "DDIM", "LDM") else {"output_type": "latent"}
+        out = pipe(**call, **latent, generator=[torch.Generator().manual_seed(seed << 8) for seed in (3, 4)])
+        return torch.as_tensor(np.asarray(out[0] if not hasattr(out, "images") else out.images)).float()
+
+    exact, pipe, again = run(made(kind)), made(kind), made(kind)
+    report = qncd.quantize(pipe, "W4A6", "qncd+", calls=[KINDS[kind].call], steps=3)
+    assert len(report.layers) > 20 and not report.left_out
+    quantized = run(pipe)
+    assert 0 < float((quantized - exact).norm() / exact.norm()) < 0.6
+    qncd.save(pipe, tmp_path)
+    qncd.load_quantized(again, tmp_path)
+    assert torch.equal(run(again), quantized)
+
+
+@pytest.mark.parametrize("kind", ["SD2, v-prediction", "SDXL", "SD2, zero terminal SNR"])
+def test_runtime_correction_takes_out_a_known_error(kind: str) -> None:
+    """A constant added to what the network predicts, of velocities and under Euler's levels of noise."""
+    prompts = {"prompt": PROMPTS * 2, "guidance_scale": 1.0}
+
+    def run(pipe: Any) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed << 8) for seed in range(4)]
+        return pipe(**prompts, num_inference_steps=8, output_type="latent", generator=generators).images
+
+    exact, errors = run(made(kind)), {}
+    for correction in (False, True):
+        pipe = made(kind)
+        options = {"interval": 1, "statistics": "channel", "correct_variance": False} if correction else {"correction": False}
+        qncd.quantize(pipe, "W8A8", "qncd", calls=[{**prompts, "prompt": PROMPTS * 4}] * 2, steps=8, **options)
+        pipe.unet.conv_out.bias += torch.tensor([0.2, -0.2, 0.1, 0.15])
+        errors[correction] = float((run(pipe) - exact).norm() / exact.norm())
+    assert errors[True] < 0.7 * errors[False]
+
+
+def test_the_pipeline_is_told_in_the_record_of_the_run(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    run_in_process("txt2img.py", "--ckpt", folder("SD1"), *TEXT, "--scheduler", "euler", "--outdir", tmp_path / "o")
+    sampler = json.loads((tmp_path / "o" / "run.json").read_text())["settings"]["sampler"]
+    assert (sampler["pipeline"], sampler["scheduler"]) == ("StableDiffusionPipeline", diffusers.EulerDiscreteScheduler.__name__)
+    assert sampler["call"] == {"num_inference_steps": 3}

@@ -1,0 +1,249 @@
+"""Small pipelines of diffusers with random weights: every kind whose denoiser is a UNet. Each is made in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from qncd.models.class_conditional import ClassConditionalLDMPipeline
+from qncd.models.original.clip_tokenizer import clip_bpe
+from qncd.models.original.conditioning import ClassConditioner
+
+PROMPTS = ["a large red circle above a small blue square", "a small green square left of a large blue circle"]
+WIDTHS = (16, 32)
+CROSS = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+PLAIN = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+SCALED = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False,
+    "set_alpha_to_one": False,
+}  # fmt: skip
+
+
+def unet(**settings: Any) -> Any:
+    """A UNet2DConditionModel with samples of 8x8."""
+    common = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": WIDTHS, "layers_per_block": 1, **CROSS,
+        "norm_num_groups": 4, "cross_attention_dim": 16, "attention_head_dim": 2,
+    }  # fmt: skip
+    return diffusers.UNet2DConditionModel(**{**common, **settings})
+
+
+def image_unet(channels: int = 3, **settings: Any) -> Any:
+    """A UNet2DModel with samples of 16x16."""
+    common = {
+        "sample_size": 16, "in_channels": channels, "out_channels": channels, "block_out_channels": WIDTHS,
+        "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8, **PLAIN,
+    }  # fmt: skip
+    return diffusers.UNet2DModel(**{**common, **settings})
+
+
+def text_model(width: int = 16, projection: int | None = None) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=49408, hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=projection or width, bos_token_id=49406, eos_token_id=49407, pad_token_id=1,
+    )  # fmt: skip
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def tokenizer(pad: str | None = None) -> Any:
+    """CLIP's, as transformers has it; padded with the end of the text unless `pad` says otherwise."""
+    vocab, merges = clip_bpe()
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, **({"pad_token": pad} if pad else {}))
+
+
+def vae() -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, latent_channels=4, sample_size=16,
+    )  # fmt: skip
+
+
+def vq() -> Any:
+    return diffusers.VQModel(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, latent_channels=3, num_vq_embeddings=16, sample_size=16,
+    )  # fmt: skip
+
+
+def stable(network: Any | None = None, scheduler: Any | None = None, kind: Any | None = None, **parts: Any) -> Any:
+    """A pipeline of Stable Diffusion v1 or v2."""
+    common = {
+        "vae": vae(), "text_encoder": text_model(), "tokenizer": tokenizer(), "unet": network or unet(),
+        "scheduler": scheduler or diffusers.DDIMScheduler(**SCALED), "safety_checker": None, "feature_extractor": None,
+        "requires_safety_checker": False,
+    }  # fmt: skip
+    return (kind or diffusers.StableDiffusionPipeline)(**{**common, **parts})
+
+
+def xl_unet(numbers: int = 6, channels: int = 4, **settings: Any) -> Any:
+    """SDXL's kind of UNet: pooled text (16) and `numbers` of sizes (8 each) are added to the time embedding."""
+    return unet(
+        in_channels=channels, cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 8 * numbers, transformer_layers_per_block=(1, 2),
+        use_linear_projection=True, **settings,
+    )  # fmt: skip
+
+
+def xl(network: Any | None = None, scheduler: Any | None = None, kind: Any | None = None, **parts: Any) -> Any:
+    """A pipeline of SDXL: two text encoders, pooled text and sizes beside the time step."""
+    common = {
+        "vae": vae(), "text_encoder": text_model(), "text_encoder_2": text_model(16, 16), "tokenizer": tokenizer(),
+        "tokenizer_2": tokenizer("!"), "unet": network or xl_unet(),
+        "scheduler": scheduler or diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        "force_zeros_for_empty_prompt": True, "add_watermarker": False,
+    }  # fmt: skip
+    return (kind or diffusers.StableDiffusionXLPipeline)(**{**common, **parts})
+
+
+def refiner() -> Any:
+    parts = {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True}
+    network = xl_unet(5).__class__.from_config({**xl_unet(5).config, "cross_attention_dim": 16})
+    return xl(network, kind=diffusers.StableDiffusionXLImg2ImgPipeline, **parts)
+
+
+def turbo() -> Any:
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="trailing"
+    )
+    return xl(scheduler=scheduler)
+
+
+def lcm() -> Any:
+    scheduler = diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    return stable(unet(time_cond_proj_dim=8), scheduler, diffusers.LatentConsistencyModelPipeline)
+
+
+def controlnet() -> Any:
+    network = unet()
+    control = diffusers.ControlNetModel.from_unet(network, conditioning_embedding_out_channels=(4, 8))
+    with torch.no_grad():  # from_unet has them at zero
+        for block in (*control.controlnet_down_blocks, control.controlnet_mid_block, control.controlnet_cond_embedding.conv_out):
+            torch.nn.init.normal_(block.weight, std=0.2)
+    return stable(network, kind=diffusers.StableDiffusionControlNetPipeline, controlnet=control)
+
+
+def kandinsky() -> Any:
+    network = unet(
+        cross_attention_dim=16, out_channels=8, resnet_time_scale_shift="scale_shift", addition_embed_type="image",
+        addition_embed_type_num_heads=2, encoder_hid_dim=12, encoder_hid_dim_type="image_proj", attention_head_dim=8,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), class_embed_type=None,
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    )  # fmt: skip
+    movq = diffusers.VQModel(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, latent_channels=4, num_vq_embeddings=16, vq_embed_dim=4, sample_size=16,
+    )  # fmt: skip
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, variance_type="learned_range",
+    )  # fmt: skip
+    return diffusers.KandinskyV22Pipeline(unet=network, scheduler=scheduler, movq=movq)
+
+
+def deepfloyd() -> Any:
+    network = unet(
+        sample_size=16, in_channels=3, out_channels=6, resnet_time_scale_shift="scale_shift", encoder_hid_dim=12,
+        encoder_hid_dim_type="text_proj", addition_embed_type="text", addition_embed_type_num_heads=2, attention_head_dim=8,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), class_embed_type=None,
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    )  # fmt: skip
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", thresholding=True, dynamic_thresholding_ratio=0.95, sample_max_value=1.5,
+        variance_type="learned_range",
+    )  # fmt: skip
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
+    return diffusers.IFPipeline(unet=network, scheduler=scheduler, requires_safety_checker=False, **parts)
+
+
+def classes() -> Any:
+    network = unet(in_channels=3, out_channels=3)
+    return ClassConditionalLDMPipeline(vq(), network, ClassConditioner(6, 16), diffusers.DDIMScheduler(**SCALED))
+
+
+def zero_snr(prediction: str = "v_prediction") -> Any:
+    return diffusers.DDIMScheduler(
+        **{**SCALED, "steps_offset": 0, "set_alpha_to_one": True}, prediction_type=prediction, rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )  # fmt: skip
+
+
+def picture(seed: int = 0) -> Image.Image:
+    """16x16 of noise, for pipelines that begin with an image."""
+    values = torch.randint(0, 256, (16, 16, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(values.numpy())
+
+
+TEXT: dict[str, Any] = {"prompt": PROMPTS}
+COUNT: dict[str, Any] = {"batch_size": 2}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of pipeline: how one is made, and what a call for two images takes."""
+
+    make: Callable[[], Any]
+    call: dict[str, Any] = field(default_factory=lambda: TEXT)
+
+
+def _embeds(name: str, *shape: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return {key: torch.randn(*shape, generator=generator) for key in (name, f"negative_{name}")}
+
+
+KINDS: dict[str, Kind] = {
+    "DDPM": Kind(lambda: diffusers.DDPMPipeline(image_unet(), diffusers.DDPMScheduler()), COUNT),
+    "DDIM": Kind(lambda: diffusers.DDIMPipeline(image_unet(), diffusers.DDIMScheduler(clip_sample=False)), COUNT),
+    "LDM": Kind(lambda: diffusers.LDMPipeline(vq(), image_unet(sample_size=8), diffusers.DDIMScheduler(**SCALED)), COUNT),
+    "LDM, classes": Kind(classes, {"class_labels": [1, 3]}),
+    "SD1": Kind(stable),
+    "SD2": Kind(lambda: stable(unet(use_linear_projection=True), tokenizer=tokenizer("!"))),
+    "SD2, v-prediction": Kind(
+        lambda: stable(
+            unet(use_linear_projection=True),
+            diffusers.DDIMScheduler(**SCALED, prediction_type="v_prediction"),
+            tokenizer=tokenizer("!"),
+        )
+    ),
+    "SD2, zero terminal SNR": Kind(
+        lambda: stable(unet(use_linear_projection=True), zero_snr(), tokenizer=tokenizer("!")), {**TEXT, "guidance_rescale": 0.7}
+    ),
+    "SD1 img2img": Kind(
+        lambda: stable(kind=diffusers.StableDiffusionImg2ImgPipeline), {**TEXT, "image": [picture(), picture(1)], "strength": 0.6}
+    ),
+    "SD1 inpainting": Kind(
+        lambda: stable(unet(in_channels=9), kind=diffusers.StableDiffusionInpaintPipeline),
+        {**TEXT, "image": [picture(), picture(1)], "mask_image": [picture(2), picture(3)], "height": 16, "width": 16},
+    ),
+    "SD1 ControlNet": Kind(controlnet, {**TEXT, "image": [picture(), picture(1)]}),
+    "SDXL": Kind(xl),
+    "SDXL refiner": Kind(refiner, {**TEXT, "image": [picture(), picture(1)], "strength": 0.6}),
+    "SDXL turbo": Kind(turbo, {**TEXT, "guidance_scale": 0.0}),
+    "SDXL inpainting": Kind(
+        lambda: xl(xl_unet(channels=9), kind=diffusers.StableDiffusionXLInpaintPipeline),
+        {**TEXT, "image": [picture(), picture(1)], "mask_image": [picture(2), picture(3)], "height": 16, "width": 16},
+    ),
+    "LCM": Kind(lcm),
+    "Kandinsky 2.2": Kind(kandinsky, {**_embeds("image_embeds", 2, 12), "height": 64, "width": 64}),
+    "DeepFloyd IF": Kind(deepfloyd, _embeds("prompt_embeds", 2, 5, 12)),
+}
+
+
+def made(name: str, seed: int = 0) -> Any:
+    """The pipeline of a kind, its networks in eval mode and without gradients."""
+    torch.manual_seed(seed)
+    pipe = KINDS[name].make()
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
