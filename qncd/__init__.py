@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from qncd.registration import register
+
 __version__ = "0.1.0"
 
 # Public name -> module that defines it; imported on first use, so that `import qncd` stays quick.
 _PUBLIC = {
     "load": "qncd.api",
     "quantize": "qncd.api",
-    "save": "qncd.api",
-    "load_quantized": "qncd.api",
+    "save": "qncd.saving",
+    "load_quantized": "qncd.saving",
     "export": "qncd.api",
     "open_engine": "qncd.api",
     "Report": "qncd.api",
@@ -23,6 +25,7 @@ _PUBLIC = {
     "CorrectionConfig": "qncd.recipe",
     "CalibrationConfig": "qncd.recipe",
     "CalibrationSet": "qncd.ptq.data",
+    "QNCDConfig": "qncd.quantizer",
     "Network": "qncd.models.network",
     "network_of": "qncd.models.network",
 }
@@ -37,3 +40,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
+
+
+register()

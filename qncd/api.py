@@ -6,16 +6,15 @@ import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from qncd.models.loading import state_dict_hash
-from qncd.models.network import Network, network_of
+from qncd.models.network import network_of
 from qncd.ptq.bits import MeanBits
-from qncd.ptq.checkpoint import load_quantized_, save_quantized
 from qncd.ptq.context import silent
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import CalibrationRuns, Job, Outcome, quantize_network, sample_calibration
@@ -23,13 +22,11 @@ from qncd.ptq.pipeline_runs import PipelineRuns, calls_for
 from qncd.ptq.runs import BareRuns
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.recipe import Recipe
-from qncd.sampling.corrector import Record
-from qncd.sampling.correctors.registry import corrector_of, kind_of
 from qncd.sampling.pipeline import denoiser_of
-from qncd.sampling.scheduler import PipelineCorrection, Tap, attach, prediction_of
+from qncd.sampling.scheduler import prediction_of
+from qncd.saving import State, correct, network_and_state
 
 log = logging.getLogger("qncd")
-FILE = "quantized.safetensors"  # in a folder of `save`
 
 
 @dataclass(frozen=True)
@@ -69,17 +66,6 @@ class Report:
             f"bits in the mean: {self.bits}",
         ]
         return "\n".join([*lines, *(f"left out: {text}" for text in self.left_out)])
-
-
-@dataclass
-class _State:
-    """What a quantized network remembers, for `save` and `open_engine`; an attribute of its module."""
-
-    recipe: Recipe
-    base_hash: str
-    record: Record | None
-    times: tuple[float, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def load(source: str | Path, **options: Any) -> Any:
@@ -154,10 +140,10 @@ def quantize(
     base_hash = state_dict_hash(runs.network.module)
     data, record = sample_calibration(runs, recipe, base_hash)
     outcome = quantize_network(runs, recipe, calibration or data, record, Job(monitor))
-    state = _State(recipe, base_hash, outcome.record, tuple(runs.times), {"times": list(runs.times), "steps": steps})
-    object.__setattr__(runs.network.module, "_qncd", state)
+    state = State(recipe, base_hash, outcome.record, tuple(runs.times), {"times": list(runs.times), "steps": steps})
+    state.keep(runs.network.module)
     if isinstance(runs, PipelineRuns):
-        _correct(model, runs.network, state)
+        correct(model, runs.network, state)
     return _report(runs, recipe, tuple(left_out), len(calibration or data), outcome)
 
 
@@ -196,15 +182,6 @@ def _bare_runs(
     return runs, recipe, left_out
 
 
-def _correct(pipe: Any, network: Network, state: _State) -> None:
-    """Let the correction of a recipe act in the pipeline."""
-    kind, corrector = kind_of(state.recipe), corrector_of(state.recipe, state.record)
-    if kind is None or corrector is None:
-        return
-    tap = Tap(network) if kind.calls_network else None
-    attach(pipe, PipelineCorrection(network, corrector, tap, state.times if state.record is not None else None))
-
-
 def _report(runs: CalibrationRuns, recipe: Recipe, left_out: tuple[str, ...], inputs: int, outcome: Outcome) -> Report:
     quantizers = act_quantizers(runs.network.module)
     layers = []
@@ -214,58 +191,6 @@ def _report(runs: CalibrationRuns, recipe: Recipe, left_out: tuple[str, ...], in
             LayerReport(name, weights.bits if weights else None, act.codes.bits if act is not None and act.codes else None)
         )
     return Report(recipe, tuple(layers), left_out, inputs, outcome.found, outcome.bits, outcome.seconds)
-
-
-def _network_and_state(model: Any) -> tuple[Network, _State]:
-    module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
-    state = getattr(module, "_qncd", None)
-    if not isinstance(state, _State):
-        raise ValueError(f"{type(module).__name__}: not quantized by qncd.quantize or qncd.load_quantized")
-    return network_of(module), state
-
-
-def save(model: Any, folder: str | Path) -> Path:
-    """Write a quantized pipeline's (or denoiser's) codes, ranges and correction to a folder; returns the file.
-
-    The base model is not in it: `load_quantized` takes it from a full-precision pipeline.
-
-    Raises:
-        ValueError: the model is not quantized. OSError: the file can't be written.
-    """
-    network, state = _network_and_state(model)
-    path = Path(folder) / FILE
-    settings = {**state.settings, "recipe": state.recipe.to_json()}
-    save_quantized(network, path, state.recipe.quant, state.base_hash, settings, state.record)
-    return path
-
-
-def load_quantized(model: Any, folder: str | Path) -> Recipe:
-    """Turn a full-precision pipeline (or denoiser) into the one that `save` wrote, in place; returns its recipe.
-
-    Args:
-        folder: of `save`, or a quantized checkpoint that a script wrote with --cali_ckpt.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is cut off or of another kind, or was made from another base model. The model is then as before.
-    """
-    path = Path(folder) if Path(folder).suffix == ".safetensors" else Path(folder) / FILE
-    module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
-    scheduler = getattr(model, "scheduler", None)
-    network = network_of(module, prediction_of(scheduler) if scheduler is not None else None)
-    base_hash = state_dict_hash(module)
-    info = load_quantized_(network, path, base_hash)
-    try:
-        recipe = Recipe.from_json(info.settings["recipe"])
-    except KeyError:
-        raise ValueError(f"{path}: has no recipe: written by an older version; pass it to a script with --cali_ckpt") from None
-    kind = kind_of(recipe)
-    record = info.records.get(kind.prefix) if kind else None
-    state = _State(recipe, base_hash, record, tuple(info.settings.get("times", ())), dict(info.settings))
-    object.__setattr__(module, "_qncd", state)
-    if not isinstance(model, nn.Module):
-        _correct(model, network, state)
-    return recipe
 
 
 def export(model: Any, folder: str | Path, engine: str = "onnxruntime", shape: Sequence[int] | None = None) -> Path:
@@ -280,7 +205,7 @@ def export(model: Any, folder: str | Path, engine: str = "onnxruntime", shape: S
     from qncd.engines.engine import check_engine, engine_of
     from qncd.engines.engine import export as export_network
 
-    network, state = _network_and_state(model)
+    network, state = network_and_state(model)
     check_engine(engine)
     if not engine_of(engine).file:
         raise ValueError(f"engine {engine} runs no file: open it with qncd.open_engine")
@@ -299,12 +224,12 @@ def open_engine(model: Any, folder: str | Path | None, engine: str = "onnxruntim
     """
     from qncd.engines.engine import open_engine as open_network
 
-    network, state = _network_and_state(model)
+    network, state = network_and_state(model)
     opened: Any = open_network(network, None if folder is None else Path(folder), engine, precision)
     if isinstance(model, nn.Module):
         return opened
     fast = copy.copy(model)
     object.__setattr__(fast, denoiser_of(model)[0], opened)
     object.__setattr__(fast, "scheduler", type(model.scheduler).from_config(model.scheduler.config))
-    _correct(fast, network_of(opened), state)
+    correct(fast, network_of(opened), state)
     return fast

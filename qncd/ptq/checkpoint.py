@@ -108,6 +108,14 @@ def save_quantized(
     Raises:
         ValueError: the model is not calibrated, or the file cannot be written.
     """
+    tensors, metadata = content_of(network, config, base_hash, settings, record)
+    write_safetensors(tensors, path, metadata)
+
+
+def content_of(
+    network: Network, config: QuantConfig, base_hash: str, settings: dict[str, Any], record: Record | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `save_quantized` writes: the tensors, and the header. Raises ValueError: the model is not calibrated."""
     module = network.module
     layers, quantizers = quant_layers(module), act_quantizers(module)
     rounded = all(layer.config.weight_codes is None or layer.codes is not None for layer in layers.values())
@@ -140,7 +148,7 @@ def save_quantized(
         prefix = next(prefix for prefix, kind in record_kinds().items() if isinstance(record, kind))
         fields, metadata[prefix] = record.to_tensors()
         tensors |= {f"{prefix}.{name}": value for name, value in fields.items()}
-    write_safetensors(tensors, path, metadata)
+    return tensors, metadata
 
 
 def peek_quantized(path: Path) -> QuantizedInfo:

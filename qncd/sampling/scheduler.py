@@ -350,10 +350,15 @@ def seed_of(x: Tensor) -> int:
     return int.from_bytes(digest[:6], "big")
 
 
+def handle(scheduler: Any, handler: StepHandler) -> None:
+    """Let `handler` see every step of a scheduler from now on."""
+    scheduler.__dict__.pop("step", None)
+    _Handled(scheduler, handler)
+
+
 def attach(pipe: Any, correction: PipelineCorrection) -> None:
     """Let a correction act in every run of a pipeline from now on. A scheduler put in its place is noticed at the next call."""
-    pipe.scheduler.__dict__.pop("step", None)
-    _Handled(pipe.scheduler, correction)
+    handle(pipe.scheduler, correction)
     correction.network.module.register_forward_pre_hook(_WatchScheduler(pipe))
 
 

@@ -1,0 +1,196 @@
+"""Quantized pipelines in folders: written so that diffusers loads them quantized, and read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from qncd.io.files import read_json, whole_folder, write_json
+from qncd.models.loading import state_dict_hash
+from qncd.models.network import Network, network_of
+from qncd.ptq.checkpoint import QuantizedInfo, content_of, load_quantized_, save_quantized
+from qncd.ptq.data import CalibrationSet
+from qncd.ptq.pipeline import calibrate_
+from qncd.ptq.stages.prepare import quantize_
+from qncd.recipe import CalibrationConfig, QuantConfig, Recipe
+from qncd.sampling.corrector import Record
+from qncd.sampling.correctors.registry import corrector_of, kind_of
+from qncd.sampling.pipeline import denoiser_of
+from qncd.sampling.scheduler import PipelineCorrection, Tap, attach, prediction_of
+
+FILE = "quantized.safetensors"  # of a network that is no model of diffusers
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = "model_index.json"
+_CORRECTED = ["qncd.corrected", "CorrectedScheduler"]
+
+
+@dataclass
+class State:
+    """What a quantized network remembers, for `save` and `open_engine`; an attribute of its module."""
+
+    recipe: Recipe
+    base_hash: str
+    record: Record | None
+    times: tuple[float, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def keep(self, module: nn.Module) -> None:
+        """Let a module remember it, and let diffusers save the module quantized."""
+        object.__setattr__(module, "_qncd", self)
+        if isinstance(module, ModelMixin):
+            from qncd.quantizer import QNCDQuantizer
+
+            module.__dict__.pop("save_pretrained", None)
+            QNCDQuantizer.attach(module, self.recipe.to_json())
+
+    @classmethod
+    def read(cls, info: QuantizedInfo, path: Path) -> State:
+        """Of a checkpoint. Raises ValueError where an older version wrote it."""
+        if "recipe" not in info.settings:
+            raise ValueError(f"{path}: has no recipe: written by an older version; pass it to a script with --cali_ckpt")
+        recipe = Recipe.from_json(info.settings["recipe"])
+        kind = kind_of(recipe)
+        record = info.records.get(kind.prefix) if kind else None
+        return cls(recipe, info.base_hash, record, tuple(info.settings.get("times", ())), dict(info.settings))
+
+
+def network_and_state(model: Any) -> tuple[Network, State]:
+    """The denoiser of a quantized pipeline, or a quantized denoiser, and what it remembers.
+
+    Raises:
+        ValueError: it is not quantized.
+    """
+    module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
+    state = getattr(module, "_qncd", None)
+    if not isinstance(state, State):
+        raise ValueError(f"{type(module).__name__}: not quantized by qncd.quantize or qncd.load_quantized")
+    return network_of(module), state
+
+
+def correct(pipe: Any, network: Network, state: State) -> None:
+    """Let the correction of a recipe act in the pipeline."""
+    kind, corrector = kind_of(state.recipe), corrector_of(state.recipe, state.record)
+    if kind is None or corrector is None:
+        return
+    if waiting := getattr(network.module, "_qncd_waiting", None):
+        waiting.remove()
+    tap = Tap(network) if kind.calls_network else None
+    attach(pipe, PipelineCorrection(network, corrector, tap, state.times if state.record is not None else None))
+
+
+def save(model: Any, folder: str | Path) -> Path:
+    """Write a quantized pipeline (or denoiser) to a folder, which appears whole or not at all; returns it.
+
+    `DiffusionPipeline.from_pretrained(folder)` loads the pipeline quantized and corrected once `qncd` is imported, and
+    `push_to_hub` takes the folder as it is. `load_quantized` puts its codes into a full-precision pipeline.
+
+    Raises:
+        ValueError: the model is not quantized. OSError: the folder can't be written.
+    """
+    network, state = network_and_state(model)
+    folder = Path(folder)
+    with whole_folder(folder) as part:
+        if not isinstance(model, (nn.Module, ModelMixin)):
+            model.save_pretrained(part, safe_serialization=True)
+            if kind_of(state.recipe) is not None:
+                write_json(part / INDEX, {**read_json(part / INDEX), "scheduler": _CORRECTED})
+        elif isinstance(model, ModelMixin):
+            model.save_pretrained(part, safe_serialization=True)
+        else:
+            save_quantized(network, part / FILE, state.recipe.quant, state.base_hash, _settings(state), state.record)
+    return folder
+
+
+def _settings(state: State) -> dict[str, Any]:
+    return {**state.settings, "recipe": state.recipe.to_json()}
+
+
+def written(module: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a quantized network's file, and its header."""
+    network, state = network_and_state(module)
+    settings = json.loads(json.dumps(_settings(state)))
+    tensors, header = content_of(network, state.recipe.quant, state.base_hash, settings, state.record)
+    return {name: value.contiguous() for name, value in tensors.items()}, header
+
+
+def _file_in(folder: Path, model: Any) -> Path:
+    """The quantized network in what `save` or --cali_ckpt wrote."""
+    if folder.suffix == ".safetensors":
+        return folder
+    places = [folder / FILE, folder / WEIGHTS]
+    if not isinstance(model, nn.Module):
+        places.insert(0, folder / denoiser_of(model)[0] / WEIGHTS)
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def load_quantized(model: Any, folder: str | Path) -> Recipe:
+    """Turn a full-precision pipeline (or denoiser) into the one that `save` wrote, in place; returns its recipe.
+
+    Args:
+        folder: of `save`, or a quantized checkpoint that a script wrote with --cali_ckpt.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is cut off or of another kind, or was made from another base model. The model is then as before.
+    """
+    path = _file_in(Path(folder), model)
+    module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
+    scheduler = getattr(model, "scheduler", None)
+    network = network_of(module, prediction_of(scheduler) if scheduler is not None else None)
+    state = State.read(load_quantized_(network, path, state_dict_hash(module)), path)
+    state.keep(module)
+    if not isinstance(model, nn.Module):
+        correct(model, network, state)
+    return state.recipe
+
+
+def read_quantized(module: Any, path: Path) -> None:
+    """Turn a network that has no weights yet into the one of a file, in place: what diffusers' loading ends with.
+
+    Raises:
+        ValueError: the file holds another network.
+    """
+    from qncd.corrected import Waiting
+
+    _materialize(module)
+    network = network_of(module)
+    state = State.read(load_quantized_(network, path), path)
+    state.keep(module)
+    kind, corrector = kind_of(state.recipe), corrector_of(state.recipe, state.record)
+    if kind is not None and corrector is not None:
+        times = state.times if state.record is not None else None
+        object.__setattr__(module, "_qncd_waiting", Waiting(module, corrector, times, kind.calls_network))
+
+
+def _materialize(module: nn.Module) -> None:
+    """Give zeros to what has shapes alone."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(part, name, nn.Parameter(torch.zeros_like(parameter, device="cpu"), requires_grad=False))
+            else:
+                parameter.requires_grad_(False)
+
+
+def quantize_weights(module: Any, bits: int) -> None:
+    """Round a network's weights to the nearest of `bits` bits, in place; activations stay in floating point.
+
+    Raises:
+        ValueError: the network's family does not say what it is called with.
+    """
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    network, base_hash = network_of(module), state_dict_hash(module)
+    quant = QuantConfig(weight_bits=bits, act_bits=None)
+    quantize_(network, quant)
+    example = network.example(1)
+    x, t = example.pop(network.sample_name), example.pop(network.time_name)
+    calibrate_(network, CalibrationSet(x, t, example), quant)
+    recipe = Recipe(mode="linear", quant=quant, smoothing=None, correction=None, calibration=CalibrationConfig())
+    State(recipe, base_hash, None).keep(module)
