@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from qncd import corrected as corrected
 from qncd.registration import register
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ _PUBLIC = {
     "CorrectionConfig": "qncd.recipe",
     "CalibrationConfig": "qncd.recipe",
     "CalibrationSet": "qncd.ptq.data",
-    "QNCDConfig": "qncd.quantizer",
+    "QNCDConfig": "qncd.diffusers_quantizer",
     "Network": "qncd.models.network",
     "network_of": "qncd.models.network",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 METHOD = "qncd"  # quant_method of a network's quantization_config
+_OURS = "qncd.diffusers_quantizer"
 _TABLES = "diffusers.quantizers.auto"  # the module with diffusers' tables of quantizers
 
 
@@ -43,7 +45,6 @@ def register() -> None:
 
 
 def _fill(tables: Any) -> None:
-    from qncd.quantizer import QNCDConfig, QNCDQuantizer
-
-    tables.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QNCDConfig
-    tables.AUTO_QUANTIZER_MAPPING[METHOD] = QNCDQuantizer
+    ours = importlib.import_module(_OURS)
+    tables.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = ours.QNCDConfig
+    tables.AUTO_QUANTIZER_MAPPING[METHOD] = ours.QNCDQuantizer

@@ -44,7 +44,7 @@ class State:
         """Let a module remember it, and let diffusers save the module quantized."""
         object.__setattr__(module, "_qncd", self)
         if isinstance(module, ModelMixin):
-            from qncd.quantizer import QNCDQuantizer
+            from qncd.diffusers_quantizer import QNCDQuantizer
 
             module.__dict__.pop("save_pretrained", None)
             QNCDQuantizer.attach(module, self.recipe.to_json())
@@ -156,7 +156,7 @@ def read_quantized(module: Any, path: Path) -> None:
     Raises:
         ValueError: the file holds another network.
     """
-    from qncd.corrected import Waiting
+    from qncd.corrected_scheduler import Waiting
 
     _materialize(module)
     network = network_of(module)

@@ -21,7 +21,7 @@ MAX_SCRIPT_LINES = 60
 
 # From low to high: a module imports from its own layer or from lower ones.
 LAYERS = (
-    ("registration", "cluster", "distributed", "launchers", "progress", "workers"),
+    ("registration", "corrected", "cluster", "distributed", "launchers", "progress", "workers"),
     ("io",),
     ("recipe", "modes", "options", "rng"),
     ("models", "metrics"),
@@ -29,7 +29,7 @@ LAYERS = (
     ("sampling",),
     ("ptq", "training"),
     ("engines",),
-    ("api", "saving", "corrected", "quantizer"),
+    ("api", "saving", "corrected_scheduler", "diffusers_quantizer"),
     ("app",),
     ("benchmark",),
     ("commands",),

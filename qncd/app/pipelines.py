@@ -268,6 +268,8 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
     quantizing.check_engine_arguments(args, recipe)
     device = str(processes.device)
     pipe = load(args, request, device)
+    if recipe is not None and getattr(denoiser_of(pipe)[1], "_qncd", None) is not None:
+        raise ValueError(f"{args.ckpt}: is quantized already: sample it without --ptq")
     call = _arguments(args, request, pipe)
     rows = _with_images(args, pipe, request.rows(pipe, recipe.calibration.samples if recipe else 0))
     given = set(call) | (set(rows.of_image(0)) if rows else {"batch_size"})

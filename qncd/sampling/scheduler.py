@@ -259,7 +259,8 @@ class PipelineCorrection:
 
         def output(corrected: Tensor) -> Tensor:
             changed = predicted + slope * (corrected - eps) if kind != "epsilon" else corrected
-            return torch.cat([changed, variance], 1) if variance.numel() else changed
+            whole = torch.cat([changed, variance], 1) if variance.numel() else changed
+            return whole.to(taken.output.dtype)
 
         def advance(corrected: Tensor) -> Tentative:
             x_prev = taken.advance(output(corrected))

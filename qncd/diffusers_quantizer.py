@@ -5,6 +5,7 @@ This is imported while diffusers is: beside the two base classes, everything is 
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from enum import Enum
 from pathlib import Path
@@ -14,6 +15,8 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from qncd.registration import METHOD
+
+_SAVING = "qncd.saving"  # which imports this module, to hand networks to it
 
 
 class _Method(str, Enum):
@@ -96,12 +99,11 @@ class QNCDQuantizer(DiffusersQuantizer):
         return None
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from qncd.saving import quantize_weights, read_quantized
-
+        saving = importlib.import_module(_SAVING)
         if self.file is not None:
-            read_quantized(model, self.file)
+            saving.read_quantized(model, self.file)
         else:
-            quantize_weights(model, self.config.weight_bits)
+            saving.quantize_weights(model, self.config.weight_bits)
         self._module = weakref.ref(model)
         return model
 
@@ -117,11 +119,10 @@ class QNCDQuantizer(DiffusersQuantizer):
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Codes, ranges and what else a quantized checkpoint holds."""
-        from qncd.saving import written
-
         if not safe_serialization:
             raise ValueError("a network that qncd quantized is saved as safetensors: safe_serialization=True")
-        return written(self._module() if self._module else None)
+        tensors, header = importlib.import_module(_SAVING).written(self._module() if self._module else None)
+        return tensors, header
 
     def _dequantize(self, model: Any) -> Any:
         raise ValueError("a network that qncd quantized has no weights in floating point: load the full-precision model")

@@ -1,0 +1,194 @@
+"""Quantized pipelines in folders of diffusers: bit-identical round trips, in other processes, with what people put on top."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from script_runs import run_in_process
+from small_pipelines import KINDS, PROMPTS, made
+
+import qncd
+
+STEPS = 4
+
+
+def run(pipe: Any, kind: str, steps: int = STEPS) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    latent = {} if kind in ("DDPM", "DDIM", "LDM") else {"output_type": "latent"}
+    generators = [torch.Generator().manual_seed(seed << 8) for seed in (3, 4)]
+    out = pipe(**KINDS[kind].call, **latent, num_inference_steps=steps, generator=generators)
+    return torch.as_tensor(np.asarray(out.images)).float()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, torch.Tensor]]:
+    """folder(kind, mode, width): what `qncd.save` wrote, and the images of what was saved; made once."""
+    there: dict[tuple[str, ...], tuple[Path, torch.Tensor]] = {}
+
+    def make(kind: str, mode: str, width: str) -> tuple[Path, torch.Tensor]:
+        key = (kind, mode, width)
+        if key not in there:
+            pipe, path = made(kind), tmp_path_factory.mktemp("saved") / "model"
+            options = {"interval": 2} if mode == "qncd" else {}
+            qncd.quantize(pipe, width, mode, calls=[KINDS[kind].call] * 2, steps=STEPS, **options)
+            assert qncd.save(pipe, path) == path
+            there[key] = path, run(pipe, kind)
+        return there[key]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "width"),
+    [
+        ("SD1", "linear", "W8A8"),
+        ("SD1", "qncd", "W8A8"),
+        ("SD2, v-prediction", "qncd", "W8A8"),
+        ("DDPM", "ptqd", "W8A8"),
+        ("LCM", "linear", "W4A32"),
+        pytest.param("SDXL", "qncd+", "W4A6", marks=pytest.mark.slow),
+        pytest.param("SD1 inpainting", "qncd+", "W4A6", marks=pytest.mark.slow),
+    ],
+)
+def test_round_trips(kind: str, mode: str, width: str, folder: Any, tmp_path: Path) -> None:
+    path, images = folder(kind, mode, width)
+    again = diffusers.DiffusionPipeline.from_pretrained(path)
+    assert torch.equal(run(again, kind), images)
+    assert torch.equal(run(again, kind), images)  # nothing of the first run is left
+    qncd.save(again, tmp_path / "twice")
+    assert torch.equal(run(qncd.load(tmp_path / "twice"), kind), images)
+    fresh = made(kind)
+    qncd.load_quantized(fresh, path)
+    assert torch.equal(run(fresh, kind), images)
+
+
+def test_what_lies_in_the_folder(folder: Any) -> None:
+    path, _ = folder("SD1", "qncd", "W8A8")
+    config = json.loads((path / "unet" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "qncd"
+    assert config["quantization_config"]["recipe"]["quant"]["weight_bits"] == 8
+    assert json.loads((path / "model_index.json").read_text())["scheduler"] == ["qncd.corrected", "CorrectedScheduler"]
+    with safe_open(path / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        codes = [file.get_tensor(name) for name in file.keys() if name.endswith(".weight_codes")]  # noqa: SIM118
+    assert len(codes) > 30 and all(value.dtype == torch.int8 for value in codes)
+
+
+@pytest.mark.parametrize("order", ["import qncd, diffusers", "import diffusers; diffusers.DiffusionPipeline; import qncd"])
+def test_another_process_that_imports_qncd(order: str, folder: Any, tmp_path: Path) -> None:
+    path, images = folder("SD1", "qncd", "W8A8")
+    code = f"""
+{order}
+import sys, torch
+pipe = diffusers.DiffusionPipeline.from_pretrained({str(path)!r})
+generators = [torch.Generator().manual_seed(seed << 8) for seed in (3, 4)]
+out = pipe({PROMPTS!r}, num_inference_steps={STEPS}, generator=generators, output_type="latent").images
+torch.save(out, {str(tmp_path / "out.pt")!r})
+"""
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "out.pt").float(), images)
+
+
+def test_import_loads_nothing_heavy() -> None:
+    code = "import sys, qncd; assert not {'torch', 'diffusers'} & set(sys.modules); import qncd.corrected"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_people_put_on_top(folder: Any) -> None:
+    path, images = folder("SD1", "qncd", "W8A8")
+
+    def load(**options: Any) -> Any:
+        return diffusers.DiffusionPipeline.from_pretrained(path, **options)
+
+    pipe = load()
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(run(pipe, "SD1"), images)
+    pipe = load()
+    pipe.unet.to(memory_format=torch.channels_last)
+    assert float((run(pipe, "SD1") - images).norm() / images.norm()) < 0.05
+    assert float((run(load(torch_dtype=torch.bfloat16), "SD1") - images).norm() / images.norm()) < 0.2
+    with pytest.raises(ValueError, match="Casting a quantized model to a new `dtype` is unsupported"):
+        load().to(torch.float16)
+    pipe = load()
+    pipe.enable_attention_slicing()
+    with pytest.raises(ValueError, match="quantized attention was replaced by a SlicedAttnProcessor"):
+        run(pipe, "SD1")
+    pipe = load()
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="the pipeline's scheduler does not apply it"):
+        run(pipe, "SD1", 12)
+    with pytest.raises(ValueError, match="the correction was fitted for 4 steps"):
+        run(load(), "SD1", 5)
+    with pytest.raises(ValueError, match="has no weights in floating point"):
+        load().unet.dequantize()
+
+
+@pytest.mark.slow
+def test_compiled(folder: Any) -> None:
+    path, images = folder("SD1", "linear", "W8A8")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(path)
+    pipe.unet = torch.compile(pipe.unet, backend="aot_eager")
+    assert torch.allclose(run(pipe, "SD1"), images, atol=1e-2)
+
+
+def test_weights_alone_are_quantized_while_loading(tmp_path: Path) -> None:
+    made("SD1").save_pretrained(tmp_path / "float")
+    mapping = diffusers.PipelineQuantizationConfig(quant_mapping={"unet": qncd.QNCDConfig(weight_bits=4)})
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "float", quantization_config=mapping)
+    images, exact = run(pipe, "SD1"), run(made("SD1"), "SD1")
+    assert 0 < float((images - exact).norm() / exact.norm()) < 0.2
+    pipe.save_pretrained(tmp_path / "quantized")
+    assert torch.equal(run(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "quantized"), "SD1"), images)
+    sizes = [(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size for name in ("float", "quantized")]
+    assert sizes[1] < 0.35 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_bits": 9}, r"QNCDConfig: weight_bits 9: allowed are 2 to 8"),
+        ({"act_bits": 8}, r"QNCDConfig: act_bits: allowed is weight_bits; what needs calibration is for qncd\.quantize"),
+    ],
+)
+def test_what_a_config_cannot_ask_for(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        qncd.QNCDConfig(**settings)
+
+
+def test_damaged_and_foreign_folders(folder: Any, tmp_path: Path) -> None:
+    path, _ = folder("SD1", "linear", "W8A8")
+    with pytest.raises(ValueError, match=r"made from a base model with weights \w+"):
+        qncd.load_quantized(made("SD1", seed=1), path)
+    with pytest.raises(FileNotFoundError, match="no such quantized checkpoint"):
+        qncd.load_quantized(made("SD1"), tmp_path)
+    with pytest.raises(ValueError, match="not quantized by"):
+        qncd.save(made("SD1"), tmp_path / "x")
+    weights = path / "unet" / "diffusion_pytorch_model.safetensors"
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "quantized.safetensors").write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole quantized checkpoint"):
+        qncd.load_quantized(made("SD1"), tmp_path / "cut")
+
+
+def test_a_command_samples_a_quantized_folder(folder: Any, tmp_path: Path) -> None:
+    path, _ = folder("SD1", "qncd", "W8A8")
+    common = ("--ckpt", path, "--prompt", "x", "--n_samples", 2, "--device", "cpu", "--lane", 2, "--outdir", tmp_path / "o")
+    run_in_process("txt2img.py", *common, "--ddim_steps", STEPS)
+    assert len(list((tmp_path / "o" / "images").glob("*.png"))) == 2
+    log = run_in_process("txt2img.py", *common, "--ddim_steps", 5, "--outdir", tmp_path / "p", status=2)
+    assert "the correction was fitted for 4 steps" in log.splitlines()[-1]
+    log = run_in_process("txt2img.py", *common, "--ddim_steps", STEPS, "--ptq", "--outdir", tmp_path / "q", status=2)
+    assert "is quantized already" in log.splitlines()[-1]
