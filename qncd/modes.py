@@ -60,8 +60,8 @@ MODES = {
     "qdiff": Mode("Q-Diffusion: ranges of least error, shortcut split, weights reconstructed below 8 bits", _PEER, _BRECQ),
     "ptqd": Mode("qdiff, and PTQD's correction of each prediction by statistics", {**_PEER, "offline": "ptqd"}, _BRECQ),
     "tfmq": Mode(
-        "qdiff, with TFMQ-DM's reconstruction of the time embedding and a range for each time step at its layers",
-        {**_PEER, "stepwise_embedding": True}, _BRECQ,
+        "qdiff, with TFMQ-DM's reconstruction of the time embedding and a range for each time step at every activation",
+        {**_PEER, "stepwise_embedding": True, "stepwise_activations": True}, _BRECQ,
     ),
     "d2dpm": Mode("qdiff, and D2-DPM's correction of each prediction by statistics", {**_PEER, "offline": "d2dpm"}, _BRECQ),
     "qncd": Mode(

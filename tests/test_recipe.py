@@ -35,7 +35,7 @@ QUANT = {
     "linear": (PLAIN, PLAIN, PLAIN, PLAIN),
     "qdiff": (PEER, PEER | CLIPPED, PEER | CLIPPED, PEER),
     "ptqd": (PEER, PEER | CLIPPED, PEER | CLIPPED, PEER),
-    "tfmq": tuple(PEER | {"stepwise_embedding": True} | more for more in ({}, CLIPPED, CLIPPED, {})),
+    "tfmq": tuple(PEER | {"stepwise_embedding": True, "stepwise_activations": True} | more for more in ({}, CLIPPED, CLIPPED, {})),
     "d2dpm": (PEER, PEER | CLIPPED, PEER | CLIPPED, PEER),
     "qncd": ({}, CLIPPED, CLIPPED, {}),
     "qncd+": (PLUS, NARROW_PLUS, NARROW_PLUS | {"smoothing_search": True}, PLUS),
