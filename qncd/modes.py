@@ -28,6 +28,7 @@ class Mode:
         below_8: and where activations have fewer than 8 bits.
         up_to_4: and where they have 4 or fewer.
         quantizes_acts: the command line quantizes activations without being asked to by --quant_act.
+        runtime: the correction while sampling takes the place of the offline one where it, or an option of it, is asked for.
     """
 
     summary: str
@@ -36,6 +37,7 @@ class Mode:
     below_8: Mapping[str, Any] = field(default_factory=lambda: CLIPPED)
     up_to_4: Mapping[str, Any] = field(default_factory=dict)
     quantizes_acts: bool = True
+    runtime: bool = False
 
     def at(self, weight_bits: int | None, act_bits: int | None) -> dict[str, Any]:
         """The options that it sets where weights and activations have so many bits; None for floating point."""
@@ -65,8 +67,9 @@ MODES = {
     ),
     "d2dpm": Mode("qdiff, and D2-DPM's correction of each prediction by statistics", {**_PEER, "offline": "d2dpm"}, _BRECQ),
     "qncd": Mode(
-        "qdiff, and QNCD's smoothing by the embedding and runtime noise correction; bias correction",
-        {"bias_correction": True, "smoothing": True, "correction": True}, _BRECQ,
+        "qdiff, and QNCD's smoothing by the embedding; bias correction; filters that lead back to the full-precision trajectory, "
+        "or with --sample_reverse the paper's noise estimation at runtime, which they were measured to outdo",
+        {"bias_correction": True, "smoothing": True, "offline": TRACKING}, _BRECQ, runtime=True,
     ),
     "qncd+": Mode(
         "not in the paper: weights by GPTQ against the full-precision outputs, smoothing searched for each layer, a range for "
@@ -158,7 +161,12 @@ def _corrections(mode: str, usual: Mapping[str, Any], given: Mapping[str, Any]) 
         kind = TRACKING if tracking else None
     kind = given.get("offline", kind)
     asked_for = bool(tracking or given.get("offline"))
-    correction = given.get("correction", bool(usual.get("correction")) and not asked_for)
+    correction = given.get("correction")
+    if MODES[mode].runtime and not asked_for:
+        if correction is None:
+            correction = any(path.startswith("correction.") for path in given)
+        elif correction is False:  # none of either kind
+            kind = None
     if correction and kind == TRACKING and not asked_for:
         kind = None
     if correction and kind:

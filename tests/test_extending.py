@@ -110,7 +110,7 @@ def test_a_family(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "qncd"):
         report = qncd.quantize(smoothed, "W8A8", "qncd", calibration=data)
     assert "no family" not in caplog.text
-    assert any("correction" in text for text in report.left_out)  # a bare denoiser has no sampler to correct in
+    assert any("tracking" in text for text in report.left_out)  # a bare denoiser has no sampler to correct in
     assert smoothed.block.outer.smoothing is not None and smoothed.block.inner.smoothing is None
     assert float((smoothed(x, t)[0] - exact).detach().norm() / exact.norm()) < 0.05
     units = network_registry.network_of(smoothed).blocks()

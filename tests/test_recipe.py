@@ -35,7 +35,9 @@ QUANT = {
     "linear": (PLAIN, PLAIN, PLAIN, PLAIN),
     "qdiff": (PEER, PEER | CLIPPED, PEER | CLIPPED, PEER),
     "ptqd": (PEER, PEER | CLIPPED, PEER | CLIPPED, PEER),
-    "tfmq": tuple(PEER | {"stepwise_embedding": True, "stepwise_activations": True} | more for more in ({}, CLIPPED, CLIPPED, {})),
+    "tfmq": tuple(
+        PEER | {"stepwise_embedding": True, "stepwise_activations": True} | more for more in ({}, CLIPPED, CLIPPED, {})
+    ),
     "d2dpm": (PEER, PEER | CLIPPED, PEER | CLIPPED, PEER),
     "qncd": ({}, CLIPPED, CLIPPED, {}),
     "qncd+": (PLUS, NARROW_PLUS, NARROW_PLUS | {"smoothing_search": True}, PLUS),
@@ -47,7 +49,7 @@ PARTS: dict[str, tuple[bool, bool, str | None, bool]] = {
     "ptqd": (False, False, "ptqd", True),
     "tfmq": (False, False, None, True),
     "d2dpm": (False, False, "d2dpm", True),
-    "qncd": (True, True, None, True),
+    "qncd": (True, False, "tracking", True),
     "qncd+": (False, False, "tracking", False),
 }
 
@@ -105,6 +107,10 @@ def test_changes_reach_the_whole_tree() -> None:
     ("mode", "changes", "found"),
     [
         ("qncd", {"tracking": True}, (False, "tracking")),
+        ("qncd", {"correction": True}, (True, None)),
+        ("qncd", {"interval": 3}, (True, None)),
+        ("qncd", {"correction": False}, (False, None)),
+        ("qncd", {"tracking": False}, (False, None)),
         ("qncd+", {"correction": True}, (True, None)),
         ("qncd+", {"tracking": False}, (False, None)),
         ("qncd+", {"tracking": False, "correction": True}, (True, None)),
@@ -217,7 +223,7 @@ def test_a_recipe_in_a_file(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_run() -> None:
-    settings = Recipe.of("qncd", "W4A8").settings()
+    settings = Recipe.of("qncd", "W4A8", correction=True).settings()
     assert settings == {
         "quantization": {"mode": "qncd", **dataclasses.asdict(QuantConfig(4, 8))},
         "smoothing": {"floor": 1.0, "strength": 1.0},
@@ -236,7 +242,7 @@ def test_the_batch_size_may_be_decided_later() -> None:
 
 
 def test_only_corrections_that_need_it_ask_for_the_noise_table() -> None:
-    assert Recipe.of("qncd").controlled and Recipe.of("qncd", control=False).controlled
+    assert Recipe.of("qncd", correction=True).controlled and Recipe.of("qncd", control=False).controlled
     assert Recipe.of("qncd", control=False, shrink=False).controlled is None and Recipe.of("qncd+").controlled is None
 
 

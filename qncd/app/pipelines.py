@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import inspect
 import logging
@@ -277,8 +278,7 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
     kind = kind_of(recipe) if recipe else None
     precision = getattr(args, "precision", "full")
     sampler = PipelineSampler(pipe, call, 1, bool(kind and kind.calls_network), precision)
-    lane = args.lane or default_lane(pipe, max(sampler.shape[1:]))
-    sampler = PipelineSampler(pipe, call, lane, sampler.corrects_by_calls, precision)
+    sampler = dataclasses.replace(sampler, lane=args.lane or default_lane(pipe, max(sampler.shape[1:])))
     recipe = recipe.with_batch_size(cli.default_calibration_batch(4 * max(sampler.shape[1:]))) if recipe else None
     factor = int(getattr(pipe, "vae_scale_factor", 1))
     base_hash = state_dict_hash(sampler.network.module)
@@ -291,7 +291,7 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
         "model": base_hash,
         "components": hashes,
         "seed": args.seed,
-        "lane": lane,
+        "lane": sampler.lane,
         "sampler": sampler.settings,
         "precision": precision,
         "pictures": pictures,

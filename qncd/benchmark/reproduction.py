@@ -20,6 +20,7 @@ from qncd.benchmark.protocols import PROTOCOLS, Protocol
 from qncd.io.files import read_json, write_json, write_text
 from qncd.io.runs import Run
 from qncd.metrics.report.conventions import CONVENTIONS
+from qncd.modes import MODES
 from qncd.recipe import CalibrationConfig, Recipe
 from qncd.workers import GO_ON, dying_with_this
 
@@ -103,7 +104,7 @@ class Reproduction:
             words += ["--ptq", "--quant_mode", entry.mode, "--weight_bit", weights, "--quant_act", "--act_bit", acts]
             checkpoint = self.checkpoints.get(entry.width, self.out / f"{entry.name}.safetensors")
             words += ["--cali_ckpt", str(checkpoint), *self.calibration]
-            if Recipe.of(entry.mode, entry.width).correction:
+            if _recipe_of(entry).correction:
                 words += ["--sample_reverse", str(2 if self.rehearsal else protocol.interval)]
         return words
 
@@ -163,6 +164,11 @@ class Cost:
         )
 
 
+def _recipe_of(entry: Entry) -> Recipe:
+    """As published: with the noise estimation at runtime where the mode would track instead."""
+    return Recipe.of(entry.mode, entry.width, **({"correction": True} if MODES[entry.mode].runtime else {}))
+
+
 def cost_of(plan: Reproduction, seconds: float, parameters: int, iterations: int = 2000, inputs: int = 32) -> Cost:
     """The cost, from the seconds of one network call for one input.
 
@@ -177,7 +183,7 @@ def cost_of(plan: Reproduction, seconds: float, parameters: int, iterations: int
     for entry in quantized:
         if plan.scores(entry).is_file():
             continue
-        recipe = Recipe.of(entry.mode, entry.width)
+        recipe = _recipe_of(entry)
         own = plan.images * each * (1 + (1 / protocol.interval if recipe.correction else 0))
         own += CALIBRATION_RUNS * plan.calibrated * each
         reconstructing = 0.0

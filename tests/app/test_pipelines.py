@@ -70,7 +70,7 @@ def images(out: Path, subfolder: str = "images") -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted((out / subfolder).glob("*.png"))])
 
 
-@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_sdxl_quantized_saved_and_on_an_engine(folder: Callable[[str], Path], tmp_path: Path, backend: str) -> None:
     pytest.importorskip(backend)
     common = ("--ckpt", folder("SDXL"), *TEXT, *PTQ, "--quant_mode", "linear", "--cali_ckpt", tmp_path / "q.safetensors")
@@ -227,9 +227,7 @@ def test_a_half_precision_variant_is_found(tmp_path: Path) -> None:
     assert pipe.unet.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind not in ("SDXL", "LCM") else ()) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind != "LCM" else ()) for kind in KINDS])
 def test_every_kind_is_quantized(kind: str, tmp_path: Path) -> None:
     """Calibrated by calling it, near full precision, and the same after a round trip through a file."""
     call = {**KINDS[kind].call, "num_inference_steps": 3}
@@ -249,7 +247,9 @@ def test_every_kind_is_quantized(kind: str, tmp_path: Path) -> None:
     assert torch.equal(run(again), quantized)
 
 
-@pytest.mark.parametrize("kind", ["SD2, v-prediction", "SDXL", "SD2, zero terminal SNR"])
+@pytest.mark.parametrize(
+    "kind", ["SDXL", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("SD2, v-prediction", "SD2, zero terminal SNR"))]
+)
 def test_runtime_correction_takes_out_a_known_error(kind: str) -> None:
     """A constant added to what the network predicts, of velocities and under Euler's levels of noise."""
     prompts = {"prompt": PROMPTS * 2, "guidance_scale": 1.0}

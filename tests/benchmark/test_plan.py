@@ -24,7 +24,7 @@ def test_a_mode_with_changes(tmp_path: Path) -> None:
     recipe = Cell("W4A6", text, 3).recipe_in(plan(tmp_path))
     assert recipe is not None and not recipe.quant.gptq and recipe.quant.act_range == "max" and recipe.calibration.seed == 3
     assert recipe.correction == CorrectionConfig(interval=2) and recipe.offline is None  # the row's interval, not the plan's
-    plain = Cell("W4A6", "qncd").recipe_in(plan(tmp_path))
+    plain = Cell("W4A6", "qncd,correction=true").recipe_in(plan(tmp_path))
     assert plain is not None and plain.correction == CorrectionConfig() and plain.reconstruction == ReconstructionConfig(3)
     own = Cell("W4A6", "qncd,iterations=9").recipe_in(plan(tmp_path))
     assert own is not None and own.reconstruction == ReconstructionConfig(9)

@@ -48,7 +48,8 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "tiny.yml").write_text(yaml.safe_dump(CONFIG))
     return [
         "--config", str(folder / "tiny.yml"), "--ckpt", str(folder / "unet"), "--out", str(folder / "out"), "--device", "cpu",
-        "--images", "4", "--timesteps", "2", "--seeds", "1", "--widths", "w4a8", "--modes", "linear", "qncd", "--cali_iters", "3",
+        "--images", "4", "--timesteps", "2", "--seeds", "1", "--widths", "w4a8",
+        "--modes", "linear", "qncd,correction=true", "--cali_iters", "3",
         "--batch_size", "3", "--cali_n", "4", "--cali_st", "2", "--interval", "1", "--jobs", "1",
     ]  # fmt: skip
 
@@ -65,7 +66,7 @@ def test_run_resume_report(script: ModuleType, arguments: list[str], capsys: pyt
     table = capsys.readouterr().out
     content = json.loads((out / "quality.json").read_text())
     assert [(row["width"], row["mode"], row["seeds"]) for row in content["rows"]] == [
-        ("FP", "FP", 1), ("W4A8", "linear", 1), ("W4A8", "qncd", 1)
+        ("FP", "FP", 1), ("W4A8", "linear", 1), ("W4A8", "qncd,correction=true", 1)
     ]  # fmt: skip
     assert content["missing"] == [] and len(content["cells"]) == 3
     full, linear, qncd = (record["figures"] for record in content["cells"])
@@ -82,16 +83,16 @@ def test_run_resume_report(script: ModuleType, arguments: list[str], capsys: pyt
     assert recipe["quant"]["weight_bits"] == 4 and recipe["quant"]["split"] and recipe["reconstruction"]["iterations"] == 3
     assert recipe["smoothing"]["floor"] == 1.0 and recipe["correction"]["interval"] == 1
     text = (out / "quality.md").read_text()
-    assert "| W4A8 | linear | " in text and "| W4A8 | qncd | " in text and "Biased upwards" in text
+    assert "| W4A8 | linear | " in text and "| W4A8 | qncd, correction | " in text and "Biased upwards" in text
     assert table.startswith("| width |") and all((out / f"quality{end}.png").stat().st_size > 1000 for end in ("", "_bars"))
 
     files = sorted(path for name in ("cells", "cache") for path in (out / name).iterdir())
     times = [path.stat().st_mtime_ns for path in files]
     script.main(script.parse_args(arguments))
     assert [path.stat().st_mtime_ns for path in files] == times
-    (out / "cells" / "W4A8_qncd_seed0.json").write_text("{")  # damaged: as if it were not there
+    (out / "cells" / "W4A8_qncd,correction=true_seed0.json").write_text("{")  # damaged: as if it were not there
     script.main(script.parse_args([*arguments, "--report"]))
-    assert json.loads((out / "quality.json").read_text())["missing"] == ["W4A8_qncd_seed0"]
+    assert json.loads((out / "quality.json").read_text())["missing"] == ["W4A8_qncd,correction=true_seed0"]
 
     # Other settings make their cells anew and leave the rest: the interval is none of linear's settings.
     script.main(script.parse_args(changed(arguments, "--interval", "2")))

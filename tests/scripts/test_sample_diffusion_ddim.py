@@ -146,7 +146,7 @@ BAD = [
     (["--quant_mode", "qdrop"], "invalid choice: 'qdrop'"),
     (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt"),
     (["--config", "nowhere.yml"], "nowhere.yml: no such config file"),
-    (["--ptq", "--cali_n", "3"], "the full-precision noise table needs 4 images or more, not 3"),
+    (["--ptq", "--cali_n", "3", "--sample_reverse"], "the full-precision noise table needs 4 images or more, not 3"),
     (["--ptq", "--cali_st", "6"], "cali_st 6: the sampler takes 5 steps; allowed are 1 to 5"),
     (["--ptq", "--reverse_interval", "9"], "--reverse_interval 9: none of the 5 steps would make an estimate"),
     (["--ptq", "--sample_reverse", "9"], "--sample_reverse 9: none of the 5 steps would make an estimate"),
