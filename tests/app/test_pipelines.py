@@ -227,8 +227,15 @@ def test_a_half_precision_variant_is_found(tmp_path: Path) -> None:
     assert pipe.unet.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind != "LCM" else ()) for kind in KINDS])
-def test_every_kind_is_quantized(kind: str, tmp_path: Path) -> None:
+ALL_PARTS = ("LCM", "SDXL inpainting", "SD2, zero terminal SNR", "Kandinsky 2.2", "DeepFloyd IF", "LDM, classes")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [pytest.param(kind, "linear", marks=() if kind in ("SDXL", "SD1 ControlNet") else pytest.mark.slow) for kind in KINDS]
+    + [pytest.param(kind, "qncd+", marks=() if kind == "LCM" else pytest.mark.slow) for kind in ALL_PARTS],
+)
+def test_every_kind_is_quantized(kind: str, mode: str, tmp_path: Path) -> None:
     """Calibrated by calling it, near full precision, and the same after a round trip through a file."""
     call = {**KINDS[kind].call, "num_inference_steps": 3}
 
@@ -238,7 +245,7 @@ def test_every_kind_is_quantized(kind: str, tmp_path: Path) -> None:
         return torch.as_tensor(np.asarray(out[0] if not hasattr(out, "images") else out.images)).float()
 
     exact, pipe, again = run(made(kind)), made(kind), made(kind)
-    report = qncd.quantize(pipe, "W4A6", "qncd+", calls=[KINDS[kind].call], steps=3)
+    report = qncd.quantize(pipe, "W4A6" if mode == "qncd+" else "W8A8", mode, calls=[KINDS[kind].call], steps=3)
     assert len(report.layers) > 20 and not report.left_out
     quantized = run(pipe)
     assert 0 < float((quantized - exact).norm() / exact.norm()) < 0.6

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
 from torch import Tensor, nn
 
 from qncd.models.families.unet import UNet
@@ -201,14 +201,16 @@ class Holder(nn.Module):
         return sample
 
 
-def test_added_projections_are_refused() -> None:
+def test_fused_projections_are_refused_and_other_products_named(caplog: pytest.LogCaptureFixture) -> None:
     attention, _ = block(added_kv_proj_dim=4)
-    with pytest.raises(ValueError, match=r"^mid\.attn: attention with fused projections is not supported; unfuse it"):
-        UNet(Holder(attention)).attentions()
+    attention.set_processor(AttnAddedKVProcessor())
+    with caplog.at_level("WARNING", "qncd"):
+        assert UNet(Holder(attention)).attentions() == {}
+    assert "1 attention products compute what is not known here" in caplog.text and "AttnAddedKVProcessor" in caplog.text
     attention, _ = block()
     assert UNet(Holder(attention)).attentions() == {"mid.attn": attention}
     attention.fuse_projections()
-    with pytest.raises(ValueError, match=r"^mid\.attn: attention with fused projections"):
+    with pytest.raises(ValueError, match=r"^mid\.attn: attention with fused projections is not supported; unfuse it first"):
         UNet(Holder(attention)).attentions()
 
 
