@@ -38,6 +38,7 @@ RESERVED = (
     "prompt", "class_labels", "batch_size", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt",
     "callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "self", "image", "mask_image",
 )  # fmt: skip
+TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 ADAPTER_SCALE = "="  # between an adapter's file and its weight
 
 
@@ -135,6 +136,15 @@ def _images(path: Path | None, flag: str) -> list[Image.Image]:
         return [Image.open(file).convert("RGB" if flag == "image" else "L") for file in files]
     except OSError as error:
         raise ValueError(f"--{flag} {path}: not an image ({first_line(error)})") from None
+
+
+def _with_texts(call: dict[str, Any], rows: Rows | None) -> Rows | None:
+    """The rows with the further texts of a call (a negative prompt): pipelines take one for each image, as they do prompts."""
+    texts = {name: call.pop(name) for name in TEXTS if isinstance(call.get(name), str)}
+    if not texts or rows is None:
+        return rows
+    own = rows
+    return Rows(lambda i: {**own.of_image(i), **texts}, [{**row, **texts} for row in own.calibration])
 
 
 def _with_images(args: argparse.Namespace, pipe: Any, rows: Rows | None) -> Rows | None:
@@ -272,7 +282,7 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
     if recipe is not None and getattr(denoiser_of(pipe)[1], "_qncd", None) is not None:
         raise ValueError(f"{args.ckpt}: is quantized already: sample it without --ptq")
     call = _arguments(args, request, pipe)
-    rows = _with_images(args, pipe, request.rows(pipe, recipe.calibration.samples if recipe else 0))
+    rows = _with_texts(call, _with_images(args, pipe, request.rows(pipe, recipe.calibration.samples if recipe else 0)))
     given = set(call) | (set(rows.of_image(0)) if rows else {"batch_size"})
     _check_required(pipe, given)
     kind = kind_of(recipe) if recipe else None
@@ -295,6 +305,7 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
         "sampler": sampler.settings,
         "precision": precision,
         "pictures": pictures,
+        "texts": {name: value for name, value in (rows.of_image(0) if rows else {}).items() if name in TEXTS},
         "finish": list(request.finish),
         **request.settings,
     }

@@ -116,7 +116,9 @@ class PipelineSampler:
         """What decides the images beside the weights and the seeds, as JSON."""
         scheduler = self.pipe.scheduler
         config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-        call = {name: value for name, value in self.call.items() if isinstance(value, (str, int, float, bool, type(None)))}
+        call = {
+            name: value for name, value in self.call.items() if isinstance(value, (str, int, float, bool, list, dict, type(None)))
+        }
         return {
             "pipeline": type(self.pipe).__name__,
             "scheduler": type(scheduler).__name__,

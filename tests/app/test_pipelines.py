@@ -139,6 +139,20 @@ def test_classes_and_pixels(folder: Callable[[str], Path], tmp_path: Path) -> No
     assert len(images(tmp_path / "pixels")) == 2
 
 
+@pytest.mark.parametrize("kind", ["SD1", "SDXL"])
+def test_a_negative_prompt(kind: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    run_in_process(
+        "txt2img.py", "--ckpt", folder(kind), *TEXT, "--argument", "negative_prompt=blurry", "--outdir", tmp_path / "o"
+    )
+    call = {"prompt": [PROMPTS[0]] * 2, "negative_prompt": ["blurry"] * 2, "num_inference_steps": 3, "output_type": "np"}
+    expected = made(kind)(**call, generator=[torch.Generator().manual_seed(seed << 8) for seed in (42, 43)]).images
+    assert np.abs(images(tmp_path / "o") - (expected * 255).round()).max() <= 1
+    other = made(kind)(
+        **{**call, "negative_prompt": [""] * 2}, generator=[torch.Generator().manual_seed(s << 8) for s in (42, 43)]
+    )
+    assert np.abs(images(tmp_path / "o") - (other.images * 255).round()).max() > 1
+
+
 def write_lora(path: Path, size: int, scale: float = 1.0) -> Path:
     """A LoRA of one attention layer in the layout of diffusers, for networks whose layer has `size` channels."""
     torch.manual_seed(0)
