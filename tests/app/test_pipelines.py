@@ -79,8 +79,10 @@ def test_sdxl_quantized_saved_and_on_an_engine(folder: Callable[[str], Path], tm
     assert np.array_equal(images(tmp_path / "a"), images(tmp_path / "b"))
     assert not np.array_equal(images(tmp_path / "a"), images(tmp_path / "a", "fp"))
     run_in_process("txt2img.py", *common, "--outdir", tmp_path / "c", "--resume", "--backend", backend)
-    apart = np.abs(images(tmp_path / "c").astype(float) - images(tmp_path / "a"))
-    assert apart.mean() < 2 and apart.any()
+    # Sums in another order turn single codes of this random network: as near to full precision as torch is.
+    exact = images(tmp_path / "a", "fp").astype(float)
+    torch_error, engine_error = (np.abs(images(tmp_path / name) - exact).mean() for name in ("a", "c"))
+    assert 0.5 * torch_error < engine_error < 1.5 * torch_error
 
 
 @pytest.mark.parametrize(
