@@ -22,7 +22,7 @@ CONFIG = {
               "attn_resolutions": [8], "num_groups": 2},
     "diffusion": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_diffusion_timesteps": 1000},
 }  # fmt: skip
-QUANTIZED = ("--ptq", "--weight_bit", "4", "--act_bit", "4", "--recon", "--cali_iters", "3", "--sample_reverse")
+QUANTIZED = ("--ptq", "--sample_reverse", "--weight_bit", "4", "--act_bit", "4", "--recon", "--cali_iters", "3")
 
 
 @pytest.fixture(scope="module")
