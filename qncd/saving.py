@@ -12,8 +12,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from qncd.io.files import read_json, whole_folder, write_json
+from qncd.models.files.diffusers_folders import check_replaceable
 from qncd.models.loading import state_dict_hash
 from qncd.models.network import Network, network_of
+from qncd.models.pipelines import INDEX
 from qncd.ptq.checkpoint import QuantizedInfo, content_of, load_quantized_, save_quantized
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import calibrate_
@@ -26,7 +28,6 @@ from qncd.sampling.scheduler import PipelineCorrection, Tap, attach, prediction_
 
 FILE = "quantized.safetensors"  # of a network that is no model of diffusers
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = "model_index.json"
 _CORRECTED = ["qncd.corrected", "CorrectedScheduler"]
 
 
@@ -48,6 +49,11 @@ class State:
 
             module.__dict__.pop("save_pretrained", None)
             QNCDQuantizer.attach(module, self.recipe.to_json())
+
+    @property
+    def fitted_times(self) -> tuple[float, ...] | None:
+        """The time steps that the correction was fitted for; None where any will do."""
+        return self.times if self.record is not None else None
 
     @classmethod
     def read(cls, info: QuantizedInfo, path: Path) -> State:
@@ -81,7 +87,7 @@ def correct(pipe: Any, network: Network, state: State) -> None:
     if waiting := getattr(network.module, "_qncd_waiting", None):
         waiting.remove()
     tap = Tap(network) if kind.calls_network else None
-    attach(pipe, PipelineCorrection(network, corrector, tap, state.times if state.record is not None else None))
+    attach(pipe, PipelineCorrection(network, corrector, tap, state.fitted_times))
 
 
 def save(model: Any, folder: str | Path) -> Path:
@@ -91,19 +97,21 @@ def save(model: Any, folder: str | Path) -> Path:
     `push_to_hub` takes the folder as it is. `load_quantized` puts its codes into a full-precision pipeline.
 
     Raises:
-        ValueError: the model is not quantized. OSError: the folder can't be written.
+        ValueError: the model is not quantized, or the folder holds something else than such a model.
+        OSError: the folder can't be written.
     """
     network, state = network_and_state(model)
     folder = Path(folder)
+    bare = isinstance(model, nn.Module)
+    of_diffusers = not bare or isinstance(model, ModelMixin)
+    check_replaceable(folder, INDEX if not bare else "config.json" if of_diffusers else FILE)
     with whole_folder(folder) as part:
-        if not isinstance(model, (nn.Module, ModelMixin)):
-            model.save_pretrained(part, safe_serialization=True)
-            if kind_of(state.recipe) is not None:
-                write_json(part / INDEX, {**read_json(part / INDEX), "scheduler": _CORRECTED})
-        elif isinstance(model, ModelMixin):
+        if of_diffusers:
             model.save_pretrained(part, safe_serialization=True)
         else:
             save_quantized(network, part / FILE, state.recipe.quant, state.base_hash, _settings(state), state.record)
+        if not bare and kind_of(state.recipe) is not None:
+            write_json(part / INDEX, {**read_json(part / INDEX), "scheduler": _CORRECTED})
     return folder
 
 
@@ -164,8 +172,7 @@ def read_quantized(module: Any, path: Path) -> None:
     state.keep(module)
     kind, corrector = kind_of(state.recipe), corrector_of(state.recipe, state.record)
     if kind is not None and corrector is not None:
-        times = state.times if state.record is not None else None
-        object.__setattr__(module, "_qncd_waiting", Waiting(module, corrector, times, kind.calls_network))
+        object.__setattr__(module, "_qncd_waiting", Waiting(module, corrector, state.fitted_times, kind.calls_network))
 
 
 def _materialize(module: nn.Module) -> None:

@@ -177,6 +177,11 @@ def test_damaged_and_foreign_folders(folder: Any, tmp_path: Path) -> None:
         qncd.load_quantized(made("SD1"), tmp_path)
     with pytest.raises(ValueError, match="not quantized by"):
         qncd.save(made("SD1"), tmp_path / "x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("not to be lost")
+    with pytest.raises(ValueError, match="mine: not empty"):
+        qncd.save(diffusers.DiffusionPipeline.from_pretrained(path), tmp_path / "mine")
+    assert (tmp_path / "mine" / "letter.txt").exists()
     weights = path / "unet" / "diffusion_pytorch_model.safetensors"
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "quantized.safetensors").write_bytes(weights.read_bytes()[:-100])
