@@ -30,7 +30,7 @@ from qncd.models.safety import image_finishers
 from qncd.models.schedulers import scheduler_named
 from qncd.recipe import Recipe
 from qncd.sampling.correctors.registry import kind_of
-from qncd.sampling.pipeline import PipelineSampler, Row, denoiser_of
+from qncd.sampling.pipeline import PipelineSampler, Row, denoiser_of, parameters_of
 
 log = logging.getLogger("qncd")
 # Arguments of a call that other flags give, or that decide what comes back.
@@ -94,10 +94,15 @@ class Rows:
     of_image: Callable[[int], Row]
     calibration: Sequence[Row]
 
+    def plus(self, further: Callable[[int], Row]) -> Rows:
+        """The same with further arguments of image, or calibration trajectory, i."""
+        calibration = [{**row, **further(i)} for i, row in enumerate(self.calibration)]
+        return Rows(lambda i: {**self.of_image(i), **further(i)}, calibration)
+
 
 def _arguments(args: argparse.Namespace, request: Request, pipe: Any) -> dict[str, Any]:
     """The arguments of every call. Raises ValueError for a flag that this pipeline cannot honour."""
-    name, parameters = type(pipe).__name__, inspect.signature(type(pipe).__call__).parameters
+    name, parameters = type(pipe).__name__, parameters_of(pipe)
     for flag, reason in request.refused.items():
         raise ValueError(f"--{flag}: {reason}")
     found: dict[str, Any] = {}
@@ -141,16 +146,13 @@ def _images(path: Path | None, flag: str) -> list[Image.Image]:
 def _with_texts(call: dict[str, Any], rows: Rows | None) -> Rows | None:
     """The rows with the further texts of a call (a negative prompt): pipelines take one for each image, as they do prompts."""
     texts = {name: call.pop(name) for name in TEXTS if isinstance(call.get(name), str)}
-    if not texts or rows is None:
-        return rows
-    own = rows
-    return Rows(lambda i: {**own.of_image(i), **texts}, [{**row, **texts} for row in own.calibration])
+    return rows.plus(lambda i: texts) if texts and rows is not None else rows
 
 
 def _with_images(args: argparse.Namespace, pipe: Any, rows: Rows | None) -> Rows | None:
     """The rows with the images of --image and --mask_image in turn."""
     given = {name: _images(getattr(args, name), name) for name in ("image", "mask_image")}
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = parameters_of(pipe)
     for name, images in given.items():
         if images and name not in parameters:
             raise ValueError(f"--{name}: {type(pipe).__name__} takes none")
@@ -160,13 +162,7 @@ def _with_images(args: argparse.Namespace, pipe: Any, rows: Rows | None) -> Rows
         return rows
     if rows is None:
         raise ValueError(f"--image: {type(pipe).__name__} makes images of nothing else than seeds")
-
-    def pictures(i: int) -> dict[str, Any]:
-        return {name: images[i % len(images)] for name, images in given.items() if images}
-
-    own = rows
-    calibration = [{**row, **pictures(i)} for i, row in enumerate(own.calibration)]
-    return Rows(lambda i: {**own.of_image(i), **pictures(i)}, calibration)
+    return rows.plus(lambda i: {name: images[i % len(images)] for name, images in given.items() if images})
 
 
 def _controlled(pipe: Any) -> bool:
@@ -175,7 +171,7 @@ def _controlled(pipe: Any) -> bool:
 
 def _check_required(pipe: Any, given: set[str]) -> None:
     """Raise ValueError where a call needs an argument that no flag gives."""
-    for name, parameter in inspect.signature(type(pipe).__call__).parameters.items():
+    for name, parameter in parameters_of(pipe).items():
         needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if needed and name != "self" and name not in given:
             raise ValueError(
@@ -245,7 +241,7 @@ def named_scheduler(args: argparse.Namespace) -> tuple[str, str] | None:
 
 def check_takes(pipe: Any, argument: str, what: str, instead: str) -> None:
     """Raise ValueError where a pipeline does not take what a command's images are made of."""
-    if argument not in inspect.signature(type(pipe).__call__).parameters:
+    if argument not in parameters_of(pipe):
         raise ValueError(f"{type(pipe).__name__} takes no {what}: {instead} samples it")
 
 
@@ -255,7 +251,7 @@ def class_labels(pipe: Any) -> list[int] | None:
     Raises:
         ValueError: it takes some, and how many there are is not known.
     """
-    if "class_labels" not in inspect.signature(type(pipe).__call__).parameters:
+    if "class_labels" not in parameters_of(pipe):
         return None
     module: Any = denoiser_of(pipe)[1]
     embedder, config = getattr(pipe, "class_embedder", None), module.config
@@ -278,6 +274,7 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
 
     quantizing.check_engine_arguments(args, recipe)
     device = str(processes.device)
+    finishers = image_finishers(*request.finish, device)
     pipe = load(args, request, device)
     if recipe is not None and getattr(denoiser_of(pipe)[1], "_qncd", None) is not None:
         raise ValueError(f"{args.ckpt}: is quantized already: sample it without --ptq")
@@ -318,8 +315,6 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
     def of_images(indices: Sequence[int]) -> list[Row]:
         assert rows is not None
         return [rows.of_image(i) for i in indices]
-
-    finishers = image_finishers(*request.finish, device)
 
     def decode(images: torch.Tensor) -> Any:
         made = to_uint8(images)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from qncd.rng import ImageNoise
 from qncd.sampling.corrector import Corrector, Recorder, See
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
-from qncd.sampling.pipeline import Row, columns, denoiser_of, quiet, replaced
+from qncd.sampling.pipeline import Row, columns, denoiser_of, parameters_of, quiet, replaced
 from qncd.sampling.scheduler import (
     Guidance,
     PipelineCorrection,
@@ -55,7 +54,7 @@ def calls_of(call: Mapping[str, Any], rows: Sequence[Row] | None, samples: int) 
 
 def calls_for(pipe: Any, prompts: Sequence[str] | None, samples: int) -> list[dict[str, Any]]:
     """Calls of a pipeline that make `samples` images, of the prompts in turn. Raises ValueError where it takes no such call."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = parameters_of(pipe)
     if prompts is not None:
         if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
             raise ValueError("prompts: expected a sequence of texts, one or more")
@@ -151,7 +150,7 @@ class PipelineRuns:
 
     def __post_init__(self) -> None:
         self.network = network_of(denoiser_of(self.pipe)[1], prediction_of(self.pipe.scheduler))
-        parameters = inspect.signature(type(self.pipe).__call__).parameters
+        parameters = parameters_of(self.pipe)
         self.accepted = set(parameters)
         unknown = {name for call in self.calls for name in call} - self.accepted
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

@@ -33,6 +33,11 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     raise ValueError(f"{type(pipe).__name__}: no denoiser among its components (looked for {', '.join(COMPONENTS)})")
 
 
+def parameters_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """What a call of a pipeline takes, by name."""
+    return inspect.signature(type(pipe).__call__).parameters
+
+
 @contextmanager
 def replaced(pipe: Any, module: nn.Module) -> Iterator[None]:
     """Within it, the pipeline runs another denoiser."""
@@ -87,15 +92,10 @@ class PipelineSampler:
         return network_of(denoiser_of(self.pipe)[1], prediction_of(self.pipe.scheduler))
 
     @property
-    def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """What a call takes."""
-        return inspect.signature(type(self.pipe).__call__).parameters
-
-    @property
     def step_count(self) -> int:
         """The scheduler's steps of a call."""
         steps = self.call.get("num_inference_steps")
-        steps = int(self.parameters["num_inference_steps"].default if steps is None else steps)
+        steps = int(parameters_of(self.pipe)["num_inference_steps"].default if steps is None else steps)
         return max(1, int(steps * float(self.call["strength"]))) if "strength" in self.call else steps
 
     @property
