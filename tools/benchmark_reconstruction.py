@@ -132,7 +132,7 @@ def load(model: str, inputs: int, seed: int = 0) -> tuple[Network, CalibrationSe
     subject = load_subject(config, None, sampler, None, "cpu")
     samples = max(1, inputs // (16 if subject.calibration_conditions else 8))  # guidance doubles the inputs
     data = runs_of(subject, CalibrationConfig(samples, 8, seed=seed)).calibration_set()
-    return subject.diffusion.network, data
+    return subject.sampler.network, data
 
 
 def block_data(network: Network, reference: Network, name: str, data: CalibrationSet, files: str) -> BlockData:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qncd.app import messages, stopping
 from qncd.app import parser as cli
-from qncd.app.quantizing import Files, Given, Sampler, check_files, is_quiet, quantized, run_settings
+from qncd.app.quantizing import Files, check_files, is_quiet, quantized, run_settings
 from qncd.distributed import OneProcess, Processes, start_processes
 from qncd.engines.registry import TORCH
 from qncd.io.images import NotFiniteError, contact_sheet, image_name, save_image, save_npz, save_png, to_uint8
@@ -29,6 +29,7 @@ from qncd.metrics.statistics.moments import PairedQuality, paired_mse
 from qncd.models.network import network_of
 from qncd.models.original.key_tables import KeyTable
 from qncd.progress import progress_bar
+from qncd.ptq.pipeline_runs import Given, Sampler
 from qncd.recipe import Recipe
 from qncd.sampling.corrector import Corrector
 from qncd.sampling.diffusion import Diffusion

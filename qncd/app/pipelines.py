@@ -24,10 +24,11 @@ from qncd.io.images import to_uint8
 from qncd.io.runs import Run
 from qncd.metrics.report.image_files import SUFFIXES
 from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, HUB_ID
-from qncd.models.loading import state_dict_hash
-from qncd.models.pipelines import INDEX, load_pipeline
+from qncd.models.loading import load_config, state_dict_hash
+from qncd.models.pipelines import INDEX, from_config, load_pipeline
 from qncd.models.safety import image_finishers
 from qncd.models.schedulers import scheduler_named
+from qncd.models.schema import DIFFUSERS, layout_of
 from qncd.recipe import Recipe
 from qncd.sampling.correctors.registry import kind_of
 from qncd.sampling.pipeline import PipelineSampler, Row, denoiser_of, parameters_of
@@ -50,6 +51,20 @@ def is_pipeline(source: str | None) -> bool:
     if path.exists():
         return (path / INDEX).is_file()
     return HUB_ID.fullmatch(source) is not None and path.suffix not in CHECKPOINT_SUFFIXES
+
+
+RECOMMENDED = {"num_inference_steps": "timesteps", "guidance_scale": "scale"}  # in a yaml's section sampling
+
+
+def pipeline_config(path: Path | None) -> dict[str, Any] | None:
+    """The yaml of a pipeline of diffusers; None where a yaml is of an original model, or there is none."""
+    config = load_config(path) if path is not None else {}
+    return config if layout_of(config) is DIFFUSERS else None
+
+
+def means_pipeline(args: argparse.Namespace) -> bool:
+    """Whether --config or --ckpt names a pipeline of diffusers."""
+    return pipeline_config(args.config) is not None or is_pipeline(args.ckpt)
 
 
 @dataclass(frozen=True)
@@ -100,12 +115,18 @@ class Rows:
         return Rows(lambda i: {**self.of_image(i), **further(i)}, calibration)
 
 
+def recommended(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of a pipeline's calls that its yaml recommends."""
+    section = (config or {}).get("sampling") or {}
+    return {argument: section[key] for argument, key in RECOMMENDED.items() if key in section}
+
+
 def _arguments(args: argparse.Namespace, request: Request, pipe: Any) -> dict[str, Any]:
     """The arguments of every call. Raises ValueError for a flag that this pipeline cannot honour."""
     name, parameters = type(pipe).__name__, parameters_of(pipe)
     for flag, reason in request.refused.items():
         raise ValueError(f"--{flag}: {reason}")
-    found: dict[str, Any] = {}
+    found = recommended(pipeline_config(getattr(args, "config", None)))
     for argument, (flag, value) in request.arguments.items():
         if value is None:
             continue
@@ -219,10 +240,11 @@ def _check_file(flag: str, path: str) -> None:
 
 def load(args: argparse.Namespace, request: Request, device: str) -> Any:
     """The pipeline of --ckpt with the scheduler and the adapters that are asked for, on `device`, ready to be called."""
-    for flag in ("config", "use_pretrained", "sha256", "cali_data_path", "sequence"):
+    config = pipeline_config(getattr(args, "config", None))
+    for flag in ("use_pretrained", "sha256", "cali_data_path", "sequence", *(() if config else ("config",))):
         if getattr(args, flag, None):
-            raise ValueError(f"--{flag}: allowed with original checkpoints; {args.ckpt} is a pipeline of diffusers")
-    pipe = load_pipeline(args.ckpt)
+            raise ValueError(f"--{flag}: allowed with original checkpoints; {source_name(args)} is a pipeline of diffusers")
+    pipe = from_config(config, args.ckpt) if config else load_pipeline(args.ckpt)
     if request.scheduler is not None:
         words, name = request.scheduler
         pipe.scheduler = scheduler_named(pipe, name, words)
@@ -232,6 +254,11 @@ def load(args: argparse.Namespace, request: Request, device: str) -> Any:
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
     return pipe
+
+
+def source_name(args: argparse.Namespace) -> str:
+    """What the flags call the pipeline."""
+    return str(args.ckpt or args.config)
 
 
 def named_scheduler(args: argparse.Namespace) -> tuple[str, str] | None:
@@ -277,7 +304,7 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
     finishers = image_finishers(*request.finish, device)
     pipe = load(args, request, device)
     if recipe is not None and getattr(denoiser_of(pipe)[1], "_qncd", None) is not None:
-        raise ValueError(f"{args.ckpt}: is quantized already: sample it without --ptq")
+        raise ValueError(f"{source_name(args)}: is quantized already: sample it without --ptq")
     call = _arguments(args, request, pipe)
     rows = _with_texts(call, _with_images(args, pipe, request.rows(pipe, recipe.calibration.samples if recipe else 0)))
     given = set(call) | (set(rows.of_image(0)) if rows else {"batch_size"})
@@ -310,7 +337,8 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
     conditions = list(rows.calibration) if rows else None
     task = job.Task(sampler, base_hash, recipe, conditions)
     run = processes.first(lambda: job.open_folder(args, task, request.output, settings, request.batch_size, needed))
-    log.info("model: %s (%s, %s), %d steps", args.ckpt, type(pipe).__name__, type(pipe.scheduler).__name__, sampler.step_count)
+    kinds = type(pipe).__name__, type(pipe.scheduler).__name__
+    log.info("model: %s (%s, %s), %d steps", source_name(args), *kinds, sampler.step_count)
 
     def of_images(indices: Sequence[int]) -> list[Row]:
         assert rows is not None

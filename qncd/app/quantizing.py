@@ -25,19 +25,13 @@ from qncd.progress import Update, progress_bar
 from qncd.ptq.checkpoint import QuantizedInfo, check_quantized, load_quantized_, load_weights_, peek_quantized, save_quantized
 from qncd.ptq.data import CalibrationCollector, CalibrationSet, load_calibration, save_calibration
 from qncd.ptq.pipeline import Job, quantize_network, record_before, sample_calibration
-from qncd.ptq.pipeline_runs import PipelineRuns, calls_of
+from qncd.ptq.pipeline_runs import Given, Sampler, runs_of
 from qncd.ptq.qdiffusion import check_qdiffusion, is_qdiffusion, load_qdiffusion_
-from qncd.ptq.runs import DiffusionRuns
 from qncd.recipe import QuantConfig, Recipe, ReconstructionConfig
 from qncd.sampling.corrector import Corrector, Record
 from qncd.sampling.correctors.registry import corrector_of, fits, kind_of
 from qncd.sampling.correctors.runtime import check_interval
-from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
-from qncd.sampling.pipeline import PipelineSampler, Row
-
-Sampler = Diffusion | PipelineSampler  # ours for original checkpoints, and a pipeline of diffusers
-Given = Conditions | Sequence[Row] | None  # what its images are conditioned on
 
 log = logging.getLogger("qncd")
 WEIGHT_SETTINGS = (
@@ -111,16 +105,6 @@ class Files:
         return cls(args.cali_ckpt, args.cali_data_path, args.resume_w, folder, key_table)
 
 
-def runs_of(sampler: Sampler, recipe: Recipe, conditions: Given, processes: Processes) -> DiffusionRuns | PipelineRuns:
-    """Calibration runs of a sampler; of a pipeline, every process makes all of them."""
-    calibration = recipe.calibration
-    if isinstance(sampler, PipelineSampler):
-        calls = calls_of(sampler.call, conditions if isinstance(conditions, Sequence) else None, calibration.samples)
-        return PipelineRuns(sampler.pipe, calls, calibration, monitor=bars)
-    assert conditions is None or isinstance(conditions, Conditions)
-    return DiffusionRuns(sampler, calibration, conditions, bars, processes=processes)
-
-
 def check_files(recipe: Recipe, sampler: Sampler, base_hash: str, files: Files, conditions: Given = None) -> None:
     """Raise what `quantized` would find out about its files, or about the recipe and the sampler, before any work is done.
 
@@ -174,7 +158,7 @@ class _Task:
     ) -> None:
         self.recipe, self.sampler, self.base_hash, self.files, self.processes = recipe, sampler, base_hash, files, processes
         self.guidance = conditions.scale if isinstance(conditions, Conditions) else None
-        self.runs = runs_of(sampler, recipe, conditions, processes)
+        self.runs = runs_of(sampler, recipe.calibration, conditions, bars, processes)
         self.network = sampler.network
         self.kind = kind_of(recipe)
 

@@ -26,12 +26,14 @@ from qncd.models.network import Network
 from qncd.ptq.data import CalibrationSet, load_calibration, save_calibration
 from qncd.ptq.evaluation import NoiseErrorRecorder, sample_images
 from qncd.ptq.pipeline import Job, Outcome, quantize_network, sample_calibration
+from qncd.ptq.pipeline_runs import PipelineRuns, Sampler, runs_of
 from qncd.ptq.runs import DiffusionRuns
 from qncd.recipe import CalibrationConfig, Recipe
 from qncd.sampling.corrector import Corrector
-from qncd.sampling.correctors.registry import corrector_of
+from qncd.sampling.correctors.registry import corrector_of, kind_of
 from qncd.sampling.correctors.runtime import NoiseTable
 from qncd.sampling.diffusion import Diffusion
+from qncd.sampling.pipeline import PipelineSampler
 from qncd.workers import GO_ON
 
 log = logging.getLogger("qncd")
@@ -118,7 +120,7 @@ def sample_part(plan: Plan, start: int) -> None:
     subject = plan.subject()
     conditions = subject.conditions
     images = sample_images(
-        subject.diffusion,
+        subject.sampler,
         range(plan.image_seed + start, plan.image_seed + stop),
         plan.batch_size,
         conditions=(lambda rows: conditions([start + row for row in rows])) if conditions else None,
@@ -140,7 +142,9 @@ def full_precision_images(plan: Plan) -> np.ndarray:
 def sample_calibration_set(plan: Plan, seed: int) -> None:
     """Calibration set and noise table of one repetition, into the cache; the set is written last and marks both as complete."""
     recipe = plan.calibration_recipe(seed)
-    data, record = sample_calibration(runs_of(plan.subject(), recipe.calibration), recipe, plan.subject_settings["model"])
+    data, record = sample_calibration(
+        calibration_runs(plan.subject(), recipe.calibration), recipe, plan.subject_settings["model"]
+    )
     data_path, table_path = plan.calibration_paths(seed)
     if record is not None:
         tensors, head = record.to_tensors()
@@ -148,10 +152,10 @@ def sample_calibration_set(plan: Plan, seed: int) -> None:
     save_calibration(data, data_path)
 
 
-def runs_of(subject: Subject, calibration: CalibrationConfig) -> DiffusionRuns:
+def calibration_runs(subject: Subject, calibration: CalibrationConfig) -> DiffusionRuns | PipelineRuns:
     """Calibration runs of a subject, with a condition for each trajectory where it is conditional."""
     given = subject.calibration_conditions
-    return DiffusionRuns(subject.diffusion, calibration, given(calibration.samples, calibration.seed) if given else None)
+    return runs_of(subject.sampler, calibration, given(calibration.samples, calibration.seed) if given else None)
 
 
 def load_calibration_set(plan: Plan, seed: int, network: Network) -> tuple[CalibrationSet, NoiseTable | None]:
@@ -170,11 +174,11 @@ def reconstruct_weights(plan: Plan, cell: Cell) -> None:
     folder, recipe = cell.reconstruction_folder(plan), cell.recipe_in(plan)
     assert folder is not None and recipe is not None
     recipe = recipe.without("offline").without("correction")  # of the cell that takes the blocks
-    outcome = _quantize_(plan, cell, recipe, runs_of(plan.subject(), recipe.calibration))
+    outcome = _quantize_(plan, cell, recipe, calibration_runs(plan.subject(), recipe.calibration))
     write_json(folder / WHOLE, {"seconds": outcome.seconds})
 
 
-def _quantize_(plan: Plan, cell: Cell, recipe: Recipe, runs: DiffusionRuns) -> Outcome:
+def _quantize_(plan: Plan, cell: Cell, recipe: Recipe, runs: DiffusionRuns | PipelineRuns) -> Outcome:
     """Quantize the network of `runs` in place, with the blocks reconstructed so far, and fit its correction."""
     data, table = load_calibration_set(plan, cell.seed, runs.network)
     record = table if recipe.controlled else None
@@ -186,14 +190,13 @@ def run_cell(plan: Plan, cell: Cell) -> None:
     full, figures, start = full_precision_images(plan), dict[str, Any](), time.perf_counter()
     images, subject = full, plan.subject()
     if cell.mode != FULL:
-        runs = runs_of(subject, dataclasses.replace(plan.calibration, seed=cell.seed))
+        runs = calibration_runs(subject, dataclasses.replace(plan.calibration, seed=cell.seed))
         runs.keep_reference()
-        assert runs.reference is not None
-        diffusion, corrector, figures = quantize_cell_(plan, cell, runs)
-        errors = NoiseErrorRecorder(runs.reference, ERROR_IMAGES)
+        sampler, corrector, figures = quantize_cell_(plan, cell, subject.sampler, runs)
+        errors = NoiseErrorRecorder(runs.reference, ERROR_IMAGES) if isinstance(runs.reference, Diffusion) else None
         try:
             seeds = range(plan.image_seed, plan.image_seed + plan.images)
-            images = sample_images(diffusion, seeds, plan.batch_size, corrector, errors, subject.conditions, subject.decode)
+            images = sample_images(sampler, seeds, plan.batch_size, corrector, errors, subject.conditions, subject.decode)
         except FloatingPointError as error:
             raise FloatingPointError(f"{cell.name}: {error}") from None
         mse = paired_mse(full, images)
@@ -203,11 +206,14 @@ def run_cell(plan: Plan, cell: Cell) -> None:
             "lpips": None if lpips_obstacle() else lpips_of(full, images, plan.device),
             "identical_images": len(mse) - len(changed),
             "mse": float(mse.mean()),
-            "noise_error": errors.mean_error(),
-            "noise_error_per_step": errors.error_per_step(),
-            "gain_per_step": errors.gain_per_step(),
-            "bias_per_step": errors.bias_per_step(),
         }
+        if errors is not None:
+            figures |= {
+                "noise_error": errors.mean_error(),
+                "noise_error_per_step": errors.error_per_step(),
+                "gain_per_step": errors.gain_per_step(),
+                "bias_per_step": errors.bias_per_step(),
+            }
     figures |= subject.score(images)
     record = {
         "cell": dataclasses.asdict(cell), "settings": cell.settings(plan), "figures": figures,
@@ -224,16 +230,21 @@ def lpips_of(full: np.ndarray, images: np.ndarray, device: str, batch_size: int 
     return float(np.concatenate(parts).mean())
 
 
-def quantize_cell_(plan: Plan, cell: Cell, runs: DiffusionRuns) -> tuple[Diffusion, Corrector | None, dict[str, Any]]:
-    """The model of `runs` as the cell's mode quantizes it, in place, what corrects it, and the figures of that."""
-    recipe, diffusion = cell.recipe_in(plan), runs.diffusion
+def quantize_cell_(
+    plan: Plan, cell: Cell, sampler: Sampler, runs: DiffusionRuns | PipelineRuns
+) -> tuple[Sampler, Corrector | None, dict[str, Any]]:
+    """The sampler of `runs` as the cell's mode quantizes it, in place, what corrects it, and the figures of that."""
+    recipe = cell.recipe_in(plan)
     if recipe is not None:
         outcome = _quantize_(plan, cell, recipe, runs)
         figures = {"calibration_seconds": outcome.seconds, **dataclasses.asdict(outcome.bits)}
-        return diffusion, corrector_of(recipe, outcome.record), figures
-    data, _ = load_calibration_set(plan, cell.seed, diffusion.network)
+        if isinstance(sampler, PipelineSampler):
+            kind = kind_of(recipe)
+            sampler = dataclasses.replace(sampler, corrects_by_calls=kind is not None and kind.calls_network)
+        return sampler, corrector_of(recipe, outcome.record), figures
+    data, _ = load_calibration_set(plan, cell.seed, sampler.network)
     start = time.perf_counter()
     bits, size = parse_width(cell.width), plan.calibration.batch_size
-    network, integer = quantize_with_peer(cell.mode, diffusion.network, data, *bits, size)
+    network, integer = quantize_with_peer(cell.mode, sampler.network, data, *bits, size)
     figures = {"calibration_seconds": time.perf_counter() - start, "integer": integer}
-    return dataclasses.replace(diffusion, network=network), None, figures
+    return sampler.with_network(network), None, figures

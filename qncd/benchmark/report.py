@@ -11,7 +11,7 @@ import numpy as np
 from qncd.benchmark.peers import PEERS
 from qncd.benchmark.plan import ERROR_IMAGES, FULL, UNBIASED_IMAGES, Cell, Plan, title_of
 from qncd.benchmark.plots import draw_bars, draw_errors
-from qncd.benchmark.subjects import TITLES
+from qncd.benchmark.subjects import TITLES, Words
 from qncd.io.files import write_json, write_text
 from qncd.io.runs import Run
 from qncd.metrics.statistics.paired import lpips_obstacle
@@ -51,7 +51,7 @@ def summarize(records: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) -> lis
         row |= {key: spread([f.get(key) for f in found]) for key in (*COLUMNS, *TITLES)}
         row["fid_difference"] = spread([f["fid"] - full["figures"]["fid"] for f in found]) if full and mode != FULL else None
         row["identical_images"] = sum(f.get("identical_images", 0) for f in found)
-        if mode != FULL:
+        if all("noise_error_per_step" in f for f in found):
             steps = np.array([f["noise_error_per_step"] for f in found])  # (seeds, steps)
             row["noise_error_per_step"] = {
                 "mean": steps.mean(0).tolist(), "min": steps.min(0).tolist(), "max": steps.max(0).tolist(),
@@ -84,10 +84,9 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def caption(
-    command: str, plan: Plan, seeds: int, convention: str, rows: Sequence[dict[str, Any]], commits: Sequence[str]
+    command: str, plan: Plan, seeds: int, words: Words, rows: Sequence[dict[str, Any]], commits: Sequence[str]
 ) -> list[str]:
     """How the figures were made, in words."""
-    sampler, guidance = plan.sampler, plan.subject_settings.get("guidance")
     identical = sum(row["identical_images"] for row in rows)
     repeated = "One calibration seed; "
     if seeds > 1:
@@ -96,12 +95,9 @@ def caption(
         f"`{command}`",
         repeated + f"every cell makes the same {plan.images} images (seeds {plan.image_seed} to "
         f"{plan.image_seed + plan.images - 1}).",
-        f"Sampling: {sampler.sample_type}, {sampler.timesteps} steps ({sampler.skip_type}), eta {sampler.eta:g}"
-        + (f", guidance {guidance:g}" if guidance else "")
-        + ". Calibration: "
-        f"{plan.calibration.samples} images at {plan.calibration.steps} time steps. Correction: every "
-        f"{plan.correction.interval} steps.",
-        f"FID and sFID: {convention}; not on the scale of Inception's."
+        f"Sampling: {words.sampling}. Calibration: {plan.calibration.samples} images at {plan.calibration.steps} time steps. "
+        f"Correction: every {plan.correction.interval} steps.",
+        f"FID and sFID: {words.convention}; not on the scale of Inception's."
         + (f" Biased upwards at fewer than {UNBIASED_IMAGES} images." if plan.images < UNBIASED_IMAGES else ""),
         "Bits: in the mean, of weights over all weights, of activations over all that enter multiplications, counted as often as "
         "they are multiplied; first and last layer and softmax outputs included.",
@@ -109,8 +105,14 @@ def caption(
         + (f"; all figures of it without the {identical} images that equal it." if identical else ".")
         + " The PSNR of the mean error, the 5th percentile and the share under 20 dB show the poor images that this mean hides.",
         *([f"No LPIPS: {lpips_obstacle()}."] if not any(row["lpips"] for row in rows) and lpips_obstacle() else []),
-        "Noise-prediction error: ‖ε − ε_FP‖² / ‖ε_FP‖² at the quantized model's own x_t, ε after correction, mean over the "
-        f"steps, first {min(ERROR_IMAGES, plan.images)} images.",
+        *(
+            [
+                "Noise-prediction error: ‖ε − ε_FP‖² / ‖ε_FP‖² at the quantized model's own x_t, ε after correction, mean over "
+                f"the steps, first {min(ERROR_IMAGES, plan.images)} images."
+            ]
+            if any(row["noise_error"] for row in rows)
+            else []
+        ),
         "Ranges: linear has min-max ranges and no split; this package's other modes have mse weight ranges, activation ranges "
         "that are min-max at 8 bits and mse below, and split.",
         f"Weights below 8 bits: qdiff, ptqd, tfmq, d2dpm and qncd use BRECQ, {plan.reconstruction.iterations} iterations a "
@@ -144,14 +146,14 @@ def peer_notes(records: dict[Cell, dict[str, Any]]) -> list[str]:
     return notes
 
 
-def write_report(command: str, run: Run, plan: Plan, cells: Sequence[Cell], convention: str) -> None:
+def write_report(command: str, run: Run, plan: Plan, cells: Sequence[Cell], words: Words) -> None:
     """quality.json, quality.md and the pictures of the cells that are there, and the table on stdout."""
     records = {cell: record for cell in cells if (record := cell.finished(plan)) is not None}
     if not records:
         raise ValueError(f"{plan.out}: no finished cell with these settings")
     rows = summarize(records, cells)
     commits = sorted({record["git_commit"] for record in records.values() if record["git_commit"]})
-    notes = caption(command, plan, 1 + max(cell.seed for cell in cells), convention, rows, commits)
+    notes = caption(command, plan, 1 + max(cell.seed for cell in cells), words, rows, commits)
     notes[-1:-1] = peer_notes(records)
     if missing := [cell.name for cell in cells if cell not in records]:
         notes.append(f"Not finished: {len(missing)} of {len(cells)} cells.")

@@ -21,10 +21,12 @@ from qncd.models.latent import load_latent_model
 from qncd.models.loading import load_ddim, state_dict_hash
 from qncd.models.network import network_of
 from qncd.models.original.conditioning import ClassConditioner
-from qncd.models.schema import COMPVIS, layout_of
+from qncd.models.pipelines import from_config
+from qncd.models.schema import COMPVIS, DIFFUSERS, layout_of
+from qncd.ptq.pipeline_runs import Sampler
 from qncd.recipe import SamplerConfig
 from qncd.sampling.diffusion import Diffusion
-from qncd.sampling.guidance import Conditions
+from qncd.sampling.pipeline import PipelineSampler, Row, denoiser_of, parameters_of
 from qncd.sampling.process import Process
 from qncd.sampling.schedule import betas_of
 
@@ -36,31 +38,39 @@ TITLES = {"class_accuracy": "class accuracy, %", "caption_accuracy": "captions r
 
 
 @dataclass(frozen=True)
+class Words:
+    """What a report says of a subject.
+
+    Attributes:
+        sampling: how it samples.
+        convention: what FID means here.
+    """
+
+    sampling: str
+    convention: str
+
+
+@dataclass(frozen=True)
 class Subject:
     """A loaded model and how its images are scored.
 
     Attributes:
-        diffusion: the full-precision network with schedule and sampler.
+        sampler: of the full-precision network.
         decode: samples -> images uint8 (N, H, W, C).
         conditions: of images by their indices; None for an unconditional model.
         calibration_conditions: (count, seed) -> conditions of as many calibration trajectories.
         score: images 0 to N - 1 -> figures by name: fid, sfid, and those of TITLES that the model has.
         settings: what decides the images beside sampler and seeds.
-        convention: what FID means here, in words.
+        words: of it, for reports.
     """
 
-    diffusion: Diffusion
+    sampler: Sampler
     decode: Callable[[Tensor], np.ndarray]
-    conditions: Callable[[Sequence[int]], Conditions] | None
-    calibration_conditions: Callable[[int, int], Conditions] | None
+    conditions: Callable[[Sequence[int]], Any] | None
+    calibration_conditions: Callable[[int, int], Any] | None
     score: Callable[[np.ndarray], dict[str, float]]
     settings: dict[str, Any]
-    convention: str
-
-
-def is_latent(config: Mapping[str, Any]) -> bool:
-    """Whether a yaml describes a latent model (CompVis' layout) or a DDIM model."""
-    return layout_of(config) is COMPVIS
+    words: Words
 
 
 def load_subject(
@@ -74,7 +84,10 @@ def load_subject(
     Raises:
         ValueError: there is no bundled classifier for the images that the model makes.
     """
-    if not is_latent(config):
+    layout = layout_of(config)
+    if layout is DIFFUSERS:
+        return _pipeline_subject(config, ckpt, sampler, scale, device)
+    if layout is not COMPVIS:
         return _pixel_subject(config, ckpt, sampler, device)
     model = load_latent_model(config, ckpt).to(device)
     diffusion = Diffusion(network_of(model.unet), Process.from_betas(model.betas), sampler, model.latent_shape, LANE)
@@ -86,6 +99,7 @@ def load_subject(
         "guidance": chosen,
         "schedule": [float(model.betas[0]), float(model.betas[-1])],
     }
+    sampling = f"{_sampling(sampler)}, guidance {chosen:g}"
     if isinstance(model.conditioner, ClassConditioner):
         classes = model.conditioner.n_classes - 1
         if model.first_stage.model.config["in_channels"] != 1 or classes != 10:
@@ -97,25 +111,59 @@ def load_subject(
             lambda count, seed: class_conditions(model, [(seed + i) % classes for i in range(count)], chosen),
             lambda images: _fashion_figures(images, device, [i % classes for i in range(len(images))]),
             settings,
-            f"against the training set, {FashionMnistFeatures().convention}",
+            Words(sampling, f"against the training set, {FashionMnistFeatures().convention}"),
         )
     if model.conditioner is None:
         raise ValueError(f"{model.source}: unconditional latent models have nothing to be scored with")
-    encode, captions = PromptEncoder(model, chosen), held_out_captions()
+    return _scene_subject(diffusion, decode, PromptEncoder(model, chosen), settings, sampling, device)
+
+
+def _pipeline_subject(
+    config: Mapping[str, Any], ckpt: str | None, sampler: SamplerConfig, scale: float | None, device: str
+) -> Subject:
+    pipe: Any = from_config(config, ckpt).to(device)
+    if "prompt" not in parameters_of(pipe):
+        raise ValueError(f"{type(pipe).__name__} takes no prompts: only captioned scenes can be scored")
+    chosen = scale if scale is not None else recommended_scale(config, 1.0)
+    made = PipelineSampler(pipe, {"num_inference_steps": sampler.timesteps, "guidance_scale": chosen}, LANE)
+    parts = {name: state_dict_hash(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    settings = {"model": parts.pop(denoiser_of(pipe)[0]), "parts": parts, "lane": LANE, "pipeline": made.settings}
+    sampling = f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {made.step_count} steps, guidance {chosen:g}"
+
+    def rows(captions: Sequence[str]) -> list[Row]:
+        return [{"prompt": caption} for caption in captions]
+
+    return _scene_subject(made, to_uint8, rows, settings, sampling, device)
+
+
+def _sampling(sampler: SamplerConfig) -> str:
+    return f"{sampler.sample_type}, {sampler.timesteps} steps ({sampler.skip_type}), eta {sampler.eta:g}"
+
+
+def _scene_subject(
+    sampler: Sampler,
+    decode: Callable[[Tensor], np.ndarray],
+    encode: Callable[[Sequence[str]], Any],
+    settings: dict[str, Any],
+    sampling: str,
+    device: str,
+) -> Subject:
+    """A text-to-image model of captioned scenes; `encode` turns captions into what the sampler takes."""
+    captions = held_out_captions()
     known = [caption_of(scene) for scene in all_scenes() if not is_held_out(scene)]
 
-    def calibration(count: int, seed: int) -> Conditions:
+    def calibration(count: int, seed: int) -> Any:
         rows = np.random.default_rng(seed).choice(len(known), count, replace=count > len(known))
         return encode([known[row] for row in rows])
 
     return Subject(
-        diffusion,
+        sampler,
         decode,
         lambda indices: encode([captions[i % len(captions)] for i in indices]),
         calibration,
         lambda images: _scene_figures(images, device, [captions[i % len(captions)] for i in range(len(images))]),
         settings | {"captions": CAPTIONS_SEED},
-        f"64 mean features of the scene classifier, against {SCENES} rendered scenes with held-out captions",
+        Words(sampling, f"64 mean features of the scene classifier, against {SCENES} rendered scenes with held-out captions"),
     )
 
 
@@ -136,7 +184,8 @@ def _pixel_subject(config: Mapping[str, Any], ckpt: str | None, sampler: Sampler
     settings = {"model": state_dict_hash(unet), "lane": LANE, "diffusion": config["diffusion"]}
     diffusion = Diffusion(network_of(unet), Process.from_betas(betas_of(config)), sampler, (channels, size, size), LANE)
     score = lambda images: _fashion_figures(images, device)  # noqa: E731
-    return Subject(diffusion, to_uint8, None, None, score, settings, f"against the training set, {features.convention}")
+    words = Words(_sampling(sampler), f"against the training set, {features.convention}")
+    return Subject(diffusion, to_uint8, None, None, score, settings, words)
 
 
 def _fashion_figures(images: np.ndarray, device: str, labels: Sequence[int] | None = None) -> dict[str, float]:

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import pipelines
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.import_utils import is_accelerate_available
 
+from qncd.models import loading
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
 from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, HUB_ID, read_settings
 from qncd.models.latent import latent_pipeline, load_latent_model
 from qncd.models.loading import ddim_pipeline, load_config, load_ddim
-from qncd.models.schema import PIPELINE, shown
+from qncd.models.schema import COMPVIS, DIFFUSERS, PIPELINE, layout_of, shown
 
 __all__ = ["load_pipeline"]
 
@@ -42,6 +44,7 @@ def load_pipeline(
     | yaml of an unconditional latent model (CompVis) | LDMPipeline |
     | yaml of a class-conditional latent model | `ClassConditionalLDMPipeline` |
     | yaml of Stable Diffusion v1 or of another text model of that kind | StableDiffusionPipeline, no safety checker |
+    | yaml of a bundled pipeline of diffusers | that pipeline |
     | a folder with model_index.json, or a hub id | whatever it names, as diffusers loads it |
 
     The weights of a yaml are `ckpt`, else the published ones (`use_pretrained`), else the bundled ones that it names.
@@ -65,9 +68,9 @@ def load_pipeline(
             raise ValueError(
                 f"{source}: config= is the yaml of a checkpoint that is the source: leave out ckpt= and use_pretrained="
             )
-        return _from_yaml(config if isinstance(config, Mapping) else load_config(config), source, False)
+        return from_config(config if isinstance(config, Mapping) else load_config(config), source, False)
     if is_yaml:
-        return _from_yaml(load_config(path), ckpt, use_pretrained)
+        return from_config(load_config(path), ckpt, use_pretrained)
     if ckpt is not None or use_pretrained:
         raise ValueError(f"{source}: ckpt= and use_pretrained= are for a yaml as the source, and this is none")
     if path.is_dir():
@@ -79,27 +82,47 @@ def load_pipeline(
     raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (OWNER/NAME)")
 
 
-def _from_yaml(config: Mapping[str, Any], ckpt: str | Path | None, use_pretrained: bool) -> DiffusionPipeline:
-    if "params" in config["model"]:
+def from_config(config: Mapping[str, Any], ckpt: str | Path | None, use_pretrained: bool = False) -> DiffusionPipeline:
+    """The pipeline of what is in a yaml, with the weights that `load_pipeline` says."""
+    layout = layout_of(config)
+    if layout is DIFFUSERS:
+        if use_pretrained:
+            raise ValueError(f"{config['model']['target']}: no published weights are known; its folder is --ckpt, or bundled")
+        return _from_folder(Path(ckpt) if ckpt else _bundled(config), str(config["model"]["target"]).partition(".")[2])
+    if layout is COMPVIS:
         return latent_pipeline(load_latent_model(config, ckpt, use_pretrained))
     return ddim_pipeline(load_ddim(config, ckpt, use_pretrained), config)
 
 
-def _from_folder(folder: Path) -> DiffusionPipeline:
+def _bundled(config: Mapping[str, Any]) -> Path:
+    name = config["model"]["weights"]
+    if not (loading.ASSETS / name / INDEX).is_file():
+        bundled = sorted(path.parent.name for path in loading.ASSETS.glob(f"*/{INDEX}"))
+        raise ValueError(f"model.weights {name!r} is no bundled pipeline: allowed are {', '.join(bundled) or '(none)'}")
+    return loading.ASSETS / name
+
+
+def _from_folder(folder: Path, wanted: str | None = None) -> DiffusionPipeline:
+    """The pipeline of a folder. Raises ValueError where it is of another class than `wanted`."""
     if not (folder / INDEX).is_file():
         what = "a network's folder, which needs its yaml: give config=PATH" if (folder / "config.json").is_file() else "none"
         raise ValueError(f"{folder}: not the folder of a pipeline (no {INDEX} in it; {what})")
     index = read_settings(folder / INDEX, PIPELINE)
     kind = index.get("_class_name")
+    if wanted not in (None, kind):
+        raise ValueError(f"{folder}: a {kind}, the yaml says {wanted}")
     _check_libraries(folder / INDEX, index)
     ours = ClassConditionalLDMPipeline
     found = ours if kind == ours.__name__ else DiffusionPipeline
     try:
-        return found.from_pretrained(
-            str(folder), local_files_only=True, low_cpu_mem_usage=is_accelerate_available(), variant=_variant(folder)
-        )
+        return found.from_pretrained(str(folder), local_files_only=True, variant=_variant(folder), **_loading())
     except _FAULTS as error:
         raise ValueError(f"{folder}: diffusers cannot load this {kind} ({_reason(error)})") from error
+
+
+def _loading() -> dict[str, Any]:
+    """Float32 for all: by themselves transformers' models come as they are stored and diffusers' in float32."""
+    return {"torch_dtype": torch.float32, "low_cpu_mem_usage": is_accelerate_available()}
 
 
 def _variant(folder: Path) -> str | None:
@@ -124,7 +147,7 @@ def _check_libraries(path: Path, index: Mapping[str, Any]) -> None:
 
 def _from_hub(name: str) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(name, low_cpu_mem_usage=is_accelerate_available())
+        return DiffusionPipeline.from_pretrained(name, **_loading())
     except _FAULTS as error:
         raise FileNotFoundError(
             f"{name}: no such path here, and not to be had from the hub ({_reason(error)}): download its folder and name that"

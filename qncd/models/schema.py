@@ -214,7 +214,7 @@ _HEADS, _GROUPS, _DEPTH, _CONTEXT = Whole(-1, 1024), Whole(1, 8192), Whole(1, 32
 SCALE = Number(0, 1e6, strictly=True)
 """What latents are multiplied by."""
 
-_SAMPLING = Section({}, {"batch_size": Whole(1, 65_536), "scale": Number(0, 1e6)}, absent=(None,))
+_SAMPLING = Section({}, {"batch_size": Whole(1, 65_536), "scale": Number(0, 1e6), "timesteps": _STEPS}, absent=(None,))
 _DATA: dict[str, Rule] = {"dataset": Text(), "category": Text(), "channels": _CHANNELS}
 
 DIFFUSION = Section({"beta_schedule": Text(), "beta_start": _VARIANCE, "beta_end": _VARIANCE, "num_diffusion_timesteps": _STEPS})
@@ -324,6 +324,11 @@ COMPVIS = Section(
 )  # fmt: skip
 """Configs of CompVis' latent-diffusion and Stable Diffusion v1."""
 
+DIFFUSERS = Section(
+    {"model": Section({"target": Text(), "weights": Name()})}, {"data": Section(absent=(None,)), "sampling": _SAMPLING}
+)
+"""Configs of bundled pipelines of diffusers: the class, `diffusers.NAME`, and the folder."""
+
 _FEW = Items(_DEPTH, 1, _LEVELS)
 NETWORK = Section(
     {"_class_name": Text()},
@@ -370,10 +375,12 @@ _DDIM_KEYS = frozenset({"ch", "ch_mult", "num_res_blocks", "attn_resolutions", "
 
 
 def layout_of(config: Mapping[str, Any]) -> Section | None:
-    """The layout that a config is in: CompVis', ermongroup/ddim's, or neither."""
+    """The layout that a config is in: CompVis', ermongroup/ddim's, that of a pipeline of diffusers, or none of them."""
     model = config.get("model")
     if not isinstance(model, Mapping):
         return None
+    if str(model.get("target")).startswith("diffusers."):
+        return DIFFUSERS
     if model.keys() & {"params", "target"}:
         return COMPVIS
     return DDIM if model.keys() & _DDIM_KEYS else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,18 +97,19 @@ class NoiseErrorRecorder:
 
 @torch.no_grad()
 def sample_images(
-    diffusion: Diffusion,
+    sampler: Any,
     seeds: Sequence[int],
     batch_size: int,
     corrector: Corrector | None = None,
     errors: NoiseErrorRecorder | None = None,
-    conditions: Callable[[Sequence[int]], Conditions] | None = None,
+    conditions: Callable[[Sequence[int]], Any] | None = None,
     decode: Callable[[Tensor], np.ndarray] = to_uint8,
 ) -> np.ndarray:
     """Images for `seeds`, uint8 (N, H, W, C), `batch_size` at a time.
 
     Args:
-        errors: watches the noise predictions.
+        sampler: a `Diffusion`, or a `PipelineSampler`.
+        errors: watches the noise predictions of a `Diffusion`.
         conditions: of images by their places in `seeds`.
         decode: samples -> images.
     """
@@ -117,5 +119,6 @@ def sample_images(
         given = conditions(rows) if conditions else None
         if errors:
             errors.begin(given)
-        parts.append(decode(diffusion.sample([seeds[i] for i in rows], corrector, errors, conditions=given)))
+        watching = {} if errors is None else {"callback": errors}
+        parts.append(decode(sampler.sample([seeds[i] for i in rows], corrector, conditions=given, **watching)))
     return np.concatenate(parts)

@@ -12,16 +12,17 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from qncd.distributed import OneProcess, Processes
 from qncd.models.network import Call, Inputs, Network, network_of
 from qncd.ptq.context import Monitor, copied, silent
 from qncd.ptq.data import CalibrationSet
-from qncd.ptq.runs import CALIBRATION_SEED_BASE, TRACKING_SEED_BASE
+from qncd.ptq.runs import CALIBRATION_SEED_BASE, TRACKING_SEED_BASE, DiffusionRuns
 from qncd.recipe import CalibrationConfig, SamplerConfig
 from qncd.rng import ImageNoise
 from qncd.sampling.corrector import Corrector, Recorder, See
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
-from qncd.sampling.pipeline import Row, columns, denoiser_of, parameters_of, quiet, replaced
+from qncd.sampling.pipeline import PipelineSampler, Row, columns, denoiser_of, parameters_of, quiet, replaced
 from qncd.sampling.scheduler import (
     Guidance,
     PipelineCorrection,
@@ -33,6 +34,9 @@ from qncd.sampling.scheduler import (
     prediction_of,
     process_of,
 )
+
+Sampler = Diffusion | PipelineSampler  # ours for original checkpoints, and a pipeline of diffusers
+Given = Conditions | Sequence[Row] | None  # what its images are conditioned on
 
 LEAST_SIGNAL = 1e-3  # of a time step from which a clean image can be read off
 PROMPT_BATCH = 4  # prompts of a call, at most
@@ -309,6 +313,25 @@ class PipelineRuns:
         self.diffusion = Diffusion(network, process, SamplerConfig(), tuple(taken.x.shape[1:]), lane=min(4, self.samples))
         if cond:
             self.conditions = Conditions(cond, uncond if guidance.parts == 2 else None, guidance.scale)
+
+
+def runs_of(
+    sampler: Sampler,
+    calibration: CalibrationConfig,
+    conditions: Given,
+    monitor: Monitor = silent,
+    processes: Processes | None = None,
+) -> DiffusionRuns | PipelineRuns:
+    """Calibration runs of a sampler; of a pipeline, every process makes all of them.
+
+    Args:
+        conditions: one for each of the trajectories.
+    """
+    if isinstance(sampler, PipelineSampler):
+        calls = calls_of(sampler.call, conditions if isinstance(conditions, Sequence) else None, calibration.samples)
+        return PipelineRuns(sampler.pipe, calls, calibration, monitor=monitor)
+    assert conditions is None or isinstance(conditions, Conditions)
+    return DiffusionRuns(sampler, calibration, conditions, monitor, processes=processes or OneProcess())
 
 
 class WithChannels(Network):

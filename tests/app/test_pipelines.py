@@ -18,6 +18,7 @@ from script_runs import run_in_process
 from small_pipelines import KINDS, PROMPTS, made, picture
 
 import qncd
+from qncd.models import loading
 from qncd.sampling.pipeline import PipelineSampler
 
 QUICK = {("SD1", "own", 8), ("SD1", "DDIM, trailing", 30), ("SD1", "Euler", 8), ("SDXL turbo", "own", 8), ("LCM", "own", 8)}
@@ -234,6 +235,41 @@ def test_other_flags_that_are_refused(folder: Callable[[str], Path], tmp_path: P
     ):
         log = run_in_process(script, *model, "-l", tmp_path / "o", *flags, status=2)
         assert message in log.splitlines()[-1], log
+
+
+def test_a_yaml_names_a_bundled_pipeline(folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It recommends steps and guidance; its folder may also be given."""
+    monkeypatch.setattr(loading, "ASSETS", folder("SDXL turbo").parent)
+    config = tmp_path / "small.yaml"
+    target = "diffusers.StableDiffusionXLPipeline"
+
+    def write(**model: str) -> None:
+        config.write_text(
+            json.dumps({"model": {"target": target, "weights": "model"} | model, "sampling": {"timesteps": 3, "scale": 0}})
+        )
+
+    write()
+    run_in_process("txt2img.py", "--config", config, *TEXT[:4], *TEXT[6:], "--outdir", tmp_path / "a")
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["settings"]["sampler"]["call"] == {"num_inference_steps": 3, "guidance_scale": 0}
+    given = ("--ckpt", folder("SDXL turbo"), *TEXT, "--scale", 0)
+    run_in_process("txt2img.py", *given, "--outdir", tmp_path / "b")
+    assert np.array_equal(images(tmp_path / "a"), images(tmp_path / "b"))
+    for changes, flags, message in (
+        ({"weights": "other"}, (), "model.weights 'other' is no bundled pipeline: allowed are model"),
+        ({"target": "diffusers.FluxPipeline"}, (), "a StableDiffusionXLPipeline, the yaml says FluxPipeline"),
+        ({}, ("--use_pretrained",), "--use_pretrained: allowed with original checkpoints"),
+    ):
+        write(**changes)
+        assert message in run_in_process("txt2img.py", "--config", config, *TEXT, *flags, "--outdir", tmp_path / "c", status=2)
+
+
+def test_a_folder_in_half_precision_is_sampled_in_float32(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """All parts of it: those of transformers would stay in half precision."""
+    made("SDXL").to(torch.float16).save_pretrained(tmp_path / "half")
+    run_in_process("txt2img.py", "--ckpt", tmp_path / "half", *TEXT, "--outdir", tmp_path / "a")
+    run_in_process("txt2img.py", "--ckpt", folder("SDXL"), *TEXT, "--outdir", tmp_path / "b")
+    assert 0 < np.abs(images(tmp_path / "a").astype(int) - images(tmp_path / "b")).mean() < 3
 
 
 def test_a_half_precision_variant_is_found(tmp_path: Path) -> None:

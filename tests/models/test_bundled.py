@@ -33,6 +33,6 @@ def test_sizes() -> None:
 def test_conditions_are_obeyed(name: str, figure: str, sampler: SamplerConfig, images: int, least: float) -> None:
     """In full precision, with guidance; the captions are ones that training never saw."""
     subject = load_subject(load_config(ROOT / "configs" / name), None, sampler, None, "cpu")
-    pictures = sample_images(subject.diffusion, range(images), 16, None, None, subject.conditions, subject.decode)
+    pictures = sample_images(subject.sampler, range(images), 16, None, None, subject.conditions, subject.decode)
     figures = subject.score(pictures)
     assert figures[figure] >= least and np.isfinite(list(figures.values())).all()

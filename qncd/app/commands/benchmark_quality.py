@@ -19,6 +19,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qncd.app import flags, messages
 from qncd.app import parser as cli
@@ -29,6 +30,10 @@ from qncd.modes import MODES
 from qncd.recipe import CalibrationConfig, CorrectionConfig, ReconstructionConfig, SamplerConfig
 
 log = logging.getLogger("qncd")
+STEPS = 20
+
+if TYPE_CHECKING:
+    from qncd.benchmark.subjects import Words
 
 
 def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
@@ -36,7 +41,8 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--config", type=Path, default=CONFIGS / "fashion_mnist.yml",
-        help="yaml of the model: fashion_mnist.yml (default), fashion_mnist_ldm.yaml or scenes.yaml in configs/, or alike",
+        help="yaml of the model: fashion_mnist.yml (default), fashion_mnist_ldm.yaml, scenes.yaml or scenes_turbo.yaml in "
+        "configs/, or alike",
     )  # fmt: skip
     group.add_argument("--ckpt", help="weights (default: what the config names)")
     group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
@@ -53,7 +59,7 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
         "--images", type=int, default=UNBIASED_IMAGES,
         help=f"images of each cell (default {UNBIASED_IMAGES}; 10000 for figures to publish)",
     )  # fmt: skip
-    cli.add_step_arguments(group, 20)
+    cli.add_step_arguments(group, STEPS, "; of a pipeline, what its yaml recommends")
     group.add_argument("--scale", type=float, help="guidance of a conditional model (default: what its yaml recommends)")
     group.add_argument("--seed", type=int, default=1234, help="image i has the seed SEED + i in every cell (default 1234)")
     group.add_argument("--batch_size", type=int, default=64, help="images at a time (default 64); changes no image")
@@ -90,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
             log.info("note: %s can do %s; left out: %s", mode, PEERS[mode].widths, ", ".join(missing))
         if not args.report:
             check_peer(mode)
-    plan, convention = make_plan(args, cells)
+    plan, words = make_plan(args, cells)
     from qncd.benchmark.cells import compute
     from qncd.benchmark.report import write_report
     from qncd.io.runs import RUN_FILE, Run, open_run
@@ -107,11 +113,11 @@ def main(args: argparse.Namespace) -> None:
     with run:
         if not args.report:
             compute(run, plan, cells, args.jobs)
-        write_report(command_line(), run, plan, cells, convention)
+        write_report(command_line(), run, plan, cells, words)
 
 
-def make_plan(args: argparse.Namespace, cells: Sequence[Cell]) -> tuple[Plan, str]:
-    """All settings, checked: what is wrong shows now and not after hours. Also what FID means for this model."""
+def make_plan(args: argparse.Namespace, cells: Sequence[Cell]) -> tuple[Plan, Words]:
+    """All settings, checked: what is wrong shows now and not after hours. Also what the report says of the model."""
     if args.images < 2:
         raise ValueError(f"--images {args.images}: allowed are 2 or more (the FID's covariance needs them)")
     if args.images < UNBIASED_IMAGES:
@@ -122,26 +128,31 @@ def make_plan(args: argparse.Namespace, cells: Sequence[Cell]) -> tuple[Plan, st
     correction, controlled = CorrectionConfig(interval=args.interval), any(map(corrects, cells))
     reconstruction = ReconstructionConfig() if args.cali_iters is None else ReconstructionConfig(args.cali_iters)
 
-    from qncd.benchmark.subjects import is_latent
+    from qncd.app.pipelines import recommended
     from qncd.models.loading import load_config
+    from qncd.models.schema import COMPVIS, DIFFUSERS, layout_of
     from qncd.ptq.data import CalibrationCollector
     from qncd.sampling.correctors.runtime import check_interval, check_table_images
 
     model_config = load_config(args.config)
-    if args.scale is not None and not is_latent(model_config):
+    layout, steps = layout_of(model_config), args.timesteps or STEPS
+    if args.scale is not None and layout not in (COMPVIS, DIFFUSERS):
         raise ValueError(f"--scale {args.scale:g}: {args.config} is unconditional")
-    convention = "ldm" if is_latent(model_config) else "ddim"
+    if layout is DIFFUSERS:
+        for name, own in (("sample_type", "generalized"), ("skip_type", "uniform"), ("eta", 0.0)):
+            if getattr(args, name) != own:
+                raise ValueError(f"--{name} {getattr(args, name)}: {args.config} is sampled with the scheduler of its folder")
+        steps = args.timesteps or recommended(model_config).get("num_inference_steps", STEPS)
     with cli.naming_flags(eta="eta", timesteps="timesteps"):
-        sampler = SamplerConfig(args.sample_type, args.skip_type, args.timesteps, args.eta, convention)
+        sampler = SamplerConfig(args.sample_type, args.skip_type, steps, args.eta, "ldm" if layout is COMPVIS else "ddim")
     plan = Plan(
         args.out, model_config, args.ckpt, {}, args.scale, cli.choose_device(args.device), sampler, calibration, correction,
         reconstruction, controlled, args.images, args.seed, args.batch_size,
     )  # fmt: skip
     subject = plan.subject()
     with cli.naming_flags(timesteps="timesteps", interval="interval"):
-        steps = subject.diffusion.steps
-        CalibrationCollector(len(steps), args.cali_st)
+        CalibrationCollector(subject.sampler.step_count, args.cali_st)
         if controlled:
-            check_interval(args.interval, len(steps))
+            check_interval(args.interval, subject.sampler.step_count)
             check_table_images(args.cali_n)
-    return dataclasses.replace(plan, subject_settings=subject.settings), subject.convention
+    return dataclasses.replace(plan, subject_settings=subject.settings), subject.words

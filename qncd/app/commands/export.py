@@ -38,16 +38,18 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
 def load_unet(args: argparse.Namespace) -> nn.Module:
     """The full-precision network that --config, --ckpt and --use_pretrained name. Raises ValueError where they name none."""
     from qncd.app import latent
-    from qncd.app.pipelines import is_pipeline
+    from qncd.app.pipelines import is_pipeline, pipeline_config
     from qncd.models.latent import load_latent_model
     from qncd.models.loading import load_config, load_ddim
-    from qncd.models.pipelines import load_pipeline
+    from qncd.models.pipelines import from_config, load_pipeline
     from qncd.sampling.pipeline import denoiser_of
 
     if args.config is None and args.ckpt is None:
         raise ValueError("which model? Name it with --config, --ckpt or both")
     if args.config is None and is_pipeline(args.ckpt):
         return denoiser_of(load_pipeline(args.ckpt))[1]
+    if (named := pipeline_config(args.config)) is not None:
+        return denoiser_of(from_config(named, args.ckpt, args.use_pretrained))[1]
     config = load_config(args.config) if args.config else None
     if config is not None and "target" not in config["model"]:
         return load_ddim(config, args.ckpt, args.use_pretrained, sha256=args.sha256)

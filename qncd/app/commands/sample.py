@@ -12,7 +12,7 @@ from typing import Any
 from qncd.app import parser as cli
 from qncd.io.files import read_json
 from qncd.models.configs import CONFIGS, config_beside, find_config, read_config
-from qncd.models.schema import COMPVIS, PIPELINE, Section, check, layout_of
+from qncd.models.schema import COMPVIS, DIFFUSERS, PIPELINE, Section, check, layout_of
 
 DEFAULT_CONFIG = CONFIGS / "fashion_mnist.yml"
 NOTE = """
@@ -58,6 +58,8 @@ def kind_of_config(path: Path) -> str:
     layout = layout_of(content)
     if layout is not None:
         _check(path, content, layout)
+    if layout is DIFFUSERS:
+        return "text"
     if layout is not COMPVIS:
         return "ddim"
     condition = content["model"]["params"].get("cond_stage_config")

@@ -112,9 +112,9 @@ def run(args: argparse.Namespace) -> None:
     """The same for 0 images too: the network is quantized and nothing is sampled."""
     recipe = check(args)
     from qncd.app.job import in_processes
-    from qncd.app.pipelines import is_pipeline
+    from qncd.app.pipelines import means_pipeline
 
-    in_processes(args, recipe, sample_pipeline if is_pipeline(args.ckpt) else sample)
+    in_processes(args, recipe, sample_pipeline if means_pipeline(args) else sample)
 
 
 def write_labels(run: Run, plan: ImagePlan, classes: Sequence[int]) -> None:

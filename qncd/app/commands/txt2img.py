@@ -158,9 +158,9 @@ def run(args: argparse.Namespace) -> None:
     """The same for 0 images too: the network is quantized and nothing is sampled."""
     recipe, prompts = check(args)
     from qncd.app.job import in_processes
-    from qncd.app.pipelines import is_pipeline
+    from qncd.app.pipelines import means_pipeline
 
-    in_processes(args, recipe, functools.partial(sample_pipeline if is_pipeline(args.ckpt) else sample, prompts))
+    in_processes(args, recipe, functools.partial(sample_pipeline if means_pipeline(args) else sample, prompts))
 
 
 class PromptPlan:

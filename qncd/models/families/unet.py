@@ -122,9 +122,9 @@ class UNet(Network):
         added = {name.partition(".")[2]: value for name, value in (inputs or {}).items() if name.startswith("added_cond_kwargs.")}
         if not added or not hasattr(module, "get_aug_embed"):
             raise ValueError(f"addition_embed_type {kind!r}: smoothing needs an embedding of time and class alone")
-        count = len(next(iter(added.values())))
+        count = max(map(len, added.values()))  # one row stands for all where they are alike
         places = torch.arange(min(count, 8)) * count // min(count, 8)  # evenly spread
-        values = {name: value[places].to(self.device, self.dtype) for name, value in added.items()}
+        values = {name: value[places % len(value)].to(self.device, self.dtype) for name, value in added.items()}
         context = (inputs or {}).get("encoder_hidden_states")
         context = None if context is None else context[places % len(context)].to(self.device, self.dtype)
         extra = module.get_aug_embed(emb=emb[:1], encoder_hidden_states=context, added_cond_kwargs=values)

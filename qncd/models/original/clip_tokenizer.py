@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import transformers
@@ -42,3 +44,27 @@ def clip_bpe() -> tuple[dict[str, int], list[Any]]:
     letters: list[str] = list(bytes_to_unicode().values())
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges] + [START, END]
     return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def small_tokenizer(words: Sequence[str], length: int, pad: str = END) -> transformers.CLIPTokenizer:
+    """CLIP's tokenizer with the part of its vocabulary that some words need; other words come as their letters.
+
+    Args:
+        length: tokens of a text, start and end included.
+        pad: token behind the end.
+    """
+    vocabulary, merges = clip_bpe()
+    ranks = {merge: rank for rank, merge in enumerate(merges)}
+    used: set[tuple[str, str]] = set()
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
+            best = min(pairs, key=ranks.__getitem__)
+            used.add(best)
+            at = list(pairwise(parts)).index(best)
+            parts[at : at + 2] = ["".join(best)]
+    kept: list[Any] = sorted(used, key=ranks.__getitem__)
+    letters = [token for token, number in vocabulary.items() if number < 2 * 256]
+    tokens = [*letters, *("".join(merge) for merge in kept), START, END]
+    numbers = {token: number for number, token in enumerate(tokens)}
+    return transformers.CLIPTokenizer(numbers, kept, pad_token=pad, model_max_length=length)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode, default_bpe
 
-from qncd.models.original.clip_tokenizer import CLIPTokenizer
+from qncd.models.original.clip_tokenizer import CLIPTokenizer, small_tokenizer
 from qncd.models.original.conditioning import (
     TextConditioner,
     build_class_conditioner,
@@ -193,3 +193,16 @@ def test_classes(tmp_path: Path) -> None:
 def test_class_config_errors(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_class_conditioner(params)
+
+
+def test_a_small_vocabulary_splits_its_words_as_clip_does_and_other_texts_into_letters() -> None:
+    words = ["a", "large", "purple", "triangle", "above", "small", "cross"]
+    text = "a large purple triangle above a small cross"
+    whole, small = clip_tokenizer(), small_tokenizer(words, 32)
+    assert small.tokenize(text) == whole.tokenize(text)
+    ids = small(text, padding="max_length").input_ids
+    assert len(ids) == 32 and max(ids) < len(small) < 600 and ids[0] == small.bos_token_id and ids[-1] == small.eos_token_id
+    assert (
+        len(small.tokenize("giraffe")) > 1
+        and small.decode(small("giraffe").input_ids, skip_special_tokens=True).strip() == "giraffe"
+    )
