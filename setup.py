@@ -50,6 +50,7 @@ EXPORT_REQUIRES = [  # `qncd export` and --backend; exporting also needs torch 2
 TEST_REQUIRES = [
     *EXPORT_REQUIRES,
     "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",
     "hypothesis>=6.100,<7",
     "omegaconf>=2.3,<3",  # what the published yamls are read with elsewhere
     "ruff>=0.9,<1",

@@ -5,10 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -308,19 +306,20 @@ SCRIPTS = [
     if path.is_file()
 ]
 
-# Runs a script as `python SCRIPT --help` does, then says which modules that loaded.
+# Runs a script as `python SCRIPT --help` does, then says what it printed and which modules that loaded.
 _REPORT_MODULES = """
-import contextlib, io, json, os, runpy, sys
+import contextlib, io, json, os, runpy, sys, time
 script = sys.argv[1]
 sys.argv = [script, "--help"]
 sys.path.insert(0, os.path.dirname(script))
-status = None
-with contextlib.redirect_stdout(io.StringIO()):
+status, said = None, io.StringIO()
+with contextlib.redirect_stdout(said):
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:
         status = stop.code
-print(json.dumps({"status": status or 0, "modules": sorted({name.partition(".")[0] for name in sys.modules})}))
+modules = sorted({name.partition(".")[0] for name in sys.modules})
+print(json.dumps({"status": status or 0, "said": said.getvalue(), "modules": modules, "seconds": time.process_time()}))
 """
 
 
@@ -338,23 +337,10 @@ def test_scripts_are_thin(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_quick(script: str) -> None:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        result = run_python(script, "--help")
-        seconds.append(time.perf_counter() - start)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.startswith("usage: ")
-    median = statistics.median(seconds)
-    print(f"{script} --help: median of 3 runs {median:.2f} s, the interpreter's start included")
-    assert median < 3  # the aim is under 1 s; the limit leaves room for a busy machine
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_loads_nothing_heavy(script: str) -> None:
+def test_help_is_quick_and_loads_nothing_heavy(script: str) -> None:
     result = run_python("-c", _REPORT_MODULES, str(ROOT / script))
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report["status"] == 0
+    assert report["seconds"] < 2  # of the processor: on a machine that does other things too, it takes longer than these
+    assert report["status"] == 0 and report["said"].startswith("usage: ")
     assert not set(HEAVY) & set(report["modules"])
