@@ -1,4 +1,4 @@
-"""The Python API on the bundled text model, on a small StableDiffusionPipeline, and on bare denoisers."""
+"""The Python API on a small StableDiffusionPipeline and on bare denoisers; tests/test_public_api.py has a bundled model."""
 
 from __future__ import annotations
 
@@ -95,21 +95,6 @@ def test_every_mode_on_a_pipeline(mode: str, base: Any, tmp_path: Path) -> None:
     assert torch.equal(latents(again), images)
 
 
-def test_the_bundled_text_model(tmp_path: Path) -> None:
-    pipe = qncd.load("configs/scenes.yaml")
-    pipe.set_progress_bar_config(disable=True)
-    exact = latents(pipe, guidance_scale=4.0)
-    report = qncd.quantize(pipe, "W4A8", mode="qncd+", **FEW)
-    assert "W4A8 qncd+" in str(report)
-    images = latents(pipe, guidance_scale=4.0)
-    assert 0 < distance(images, exact) < 0.3
-    qncd.save(pipe, tmp_path / "w4a8")
-    fresh = qncd.load("configs/scenes.yaml")
-    fresh.set_progress_bar_config(disable=True)
-    qncd.load_quantized(fresh, tmp_path / "w4a8")
-    assert torch.equal(latents(fresh, guidance_scale=4.0), images)
-
-
 def test_a_correction_acts_through_the_scheduler(base: Any) -> None:
     corrected, plain = copy.deepcopy(base), copy.deepcopy(base)
     qncd.quantize(corrected, "W4A8", "qncd+", **FEW)
@@ -198,9 +183,7 @@ def test_every_mode_on_a_bare_denoiser(mode: str, make_cross_unet: Any, caplog: 
     corrects = mode in ("ptqd", "d2dpm", "qncd", "qncd+")
     assert bool(report.left_out) == corrects and ("scheduler=" in caplog.text) == corrects
     with_sampler = make_cross_unet()
-    report = qncd.quantize(
-        with_sampler, "W4A6" if mode == "qncd+" else "W8A8", mode, calibration=data, scheduler=DDIMScheduler(), steps=4, **options
-    )
+    report = qncd.quantize(with_sampler, "W8A8", mode, calibration=data, scheduler=DDIMScheduler(), steps=4, **options)
     assert not report.left_out
     record = with_sampler._qncd.record
     assert (record is not None) == corrects
@@ -233,13 +216,20 @@ def test_settings_have_an_effect(make_unet: Any) -> None:
     assert not quant_layers(unet)
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_an_engine_in_a_pipeline(engine: str, base: Any, tmp_path: Path) -> None:
-    pytest.importorskip(engine)
-    pipe = copy.deepcopy(base)
+@pytest.fixture(scope="module")
+def exported(base: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A quantized pipeline, which tests leave as it is, and the folder with its exported network."""
+    pipe, folder = copy.deepcopy(base), tmp_path_factory.mktemp("exported")
     qncd.quantize(pipe, "W8A8", "qncd+", **FEW)
-    qncd.export(pipe, tmp_path, engine=engine)
-    fast = qncd.open_engine(pipe, tmp_path, engine)
+    qncd.export(pipe, folder)
+    return pipe, folder
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_engine_in_a_pipeline(engine: str, base: Any, exported: tuple[Any, Path]) -> None:
+    pytest.importorskip(engine)
+    pipe, folder = exported
+    fast = qncd.open_engine(pipe, folder, engine)
     expected = latents(pipe)
     assert distance(latents(fast), expected) < 0.9 * distance(expected, latents(base))
     assert fast.unet is not pipe.unet and pipe.unet is not base.unet

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import qncd
 
@@ -26,7 +27,7 @@ def test_unknown_names_are_refused() -> None:
 
 @pytest.mark.slow
 def test_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands, with fewer steps and samples."""
+    """As it stands, with fewer steps and samples: near full precision, and saved as it is."""
     pytest.importorskip("openvino")
     example = re.search(r"```python\n(import qncd\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert example
@@ -36,4 +37,14 @@ def test_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     names: dict[str, Any] = {}
     exec(compile(text, "README.md", "exec"), names)
     assert len(names["images"]) == len(names["prompts"]) == 2 and (tmp_path / "out").is_dir()
-    assert names["fast"].unet is not names["pipe"].unet
+    assert names["fast"].unet is not names["pipe"].unet and "W4A8 qncd+" in str(names["report"])
+
+    def latents(pipe: Any) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        return pipe(names["prompts"], num_inference_steps=2, generator=generators, output_type="latent").images
+
+    images, fresh = latents(names["pipe"]), qncd.load("configs/scenes.yaml")
+    exact = latents(fresh)
+    assert 0 < (images - exact).norm() < 0.3 * exact.norm()
+    qncd.load_quantized(fresh, "out/scenes_w4a8")
+    assert torch.equal(latents(fresh), images)
