@@ -143,6 +143,20 @@ def test_what_flags_stand_for(words: str, expected: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--act_bit 8", ("max", False, False)),
+        ("--act_bit 6", ("mse", False, True)),
+        ("--act_bit 6 --a_min_max", ("max", False, True)),
+        ("--act_bit 4", ("mse", True, True)),
+    ],
+)
+def test_what_narrow_activations_get(words: str, expected: tuple[str, bool, bool]) -> None:
+    quant = recipe("--quant_mode", "qncd+", "--weight_bit", "4", *words.split()).quant
+    assert (quant.act_range, quant.smoothing_search, quant.bit_allocation) == expected
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--act_bit 9", "--act_bit 9: allowed are whole numbers, 2 to 8"),

@@ -16,12 +16,19 @@ from .test_reconstruction_flags import pixels, run, same
 PLUS = ("--ptq", "--weight_bit", "4", "--act_bit", "6", "--quant_mode", "qncd+")
 
 
-def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: Path) -> None:
-    checkpoint = tmp_path / "q.safetensors"
-    run(common, tmp_path / "one", *PLUS, "--cali_ckpt", str(checkpoint))
+@pytest.fixture(scope="module")
+def plus(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with all parts, and its checkpoint q.safetensors."""
+    folder = tmp_path_factory.mktemp("plus")
+    run(common, folder, *PLUS, "--cali_ckpt", str(folder / "q.safetensors"))
+    return folder
+
+
+def test_a_checkpoint_gives_the_same_images_again(common: list[str], plus: Path, tmp_path: Path) -> None:
+    checkpoint = plus / "q.safetensors"
     run(common, tmp_path / "two", *PLUS, "--cali_ckpt", str(checkpoint))
-    assert same(pixels(tmp_path / "one"), pixels(tmp_path / "two"))
-    settings = json.loads((tmp_path / "one" / "run.json").read_text())["settings"]
+    assert same(pixels(plus / "images"), pixels(tmp_path / "two" / "images"))
+    settings = json.loads((plus / "run.json").read_text())["settings"]
     assert settings["quantization"]["gptq"] and settings["quantization"]["stepwise_activations"]
     stored = load_file(checkpoint)
     assert stored["tracking.kernels"].shape == (4, 1, 2, 3, 3) and settings["offline_correction"] == "tracking"
@@ -42,17 +49,16 @@ def test_a_checkpoint_gives_the_same_images_again(common: list[str], tmp_path: P
         assert set(json.loads(file.metadata()["act_bits"])) == set(widths)
 
 
-def test_each_part_changes_the_images(common: list[str], tmp_path: Path) -> None:
-    seen = []
+@pytest.mark.slow
+def test_each_part_changes_the_images(common: list[str], plus: Path, tmp_path: Path) -> None:
     parts = {
-        "plus": (), "allocated": ("--allocate_bits",), "nearest": ("--no-gptq",),
-        "smoothed": ("--smooth_search",), "one_range": ("--no-stepwise_act",),
+        "fixed": (), "nearest": ("--no-gptq",), "smoothed": ("--smooth_search",), "one_range": ("--no-stepwise_act",),
         "untracked": ("--no-tracking",),
     }  # fmt: skip
     for name, flags in parts.items():
         run(common, tmp_path / name, *PLUS, "--no-allocate_bits", *flags)
-        seen.append(pixels(tmp_path / name))
-    assert not any(same(seen[i], seen[j]) for i, j in itertools.combinations(range(len(parts)), 2))
+    seen = [pixels(folder / "images") for folder in (plus, *(tmp_path / name for name in parts))]
+    assert not any(same(a, b) for a, b in itertools.combinations(seen, 2))
     run(common, tmp_path / "by_flags", *PLUS[:-1], "linear", "--quant_act", "--gptq", "--stepwise_act")
     settings = json.loads((tmp_path / "by_flags" / "run.json").read_text())["settings"]["quantization"]
     assert (
@@ -65,28 +71,17 @@ def test_each_part_changes_the_images(common: list[str], tmp_path: Path) -> None
 
 def test_one_correction_at_a_time(common: list[str], tmp_path: Path) -> None:
     found = {}
-    for name, mode, flags in (("reverse", "qncd+", ("--sample_reverse", "2")), ("tracking", "qncd", ("--tracking",))):
+    reverse = ("--sample_reverse", "2", "--no-allocate_bits")
+    for name, mode, flags in (("reverse", "qncd+", reverse), ("tracking", "qncd", ("--tracking",))):
         run(common, tmp_path / name, *PLUS[:-1], mode, *flags)
         settings = json.loads((tmp_path / name / "run.json").read_text())["settings"]
         found[name] = (settings["correction"] is not None, settings["offline_correction"])
     assert found == {"reverse": (True, None), "tracking": (False, "tracking")}
 
 
-def test_what_narrow_activations_get(common: list[str], tmp_path: Path) -> None:
-    found = {}
-    for name, flags in {"six": (), "eight": ("--act_bit", "8"), "four": ("--act_bit", "4"), "extremes": ("--a_min_max",)}.items():
-        run(common, tmp_path / name, *PLUS, *flags)
-        settings = json.loads((tmp_path / name / "run.json").read_text())["settings"]["quantization"]
-        found[name] = settings["act_range"], settings["smoothing_search"], settings["bit_allocation"]
-    assert found == {
-        "six": ("mse", False, True), "eight": ("max", False, False), "four": ("mse", True, True),
-        "extremes": ("max", False, True),
-    }  # fmt: skip
-
-
 def test_a_recipe_in_a_file_gives_the_images_of_its_flags(common: list[str], tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text("mode: qncd+\nwidth: W4A6\ntracking: false\nsteps: 1\n")
-    run(common, tmp_path / "flags", *PLUS, "--no-tracking")
+    (tmp_path / "r.yaml").write_text("mode: qncd+\nwidth: W4A6\ntracking: false\nbit_allocation: false\nsteps: 1\n")
+    run(common, tmp_path / "flags", *PLUS, "--no-tracking", "--no-allocate_bits")
     run(common, tmp_path / "file", "--ptq", "--recipe", str(tmp_path / "r.yaml"))  # --cali_st 2 overrides its steps
     assert same(pixels(tmp_path / "flags" / "images"), pixels(tmp_path / "file" / "images"))
     settings = [json.loads((tmp_path / name / "run.json").read_text())["settings"] for name in ("flags", "file")]

@@ -111,13 +111,13 @@ def test_a_correction_that_is_fitted_anew_says_so(model: Path, tmp_path: Path) -
     assert "q.safetensors: its noise correction was fitted otherwise (eta 0.0 there, 1.0 asked for): fitted anew" in log
 
 
+@pytest.mark.slow
 def test_switches_act(model: Path, tmp_path: Path) -> None:
     """Each part of the method changes the images when it is switched off."""
     base = ["--ptq", "--weight_bit", "4", "--no-recon", "--act_bit", "4", "--max_images", "2", "--cali_batch_size", "2"]
     results = {}
     variants: dict[str, list[str]] = {
-        "qncd": [], "no_smoothing": ["--no-scale_split_static"], "no_split": ["--no-split"], "weights": ["--weight_only"],
-        "no_correction": ["--no-sample_reverse"], "linear": ["--quant_mode", "linear"],
+        "qncd": [], "no_split": ["--no-split"], "weights": ["--weight_only"], "linear": ["--quant_mode", "linear"],
         "published": ["--sample_reverse", "--reverse_target", "paper", "--no-reverse_control", "--reverse_statistics", "batch"],
         "softmax": ["--sm_abit", "2"], "symmetric": ["--a_sym"], "extremes": ["--act_range", "max"],
         "biased": ["--no-bias_correction"], "more": ["--cali_n", "16"], "running": ["--cali_n", "16", "--running_stat"],
