@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,15 @@ FAR = Path(__file__).resolve().parents[2] / "shared" / "golden"  # data too larg
 
 Golden = Callable[[str], Mapping[str, Tensor]]
 MakeUNet = Callable[..., Any]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in processes that a test starts: sums in as many threads come in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 from script_runs import run_in_process
 
@@ -33,15 +31,6 @@ def images(folder: Path) -> dict[str, bytes]:
 def checkpoint(folder: Path) -> dict[str, object]:
     with safe_open(folder / "quantized.safetensors", "pt") as file:
         return {name: file.get_tensor(name).tolist() for name in file.keys()} | file.metadata()  # noqa: SIM118
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As in the processes that are started: sums in as many threads come in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a large red circle above a small blue square"
+ONE_AFTER_ANOTHER = "import json, sys; from qncd.app.console import main; [main(line) for line in json.loads(sys.argv[1])]"
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +51,13 @@ def test_a_wheel_alone_is_enough(unpacked: Path, tmp_path: Path) -> None:
     assert "qncd = qncd.app.console:main" in points.read_text()
     assert "  sample " in run("-m", "qncd", "--help")
     assert run("-m", "qncd", "export", "--help").startswith("usage: qncd export ")
-    sample = ("-m", "qncd", "sample", "--device", "cpu")
-    run(*sample, "--max_images", "2", "--timesteps", "5", "-l", "out")
+    sample = ("sample", "--device", "cpu")
+    run("-m", "qncd", *sample, "--max_images", "2", "--timesteps", "5", "-l", "out")
     assert len(list((tmp_path / "out" / "images").iterdir())) == 2
-    scores = run("-m", "qncd", "evaluate", "fashion_mnist", "out/images", "--features", "fashion_mnist", "--metrics", "fid")
-    assert scores.startswith("FID ")
-    run(*sample, "--config", "configs/fashion_mnist_ldm.yaml", "-n", "2", "-c", "2", "--outdir", "latent")
-    run(*sample, "--prompt", PROMPT, "--ddim_steps", "5", "--outdir", "out2")
+    lines = [
+        ["evaluate", "fashion_mnist", "out/images", "--features", "fashion_mnist", "--metrics", "fid"],
+        [*sample, "--config", "configs/fashion_mnist_ldm.yaml", "-n", "2", "-c", "2", "--outdir", "latent"],
+        [*sample, "--prompt", PROMPT, "--ddim_steps", "5", "--outdir", "out2"],
+    ]
+    assert run("-c", ONE_AFTER_ANOTHER, json.dumps(lines)).startswith("FID ")
     assert len(list((tmp_path / "out2" / "images").iterdir())) == 3

@@ -20,7 +20,7 @@ def fuzz() -> ModuleType:
     return load_script(TOOL)
 
 
-@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_damaged_files(seconds: int, fuzz: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     status = fuzz.main(["--seconds", str(seconds), "--seed", str(seconds)])
     assert status == 0, capfd.readouterr().out
