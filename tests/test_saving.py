@@ -59,7 +59,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path
         ("DDPM", "ptqd", "W8A8"),
         ("LCM", "linear", "W4A32"),
         pytest.param("SDXL", "qncd+", "W4A6", marks=pytest.mark.slow),
-        pytest.param("SD1 inpainting", "qncd+", "W4A6", marks=pytest.mark.slow),
     ],
 )
 def test_round_trips(kind: str, mode: str, width: str, folder: Any, tmp_path: Path) -> None:
