@@ -225,6 +225,7 @@ def exported(base: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
     return pipe, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_an_engine_in_a_pipeline(engine: str, base: Any, exported: tuple[Any, Path]) -> None:
     pytest.importorskip(engine)

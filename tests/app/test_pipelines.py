@@ -71,6 +71,7 @@ def images(out: Path, subfolder: str = "images") -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted((out / subfolder).glob("*.png"))])
 
 
+@pytest.mark.slow
 def test_sdxl_quantized_saved_and_on_engines(folder: Callable[[str], Path], tmp_path: Path) -> None:
     common = ("--ckpt", folder("SDXL"), *TEXT, *PTQ, "--quant_mode", "linear", "--cali_ckpt", tmp_path / "q.safetensors")
     run_in_process("txt2img.py", *common, "--outdir", tmp_path / "a", "--compare_fp")
