@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qncd.modes import MODES, WIDEST, changes_of, compose, parse_width
+from qncd.modes import CHANNEL, GGUF, MODES, WIDEST, changes_of, compose, parse_width
 from qncd.options import Limits, RecipeError, check_options, option, options_of, read_options, read_tree, section, sections_of
 from qncd.options import OptionError as OptionError
 from qncd.options import check_choice as check_choice
 from qncd.options import check_int as check_int
 
 WEIGHT_RANGES = ("mse", "max")
+WEIGHT_GRIDS = (CHANNEL, GGUF)
+GGUF_BITS, GGUF_GROUP = (4, 8), 32  # of q4_0 and q8_0, and inputs that share a scale
 ACT_RANGES = ("mse", "max", "running")
 TARGETS = ("consistent", "paper")
 STATISTICS = ("sample", "batch", "channel")
@@ -62,6 +64,9 @@ class QuantConfig:
             multiplications, shared out so as to leave the sample the least error. The first and the last layer keep
             `edge_bits`, the softmax output keeps `softmax_bits`. Needs `act_bits` of 7 or fewer.
         step_weights: in reconstruction and bias correction, inputs count as an error at their time step moves the sample.
+        weight_grid: "channel" (one scale for each output channel), or "gguf" (one for each 32 inputs of a row, a float16 number,
+            as in GGUF's types q8_0 and q4_0: exactly what such a file holds, see `qncd.engines.gguf`). On GGUF's grid are linear
+            layers whose rows are whole blocks; convolutions, the time embedding and activations stay in floating point.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
@@ -106,6 +111,11 @@ class QuantConfig:
     step_weights: bool = option(
         False, flag="step_weights", help="weigh calibration inputs by what an error at their time step does to the sample"
     )
+    weight_grid: str = option(
+        CHANNEL, flag="weight_grid", choices=WEIGHT_GRIDS,
+        help="channel: weights have one scale for each output channel; gguf: those of linear layers have one for each 32 inputs "
+        "(q8_0 at 8 bits, q4_0 at 4), others stay in floating point, for `qncd export --out FILE.gguf`",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -121,6 +131,13 @@ class QuantConfig:
             raise ValueError(
                 f"bit_allocation gives some activations more than act_bits {self.act_bits}: allowed with it are 2 to {WIDEST - 1}"
             )
+        if self.weight_grid == GGUF:
+            if self.act_bits is not None:
+                raise RecipeError(
+                    "{quant.weight_grid} gguf: GGUF holds weights alone: allowed is {quant.act_bits} None (--weight_only, W4A32)"
+                )
+            if self.weight_bits not in GGUF_BITS:
+                raise RecipeError(f"{{quant.weight_grid}} gguf: {{quant.weight_bits}} {self.weight_bits}: allowed are 4 and 8")
 
     @property
     def label(self) -> str:
@@ -310,6 +327,8 @@ class Recipe:
             raise RecipeError(
                 "{reconstruction.act_iterations} learns scales of quantized activations: they are in floating point here"
             )
+        if self.smoothing and self.quant.weight_grid == GGUF:
+            raise RecipeError("{smoothing} divides the inputs of convolutions, which {quant.weight_grid} gguf leaves as they are")
         if self.quant.step_weights and not self.reconstruction and (self.quant.gptq or not self.quant.bias_correction):
             parts = "{reconstruction}, or {quant.bias_correction} without GPTQ"
             raise RecipeError(f"{{quant.step_weights}} weighs the inputs of reconstruction and bias correction: it needs {parts}")
