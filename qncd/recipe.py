@@ -16,6 +16,7 @@ from qncd.options import Limits, RecipeError, check_options, option, options_of,
 from qncd.options import OptionError as OptionError
 from qncd.options import check_choice as check_choice
 from qncd.options import check_int as check_int
+from qncd.steps import SamplerConfig as SamplerConfig
 
 WEIGHT_RANGES = ("mse", "max")
 WEIGHT_GRIDS = (CHANNEL, GGUF)
@@ -23,10 +24,6 @@ GGUF_BITS, GGUF_GROUP = (4, 8), 32  # of q4_0 and q8_0, and inputs that share a 
 ACT_RANGES = ("mse", "max", "running")
 TARGETS = ("consistent", "paper")
 STATISTICS = ("sample", "batch", "channel")
-SAMPLE_TYPES = ("generalized", "ddpm_noisy", "dpm_solver", "plms")
-DETERMINISTIC = ("dpm_solver", "plms")
-SKIP_TYPES = ("uniform", "quad")
-CONVENTIONS = ("ddim", "ldm")
 CACHES = ("fp16", "bf16", "fp32")
 ACT_ITERATIONS = 500  # of --recon_act, where --cali_iters_a does not say
 QUANTIZATION = "quantization"
@@ -131,13 +128,8 @@ class QuantConfig:
             raise ValueError(
                 f"bit_allocation gives some activations more than act_bits {self.act_bits}: allowed with it are 2 to {WIDEST - 1}"
             )
-        if self.weight_grid == GGUF:
-            if self.act_bits is not None:
-                raise RecipeError(
-                    "{quant.weight_grid} gguf: GGUF holds weights alone: allowed is {quant.act_bits} None (--weight_only, W4A32)"
-                )
-            if self.weight_bits not in GGUF_BITS:
-                raise RecipeError(f"{{quant.weight_grid}} gguf: {{quant.weight_bits}} {self.weight_bits}: allowed are 4 and 8")
+        if self.weight_grid == GGUF and (self.act_bits is not None or self.weight_bits not in GGUF_BITS):
+            raise RecipeError(f"{{quant.weight_grid}} gguf with {self.label}: allowed are W8A32 and W4A32 (--weight_only)")
 
     @property
     def label(self) -> str:
@@ -234,31 +226,6 @@ class CorrectionConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-
-
-@dataclass(frozen=True)
-class SamplerConfig:
-    """Which steps a sampler takes.
-
-    Attributes:
-        sample_type: "generalized" (DDIM at any eta), "ddpm_noisy", "dpm_solver" (DPM-Solver++ 2M) or "plms".
-        skip_type: spacing of the time steps, "uniform" or "quad".
-        timesteps: number of steps.
-        eta: 0 is deterministic DDIM, 1 is DDPM-like (DDIM, arXiv 2010.02502, eq. 16).
-        convention: whose time steps. "ddim" (ermongroup/ddim): 0, k, 2k, ..., and the last step ends at the clean image.
-            "ldm" (CompVis latent-diffusion and Stable Diffusion): one later each, and the last step ends at time step 0.
-    """
-
-    sample_type: str = option("generalized", choices=SAMPLE_TYPES)
-    skip_type: str = option("uniform", choices=SKIP_TYPES)
-    timesteps: int = option(100, limits=Limits(1))
-    eta: float = option(0.0, limits=Limits(0, 1))
-    convention: str = option("ddim", choices=CONVENTIONS)
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if self.eta and self.sample_type in DETERMINISTIC:
-            raise OptionError("eta", f"eta {self.eta!r} with sample_type {self.sample_type}: allowed is 0 (it is deterministic)")
 
 
 @dataclass(frozen=True)

@@ -208,9 +208,9 @@ def test_recipes() -> None:
     assert recipe.smoothing is None and recipe.reconstruction is not None and recipe.quant.weight_grid == GGUF
     with pytest.raises(ValueError, match="smoothing divides the inputs of convolutions"):
         Recipe.of("qncd", "W4A32", weight_grid=GGUF, smoothing=True)
-    with pytest.raises(ValueError, match="GGUF holds weights alone"):
+    with pytest.raises(ValueError, match="weight_grid gguf with W4A8: allowed are W8A32 and W4A32"):
         Recipe.of("qncd+", "W4A8", weight_grid=GGUF)
-    with pytest.raises(ValueError, match="weight_bits 6: allowed are 4 and 8"):
+    with pytest.raises(ValueError, match="with W6A32: allowed"):
         Recipe.of("qncd", "W6A32", weight_grid=GGUF)
 
 
