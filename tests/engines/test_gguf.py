@@ -232,6 +232,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_commands(folder: Path, tmp_path: Path) -> None:
     """Weights calibrated through a pipeline's calls, or rounded to nearest without calibration; and what is refused."""
     model = ("--ckpt", str(folder))
