@@ -47,8 +47,10 @@ EXPORT_REQUIRES = [  # `qncd export` and --backend; exporting also needs torch 2
     "onnxruntime>=1.22,<2",
     "openvino>=2025.2",
 ]
+GGUF_REQUIRES = ["gguf>=0.17,<1"]  # `qncd export --out FILE.gguf`
 TEST_REQUIRES = [
     *EXPORT_REQUIRES,
+    *GGUF_REQUIRES,
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
     "hypothesis>=6.100,<7",
@@ -87,5 +89,5 @@ setup(
     },
     entry_points={"console_scripts": ["qncd = qncd.app.console:main"]},
     install_requires=INSTALL_REQUIRES,
-    extras_require={"test": TEST_REQUIRES, "export": EXPORT_REQUIRES, "peers": PEERS_REQUIRES},
+    extras_require={"test": TEST_REQUIRES, "export": EXPORT_REQUIRES, "gguf": GGUF_REQUIRES, "peers": PEERS_REQUIRES},
 )

@@ -17,6 +17,7 @@ _PUBLIC = {
     "save": "qncd.saving",
     "load_quantized": "qncd.saving",
     "export": "qncd.api",
+    "export_gguf": "qncd.api",
     "open_engine": "qncd.api",
     "Report": "qncd.api",
     "Recipe": "qncd.recipe",

@@ -213,6 +213,24 @@ def export(model: Any, folder: str | Path, engine: str = "onnxruntime", shape: S
     return export_network(network, Path(folder), state.recipe.quant, state.base_hash, settings, shape)
 
 
+def export_gguf(model: Any, file: str | Path) -> Path:
+    """Write the denoiser, quantized with weight_grid="gguf", as a GGUF file; returns its path.
+
+    The file holds weights alone: what corrects predictions while sampling has no place in it.
+
+    Args:
+        model: a pipeline of Stable Diffusion 1, 2 or XL, or its UNet.
+
+    Raises:
+        ValueError: the weights are on another grid, the network is of another kind, or the package gguf is missing.
+    """
+    from qncd.engines.gguf import type_of, write_gguf
+
+    network, state = network_and_state(model)
+    write_gguf(network, Path(file), type_of(state.recipe.quant), state.base_hash)
+    return Path(file)
+
+
 def open_engine(model: Any, folder: str | Path | None, engine: str = "onnxruntime", precision: str = "fp32") -> Any:
     """The pipeline with its denoiser on an engine; of a bare denoiser, what is called in its place. `model` stays as it is.
 

@@ -13,6 +13,7 @@ from typing import Any
 from qncd.options import Option, RecipeError, check_choice, options_of, paths_of, resolve, sections_of
 
 WIDEST = 8  # bits of an activation: what integer kernels take
+CHANNEL, GGUF = "channel", "gguf"  # grids of weights
 TRACKING = "tracking"  # the offline correction of qncd.sampling.correctors.tracking
 CLIPPED = {"act_range": "mse"}  # below 8 bits clipping costs less than what finer steps gain
 
@@ -128,6 +129,8 @@ def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection
         asked["reconstruction"] = given.get("reconstruction", False)
     elif "quant.smoothing_search" not in given:
         asked["quant.smoothing_search"] = False
+    if asked.get("quant.weight_grid") == GGUF:
+        asked["smoothing"] = given.get("smoothing", False)
     asked["offline"], asked["correction"] = _corrections(mode, usual, given)
     values = {"mode": mode} | {name: asked[name] for name in options_of(tree) if name in asked and name != "mode"}
     for name, part in sections_of(tree).items():

@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qncd.modes import MODES, WIDEST, changes_of, compose, parse_width
+from qncd.modes import CHANNEL, GGUF, MODES, WIDEST, changes_of, compose, parse_width
 from qncd.options import Limits, RecipeError, check_options, option, options_of, read_options, read_tree, section, sections_of
 from qncd.options import OptionError as OptionError
 from qncd.options import check_choice as check_choice
 from qncd.options import check_int as check_int
+from qncd.steps import SamplerConfig as SamplerConfig
 
 WEIGHT_RANGES = ("mse", "max")
+WEIGHT_GRIDS = (CHANNEL, GGUF)
+GGUF_BITS, GGUF_GROUP = (4, 8), 32  # of q4_0 and q8_0, and inputs that share a scale
 ACT_RANGES = ("mse", "max", "running")
 TARGETS = ("consistent", "paper")
 STATISTICS = ("sample", "batch", "channel")
-SAMPLE_TYPES = ("generalized", "ddpm_noisy", "dpm_solver", "plms")
-DETERMINISTIC = ("dpm_solver", "plms")
-SKIP_TYPES = ("uniform", "quad")
-CONVENTIONS = ("ddim", "ldm")
 CACHES = ("fp16", "bf16", "fp32")
 ACT_ITERATIONS = 500  # of --recon_act, where --cali_iters_a does not say
 QUANTIZATION = "quantization"
@@ -62,6 +61,9 @@ class QuantConfig:
             multiplications, shared out so as to leave the sample the least error. The first and the last layer keep
             `edge_bits`, the softmax output keeps `softmax_bits`. Needs `act_bits` of 7 or fewer.
         step_weights: in reconstruction and bias correction, inputs count as an error at their time step moves the sample.
+        weight_grid: "channel" (one scale for each output channel), or "gguf" (one for each 32 inputs of a row, a float16 number,
+            as in GGUF's types q8_0 and q4_0: exactly what such a file holds, see `qncd.engines.gguf`). On GGUF's grid are linear
+            layers whose rows are whole blocks; convolutions, the time embedding and activations stay in floating point.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
@@ -106,6 +108,11 @@ class QuantConfig:
     step_weights: bool = option(
         False, flag="step_weights", help="weigh calibration inputs by what an error at their time step does to the sample"
     )
+    weight_grid: str = option(
+        CHANNEL, flag="weight_grid", choices=WEIGHT_GRIDS,
+        help="channel: weights have one scale for each output channel; gguf: those of linear layers have one for each 32 inputs "
+        "(q8_0 at 8 bits, q4_0 at 4), others stay in floating point, for `qncd export --out FILE.gguf`",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -121,6 +128,8 @@ class QuantConfig:
             raise ValueError(
                 f"bit_allocation gives some activations more than act_bits {self.act_bits}: allowed with it are 2 to {WIDEST - 1}"
             )
+        if self.weight_grid == GGUF and (self.act_bits is not None or self.weight_bits not in GGUF_BITS):
+            raise RecipeError(f"{{quant.weight_grid}} gguf with {self.label}: allowed are W8A32 and W4A32 (--weight_only)")
 
     @property
     def label(self) -> str:
@@ -220,31 +229,6 @@ class CorrectionConfig:
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
-    """Which steps a sampler takes.
-
-    Attributes:
-        sample_type: "generalized" (DDIM at any eta), "ddpm_noisy", "dpm_solver" (DPM-Solver++ 2M) or "plms".
-        skip_type: spacing of the time steps, "uniform" or "quad".
-        timesteps: number of steps.
-        eta: 0 is deterministic DDIM, 1 is DDPM-like (DDIM, arXiv 2010.02502, eq. 16).
-        convention: whose time steps. "ddim" (ermongroup/ddim): 0, k, 2k, ..., and the last step ends at the clean image.
-            "ldm" (CompVis latent-diffusion and Stable Diffusion): one later each, and the last step ends at time step 0.
-    """
-
-    sample_type: str = option("generalized", choices=SAMPLE_TYPES)
-    skip_type: str = option("uniform", choices=SKIP_TYPES)
-    timesteps: int = option(100, limits=Limits(1))
-    eta: float = option(0.0, limits=Limits(0, 1))
-    convention: str = option("ddim", choices=CONVENTIONS)
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if self.eta and self.sample_type in DETERMINISTIC:
-            raise OptionError("eta", f"eta {self.eta!r} with sample_type {self.sample_type}: allowed is 0 (it is deterministic)")
-
-
-@dataclass(frozen=True)
 class CalibrationConfig:
     """The calibration set: `samples` trajectories, seen at `steps` of the sampler's time steps.
 
@@ -310,6 +294,8 @@ class Recipe:
             raise RecipeError(
                 "{reconstruction.act_iterations} learns scales of quantized activations: they are in floating point here"
             )
+        if self.smoothing and self.quant.weight_grid == GGUF:
+            raise RecipeError("{smoothing} divides the inputs of convolutions, which {quant.weight_grid} gguf leaves as they are")
         if self.quant.step_weights and not self.reconstruction and (self.quant.gptq or not self.quant.bias_correction):
             parts = "{reconstruction}, or {quant.bias_correction} without GPTQ"
             raise RecipeError(f"{{quant.step_weights}} weighs the inputs of reconstruction and bias correction: it needs {parts}")

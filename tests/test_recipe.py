@@ -74,7 +74,7 @@ def test_defaults_and_order_of_fields_stay() -> None:
             weight_bits=8, act_bits=8, softmax_bits=8, edge_bits=8, weight_range="mse", act_range="max", act_symmetric=False,
             split=True, softmax_range=None, quantize_attention=True, quantize_embedding=True, stepwise_embedding=False,
             stepwise_activations=False, gptq=False, smoothing_search=False, bit_allocation=False, bias_correction=True,
-            step_weights=False,
+            step_weights=False, weight_grid="channel",
         ),
         SmoothingConfig: dict(floor=1.0, strength=1.0),
         ReconstructionConfig: dict(

@@ -29,7 +29,7 @@ class Command:
 COMMANDS = {
     "sample": Command("sample a model, in full precision or quantized (--ptq), and write the images", "sample"),
     "quantize": Command("quantize a model and write the quantized checkpoint", "quantize"),
-    "export": Command("export a quantized network as an ONNX model that computes in integers", "export"),
+    "export": Command("export a quantized network as an ONNX model that computes in integers, or as GGUF", "export"),
     "convert": Command("convert an original checkpoint to a folder that diffusers loads, or back", "convert"),
     "evaluate": Command("compute FID, precision, CLIP score and other figures of images", "evaluate"),
     "benchmark": Command(

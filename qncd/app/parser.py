@@ -21,7 +21,8 @@ from qncd.app.flags import seed as seed
 from qncd.engines.registry import PRECISIONS, TORCH, engine_names
 from qncd.progress import progress_bar as progress_bar  # scripts know it as cli.progress_bar
 from qncd.recipe import ACT_ITERATIONS as ACT_ITERATIONS
-from qncd.recipe import SAMPLE_TYPES, SKIP_TYPES, OptionError, SamplerConfig
+from qncd.recipe import OptionError, SamplerConfig
+from qncd.steps import SAMPLE_TYPES, SKIP_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

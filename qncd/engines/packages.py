@@ -6,10 +6,8 @@ import importlib
 import os
 from typing import Any
 
-INSTALL = "pip install -e '.[export]'"
 
-
-def require(package: str) -> Any:
+def require(package: str, extra: str = "export") -> Any:
     """The module `package`. Raises ValueError naming the extra that brings it where it is not installed.
 
     ONNX Runtime's telemetry is off unless the environment says otherwise: it writes to the user's home and temporary folder.
@@ -18,4 +16,4 @@ def require(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f"the package {package} is not there ({error}): install it with {INSTALL}") from None
+        raise ValueError(f"the package {package} is not there ({error}): install it with pip install -e '.[{extra}]'") from None

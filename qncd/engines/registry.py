@@ -13,6 +13,9 @@ ENGINES: dict[str, str] = {
 }
 PRECISIONS = ("fp32", "fp16")  # of what an engine computes beside the integers
 
+# Types of weights in GGUF files, and their bits; f16 is not quantized.
+GGUF_TYPES: dict[str, int | None] = {"q8_0": 8, "q4_0": 4, "f16": None}
+
 
 def engine_names() -> tuple[str, ...]:
     """All that can run a network: torch, and the engines."""

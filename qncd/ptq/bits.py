@@ -15,6 +15,7 @@ from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import hooked, run_over
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.inspection import act_quantizers, quant_layers
+from qncd.quant.layers import LayerConfig
 
 FLOAT = 32  # bits of what stays in floating point
 
@@ -24,7 +25,7 @@ class MeanBits:
     """Bits in the mean.
 
     Attributes:
-        weight_bits: over all weights of convolutions and linear layers.
+        weight_bits: over all weights of convolutions and linear layers, with the scales of groups.
         act_bits: over all activations that enter multiplications, each counted as often as it is multiplied.
     """
 
@@ -47,9 +48,16 @@ def mean_bits(network: Network, data: CalibrationSet) -> MeanBits:
         run_over(network, data.spread(1), 1)
     widths = {name: quantizer.codes.bits for name, quantizer in act_quantizers(network.module).items() if quantizer.codes}
     sizes = {layer: layer.weight.numel() for layer in quant_layers(network.module).values()}
-    stored = sum(size * (layer.config.weight_codes.bits if layer.config.weight_codes else FLOAT) for layer, size in sizes.items())
+    stored = sum(size * _stored_bits(layer.config) for layer, size in sizes.items())
+    plain = sum(layer.weight.numel() for layer in network.layers().values())
     taken = sum(count * widths.get(name, FLOAT) for name, count in counts.items())
-    return MeanBits(stored / sum(sizes.values()), taken / sum(counts.values()))
+    return MeanBits((stored + FLOAT * plain) / (sum(sizes.values()) + plain), taken / sum(counts.values()))
+
+
+def _stored_bits(config: LayerConfig) -> float:
+    """Of one weight; a scale for a group has 16, those of channels are too few to count."""
+    codes = config.weight_codes
+    return FLOAT if codes is None else codes.bits + (16 / config.group if config.group else 0)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Rule:
         shape: exactly; (1,) does not stand for (C,).
         dtype: exactly, None for any floating point number, which is finite.
         low, high: of the values, both included.
-        positive, whole: every value is.
+        positive, nonzero, whole: every value is.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +37,7 @@ class Rule:
     low: float = -math.inf
     high: float = math.inf
     positive: bool = False
+    nonzero: bool = False
     whole: bool = False
 
     def check(self, name: str, tensor: Tensor) -> None:
@@ -56,6 +57,8 @@ class Rule:
             raise ValueError(f"{name}: holds {wrong:g}, allowed are {self.low:g} to {self.high:g}")
         if self.positive and low <= 0:
             raise ValueError(f"{name}: holds {low:g}, allowed are numbers above 0")
+        if self.nonzero and not bool(tensor.all()):
+            raise ValueError(f"{name}: holds 0, allowed are numbers other than 0")
         if self.whole and bool((tensor != tensor.round()).any()):
             raise ValueError(f"{name}: holds numbers that are not whole")
 
@@ -102,20 +105,25 @@ def _layer_rules(name: str, layer: QuantLayer, tensors: Mapping[str, Tensor]) ->
     rules: dict[str, Rule] = {}
     if f"{name}.smoothing" in tensors:
         rules[f"{name}.smoothing"] = Rule((shape[1],), positive=True)
-    if f"{name}.bias" in tensors or layer.bias is not None:  # bias correction gives layers one that had none
+    if layer.bias is not None or (layer.takes_shift and f"{name}.bias" in tensors):  # bias correction may have made one
         rules[f"{name}.bias"] = Rule((shape[0],))
     if codes is None:
         return rules | {f"{name}.weight": Rule(shape)}
-    scales = (shape[0], len(layer.parts()))
     if codes.bits <= 4:
         rules[f"{name}.weight_packed"] = Rule(((math.prod(shape) + 1) // 2,), torch.uint8)
     else:
         rules[f"{name}.weight_codes"] = Rule(shape, torch.int8, codes.qmin, codes.qmax)
-    rules[f"{name}.weight_scale"] = Rule(scales, positive=True)
+    rules[f"{name}.weight_scale"] = scale_rule(layer)
     if f"{name}.weight_zero_point" in tensors:
         # Those of Q-Diffusion's searched ranges lie beyond the codes where all weights of a channel have one sign.
-        rules[f"{name}.weight_zero_point"] = Rule(scales, low=-_EXACT, high=_EXACT, whole=True)
+        rules[f"{name}.weight_zero_point"] = Rule(layer.scale_shape, low=-_EXACT, high=_EXACT, whole=True)
     return rules
+
+
+def scale_rule(layer: QuantLayer) -> Rule:
+    """What its weight's scales have to be."""
+    grouped = layer.config.group is not None  # whose scales may be negative
+    return Rule(layer.scale_shape, positive=not grouped, nonzero=grouped)
 
 
 def _range_rules(name: str, codes: IntegerRange, segments: int, tensors: Mapping[str, Tensor]) -> dict[str, Rule]:

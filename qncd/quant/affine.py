@@ -147,6 +147,35 @@ def search_weight_scale(weight: Tensor, codes: IntegerRange, chunk_elements: int
     return _usable(best_scale, codes)
 
 
+def float16_scale(scale: Tensor) -> Tensor:
+    """Scales as a file keeps them that has 16 bits for each: the nearest float16 number that is neither 0 nor infinite."""
+    numbers = torch.finfo(torch.float16)
+    magnitude = scale.abs().clamp(numbers.smallest_normal * numbers.eps, numbers.max)  # from the smallest float16 on
+    return torch.copysign(magnitude, scale).half().to(scale.dtype)
+
+
+def group_scale(weight: Tensor, codes: IntegerRange, clip: bool) -> Tensor:
+    """The scale of each group of a row, a float16 number of either sign.
+
+    The smallest code has no counterpart above 0: the sign puts the weight of largest magnitude on its side, which takes 12% off
+    the squared error of normal weights at 4 bits.
+
+    Args:
+        weight: (O, G, N): G groups of N inputs in each row.
+        codes: signed codes.
+        clip: take the clip ratio of least error, as `search_weight_scale`, instead of the scale at which the weight of largest
+            magnitude has the smallest code, as ggml's quantizer of q4_0.
+
+    Returns:
+        (O, G).
+    """
+    rows = weight.flatten(0, 1)  # (O * G, N)
+    widest = rows.gather(1, rows.abs().argmax(1, keepdim=True))  # (O * G, 1)
+    sign = torch.where(widest > 0, -1.0, 1.0)
+    scale = search_weight_scale(rows * sign, codes) if clip else widest.abs() / -codes.qmin
+    return float16_scale(scale * sign).view(weight.shape[:2])
+
+
 def search_qparams(
     values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, codes: IntegerRange, chunk_elements: int = 1 << 18
 ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ which it comes out cheapest is kept. A range of least error of the weights alone
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ def solve_rounding(
     cross: Tensor | None = None,
     damping: float = DAMPING,
     grids: Sequence[float] = (1.0,),
+    stored: Callable[[Tensor], Tensor] = lambda scale: scale,
 ) -> tuple[Tensor, Tensor]:
     """Weights on their grid that give on rounded inputs what `weight` gives on exact ones, as nearly as GPTQ finds.
 
@@ -47,10 +48,11 @@ def solve_rounding(
         damping: added to the gram matrix's diagonal, as a part of the diagonal's mean; it holds `weight` where inputs say little.
             More is added to a matrix that rounding errors have left without a Cholesky factor.
         grids: factors of `scale` to try.
+        stored: what a grid's steps become once they are written down.
 
     Returns:
         codes int8 (O, n) of the weights, and the factor of each row's grid (O,), of the dtype of `gram`: the weights are
-        codes * scale * factor.
+        codes * stored(scale * factor).
 
     Raises:
         ValueError: `gram` or `cross` holds NaN or infinity, or the weights that come nearest are no finite numbers.
@@ -67,7 +69,7 @@ def solve_rounding(
     chosen = torch.ones_like(work[:, 0])
     best, least = torch.zeros_like(work, dtype=torch.int8), torch.full_like(chosen, torch.inf)
     for grid in grids:
-        found, errors = _round_backwards(work, steps * grid, codes, factor)
+        found, errors = _round_backwards(work, stored(steps * grid), codes, factor)
         cost = (errors @ factor).square_().sum(1)
         better = cost < least
         best = torch.where(better[:, None], found, best)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qncd.quant.affine import IntegerRange, search_weight_scale, symmetric_scale
+from qncd.quant.affine import IntegerRange, float16_scale, group_scale, search_weight_scale, symmetric_scale
 from qncd.quant.quantizers import ActQuantizer, Stage
 
 ERROR_INPUTS = 4  # inputs that rounding_error looks at together: it holds two outputs at a time
@@ -18,13 +18,21 @@ ERROR_INPUTS = 4  # inputs that rounding_error looks at together: it holds two o
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Codes and ranges of one layer; None leaves that side in floating point."""
+    """Codes and ranges of one layer; None leaves that side in floating point.
+
+    Attributes:
+        segments: sizes of consecutive groups of input channels, each with its own ranges of weights and activations.
+        group: inputs of a row of the weight, (O, n) once flattened, that share a scale; None: all of a segment do.
+        new_bias: corrections may give the layer a bias where it has none.
+    """
 
     weight_codes: IntegerRange | None
     act_codes: IntegerRange | None
     weight_range: str
     act_range: str
     segments: tuple[int, ...] | None = None
+    group: int | None = None
+    new_bias: bool = True
 
 
 class QuantLayer(nn.Module):
@@ -32,7 +40,8 @@ class QuantLayer(nn.Module):
 
     The weight stays a float tensor, on the integer grid once it is rounded, so a forward pass pays nothing for it; the codes
     that it was rounded to are kept beside it. Layout of the scales: (O, K), one for each output channel and segment of input
-    channels. Our own weights are symmetric; those of Q-Diffusion's checkpoints have zero points, counted from the smallest code.
+    channels; with `LayerConfig.group`, one for each group of a row, K = n / group, a float16 number that may be negative. Our own
+    weights are symmetric; those of Q-Diffusion's checkpoints have zero points, counted from the smallest code.
 
     Buffers:
         codes: int8, shape of the weight; None until the weight is rounded. No part of the state dict: it holds the weight.
@@ -51,6 +60,8 @@ class QuantLayer(nn.Module):
 
     def _prepare(self, source: nn.Conv2d | nn.Linear, config: LayerConfig) -> None:
         self.weight, self.bias = source.weight, source.bias
+        if config.group is not None and (config.segments or source.weight[0].numel() % config.group):
+            raise ValueError(f"a scale for each {config.group} inputs of rows of {source.weight[0].numel()}, or with segments")
         self.config = config
         self.act = ActQuantizer(config.act_codes, config.act_range, config.segments).to(source.weight.device)
         self.register_buffer("weight_scale", None)
@@ -66,6 +77,21 @@ class QuantLayer(nn.Module):
             edges.append(slice(start, start + size))
             start += size
         return edges
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """(O, K)."""
+        group = self.config.group
+        return len(self.weight), len(self.parts()) if group is None else self.weight[0].numel() // group
+
+    def stored_scale(self, scale: Tensor) -> Tensor:
+        """Scales as the layer can have them: any where there is no group, else float16 numbers."""
+        return scale if self.config.group is None else float16_scale(scale)
+
+    @property
+    def takes_shift(self) -> bool:
+        """Whether there is a bias, or one may be made, for the mean error to go into."""
+        return self.bias is not None or self.config.new_bias
 
     @torch.no_grad()
     def smooth_(self, factors: Tensor) -> None:
@@ -104,14 +130,15 @@ class QuantLayer(nn.Module):
             return
         if not bool(torch.isfinite(self.weight).all()):
             raise ValueError("a weight is NaN or infinite")
+        clip = self.config.weight_range == "mse"
+        if self.config.group is not None:
+            groups = self.weight.float().reshape(*self.scale_shape, self.config.group)
+            self.weight_scale = group_scale(groups, codes, clip)
+            return
         scales = []
         for part in self.parts():
-            rows = self.weight[:, part].flatten(1).float()  # (O, K)
-            if self.config.weight_range == "mse":
-                scale = search_weight_scale(rows, codes)
-            else:
-                scale = symmetric_scale(rows.abs().amax(1, keepdim=True), codes)
-            scales.append(scale)
+            rows = self.weight[:, part].flatten(1).float()  # (O, n)
+            scales.append(search_weight_scale(rows, codes) if clip else symmetric_scale(rows.abs().amax(1, keepdim=True), codes))
         self.weight_scale = torch.cat(scales, 1)
 
     @torch.no_grad()
@@ -153,7 +180,13 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def shift_bias_(self, shift: Tensor) -> None:
-        """Add `shift` (O,) to the bias, which is made where there was none. Raises ValueError where it is NaN or infinite."""
+        """Add `shift` (O,) to the bias, which is made where there was none and `takes_shift` allows it.
+
+        Raises:
+            ValueError: the shift is NaN or infinite.
+        """
+        if not self.takes_shift:
+            return
         if not bool(torch.isfinite(shift.to(self.weight.dtype)).all()):
             raise ValueError("the mean error of its output is NaN or infinite")
         bias = shift.to(self.weight) if self.bias is None else self.bias + shift.to(self.weight)
@@ -168,7 +201,7 @@ class QuantLayer(nn.Module):
     @torch.no_grad()
     def set_weight_codes(self, codes: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> None:
         """Take over integer `codes` (shape of the weight), `weight_scale` and `weight_zero_point` (O, K)."""
-        if scale is None or codes.shape != self.weight.shape or scale.shape != (len(self.weight), len(self.parts())):
+        if scale is None or codes.shape != self.weight.shape or scale.shape != self.scale_shape:
             shape = None if scale is None else tuple(scale.shape)
             raise ValueError(f"codes {tuple(codes.shape)} and scales {shape} for a weight {tuple(self.weight.shape)}")
         device, dtype = self.weight.device, self.weight.dtype
@@ -187,7 +220,7 @@ class QuantLayer(nn.Module):
             self.set_weight_codes(found.clamp_(codes.qmin, codes.qmax), self.weight_scale, self.weight_zero_point)
 
     def expanded_scale(self) -> Tensor:
-        """The scales as they broadcast against the weight: (O, I, 1, ...)."""
+        """The scales as they broadcast against the weight: (O, I, 1, ...), or with groups in its own shape."""
         assert self.weight_scale is not None
         return self._expanded(self.weight_scale)
 
@@ -198,6 +231,8 @@ class QuantLayer(nn.Module):
         return self._expanded(self.weight_zero_point) + self.config.weight_codes.qmin
 
     def _expanded(self, values: Tensor) -> Tensor:
+        if self.config.group is not None:
+            return values.repeat_interleave(self.config.group, 1).view(self.weight.shape)
         sizes = torch.tensor([s.stop - s.start for s in self.parts()], device=values.device)
         expanded = values.repeat_interleave(sizes, 1, output_size=self.weight.shape[1])  # (O, I)
         return expanded.view(*expanded.shape, *[1] * (self.weight.ndim - 2))

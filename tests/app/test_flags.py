@@ -30,6 +30,7 @@ FLAGS = {
         ("split", "on/off", ""), ("scale_split_static", "on/off", ""), ("bias_correction", "on/off", ""),
         ("gptq", "on/off", ""), ("smooth_search", "on/off", ""), ("allocate_bits", "on/off", ""),
         ("stepwise_act", "on/off", ""), ("step_weights", "on/off", ""), ("tracking", "on/off", ""), ("weight_only", "", ""),
+        ("weight_grid", "channel|gguf", "channel"),
     ),
     "reconstruction (BRECQ)": (
         ("recon", "on/off", ""), ("cali_iters", "int", "2000"), ("recon_lr", "float", "0.01"), ("recon_inputs", "int", "512"),
@@ -133,6 +134,7 @@ def open_batch(made: Recipe) -> Recipe:
         ("--quant_mode qdiff --weight_bit 4 --recon_act", Recipe.of("qdiff", "W4A8", act_iterations=500)),
         ("--quant_mode qdiff --recon --recon_act --cali_iters_a 7 --cali_lr 0.1", ACT_STEPS),
         ("--weight_bit 4 --no-recon", Recipe.of("qncd", "W4A8", reconstruction=False)),
+        ("--weight_bit 4 --weight_grid gguf --weight_only", Recipe.of("qncd", "W4A32", weight_grid="gguf")),
         ("--quant_mode qdiff --weight_bit 4 --gptq", Recipe.of("qdiff", "W4A8", gptq=True)),
         ("--quant_mode qdiff --weight_bit 4 --resume_w", Recipe.of("qdiff", "W4A8", reconstruction=False)),
         ("--cali_n 7 --cali_st 3 --cali_seed 4", Recipe.of("qncd", samples=7, steps=3, calibration={"seed": 4})),
@@ -180,6 +182,11 @@ def test_what_narrow_activations_get(words: str, expected: tuple[str, bool, bool
         ("--cali_iters_a 3", "--cali_iters_a needs --recon"),
         ("--weight_bit 4 --cali_iters_a 3", "--cali_iters_a needs --recon_act"),
         ("--weight_bit 4 --cali_lr 0.01", "--cali_lr needs --recon_act"),
+        ("--weight_grid gguf", "--weight_grid gguf with W8A8: allowed are W8A32 and W4A32 (--weight_only)"),
+        (
+            "--weight_grid gguf --weight_only --scale_split_static",
+            "--scale_split_static divides the inputs of convolutions, which --weight_grid gguf leaves as they are",
+        ),
     ],
 )
 def test_refusals_name_the_flag(words: str, message: str) -> None:

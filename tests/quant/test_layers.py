@@ -317,3 +317,33 @@ def test_codes_follow_a_state_dict(dtype: torch.dtype, zero_points: bool) -> Non
     target.load_state_dict(source.state_dict())
     assert torch.equal(target.weight, source.weight) and target.weight.dtype == dtype
     assert target.weight_codes().dtype == torch.int8 and torch.equal(target.weight_codes(), source.weight_codes())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_groups_of_a_row_have_scales_of_their_own(kind: str) -> None:
+    torch.manual_seed(0)
+    source = nn.Linear(64, 6, bias=False) if kind == "linear" else nn.Conv2d(32, 6, 3, bias=False)
+    weight = torch.randn_like(source.requires_grad_(False).weight).flatten(1)
+    weight[0, :32] = 0  # a group of zeros
+    source.weight = nn.Parameter(weight.view_as(source.weight), requires_grad=False)
+    layer = wrap(source, layer_config(4, None, weight_range="mse", group=32, new_bias=False))
+    layer.quantize_weight_()
+    groups, scale = weight.view(6, -1, 32), layer.weight_scale
+    assert scale is not None and layer.scale_shape == scale.shape == groups.shape[:2]
+    assert torch.equal(scale.half().float(), scale) and bool(scale.all()) and bool((scale < 0).any() and (scale > 0).any())
+    rounded = layer.weight.flatten(1).view_as(groups)
+    assert torch.equal(rounded, layer.codes.float().view_as(groups) * scale[..., None]) and not rounded[0, 0].any()
+    widest = groups.gather(2, groups.abs().argmax(2, keepdim=True))[..., 0]
+    assert bool((widest * scale <= 0).all())  # on the side of the code that has no counterpart
+    channels = wrap(source, layer_config(4, None, weight_range="mse"))
+    channels.quantize_weight_()
+    assert float((rounded - groups).square().sum()) < 0.8 * float((channels.weight.flatten(1) - weight).square().sum())
+    layer.shift_bias_(torch.ones(6))
+    assert layer.bias is None and not layer.takes_shift
+
+
+def test_groups_that_do_not_fit_a_row_are_refused() -> None:
+    with pytest.raises(ValueError, match="32 inputs of rows of 48"):
+        wrap(nn.Linear(48, 6), layer_config(4, None, group=32))
+    with pytest.raises(ValueError, match="or with segments"):
+        wrap(nn.Linear(64, 6), layer_config(4, None, group=32, segments=(32, 32)))

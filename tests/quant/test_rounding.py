@@ -82,3 +82,15 @@ def test_a_layer_in_floating_point_is_refused() -> None:
     layer = QuantLinear.from_float(nn.Linear(4, 4), LayerConfig(None, IntegerRange(8, False), "max", "max"))
     with pytest.raises(ValueError, match=r"^a layer without weight codes has no rounding to learn$"):
         LearnedRounding(layer)
+
+
+def test_scales_of_either_sign_are_learned_on() -> None:
+    """Groups of a row may have negative scales: the soft weight starts as the weight, but for what is clipped."""
+    torch.manual_seed(0)
+    source = nn.Linear(64, 6).requires_grad_(False)
+    weight = source.weight.clone()
+    rounding = LearnedRounding(QuantLinear.from_float(source, LayerConfig(IntegerRange(4, True), None, "max", "max", group=32)))
+    assert bool((rounding.scale < 0).any())
+    inside = ((weight / rounding.scale) > -8) & ((weight / rounding.scale) < 7)
+    torch.testing.assert_close(rounding.soft().detach()[inside], weight[inside], rtol=0, atol=1e-5)
+    assert float((rounding.hard() - weight).abs()[inside].max()) <= float(rounding.scale.abs().max()) / 2 + 1e-6

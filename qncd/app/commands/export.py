@@ -1,4 +1,4 @@
-"""Export a quantized network as an ONNX model that computes in integers.
+"""Export a quantized network as an ONNX model that computes in integers, or as a GGUF file.
 
     qncd export --config configs/fashion_mnist.yml --cali_ckpt out/w8a8.safetensors --out out/onnx
 
@@ -6,21 +6,33 @@ The quantized checkpoint is what `qncd quantize` writes. OUT/model.onnx is in QD
 fewer), uint8 activations with the calibrated scales and zero points, embedding and time step inside, any batch size. ONNX
 Runtime and OpenVINO run it, and `qncd sample` does with --backend and --onnx OUT. Without --cali_ckpt the full-precision
 network is exported.
+
+    qncd quantize --ckpt models/sd15 --from_file prompts.txt --weight_bit 4 --weight_grid gguf --weight_only --quant_mode qncd+ \
+        --cali_ckpt out/q4_0.safetensors
+    qncd export --ckpt models/sd15 --cali_ckpt out/q4_0.safetensors --out out/sd15-q4_0.gguf
+
+FILE.gguf holds the UNet of Stable Diffusion 1, 2 or XL for stable-diffusion.cpp, ComfyUI-GGUF and diffusers. Without --cali_ckpt
+its weights are rounded to the nearest of --type.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qncd.app import flags, messages
 from qncd.app import parser as cli
+from qncd.engines.registry import GGUF_TYPES
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from qncd.models.network import Network
+
+GGUF_SUFFIX = ".gguf"
 log = logging.getLogger("qncd")
 
 
@@ -31,7 +43,8 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     group.add_argument("--ckpt", help="weights, as the sampling scripts take them (default: what the config names)")
     cli.add_published_arguments(group, "take the published weights for the config's data set")
     parser.add_argument("--cali_ckpt", type=Path, help="quantized checkpoint (default: export in full precision)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for model.onnx")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for model.onnx, or the file FILE.gguf")
+    parser.add_argument("--type", choices=GGUF_TYPES, help="of FILE.gguf (default: that of the weights in --cali_ckpt)")
     return parser
 
 
@@ -57,8 +70,56 @@ def load_unet(args: argparse.Namespace) -> nn.Module:
     return load_latent_model(found, ckpt, args.use_pretrained, args.sha256).unet
 
 
+def gguf_type(kind: str | None, checkpoint: Path | None) -> str:
+    """The type to write: what is asked for, or what the weights of a checkpoint are. Raises ValueError where they differ."""
+    from qncd.engines.gguf import type_of
+    from qncd.ptq.checkpoint import peek_quantized
+
+    if checkpoint is None:
+        if kind is None:
+            raise ValueError(f"without --cali_ckpt weights are rounded to nearest: which --type? {', '.join(GGUF_TYPES)}")
+        return kind
+    try:
+        found = type_of(peek_quantized(checkpoint).config)
+    except ValueError as error:
+        raise ValueError(f"--cali_ckpt {checkpoint}: {error}") from None
+    if kind not in (None, found):
+        raise ValueError(f"--type {kind}: the weights of --cali_ckpt {checkpoint} are {found}")
+    return found
+
+
+def export_gguf(network: Network, path: Path, kind: str, base_hash: str, records: Mapping[str, Any] | None) -> None:
+    """Write FILE.gguf.
+
+    Args:
+        records: what corrections know, of a quantized network; None: it is in full precision, and is rounded first.
+
+    Raises:
+        ValueError: no reader of GGUF knows such a network.
+    """
+    from qncd.engines.gguf import write_gguf
+    from qncd.models.original.unet_names import stable_diffusion_key_map
+    from qncd.ptq.stages.prepare import quantize_
+    from qncd.ptq.stages.ranges import round_
+    from qncd.recipe import GGUF, QuantConfig
+
+    stable_diffusion_key_map(network.module)  # before the long work
+    bits = GGUF_TYPES[kind]
+    if records is None and bits is not None:
+        round_(quantize_(network, QuantConfig(bits, None, bias_correction=False, weight_grid=GGUF)))
+    write_gguf(network, path, kind, base_hash)
+    for name in records or ():
+        log.warning("not in the file: %s, which corrects predictions while sampling: no reader of GGUF does", name)
+
+
 def main(args: argparse.Namespace) -> None:
-    flags.check_output_folder("--out", args.out)
+    to_gguf = args.out.suffix == GGUF_SUFFIX
+    if to_gguf:
+        flags.check_file("--out", args.out, replace=True)
+    else:
+        flags.check_output_folder("--out", args.out)
+        if args.type is not None:
+            raise ValueError(f"--type {args.type} is about FILE.gguf: --out {args.out} is a folder for an ONNX model")
     if args.cali_ckpt is not None and not args.cali_ckpt.is_file():
         raise FileNotFoundError(f"--cali_ckpt {args.cali_ckpt}: no such quantized checkpoint")
     from qncd.engines.engine import export
@@ -68,16 +129,20 @@ def main(args: argparse.Namespace) -> None:
     from qncd.ptq.checkpoint import load_quantized_
 
     messages.show("info")
-    for package in ("onnx", "onnxscript"):
-        require(package)
+    kind = gguf_type(args.type, args.cali_ckpt) if to_gguf else None
+    for package, extra in (("gguf", "gguf"),) if to_gguf else (("onnx", "export"), ("onnxscript", "export")):
+        require(package, extra)
     unet = load_unet(args)
     network = network_of(unet)
-    base_hash, quant, settings = state_dict_hash(unet), None, {}
+    base_hash, quant, settings, records = state_dict_hash(unet), None, {}, None
     full = sum(parameter.numel() * 4 for parameter in unet.parameters())
     if args.cali_ckpt:
         info = load_quantized_(network, args.cali_ckpt, base_hash)
-        quant, settings = info.config, info.settings
-    path = export(network, args.out, quant, base_hash, settings)
-    size = sum(part.stat().st_size for part in args.out.glob(f"{path.name}*"))
-    label = quant.label if quant else "full precision"
+        quant, settings, records = info.config, info.settings, info.records
+    if kind is not None:
+        path, label = args.out, kind
+        export_gguf(network, path, kind, base_hash, records)
+    else:
+        path, label = export(network, args.out, quant, base_hash, settings), quant.label if quant else "full precision"
+    size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
     log.info("%s: %s, %.1f MB, %.3f of the float32 weights", path, label, size / 1e6, size / full)

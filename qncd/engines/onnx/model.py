@@ -100,6 +100,9 @@ def build_onnx(network: Network, info: OnnxInfo | None = None, shape: Sequence[i
         layer.config.weight_codes is not None and layer.weight_scale is None for layer in quant_layers(network.module).values()
     ):
         raise ValueError("only a calibrated model can be exported: its weights are not rounded yet")
+    groups = {layer.config.group for layer in quant_layers(network.module).values()} - {None}
+    if groups:
+        raise ValueError(f"weights with one scale for each {groups.pop()} inputs are exported to FILE.gguf, not to an ONNX model")
     require("onnxscript")
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 

@@ -14,26 +14,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from qncd.models.original.key_tables import FusedHeads, KeyTable, Layout, Pointwise, Renamed
+from qncd.models.original.unet_names import Plan, module_names, renamed, renamed_inside
 from qncd.models.schema import SCHEDULE, UNET_PARAMS, Section, check, one_line
 
 LdmUNet = UNet2DModel | UNet2DConditionModel
-
-# Names inside a module: original -> diffusers.
-_TOP = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-_RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",  # only where a block changes the number of channels
-}
 
 # Parameters of UNetModel that must have one of these values, or be absent.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -230,42 +214,6 @@ def ldm_betas(config: Mapping[str, Any]) -> np.ndarray:
     return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
 
 
-def _module_map(a: _Architecture) -> tuple[dict[str, str], dict[str, str]]:
-    """Original module -> diffusers module: (layers and residual blocks, attention blocks)."""
-    modules, attentions = dict(_TOP), {}
-
-    def resnet(original: str, ours: str) -> None:
-        modules.update({f"{original}.{old}": f"{ours}.{new}" for old, new in _RESNET.items()})
-
-    def resample(original: str, ours: str, convolution: str) -> None:
-        if a.resblock_updown:
-            resnet(original, ours)
-        else:
-            modules[f"{original}.{convolution}"] = f"{ours}.conv"
-
-    levels, per_level = len(a.widths), a.blocks + 1
-    for i in range(levels):
-        for j in range(a.blocks):
-            block = f"input_blocks.{1 + i * per_level + j}"
-            resnet(f"{block}.0", f"down_blocks.{i}.resnets.{j}")
-            if a.attends[i]:
-                attentions[f"{block}.1"] = f"down_blocks.{i}.attentions.{j}"
-        if i < levels - 1:
-            resample(f"input_blocks.{(i + 1) * per_level}.0", f"down_blocks.{i}.downsamplers.0", "op")
-    resnet("middle_block.0", "mid_block.resnets.0")
-    attentions["middle_block.1"] = "mid_block.attentions.0"
-    resnet("middle_block.2", "mid_block.resnets.1")
-    for u, attends in enumerate(reversed(a.attends)):
-        for j in range(per_level):
-            block = f"output_blocks.{u * per_level + j}"
-            resnet(f"{block}.0", f"up_blocks.{u}.resnets.{j}")
-            if attends:
-                attentions[f"{block}.1"] = f"up_blocks.{u}.attentions.{j}"
-        if u < levels - 1:
-            resample(f"output_blocks.{(u + 1) * per_level - 1}.{2 if attends else 1}", f"up_blocks.{u}.upsamplers.0", "conv")
-    return modules, attentions
-
-
 def ldm_unet_key_map(config: Mapping[str, Any]) -> dict[str, Layout]:
     """Every key of the original UNetModel's state dict -> where its tensor goes in `build_ddim_unet(config)`; one to one.
 
@@ -276,18 +224,14 @@ def ldm_unet_key_map(config: Mapping[str, Any]) -> dict[str, Layout]:
     """
     a = _architecture(config)
     with torch.device("meta"):
-        parameters = build_ldm_unet(config).state_dict().keys()
-    modules, attentions = _module_map(a)
-    table: dict[str, Layout] = {}
-    for old, new in modules.items():
-        table.update({f"{old}.{kind}": Renamed(f"{new}.{kind}") for kind in ("weight", "bias") if f"{new}.{kind}" in parameters})
+        parameters = set(build_ldm_unet(config).state_dict())
+    modules, attentions = module_names(Plan(a.attends, a.blocks, a.resblock_updown))
+    table = renamed(modules, parameters)
+    if a.context_dim is not None:
+        return table | renamed_inside(attentions, parameters)
     for old, new in attentions.items():
-        if a.context_dim is None:
-            width = a.widths[-1] if new.startswith("mid") else a.widths[_level(new, len(a.widths))]
-            table.update(_attention_block(old, new, _heads_at(a, width)))
-        else:
-            inside = [key.removeprefix(f"{new}.") for key in parameters if key.startswith(f"{new}.")]
-            table.update({f"{old}.{name}": Renamed(f"{new}.{name}") for name in inside})
+        width = a.widths[-1] if new.startswith("mid") else a.widths[_level(new, len(a.widths))]
+        table.update(_attention_block(old, new, _heads_at(a, width)))
     return table
 
 

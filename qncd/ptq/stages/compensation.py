@@ -66,6 +66,11 @@ class Moments:
         self.gram.addmm_(rounded.T, rounded)
         self.cross.addmm_(exact.T, rounded)
 
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """(gram, cross) about 0, for a layer whose mean error has no bias to go into; of the same dtype as `centred`."""
+        gram, cross, rounded, exact = self.centred()
+        return gram + torch.outer(rounded, rounded).to(gram), cross + torch.outer(exact, rounded).to(cross)
+
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(gram, cross, mean of x_q, mean of x_f), the first two about the means; float64 where that is affordable."""
         dtype = torch.float64 if self.exactly or len(self.gram) <= 4096 else torch.float32
@@ -94,9 +99,9 @@ class Solution:
     Attributes:
         codes: int8, shape of the weight.
         scale: (O, K).
-        shift: (O,), what the bias gains.
-        misfit: mean square error of the layer's output less the exact output's mean square, both about their means: for
-            comparing solutions of one layer with one another.
+        shift: (O,), what the bias gains where there may be one.
+        misfit: mean square error of the layer's output less the exact output's mean square, both about their means where
+            they have a bias: for comparing solutions of one layer with one another.
     """
 
     codes: Tensor
@@ -238,17 +243,20 @@ def _rows(layer: QuantLayer, x: Tensor, positions: Tensor) -> Tensor:
 
 def _solved(layer: QuantLayer, moments: Moments, grids: Sequence[float]) -> Solution:
     gram, cross, rounded_mean, exact_mean = moments.centred()
+    if not layer.takes_shift:
+        gram, cross = moments.plain()
     codes = layer.config.weight_codes
     assert codes is not None and layer.weight_scale is not None
     weight = layer.weight.flatten(1)
     scale = layer.expanded_scale().expand_as(layer.weight).flatten(1)
-    whole, factors = solve_rounding(weight, scale, codes, gram, cross, grids=grids)
-    solved = (whole.double() * (scale.double() * factors.double()[:, None])).to(weight.dtype)
+    whole, factors = solve_rounding(weight, scale, codes, gram, cross, grids=grids, stored=layer.stored_scale)
+    steps = layer.stored_scale(scale.double() * factors.double()[:, None])
+    solved = (whole.double() * steps).to(weight.dtype)
     shift = weight.double() @ exact_mean - solved.double() @ rounded_mean
     exact, rounded = weight.to(gram), solved.to(gram)
     misfit = float(((rounded @ gram - 2 * exact @ cross) * rounded).sum())
-    chosen = factors[:, None].to(scale)
-    return Solution(whole.view_as(layer.weight), layer.weight_scale * chosen, shift, misfit)
+    chosen = layer.stored_scale(layer.weight_scale * factors[:, None].to(scale))
+    return Solution(whole.view_as(layer.weight), chosen, shift, misfit)
 
 
 class Compensation:

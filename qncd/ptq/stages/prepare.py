@@ -13,7 +13,7 @@ from qncd.ptq.context import Context
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
-from qncd.recipe import QuantConfig, Recipe
+from qncd.recipe import GGUF, GGUF_GROUP, QuantConfig, Recipe
 
 
 def quantize_(network: Network | nn.Module, config: QuantConfig) -> Network:
@@ -38,6 +38,10 @@ def quantize_(network: Network | nn.Module, config: QuantConfig) -> Network:
         raise ValueError(f"{type(module).__name__}: has no convolution or linear layer to quantize")
     splits = network.splits() if config.split else {}
     left = set() if config.quantize_embedding else network.embedding()
+    if config.weight_grid == GGUF:
+        left = network.embedding() | {name for name, layer in layers.items() if not _has_blocks(layer)}
+        if not layers.keys() - left:
+            raise ValueError(f"{type(module).__name__}: has no linear layer whose rows are blocks of {GGUF_GROUP}, GGUF's")
     edges = network.edges() if config.edge_bits is not None else ()
     for name, layer in layers.items():
         if name in left:
@@ -58,6 +62,11 @@ def quantize_(network: Network | nn.Module, config: QuantConfig) -> Network:
     return network
 
 
+def _has_blocks(layer: nn.Module) -> bool:
+    """Whether a layer's weight is what GGUF's readers take in blocks: that of a linear layer, with whole blocks in each row."""
+    return isinstance(layer, nn.Linear) and layer.in_features % GGUF_GROUP == 0
+
+
 def _layer_config(config: QuantConfig, edge: bool, channels: int, boundary: int | None) -> LayerConfig:
     weight_bits = config.edge_bits if edge and config.weight_bits is not None else config.weight_bits
     act_bits = config.edge_bits if edge and config.act_bits is not None else config.act_bits
@@ -67,6 +76,8 @@ def _layer_config(config: QuantConfig, edge: bool, channels: int, boundary: int 
         weight_range=config.weight_range,
         act_range=config.act_range,
         segments=(boundary, channels - boundary) if boundary else None,
+        group=GGUF_GROUP if config.weight_grid == GGUF else None,
+        new_bias=config.weight_grid != GGUF,  # no reader has a place for it
     )
 
 

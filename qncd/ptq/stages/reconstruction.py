@@ -33,7 +33,7 @@ from qncd.ptq.blocks import (
     reconstruction_units,
     spread,
 )
-from qncd.ptq.checkpoint_schema import Rule
+from qncd.ptq.checkpoint_schema import Rule, scale_rule
 from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import named
@@ -227,10 +227,10 @@ def _unit_rules(unit: nn.Module) -> dict[str, Rule]:
     """What `_unit_tensors` has to give."""
     rules: dict[str, Rule] = {}
     for key, layer in layers_of(unit).items():
-        codes, shape = layer.config.weight_codes, tuple(layer.weight.shape)
+        codes = layer.config.weight_codes
         if codes is not None:
-            rules[f"{key}|codes"] = Rule(shape, torch.int8, codes.qmin, codes.qmax)
-            rules[f"{key}|scale"] = Rule((shape[0], len(layer.parts())), positive=True)
+            rules[f"{key}|codes"] = Rule(tuple(layer.weight.shape), torch.int8, codes.qmin, codes.qmax)
+            rules[f"{key}|scale"] = scale_rule(layer)
     return rules
 
 
