@@ -119,7 +119,7 @@ def test_what_people_put_on_top(folder: Any) -> None:
     pipe = load()
     pipe.unet.to(memory_format=torch.channels_last)
     assert float((run(pipe, "SD1") - images).norm() / images.norm()) < 0.05
-    assert float((run(load(torch_dtype=torch.bfloat16), "SD1") - images).norm() / images.norm()) < 0.2
+    assert float((run(load(dtype=torch.bfloat16), "SD1") - images).norm() / images.norm()) < 0.2
     with pytest.raises(ValueError, match="Casting a quantized model to a new `dtype` is unsupported"):
         load().to(torch.float16)
     pipe = load()

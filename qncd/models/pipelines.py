@@ -122,7 +122,7 @@ def _from_folder(folder: Path, wanted: str | None = None) -> DiffusionPipeline:
 
 def _loading() -> dict[str, Any]:
     """Float32 for all: by themselves transformers' models come as they are stored and diffusers' in float32."""
-    return {"torch_dtype": torch.float32, "low_cpu_mem_usage": is_accelerate_available()}
+    return {"dtype": torch.float32, "low_cpu_mem_usage": is_accelerate_available()}
 
 
 def _variant(folder: Path) -> str | None:

@@ -117,7 +117,7 @@ def test_diffusers_loads_it_and_predicts_the_same(written: Written) -> None:
         str(written.path),
         config=str(written.folder),
         quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
     )
     data, ours = inputs(written.kind, 4), network(written.kind)
     # diffusers multiplies scale and code in float16, and the file has all other weights of matrices in it.

@@ -34,7 +34,7 @@ def test_paths_training_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     made = part.stat().st_mtime_ns
     run("--max_steps", "2")
     assert part.stat().st_mtime_ns == made
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "run" / "model", torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe).__name__ == "StableDiffusionXLPipeline" and pipe.scheduler.config.rescale_betas_zero_snr
     assert sum(file.stat().st_size for file in (tmp_path / "run" / "model").rglob("*")) <= 8e6
