@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
@@ -247,3 +250,25 @@ def made(name: str, seed: int = 0) -> Any:
             part.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def run(pipe: Any, kind: str, steps: int = 4, **further: Any) -> torch.Tensor:
+    """Latents (or images) of a call for two images with the seeds 3 and 4."""
+    pipe.set_progress_bar_config(disable=True)
+    latent = {} if kind in ("DDPM", "DDIM", "LDM") else {"output_type": "latent"}
+    generators = [torch.Generator().manual_seed(seed << 8) for seed in (3, 4)]
+    out = pipe(**KINDS[kind].call, **latent, **further, num_inference_steps=steps, generator=generators)
+    images = out.images
+    return (images if isinstance(images, torch.Tensor) else torch.as_tensor(np.asarray(images))).float()
+
+
+def write_lora(path: Path, network: torch.nn.Module, *ends: str, scale: float = 0.3, prefix: str = "unet", seed: int = 0) -> Path:
+    """A LoRA of rank 2 for all layers of a network whose names end so, in the layout of diffusers."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name, layer in network.named_modules():
+        if name.endswith(ends) and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            shapes = {"A": (2, *layer.weight.shape[1:]), "B": (len(layer.weight), 2, *[1] * (layer.weight.ndim - 2))}
+            for side, shape in shapes.items():
+                state[f"{prefix}.{name}.lora_{side}.weight"] = torch.randn(shape, generator=generator) * scale
+    save_file(state, path)
+    return path
