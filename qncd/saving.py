@@ -29,6 +29,11 @@ from qncd.sampling.scheduler import PipelineCorrection, Tap, attach, prediction_
 
 FILE = "quantized.safetensors"  # of a network that is no model of diffusers
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+IP_ADAPTER = "ip_image_proj"  # encoder_hid_dim_type of a network with one
+WITH_IP_ADAPTER = (
+    "the pipeline has an IP-Adapter, which folders of diffusers do not hold: qncd.save(pipe.unet, folder), and "
+    "qncd.load_quantized into a pipeline after load_ip_adapter"
+)
 _CORRECTED = ["qncd.corrected", "CorrectedScheduler"]
 
 
@@ -104,12 +109,14 @@ def save(model: Any, folder: str | Path) -> Path:
     `push_to_hub` takes the folder as it is. `load_quantized` puts its codes into a full-precision pipeline.
 
     Raises:
-        ValueError: the model is not quantized, or the folder holds something else than such a model.
+        ValueError: the model is not quantized, or is a pipeline with an IP-Adapter, or the folder holds something else.
         OSError: the folder can't be written.
     """
     network, state = network_and_state(model)
     folder = Path(folder)
     bare = isinstance(model, nn.Module)
+    if not bare and getattr(network.config, "encoder_hid_dim_type", None) == IP_ADAPTER:
+        raise ValueError(WITH_IP_ADAPTER)
     of_diffusers = not bare or isinstance(model, ModelMixin)
     check_replaceable(folder, INDEX if not bare else "config.json" if of_diffusers else FILE)
     with whole_folder(folder) as part:

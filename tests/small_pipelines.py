@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
 from qncd.models.original.clip_tokenizer import clip_bpe
@@ -272,3 +279,27 @@ def write_lora(path: Path, network: torch.nn.Module, *ends: str, scale: float = 
                 state[f"{prefix}.{name}.lora_{side}.weight"] = torch.randn(shape, generator=generator) * scale
     save_file(state, path)
     return path
+
+
+def write_ip_adapter(folder: Path, network: Any, embedding: int = 12) -> Path:
+    """An IP-Adapter with random weights for a UNet2DConditionModel, its image encoder beside it; returns its file."""
+    generator, width = torch.Generator().manual_seed(7), network.config.cross_attention_dim
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    state = {"image_proj.proj.weight": random(4 * width, embedding), "image_proj.proj.bias": random(4 * width)}
+    state |= {"image_proj.norm.weight": torch.ones(width), "image_proj.norm.bias": torch.zeros(width)}
+    crossing = [name.removesuffix(".processor") for name in network.attn_processors if name.endswith("attn2.processor")]
+    for index, name in enumerate(crossing):  # their numbers are odd
+        for side in "kv":
+            state[f"ip_adapter.{2 * index + 1}.to_{side}_ip.weight"] = random(network.get_submodule(name).inner_dim, width)
+    folder.mkdir()
+    save_file(state, folder / "ip-adapter.safetensors")
+    torch.manual_seed(7)
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=embedding,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(folder / "image_encoder")
+    return folder / "ip-adapter.safetensors"

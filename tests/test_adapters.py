@@ -1,4 +1,4 @@
-"""LoRA beside quantized weights: in floating point, scaled afterwards, taken off without a trace; what cannot be is refused."""
+"""LoRA beside quantized weights: in floating point, scaled afterwards, taken off without a trace; networks with an IP-Adapter."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from child_processes import python
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from script_runs import run_in_process
-from small_pipelines import PROMPTS, made, run, text_model, write_lora
+from small_pipelines import PROMPTS, made, picture, run, text_model, write_ip_adapter, write_lora
 
 import qncd
+from qncd.models.network import seen_inputs
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 
@@ -180,3 +183,69 @@ def test_a_command_puts_a_lora_beside_a_quantized_folder(
     assert "lora_weights" in log.splitlines()[-1]
     log = run_in_process("txt2img.py", *common, "--outdir", tmp_path / "x", "--lora", lora, "--backend", "openvino", status=2)
     assert f"--lora {lora}: beside quantized weights, a LoRA runs with --backend torch alone" in log.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A pipeline's folder, an IP-Adapter for it, and an image."""
+    folder, pipe = tmp_path_factory.mktemp("ip"), made("SD1")
+    pipe.save_pretrained(folder / "model")
+    picture(7).save(folder / "guide.png")
+    return folder / "model", write_ip_adapter(folder / "ip", pipe.unet), folder / "guide.png"
+
+
+def with_ip_adapter(adapter: Path, scale: float = 1.0) -> Any:
+    pipe = made("SD1")
+    pipe.load_ip_adapter(str(adapter.parent), subfolder="", weight_name=adapter.name, local_files_only=True)
+    pipe.set_ip_adapter_scale(scale)
+    return pipe
+
+
+def test_an_ip_adapter_on_the_command_line(guided: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    folder, adapter, image = guided
+    common: list[Any] = ["--ckpt", folder, "--prompt", PROMPTS[0], "--n_samples", 2, "--ddim_steps", STEPS, "--device", "cpu"]
+    common += ["--lane", 2, "--ip_adapter", f"{adapter}=0.6"]
+    run_in_process("txt2img.py", *common, "--ip_adapter_image", image, "--outdir", tmp_path / "full")
+    call = {"prompt": [PROMPTS[0]] * 2, "num_inference_steps": STEPS, "output_type": "np", "ip_adapter_image": picture(7)}
+    pipe = with_ip_adapter(adapter, 0.6)
+    expected = pipe(**call, generator=[torch.Generator().manual_seed(seed << 8) for seed in (42, 43)]).images
+    found = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "full" / "images").glob("*.png"))])
+    assert np.abs(found - (expected * 255).round()).max() <= 1
+    ptq = ("--ptq", "--quant_act", "--weight_bit", 8, "--act_bit", 8, "--cali_n", 2, "--cali_st", 2, "--quant_mode", "linear")
+    log = run_in_process(
+        "txt2img.py", *common, *ptq, "--ip_adapter_image", image, "--cali_ckpt", tmp_path / "q.safetensors", "--outdir",
+        tmp_path / "quantized",
+    )  # fmt: skip
+    assert "4 attention products compute what is not known here and stay in floating point" in log
+    assert "attn2 (IPAdapterAttnProcessor2_0)" in log
+    quantized = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "quantized" / "images").glob("*.png"))])
+    assert 0 < np.abs(quantized.astype(float) - found).mean() < 12
+    for flags, message in (
+        ((), f"--ip_adapter {adapter}: needs --ip_adapter_image"),
+        (("--ip_adapter_image", image, "--argument", "ip_adapter_image=1"), "--argument ip_adapter_image=1: allowed with"),
+    ):
+        log = run_in_process("txt2img.py", *common, *flags, "--outdir", tmp_path / "x", status=2)
+        assert message in log.splitlines()[-1]
+
+
+@pytest.mark.parametrize("mode", ["linear", pytest.param("qdiff", marks=pytest.mark.slow)])
+def test_a_network_with_an_ip_adapter(mode: str, guided: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Its image embeddings are inputs by name, its attention is called with them as before, and it comes back from a file."""
+    _, adapter, _ = guided
+    image = {"ip_adapter_image": [[picture(7)]]}
+    exact = run(with_ip_adapter(adapter), "SD1", STEPS, **image)
+    options = {"iterations": 10} if mode == "qdiff" else {}
+    pipe = with_ip_adapter(adapter)
+    report = qncd.quantize(
+        pipe, "W4A8" if options else "W8A8", mode, calls=[{"prompt": PROMPTS, **image}], steps=STEPS, **options
+    )
+    assert any("to_k_ip" in layer.name for layer in report.layers)
+    assert "added_cond_kwargs.image_embeds.0" in (seen_inputs(pipe.unet) or {})
+    found = run(pipe, "SD1", STEPS, **image)
+    assert 0 < apart(found, exact) < 0.3
+    with pytest.raises(ValueError, match=r"the pipeline has an IP-Adapter, which folders of diffusers do not hold"):
+        qncd.save(pipe, tmp_path / "whole")
+    qncd.save(pipe.unet, tmp_path / "unet")
+    again = with_ip_adapter(adapter)
+    qncd.load_quantized(again, tmp_path / "unet")
+    assert torch.equal(run(again, "SD1", STEPS, **image), found)
