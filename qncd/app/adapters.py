@@ -73,7 +73,9 @@ def _take_in_ip_adapter(args: argparse.Namespace, pipe: Any) -> None:
     if args.ip_adapter_image is None:
         raise ValueError(f"--ip_adapter {path}: needs --ip_adapter_image")
     if is_quantized(pipe):
-        raise ValueError(f"--ip_adapter {path}: changes the attention of a network, and this one is quantized already: use --ptq")
+        raise ValueError(
+            f"--ip_adapter {path}: changes attention, which is quantized already in {args.ckpt}: name the original folder"
+        )
     try:
         pipe.load_ip_adapter(str(Path(path).parent), subfolder="", weight_name=Path(path).name, local_files_only=True)
     except FAULTS as error:

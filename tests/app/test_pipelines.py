@@ -314,7 +314,8 @@ def test_runtime_correction_takes_out_a_known_error(kind: str) -> None:
 
 
 def test_the_pipeline_is_told_in_the_record_of_the_run(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    run_in_process("txt2img.py", "--ckpt", folder("SD1"), *TEXT, "--scheduler", "euler", "--outdir", tmp_path / "o")
+    log = run_in_process("txt2img.py", "--ckpt", folder("SD1"), *TEXT, "--scheduler", "euler", "--outdir", tmp_path / "o")
+    assert "Loading" not in log  # diffusers' bars
     sampler = json.loads((tmp_path / "o" / "run.json").read_text())["settings"]["sampler"]
     assert (sampler["pipeline"], sampler["scheduler"]) == ("StableDiffusionPipeline", diffusers.EulerDiscreteScheduler.__name__)
     assert sampler["call"] == {"num_inference_steps": 3}
