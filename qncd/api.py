@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,10 @@ from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import CalibrationRuns, Job, Outcome, quantize_network, sample_calibration
 from qncd.ptq.pipeline_runs import PipelineRuns, calls_for
 from qncd.ptq.runs import BareRuns
+from qncd.quant.adapters import BEFORE, check_no_adapters
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.recipe import Recipe
-from qncd.sampling.pipeline import denoiser_of
+from qncd.sampling.pipeline import with_denoiser
 from qncd.sampling.scheduler import prediction_of
 from qncd.saving import State, correct, network_and_state
 
@@ -136,6 +136,7 @@ def quantize(
         pipeline = PipelineRuns(model, chosen, recipe.calibration, steps, monitor)
         runs, left_out = pipeline, []
         recipe = recipe.with_calibration(samples=pipeline.samples)
+    check_no_adapters(runs.network.module, BEFORE)
     recipe = recipe.with_batch_size(8)
     base_hash = state_dict_hash(runs.network.module)
     data, record = sample_calibration(runs, recipe, base_hash)
@@ -246,8 +247,7 @@ def open_engine(model: Any, folder: str | Path | None, engine: str = "onnxruntim
     opened: Any = open_network(network, None if folder is None else Path(folder), engine, precision)
     if isinstance(model, nn.Module):
         return opened
-    fast = copy.copy(model)
-    object.__setattr__(fast, denoiser_of(model)[0], opened)
+    fast = with_denoiser(model, opened)
     object.__setattr__(fast, "scheduler", type(model.scheduler).from_config(model.scheduler.config))
     correct(fast, network_of(opened), state)
     return fast

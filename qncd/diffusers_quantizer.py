@@ -113,7 +113,11 @@ class QNCDQuantizer(DiffusersQuantizer):
         quantizer = cls(QNCDConfig(recipe=recipe))
         quantizer._module = weakref.ref(model)
         model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, _Method.QNCD
+        config = model.config
+        # load_ip_adapter changes the attribute of a setting, not the setting, and the network looks at the attribute.
+        changed = {name: value for name, value in vars(config).items() if name in config and config[name] is not value}
         model.register_to_config(quantization_config=quantizer.quantization_config.to_dict())
+        vars(model.config).update(changed)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False

@@ -20,6 +20,7 @@ from qncd.ptq.checkpoint import QuantizedInfo, content_of, load_quantized_, save
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import calibrate_
 from qncd.ptq.stages.prepare import quantize_
+from qncd.quant.adapters import BEFORE, check_no_adapters
 from qncd.recipe import CalibrationConfig, QuantConfig, Recipe
 from qncd.sampling.corrector import Record
 from qncd.sampling.correctors.registry import corrector_of, kind_of
@@ -28,6 +29,11 @@ from qncd.sampling.scheduler import PipelineCorrection, Tap, attach, prediction_
 
 FILE = "quantized.safetensors"  # of a network that is no model of diffusers
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+IP_ADAPTER = "ip_image_proj"  # encoder_hid_dim_type of a network with one
+WITH_IP_ADAPTER = (
+    "the pipeline has an IP-Adapter, which folders of diffusers do not hold: qncd.save(pipe.unet, folder), and "
+    "qncd.load_quantized into a pipeline after load_ip_adapter"
+)
 _CORRECTED = ["qncd.corrected", "CorrectedScheduler"]
 
 
@@ -66,16 +72,22 @@ class State:
         return cls(recipe, info.base_hash, record, tuple(info.settings.get("times", ())), dict(info.settings))
 
 
+def is_quantized(pipe: Any) -> bool:
+    """Whether a pipeline's denoiser is a quantized one."""
+    return isinstance(getattr(denoiser_of(pipe)[1], "_qncd", None), State)
+
+
 def network_and_state(model: Any) -> tuple[Network, State]:
     """The denoiser of a quantized pipeline, or a quantized denoiser, and what it remembers.
 
     Raises:
-        ValueError: it is not quantized.
+        ValueError: it is not quantized, or has adapters beside its layers.
     """
     module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
     state = getattr(module, "_qncd", None)
     if not isinstance(state, State):
         raise ValueError(f"{type(module).__name__}: not quantized by qncd.quantize or qncd.load_quantized")
+    check_no_adapters(module, "unload_lora_weights() first: files and engines hold the quantized network alone")
     return network_of(module), state
 
 
@@ -97,12 +109,14 @@ def save(model: Any, folder: str | Path) -> Path:
     `push_to_hub` takes the folder as it is. `load_quantized` puts its codes into a full-precision pipeline.
 
     Raises:
-        ValueError: the model is not quantized, or the folder holds something else than such a model.
+        ValueError: the model is not quantized, or is a pipeline with an IP-Adapter, or the folder holds something else.
         OSError: the folder can't be written.
     """
     network, state = network_and_state(model)
     folder = Path(folder)
     bare = isinstance(model, nn.Module)
+    if not bare and getattr(network.config, "encoder_hid_dim_type", None) == IP_ADAPTER:
+        raise ValueError(WITH_IP_ADAPTER)
     of_diffusers = not bare or isinstance(model, ModelMixin)
     check_replaceable(folder, INDEX if not bare else "config.json" if of_diffusers else FILE)
     with whole_folder(folder) as part:
@@ -149,6 +163,7 @@ def load_quantized(model: Any, folder: str | Path) -> Recipe:
     """
     path = _file_in(Path(folder), model)
     module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
+    check_no_adapters(module, BEFORE)
     scheduler = getattr(model, "scheduler", None)
     network = network_of(module, prediction_of(scheduler) if scheduler is not None else None)
     state = State.read(load_quantized_(network, path, state_dict_hash(module)), path)

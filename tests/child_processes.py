@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,6 +26,13 @@ def running(folder: Path, *words: object, **variables: object) -> Iterator[subpr
     finally:
         process.kill()
         process.wait()
+
+
+def python(code: str) -> None:
+    """Run code in another process, with as many threads as this one has, and wait for it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def until(condition: Callable[[], object], patience: float) -> None:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from safetensors.torch import save_file
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
 from qncd.models.original.clip_tokenizer import clip_bpe
@@ -247,3 +257,49 @@ def made(name: str, seed: int = 0) -> Any:
             part.eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def run(pipe: Any, kind: str, steps: int = 4, **further: Any) -> torch.Tensor:
+    """Latents (or images) of a call for two images with the seeds 3 and 4."""
+    pipe.set_progress_bar_config(disable=True)
+    latent = {} if kind in ("DDPM", "DDIM", "LDM") else {"output_type": "latent"}
+    generators = [torch.Generator().manual_seed(seed << 8) for seed in (3, 4)]
+    out = pipe(**KINDS[kind].call, **latent, **further, num_inference_steps=steps, generator=generators)
+    images = out.images
+    return (images if isinstance(images, torch.Tensor) else torch.as_tensor(np.asarray(images))).float()
+
+
+def write_lora(path: Path, network: torch.nn.Module, *ends: str, scale: float = 0.3, prefix: str = "unet", seed: int = 0) -> Path:
+    """A LoRA of rank 2 for all layers of a network whose names end so, in the layout of diffusers."""
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name, layer in network.named_modules():
+        if name.endswith(ends) and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            shapes = {"A": (2, *layer.weight.shape[1:]), "B": (len(layer.weight), 2, *[1] * (layer.weight.ndim - 2))}
+            for side, shape in shapes.items():
+                state[f"{prefix}.{name}.lora_{side}.weight"] = torch.randn(shape, generator=generator) * scale
+    save_file(state, path)
+    return path
+
+
+def write_ip_adapter(folder: Path, network: Any, embedding: int = 12) -> Path:
+    """An IP-Adapter with random weights for a UNet2DConditionModel, its image encoder beside it; returns its file."""
+    generator, width = torch.Generator().manual_seed(7), network.config.cross_attention_dim
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    state = {"image_proj.proj.weight": random(4 * width, embedding), "image_proj.proj.bias": random(4 * width)}
+    state |= {"image_proj.norm.weight": torch.ones(width), "image_proj.norm.bias": torch.zeros(width)}
+    crossing = [name.removesuffix(".processor") for name in network.attn_processors if name.endswith("attn2.processor")]
+    for index, name in enumerate(crossing):  # their numbers are odd
+        for side in "kv":
+            state[f"ip_adapter.{2 * index + 1}.to_{side}_ip.weight"] = random(network.get_submodule(name).inner_dim, width)
+    folder.mkdir()
+    save_file(state, folder / "ip-adapter.safetensors")
+    torch.manual_seed(7)
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=embedding,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(folder / "image_encoder")
+    return folder / "ip-adapter.safetensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,25 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
+from child_processes import python
 from safetensors import safe_open
 from script_runs import run_in_process
-from small_pipelines import KINDS, PROMPTS, made
+from small_pipelines import KINDS, PROMPTS, made, run
 
 import qncd
 
 STEPS = 4
-
-
-def run(pipe: Any, kind: str, steps: int = STEPS) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    latent = {} if kind in ("DDPM", "DDIM", "LDM") else {"output_type": "latent"}
-    generators = [torch.Generator().manual_seed(seed << 8) for seed in (3, 4)]
-    out = pipe(**KINDS[kind].call, **latent, num_inference_steps=steps, generator=generators)
-    images = out.images
-    return (images if isinstance(images, torch.Tensor) else torch.as_tensor(np.asarray(images))).float()
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +85,7 @@ generators = [torch.Generator().manual_seed(seed << 8) for seed in (3, 4)]
 out = pipe({PROMPTS!r}, num_inference_steps={STEPS}, generator=generators, output_type="latent").images
 torch.save(out, {str(tmp_path / "out.pt")!r})
 """
-    root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    python(code)
     assert torch.equal(torch.load(tmp_path / "out.pt").float(), images)
 
 

@@ -13,15 +13,14 @@ to `qncd/assets` under the name in the config's `model.weights`.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qncd.app import flags
 from qncd.app import parser as cli
+from qncd.app import training
 
 if TYPE_CHECKING:
     import torch
@@ -35,14 +34,9 @@ BRANCH_ENDS = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2", "add_embedding.li
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__ or "")
-    parser.add_argument("--config", type=Path, required=True, help="yaml with the sections model, data and training")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the teacher's paths, snapshots and the model")
-    parser.add_argument("--seed", type=functools.partial(cli.seed, high=2**32 - 1), default=0)
-    parser.add_argument("--max_steps", type=int, help="training steps instead of the config's n_iters")
+    parser = training.make_parser(__doc__ or "", "yaml with the sections model, data and training")
     parser.add_argument("--images", type=int, help="paths of the teacher instead of the config's number")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet; takes minutes to start on a CPU")
-    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="bf16-mixed")
     return parser.parse_args()
 
 
@@ -190,8 +184,7 @@ def paths(
 
 
 def main(args: argparse.Namespace) -> None:
-    cli.check_counts(args, ("max_steps", "images"))
-    flags.check_output_folder("--out", args.out)
+    training.check(args)
     import pytorch_lightning as pl
     import torch
     from diffusers.models.attention_processor import AttnProcessor

@@ -10,31 +10,24 @@ as a diffusers folder, `OUT/unet`, in half precision.
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 
-from qncd.app import flags
 from qncd.app import parser as cli
+from qncd.app import training
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__ or "")
-    parser.add_argument("--config", type=Path, required=True, help="yaml with model, diffusion, training, optim sections")
-    parser.add_argument("--out", type=Path, required=True, help="folder for snapshots and the final weights")
-    parser.add_argument("--data", type=Path, help="folder with the Fashion-MNIST idx files (default: where Debian puts them)")
-    parser.add_argument("--seed", type=functools.partial(cli.seed, high=2**32 - 1), default=0)
+    parser = training.make_parser(__doc__ or "", "yaml with model, diffusion, training, optim sections")
+    training.add_data(parser)
     parser.add_argument(
         "--init", type=Path, help="diffusers folder with weights to start from instead of fresh ones (fine-tuning)"
     )
-    parser.add_argument("--max_steps", type=int, help="training steps instead of the config's n_iters")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: 1.5x on a CPU, minutes to start")
-    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="bf16-mixed")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    cli.check_counts(args, ("max_steps",))
-    flags.check_output_folder("--out", args.out)
+    training.check(args)
     import pytorch_lightning as pl
     import torch
 
@@ -59,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     images, _ = load_fashion_mnist("train", args.data)
     objective = NoisePrediction(unet, Process.from_betas(betas_of(config)).alphas_cumprod)
     compiled = ("unet",) if args.compile else ()
-    trained = fit(objective, (torch.from_numpy(images),), settings, args.out, args.precision, compiled)
+    trained = fit(objective, (torch.from_numpy(images[: args.images]),), settings, args.out, args.precision, compiled)
     trained.get_submodule("unet").half().save_pretrained(args.out / "unet")
     print(f"EMA weights after {settings.steps} steps: {args.out / 'unet'}")
 

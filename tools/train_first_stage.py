@@ -11,28 +11,19 @@ the `scale_factor` for the config, 1 / std of the latents. Next: `train_latent_d
 from __future__ import annotations
 
 import argparse
-import functools
-from pathlib import Path
 
-from qncd.app import flags
 from qncd.app import parser as cli
+from qncd.app import training
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__ or "")
-    parser.add_argument("--config", type=Path, required=True, help="CompVis yaml with the sections data and training as well")
-    parser.add_argument("--out", type=Path, required=True, help="folder for snapshots and the final weights")
-    parser.add_argument("--data", type=Path, help="folder with the Fashion-MNIST idx files (default: where Debian puts them)")
-    parser.add_argument("--seed", type=functools.partial(cli.seed, high=2**32 - 1), default=0)
-    parser.add_argument("--max_steps", type=int, help="training steps instead of the config's n_iters")
-    parser.add_argument("--images", type=int, help="train on the first N images only")
-    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="bf16-mixed")
+    parser = training.make_parser(__doc__ or "", "CompVis yaml with the sections data and training as well")
+    training.add_data(parser)
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    cli.check_counts(args, ("max_steps", "images"))
-    flags.check_output_folder("--out", args.out)
+    training.check(args)
     import pytorch_lightning as pl
     import torch
 

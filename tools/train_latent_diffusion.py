@@ -12,14 +12,13 @@ precision: for the bundled model, copy it to `qncd/assets` under the name in the
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qncd.app import flags
 from qncd.app import parser as cli
+from qncd.app import training
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.make_parser(__doc__ or "")
-    parser.add_argument("--config", type=Path, required=True, help="CompVis yaml with the sections data and training as well")
-    parser.add_argument("--out", type=Path, required=True, help="folder for latents, snapshots and the final weights")
+    parser = training.make_parser(__doc__ or "", "CompVis yaml with the sections data and training as well")
+    training.add_data(parser)
     parser.add_argument("--first_stage", type=Path, help="diffusers folder of the autoencoder (default: OUT/first_stage)")
-    parser.add_argument("--data", type=Path, help="folder with the Fashion-MNIST idx files (default: where Debian puts them)")
-    parser.add_argument("--seed", type=functools.partial(cli.seed, high=2**32 - 1), default=0)
-    parser.add_argument("--max_steps", type=int, help="training steps instead of the config's n_iters")
-    parser.add_argument("--images", type=int, help="train on the first N images only")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet; takes minutes to start on a CPU")
-    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="bf16-mixed")
     return parser.parse_args()
 
 
@@ -85,8 +78,7 @@ def load_autoencoder(folder: Path, config: dict) -> FirstStage:
 
 
 def main(args: argparse.Namespace) -> None:
-    cli.check_counts(args, ("max_steps", "images"))
-    flags.check_output_folder("--out", args.out)
+    training.check(args)
     import pytorch_lightning as pl
     import torch
     from diffusers.models.attention_processor import AttnProcessor

@@ -96,7 +96,7 @@ def build_diffusion(
     return diffusion
 
 
-def make_decoder(model: LatentModel, lane: int, finishers: Sequence[Finisher] = ()) -> Callable[[Tensor], np.ndarray]:
+def make_decoder(model: LatentModel, lane: int, finish: Finisher = lambda images: images) -> Callable[[Tensor], np.ndarray]:
     """latents (N, C, h, w) -> images uint8 (N, H, W, C), in lanes of one size: an image does not depend on its batch."""
 
     @torch.no_grad()
@@ -105,10 +105,7 @@ def make_decoder(model: LatentModel, lane: int, finishers: Sequence[Finisher] = 
         for start in range(0, len(latents), lane):
             part = latents[start : start + lane]
             parts.append(to_uint8(model.first_stage.decode(fill_up(part, lane - len(part))))[: len(part)])
-        images = np.concatenate(parts)
-        for finish in finishers:
-            images = finish(images)
-        return images
+        return finish(np.concatenate(parts))
 
     return decode
 

@@ -38,3 +38,14 @@ def show(level: str) -> None:
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", module=r"(?!qncd)")
+
+
+def hide_loading_bars() -> None:
+    """No bars of diffusers and transformers while they load the parts of a folder; downloads keep theirs."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    enable_progress_bars()

@@ -27,7 +27,7 @@ from qncd.steps import SAMPLE_TYPES, SKIP_TYPES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PIPELINE_FLAGS = ("scheduler", "argument", "image", "mask_image", "lora", "embedding")
+PIPELINE_FLAGS = ("scheduler", "argument", "image", "mask_image", "lora", "embedding", "ip_adapter", "ip_adapter_image")
 DDIM_STEPS = 100  # of the published command lines
 VERBOSITY = ("debug", "info", "warning", "critical")
 
@@ -168,7 +168,8 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mask_image", type=Path, help="white where an inpainting pipeline paints; a folder: in turn")
     group.add_argument(
         "--lora", metavar="FILE[=WEIGHT]", action="append", default=[],
-        help="merge a LoRA into the weights before they are quantized (default weight 1); repeatable",
+        help="merge a LoRA into the weights before they are quantized (default weight 1), or put it beside weights that are "
+        "quantized already; repeatable",
     )  # fmt: skip
     group.add_argument(
         "--embedding",
@@ -177,6 +178,11 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="textual inversion: its token may be in prompts; repeatable",
     )
+    group.add_argument(
+        "--ip_adapter", metavar="FILE[=SCALE]",
+        help="IP-Adapter (default scale 1); its image encoder is the pipeline's, else the folder image_encoder beside the file",
+    )  # fmt: skip
+    group.add_argument("--ip_adapter_image", type=Path, help="image that guides an IP-Adapter; a folder: all of them together")
 
 
 def refuse_pipeline_arguments(args: argparse.Namespace) -> None:

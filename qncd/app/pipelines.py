@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -14,33 +13,33 @@ from typing import Any
 
 import torch
 import yaml
-from PIL import Image
 
-from qncd.app import job
+from qncd.app import adapters, job, messages
 from qncd.app import parser as cli
+from qncd.app.pictures import picture_hashes, pictures
 from qncd.distributed import Processes
 from qncd.io.files import first_line
 from qncd.io.images import to_uint8
 from qncd.io.runs import Run
-from qncd.metrics.report.image_files import SUFFIXES
 from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, HUB_ID
 from qncd.models.loading import load_config, state_dict_hash
 from qncd.models.pipelines import INDEX, from_config, load_pipeline
-from qncd.models.safety import image_finishers
+from qncd.models.safety import image_finisher
 from qncd.models.schedulers import scheduler_named
 from qncd.models.schema import DIFFUSERS, layout_of
 from qncd.recipe import Recipe
 from qncd.sampling.correctors.registry import kind_of
 from qncd.sampling.pipeline import PipelineSampler, Row, denoiser_of, parameters_of
+from qncd.saving import is_quantized
 
 log = logging.getLogger("qncd")
 # Arguments of a call that other flags give, or that decide what comes back.
 RESERVED = (
     "prompt", "class_labels", "batch_size", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt",
     "callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "self", "image", "mask_image",
+    "ip_adapter_image", "ip_adapter_image_embeds",
 )  # fmt: skip
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
-ADAPTER_SCALE = "="  # between an adapter's file and its weight
 
 
 def is_pipeline(source: str | None) -> bool:
@@ -149,21 +148,6 @@ def _arguments(args: argparse.Namespace, request: Request, pipe: Any) -> dict[st
     return found
 
 
-def _images(path: Path | None, flag: str) -> list[Image.Image]:
-    """The image of a file, or those of a folder by their names. Raises ValueError, FileNotFoundError where there is none."""
-    if path is None:
-        return []
-    if not path.exists():
-        raise FileNotFoundError(f"--{flag} {path}: no such file or folder")
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"--{flag} {path}: no image in this folder")
-    try:
-        return [Image.open(file).convert("RGB" if flag == "image" else "L") for file in files]
-    except OSError as error:
-        raise ValueError(f"--{flag} {path}: not an image ({first_line(error)})") from None
-
-
 def _with_texts(call: dict[str, Any], rows: Rows | None) -> Rows | None:
     """The rows with the further texts of a call (a negative prompt): pipelines take one for each image, as they do prompts."""
     texts = {name: call.pop(name) for name in TEXTS if isinstance(call.get(name), str)}
@@ -172,7 +156,7 @@ def _with_texts(call: dict[str, Any], rows: Rows | None) -> Rows | None:
 
 def _with_images(args: argparse.Namespace, pipe: Any, rows: Rows | None) -> Rows | None:
     """The rows with the images of --image and --mask_image in turn."""
-    given = {name: _images(getattr(args, name), name) for name in ("image", "mask_image")}
+    given = {name: pictures(getattr(args, name), name) for name in ("image", "mask_image")}
     parameters = parameters_of(pipe)
     for name, images in given.items():
         if images and name not in parameters:
@@ -200,55 +184,18 @@ def _check_required(pipe: Any, given: set[str]) -> None:
             )
 
 
-def _adapted(args: argparse.Namespace, pipe: Any) -> None:
-    """Merge --lora into the weights and take in --embedding. Raises ValueError for files that are none, or of another model."""
-    for flag, method, texts in (
-        ("lora", "load_lora_weights", args.lora),
-        ("embedding", "load_textual_inversion", args.embedding),
-    ):
-        if texts and not hasattr(pipe, method):
-            raise ValueError(f"--{flag} {texts[0]}: {type(pipe).__name__} takes none")
-    faults = (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, ImportError)
-    for text in args.lora:
-        path, _, weight = text.partition(ADAPTER_SCALE)
-        _check_file("lora", path)
-        try:
-            scale = float(weight) if weight else 1.0
-        except ValueError:
-            raise ValueError(f"--lora {text}: expected FILE or FILE=WEIGHT") from None
-        before = state_dict_hash(denoiser_of(pipe)[1])
-        try:
-            pipe.load_lora_weights(str(Path(path).parent), weight_name=Path(path).name)
-            pipe.fuse_lora(lora_scale=scale)
-            pipe.unload_lora_weights()
-        except faults as error:
-            raise ValueError(f"--lora {path}: is not a LoRA of this model ({first_line(error)})") from None
-        if scale and state_dict_hash(denoiser_of(pipe)[1]) == before:
-            raise ValueError(f"--lora {path}: changes no weight of this {type(denoiser_of(pipe)[1]).__name__}: of another model?")
-    for path in args.embedding:
-        _check_file("embedding", path)
-        try:
-            pipe.load_textual_inversion(path)
-        except faults as error:
-            raise ValueError(f"--embedding {path}: is no textual inversion for this model ({first_line(error)})") from None
-
-
-def _check_file(flag: str, path: str) -> None:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--{flag} {path}: no such file")
-
-
 def load(args: argparse.Namespace, request: Request, device: str) -> Any:
     """The pipeline of --ckpt with the scheduler and the adapters that are asked for, on `device`, ready to be called."""
     config = pipeline_config(getattr(args, "config", None))
     for flag in ("use_pretrained", "sha256", "cali_data_path", "sequence", *(() if config else ("config",))):
         if getattr(args, flag, None):
             raise ValueError(f"--{flag}: allowed with original checkpoints; {source_name(args)} is a pipeline of diffusers")
+    messages.hide_loading_bars()
     pipe = from_config(config, args.ckpt) if config else load_pipeline(args.ckpt)
     if request.scheduler is not None:
         words, name = request.scheduler
         pipe.scheduler = scheduler_named(pipe, name, words)
-    _adapted(args, pipe)
+    adapters.take_in(args, pipe)
     pipe = pipe.to(device)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
@@ -301,11 +248,11 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
 
     quantizing.check_engine_arguments(args, recipe)
     device = str(processes.device)
-    finishers = image_finishers(*request.finish, device)
+    finish = image_finisher(*request.finish, device)
     pipe = load(args, request, device)
-    if recipe is not None and getattr(denoiser_of(pipe)[1], "_qncd", None) is not None:
+    if recipe is not None and is_quantized(pipe):
         raise ValueError(f"{source_name(args)}: is quantized already: sample it without --ptq")
-    call = _arguments(args, request, pipe)
+    call = {**_arguments(args, request, pipe), **adapters.guiding_images(args)}
     rows = _with_texts(call, _with_images(args, pipe, request.rows(pipe, recipe.calibration.samples if recipe else 0)))
     given = set(call) | (set(rows.of_image(0)) if rows else {"batch_size"})
     _check_required(pipe, given)
@@ -320,7 +267,6 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
     hashes = {
         name: state_dict_hash(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name != own
     }
-    pictures = {name: _hash_of(getattr(args, name)) for name in ("image", "mask_image") if getattr(args, name)}
     settings = {
         "model": base_hash,
         "components": hashes,
@@ -328,7 +274,8 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
         "lane": sampler.lane,
         "sampler": sampler.settings,
         "precision": precision,
-        "pictures": pictures,
+        "pictures": picture_hashes(args),
+        **adapters.settings_of(args),
         "texts": {name: value for name, value in (rows.of_image(0) if rows else {}).items() if name in TEXTS},
         "finish": list(request.finish),
         **request.settings,
@@ -344,18 +291,9 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
         assert rows is not None
         return [rows.of_image(i) for i in indices]
 
-    def decode(images: torch.Tensor) -> Any:
-        made = to_uint8(images)
-        for finish in finishers:
-            made = finish(made)
-        return made
-
-    plan = job.ImagePlan(request.count, request.seed_of, of_images if rows else None, decode, request.columns)
+    plan = job.ImagePlan(
+        request.count, request.seed_of, of_images if rows else None, lambda images: finish(to_uint8(images)), request.columns
+    )
     if processes.is_first:
         request.describe(run, plan)
     job.SamplingJob(run, plan, request.batch_size, processes).sample_and_finish(args, task, request.grid)
-
-
-def _hash_of(path: Path) -> str:
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()

@@ -11,6 +11,7 @@ import torch
 from diffusers import pipelines
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.import_utils import is_accelerate_available
+from torch import nn
 
 from qncd.models import loading
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
@@ -115,9 +116,21 @@ def _from_folder(folder: Path, wanted: str | None = None) -> DiffusionPipeline:
     ours = ClassConditionalLDMPipeline
     found = ours if kind == ours.__name__ else DiffusionPipeline
     try:
-        return found.from_pretrained(str(folder), local_files_only=True, variant=_variant(folder), **_loading())
+        pipe = found.from_pretrained(str(folder), local_files_only=True, variant=_variant(folder), **_loading())
     except _FAULTS as error:
         raise ValueError(f"{folder}: diffusers cannot load this {kind} ({_reason(error)})") from error
+    return _checked(pipe, folder)
+
+
+def _checked(pipe: DiffusionPipeline, source: str | Path) -> DiffusionPipeline:
+    """The pipeline. Raises ValueError where a weight is missing, which diffusers says nothing of, or is NaN or infinite."""
+    for part, network in pipe.components.items():
+        for name, weight in network.named_parameters() if isinstance(network, nn.Module) else ():
+            if weight.is_meta:
+                raise ValueError(f"{source}: the weights of its {part} have no {name}")
+            if not bool(torch.isfinite(weight).all()):
+                raise ValueError(f"{source}: in its {part}, {name} holds NaN or infinity")
+    return pipe
 
 
 def _loading() -> dict[str, Any]:
@@ -147,11 +160,12 @@ def _check_libraries(path: Path, index: Mapping[str, Any]) -> None:
 
 def _from_hub(name: str) -> DiffusionPipeline:
     try:
-        return DiffusionPipeline.from_pretrained(name, **_loading())
+        pipe = DiffusionPipeline.from_pretrained(name, **_loading())
     except _FAULTS as error:
         raise FileNotFoundError(
             f"{name}: no such path here, and not to be had from the hub ({_reason(error)}): download its folder and name that"
         ) from error
+    return _checked(pipe, name)
 
 
 def _reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
@@ -65,11 +66,11 @@ def watermark(text: str) -> Finisher:
     return finish
 
 
-def image_finishers(checker: str | None, mark: str | None, device: str = "cpu") -> list[Finisher]:
-    """Those that are asked for, in the order of Stable Diffusion's script: the checker first. Raises as they do."""
+def image_finisher(checker: str | None, mark: str | None, device: str = "cpu") -> Finisher:
+    """What is asked for, in the order of Stable Diffusion's script: the checker first. Raises as they do."""
     finishers: list[Finisher] = []
     if checker is not None:
         finishers.append(safety_checker(checker, device))
     if mark is not None:
         finishers.append(watermark(mark))
-    return finishers
+    return lambda images: functools.reduce(lambda made, finish: finish(made), finishers, images)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}  # members of config.CACHES
 
@@ -74,27 +75,26 @@ class CallStore:
 
     def __init__(self, rows: int, spill: Callable[[int], Path | None], dtype: torch.dtype = torch.float16) -> None:
         self.rows, self.spill, self.dtype = rows, spill, dtype
-        self.stores: dict[str | int, ActivationStore] = {}
-        self.plain: dict[str | int, Any] = {}
-        self.positional = 0
+        self.stores: dict[int, ActivationStore] = {}  # by the place among all arguments, those inside of others included
+        self.plain: dict[int, Any] = {}
+        self.structure: TreeSpec | None = None
 
     def append(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Add one batch's arguments. Tensors whose first dimension is not the batch are kept once, as they are."""
         size = len(args[0])
-        self.positional = len(args)
-        given: dict[str | int, Any] = dict(enumerate(args))
-        given.update(kwargs)
-        for key, value in given.items():
+        values, self.structure = tree_flatten((tuple(args), kwargs))
+        for place, value in enumerate(values):
             if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size and value.is_floating_point():
-                if key not in self.stores:
+                if place not in self.stores:
                     folder = self.spill(self.dtype.itemsize * self.rows * value[0].numel())
-                    self.stores[key] = ActivationStore(self.rows, self.dtype, folder)
-                self.stores[key].append(value)
+                    self.stores[place] = ActivationStore(self.rows, self.dtype, folder)
+                self.stores[place].append(value)
             else:
-                self.plain[key] = value
+                self.plain[place] = value
 
-    def batch(self, rows: Tensor, device: torch.device | str) -> tuple[list[Any], dict[str, Any]]:
+    def batch(self, rows: Tensor, device: torch.device | str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for some rows, float32 on `device`."""
-        values = dict(self.plain) | {key: store.batch(rows, device) for key, store in self.stores.items()}
-        args = [values.pop(i) for i in range(self.positional)]
-        return args, {str(key): value for key, value in values.items()}
+        assert self.structure is not None
+        values = self.plain | {place: store.batch(rows, device) for place, store in self.stores.items()}
+        args, kwargs = tree_unflatten([values[place] for place in range(len(values))], self.structure)
+        return args, kwargs

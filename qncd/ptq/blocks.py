@@ -147,7 +147,7 @@ class BlockData:
         select_steps(self.unit, self.times[rows])
         here = self.place[rows]
         args, kwargs = self.calls.batch(here, device)
-        output = functional_call(self.unit, in_float(self.unit, changed), tuple(args), kwargs)
+        output = functional_call(self.unit, in_float(self.unit, changed), args, kwargs)
         return output, self.targets.batch(here, device)
 
     def loss(self, rows: Tensor, changed: Mapping[str, Tensor], p: float = 2.0) -> Tensor:

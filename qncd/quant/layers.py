@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,9 +211,9 @@ class QuantLayer(nn.Module):
         steps = self.codes.to(torch.float32) - self._shift()
         self.weight = nn.Parameter((steps * self.expanded_scale()).to(dtype), requires_grad=False)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        if self.codes is not None:  # they follow the weight that was loaded
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *args)
+        if self.codes is not None and f"{prefix}weight" in state:  # they follow the weight that was loaded
             codes, shift = self.config.weight_codes, self._shift()
             assert codes is not None
             found = torch.div(self.weight.detach().float(), self.expanded_scale()).add_(shift).round_()
@@ -239,13 +239,21 @@ class QuantLayer(nn.Module):
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
-    """A Conv2d whose input and weight lie on integer grids."""
+    """A Conv2d whose input and weight lie on integer grids, made by `from_float`.
+
+    Called with what a Conv2d takes, the class gives a Conv2d: peft makes an adapter's convolutions by calling the class of the
+    layer that they stand beside, and those are in floating point.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return nn.Conv2d(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     @classmethod
     def from_float(cls, source: nn.Conv2d, config: LayerConfig) -> QuantConv2d:
         """Wrap `source`; the weight is shared, not copied."""
-        new = cls(
-            source.in_channels, source.out_channels, source.kernel_size, source.stride, source.padding,  # type: ignore[arg-type]
+        new: QuantConv2d = cls.__new__(cls)
+        nn.Conv2d.__init__(
+            new, source.in_channels, source.out_channels, source.kernel_size, source.stride, source.padding,  # type: ignore[arg-type]
             source.dilation, source.groups, source.bias is not None, source.padding_mode, device="meta",  # type: ignore[arg-type]
         )  # fmt: skip
         new._prepare(source, config)

@@ -38,6 +38,13 @@ def parameters_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(pipe).__call__).parameters
 
 
+def with_denoiser(pipe: Any, module: nn.Module) -> Any:
+    """A copy of the pipeline that runs another denoiser; `pipe` stays as it is."""
+    other = copy.copy(pipe)
+    object.__setattr__(other, denoiser_of(pipe)[0], module)  # diffusers' own would write it into the configuration
+    return other
+
+
 @contextmanager
 def replaced(pipe: Any, module: nn.Module) -> Iterator[None]:
     """Within it, the pipeline runs another denoiser."""
@@ -116,9 +123,7 @@ class PipelineSampler:
         """What decides the images beside the weights and the seeds, as JSON."""
         scheduler = self.pipe.scheduler
         config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-        call = {
-            name: value for name, value in self.call.items() if isinstance(value, (str, int, float, bool, list, dict, type(None)))
-        }
+        call = {name: value for name, value in self.call.items() if _is_plain(value)}
         return {
             "pipeline": type(self.pipe).__name__,
             "scheduler": type(scheduler).__name__,
@@ -128,9 +133,7 @@ class PipelineSampler:
 
     def with_network(self, network: Network) -> PipelineSampler:
         """The same with another denoiser; this one stays as it is."""
-        pipe = copy.copy(self.pipe)
-        object.__setattr__(pipe, denoiser_of(self.pipe)[0], network.module)
-        return dataclasses.replace(self, pipe=pipe)
+        return dataclasses.replace(self, pipe=with_denoiser(self.pipe, network.module))
 
     def sample(
         self, seeds: Sequence[int], corrector: Corrector | None = None, *, conditions: Sequence[Row] | None = None
@@ -171,3 +174,10 @@ class PipelineSampler:
         if arguments["output_type"] == "latent":
             return images
         return torch.as_tensor(np.asarray(images)).permute(0, 3, 1, 2).float() * 2 - 1
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold a value."""
+    if isinstance(value, (list, dict)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (str, int, float, bool))

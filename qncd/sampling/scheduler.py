@@ -26,6 +26,7 @@ from qncd.sampling.process import Process, clean_of, noise_of, slope_of
 from qncd.sampling.schedule import Step
 
 FLOW = "FlowMatch"  # in the names of schedulers of rectified flow
+SCALE_DIGITS = (4, 2, 1)  # of a guidance scale: half precision leaves fewer of them
 SAME = 1e-3  # largest relative difference between what a pipeline did and what is made of its parts
 # Whose samples are alpha x_0 + sigma eps with the levels of `alphas_cumprod`; others scale them otherwise.
 VARIANCE_PRESERVING = (
@@ -199,9 +200,10 @@ class Guidance:
             along = (cond - uncond).double()
             length = float(along.square().sum())
             scale = float(((guided - uncond).double() * along).sum()) / length if length else 1.0
-            found = cls(2, round(scale, 4))
-            if nearly or _near(found(output), guided):
-                return found
+            for digits in SCALE_DIGITS:
+                found = cls(2, round(scale, digits))
+                if nearly or _near(found(output), guided):
+                    return found
         raise ValueError(
             "the pipeline's guidance is not e_u + s (e_c - e_u) of one network call (guidance_rescale, several calls a step?): "
             "runtime correction and bit allocation cannot repeat it; allowed are corrections that do not call the network"

@@ -13,9 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from pipeline_table import HELD, difference, saved
-from safetensors.torch import save_file
 from script_runs import run_in_process
-from small_pipelines import KINDS, PROMPTS, made, picture
+from small_pipelines import KINDS, PROMPTS, made, picture, run, unet, write_lora
 
 import qncd
 from qncd.models import loading
@@ -157,20 +156,14 @@ def test_a_negative_prompt(kind: str, folder: Callable[[str], Path], tmp_path: P
     assert np.abs(images(tmp_path / "o") - (other.images * 255).round()).max() > 1
 
 
-def write_lora(path: Path, size: int, scale: float = 1.0) -> Path:
-    """A LoRA of one attention layer in the layout of diffusers, for networks whose layer has `size` channels."""
-    torch.manual_seed(0)
-    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    state = {f"{name}.lora_A.weight": torch.randn(2, size) * scale, f"{name}.lora_B.weight": torch.randn(size, 2) * scale}
-    save_file(state, path)
-    return path
+QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 def test_an_adapter_is_merged(folder: Callable[[str], Path], tmp_path: Path) -> None:
     pytest.importorskip("peft")
     common = ("--ckpt", folder("SD1"), *TEXT)
     run_in_process("txt2img.py", *common, "--outdir", tmp_path / "plain")
-    lora = write_lora(tmp_path / "lora.safetensors", 32)
+    lora = write_lora(tmp_path / "lora.safetensors", unet(), QUERY, scale=1.0)
     run_in_process("txt2img.py", *common, "--outdir", tmp_path / "merged", "--lora", lora)
     run_in_process("txt2img.py", *common, "--outdir", tmp_path / "nothing", "--lora", f"{lora}=0")
     assert not np.array_equal(images(tmp_path / "merged"), images(tmp_path / "plain"))
@@ -181,7 +174,7 @@ def test_an_adapter_is_merged(folder: Callable[[str], Path], tmp_path: Path) -> 
     expected = pipe(**call, generator=[torch.Generator().manual_seed(seed << 8) for seed in (42, 43)]).images
     apart = np.abs(images(tmp_path / "merged") - (expected * 255).round())
     assert apart.max() <= 1
-    other = write_lora(tmp_path / "other.safetensors", 48)
+    other = write_lora(tmp_path / "other.safetensors", unet(block_out_channels=(16, 48)), QUERY)
     log = run_in_process("txt2img.py", *common, "--outdir", tmp_path / "x", "--lora", other, status=2)
     assert f"--lora {other}: is not a LoRA of this model" in log.splitlines()[-1]
 
@@ -290,21 +283,14 @@ ALL_PARTS = ("LCM", "SD2, zero terminal SNR", "Kandinsky 2.2", "LDM, classes")  
 )
 def test_every_kind_is_quantized(kind: str, mode: str, tmp_path: Path) -> None:
     """Calibrated by calling it, near full precision, and the same after a round trip through a file."""
-    call = {**KINDS[kind].call, "num_inference_steps": 3}
-
-    def run(pipe: Any) -> torch.Tensor:
-        latent = {} if kind in ("DDPM", "DDIM", "LDM") else {"output_type": "latent"}
-        out = pipe(**call, **latent, generator=[torch.Generator().manual_seed(seed << 8) for seed in (3, 4)])
-        return torch.as_tensor(np.asarray(out[0] if not hasattr(out, "images") else out.images)).float()
-
-    exact, pipe, again = run(made(kind)), made(kind), made(kind)
+    exact, pipe, again = run(made(kind), kind, 3), made(kind), made(kind)
     report = qncd.quantize(pipe, "W4A6" if mode == "qncd+" else "W8A8", mode, calls=[KINDS[kind].call], steps=3)
     assert len(report.layers) > 20 and not report.left_out
-    quantized = run(pipe)
+    quantized = run(pipe, kind, 3)
     assert 0 < float((quantized - exact).norm() / exact.norm()) < 0.6
     qncd.save(pipe, tmp_path)
     qncd.load_quantized(again, tmp_path)
-    assert torch.equal(run(again), quantized)
+    assert torch.equal(run(again, kind, 3), quantized)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +315,8 @@ def test_runtime_correction_takes_out_a_known_error(kind: str) -> None:
 
 
 def test_the_pipeline_is_told_in_the_record_of_the_run(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    run_in_process("txt2img.py", "--ckpt", folder("SD1"), *TEXT, "--scheduler", "euler", "--outdir", tmp_path / "o")
+    log = run_in_process("txt2img.py", "--ckpt", folder("SD1"), *TEXT, "--scheduler", "euler", "--outdir", tmp_path / "o")
+    assert "Loading" not in log  # diffusers' bars
     sampler = json.loads((tmp_path / "o" / "run.json").read_text())["settings"]["sampler"]
     assert (sampler["pipeline"], sampler["scheduler"]) == ("StableDiffusionPipeline", diffusers.EulerDiscreteScheduler.__name__)
     assert sampler["call"] == {"num_inference_steps": 3}

@@ -14,7 +14,7 @@ import yaml
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, LDMPipeline, StableDiffusionPipeline
 from diffusers.models.unets.unet_2d import UNet2DModel
 from latent_models import config_of, state_of
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
 from qncd.models.latent import LatentModel, load_latent_model, save_latent_model
@@ -213,6 +213,13 @@ def test_what_is_no_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "saved" / "unet" / "config.json").write_text("{")
     refused(ValueError, r"saved: diffusers cannot load this DDIMPipeline \(", tmp_path / "saved")
     refused(ValueError, "needs its yaml: give config=PATH", tmp_path / "saved" / "unet")
+    load_pipeline(DDIM).save_pretrained(tmp_path / "spoiled")
+    weights = tmp_path / "spoiled" / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    save_file({name: value for name, value in state.items() if name != "conv_in.weight"}, weights)
+    refused(ValueError, r"spoiled: the weights of its unet have no conv_in\.weight", tmp_path / "spoiled")
+    save_file(state | {"conv_in.bias": state["conv_in.bias"] / 0}, weights)
+    refused(ValueError, r"spoiled: in its unet, conv_in\.bias holds NaN or infinity", tmp_path / "spoiled")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def offline(name: str, **_: Any) -> None:

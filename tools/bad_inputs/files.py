@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bad_inputs.edits import ARRAYS, JSON_EDITS, arrays, edited, edited_folders, weights_elsewhere
+from bad_inputs.pipelines import broken_pipelines, make_text_pipeline
 
 BINARY = ("missing", "empty", "torn", "text", "zeros", "folder", "pipe", "unreadable", "picture")
 TEXTUAL = ("missing", "empty", "folder", "pipe", "unreadable", "zeros", "picture", "not UTF-8")
@@ -58,6 +59,7 @@ def make_materials(folder: Path) -> None:
     good = folder / "good"
     good.mkdir()
     _make_models(good)
+    make_text_pipeline(good)
     _make_measured(good)
     _make_onnx(good / "onnx")
     for path in good.rglob("*"):
@@ -160,6 +162,7 @@ def _spoil_all(folder: Path, good: Path) -> None:
         spoiled_folders(folder / place, good / "pipeline", name, JSON)
         edited_folders(folder / place, good / "pipeline", name, JSON_EDITS[place])
     weights_elsewhere(folder, good / "pipeline")
+    broken_pipelines(folder / "broken", good / "pipeline")
     spoiled_folders(folder / "onnx", good / "onnx", "model.onnx", BINARY)
     shutil.copytree(good / "onnx", folder / "onnx" / "foreign")
     weights = next((good / "pipeline" / "unet").glob("*.safetensors")).name

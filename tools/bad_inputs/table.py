@@ -5,6 +5,7 @@ from __future__ import annotations
 from bad_inputs.case import Case, flag_cases
 from bad_inputs.edits import ARRAYS, INDEX, INDEX_EDITS, JSON_EDITS
 from bad_inputs.files import BINARY, JSON, NOBODY, STRUCTURED, TEXTUAL
+from bad_inputs.pipelines import BROKEN
 
 GOOD = " --config {m}/good/tiny.yml --ckpt {m}/good/pipeline"
 DDIM = f"qncd sample{GOOD} --timesteps 4 --max_images 2 -l out"
@@ -12,6 +13,7 @@ PTQ = f"{DDIM} --ptq --cali_n 4 --cali_st 2"
 LDM = "qncd sample --config fashion_mnist_ldm.yaml -l out"
 EXPORT = f"qncd export{GOOD}"
 TEXT = "qncd sample --prompt circle --outdir out"
+PIPELINE = "qncd sample --ckpt {m}/good/text --prompt circle --ddim_steps 2 --outdir out"
 EVALUATE = "qncd evaluate {m}/good/pictures {m}/good/pictures --features fashion_mnist --no_cache"
 SCENES = "tools/score_scenes.py"
 WRONG_COUNTS = "0 -1 2.5 many"
@@ -35,6 +37,12 @@ LATENT = {"--n_samples": WRONG_COUNTS, "--custom_steps": f"{WRONG_COUNTS} 1001",
 TEXTS = {"--n_samples": WRONG_COUNTS, "--n_iter": WRONG_COUNTS, "--ddim_steps": f"{WRONG_COUNTS} 1001", "--ddim_eta": "-1 nan x",
          "--scale": "nan inf x", "--seed": "-1 x", "--H": f"{WRONG_COUNTS} 63", "--W": f"{WRONG_COUNTS} 63", "--C": "0 5 x",
          "--f": "0 3 x", "--precision": "half", "--n_rows": WRONG_COUNTS, "--safety_checker": "{m}/missing"}  # fmt: skip
+NO_ADAPTERS = "{m}/missing {m}/good/w4a8.safetensors {m}/good/prompts.txt"
+ADDED = {"--scheduler": "FlowX", "--argument": "colour=3 guidance_rescale generator=1 eta=[", "--lora": NO_ADAPTERS,
+         "--lora --ptq": "{m}/good/foreign_lora.safetensors", "--embedding": NO_ADAPTERS,
+         "--ip_adapter --ip_adapter_image {m}/good/pictures": NO_ADAPTERS, "--ip_adapter": "{m}/good/w4a8.safetensors",
+         "--image": "{m}/missing {m}/other {m}/good/pictures", "--mask_image": "{m}/good/pictures",
+         "--ip_adapter_image": "{m}/good/pictures"}  # fmt: skip
 FIGURES = {"--metrics": "fidelity", "--features": "vgg", "--convention": "ours", "--is_splits": WRONG_COUNTS, "--iqa": "beauty",
            "--bootstrap": "-1 2.5 x", "--batch_size": WRONG_COUNTS, "--devices": WRONG_COUNTS, "--num_nodes": WRONG_COUNTS,
            "--device": "tpu", "--weights": "{m}/missing", "--json": "{m}/missing/x.json {m}/other",
@@ -56,7 +64,7 @@ CLASSIFIERS = {"--epochs": WRONG_COUNTS, "--batch_size": WRONG_COUNTS, "--lr": "
 TOOLS = {
     "tools/train_ddim.py --config fashion_mnist.yml --out out": TRAINING | {
         "--config": "{m}/missing.yml",
-        "--init": "{m}/missing", "--data": "{m}/missing",
+        "--init": "{m}/missing", "--data": "{m}/missing", "--images": WRONG_COUNTS,
     },
     "tools/train_first_stage.py --config scenes.yaml --out out": TRAINING | {"--images": WRONG_COUNTS},
     "tools/train_latent_diffusion.py --config scenes.yaml --out out": TRAINING | {"--first_stage": "{m}/missing {m}/other"},
@@ -198,8 +206,8 @@ CONTRADICTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 def all_cases() -> list[Case]:
     """The whole table, in an order that does not change."""
     cases = []
-    for command, values in ((DDIM, STEPS), (PTQ, QUANTIZATION), (LDM, LATENT), (TEXT, TEXTS), (EVALUATE, FIGURES),
-                            ("qncd benchmark quality --out out", QUALITY), ("qncd benchmark speed", SPEED),
+    for command, values in ((DDIM, STEPS), (PTQ, QUANTIZATION), (LDM, LATENT), (TEXT, TEXTS), (PIPELINE, ADDED),
+                            (EVALUATE, FIGURES), ("qncd benchmark quality --out out", QUALITY), ("qncd benchmark speed", SPEED),
                             ("qncd reproduce cifar10 --rehearse --out out", REPRODUCE),
                             ("scripts/benchmark_speed.py", {"--rounds": "0 x"}),
                             ("scripts/benchmark_quality.py", {"--seeds": "0 x"}),
@@ -217,6 +225,9 @@ def all_cases() -> list[Case]:
             place = f"{{m}}/{folder}/{kind.replace(' ', '_')}"
             title = command.replace("FOLDER", f"{name} {kind}").replace("{m}/good/", "")
             cases.append(Case(title, tuple(command.replace("FOLDER", place).split()), (name,), as_nobody=kind in NOBODY))
+    for kind in BROKEN:
+        place = f"{{m}}/broken/{kind.replace(' ', '_')}"
+        cases.append(Case(f"qncd sample broken pipeline {kind}", ("qncd", "sample", "--ckpt", place, "-l", "out"), (place,)))
     cases += _written()
     cases += [Case(words.replace("{m}/good/", ""), tuple(words.split()), says) for words, says in CONTRADICTIONS]
     return cases

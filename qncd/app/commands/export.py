@@ -60,6 +60,7 @@ def load_unet(args: argparse.Namespace) -> nn.Module:
     if args.config is None and args.ckpt is None:
         raise ValueError("which model? Name it with --config, --ckpt or both")
     if args.config is None and is_pipeline(args.ckpt):
+        messages.hide_loading_bars()
         return denoiser_of(load_pipeline(args.ckpt))[1]
     if (named := pipeline_config(args.config)) is not None:
         return denoiser_of(from_config(named, args.ckpt, args.use_pretrained))[1]

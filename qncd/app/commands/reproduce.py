@@ -175,6 +175,8 @@ def time_of_a_call(config: Mapping[str, Any], device: str) -> tuple[float, int]:
     import torch
 
     from qncd.models.network import network_of
+    from qncd.models.original.compvis import build_conditioner
+    from qncd.models.original.conditioning import TextConditioner
 
     torch.manual_seed(0)
     module = _networks(config).eval().requires_grad_(False).to(device)
@@ -182,8 +184,10 @@ def time_of_a_call(config: Mapping[str, Any], device: str) -> tuple[float, int]:
     side, channels = network.config["sample_size"], network.config["in_channels"]
     inputs = {}
     if network.condition is not None:
-        width = network.config["cross_attention_dim"]
-        inputs = {network.condition: torch.zeros(batch, 77 if width == 768 else 1, width, device=device)}
+        with torch.device("meta"):
+            conditioner = build_conditioner(config)
+        tokens = conditioner.length if isinstance(conditioner, TextConditioner) else 1
+        inputs = {network.condition: torch.zeros(batch, tokens, network.config["cross_attention_dim"], device=device)}
     x, t = torch.randn(batch, channels, side, side, device=device), torch.full((batch,), 500, device=device)
     taken = []
     with torch.no_grad():

@@ -250,14 +250,14 @@ def sample(prompts: Sequence[str], args: argparse.Namespace, recipe: Recipe | No
     """The run, in each of the processes."""
     from qncd.app import job, latent, quantizing
     from qncd.models.original.ldm import ldm_unet_key_map
-    from qncd.models.safety import image_finishers
+    from qncd.models.safety import image_finisher
     from qncd.sampling.guidance import Conditions
 
     cli.refuse_pipeline_arguments(args)
     quantizing.check_engine_arguments(args, recipe)
     sampler = sampler_config(args)
     device = str(processes.device)
-    finishers = image_finishers(args.safety_checker, args.watermark, device)
+    finish = image_finisher(args.safety_checker, args.watermark, device)
     model, config = latent.load_model(args, DEFAULT_CONFIG, device)
     scale = latent.check_guidance(model, args.scale, latent.recommended_scale(config, GUIDANCE))
     encode = latent.PromptEncoder(model, scale)
@@ -288,7 +288,7 @@ def sample(prompts: Sequence[str], args: argparse.Namespace, recipe: Recipe | No
     task = job.Task(diffusion, settings["model"], recipe, calibration, ldm_unet_key_map(config))
     run = processes.first(lambda: job.open_folder(args, task, args.outdir, settings, args.n_samples, needed))
     latent.tell_model(model)
-    decode = latent.make_decoder(model, diffusion.lane, finishers)
+    decode = latent.make_decoder(model, diffusion.lane, finish)
     plan = job.ImagePlan(chosen.count, chosen.seed, conditions, decode, chosen.columns)
     if processes.is_first:
         chosen.write(run, plan)

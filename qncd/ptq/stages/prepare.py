@@ -10,6 +10,7 @@ from torch import nn
 
 from qncd.models.network import Network, network_of
 from qncd.ptq.context import Context
+from qncd.quant.adapters import BEFORE, check_adapted, check_no_adapters, refuse_to_fuse
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
@@ -27,10 +28,11 @@ def quantize_(network: Network | nn.Module, config: QuantConfig) -> Network:
         config: widths and ranges.
 
     Raises:
-        ValueError: the network is quantized already, or has nothing to quantize.
+        ValueError: the network is quantized already, has adapters beside its layers, or has nothing to quantize.
     """
     network = network_of(network)
     module = network.module
+    check_no_adapters(module, BEFORE)
     if any(isinstance(m, QuantLayer) for m in module.modules()):
         raise ValueError("the model is quantized already")
     layers, attentions = network.layers(), network.attentions()
@@ -85,19 +87,20 @@ def watch_(network: Network) -> None:
     """Let a quantized network notice what would quietly undo its quantization, in place.
 
     A call raises ValueError where an attention layer's quantized processor was replaced or its projections were fused (by
-    enable_attention_slicing, set_attn_processor, load_ip_adapter, ...); save_pretrained, which would write a network that
-    diffusers loads in floating point, raises too.
+    enable_attention_slicing, set_attn_processor, load_ip_adapter, ...), or where an adapter beside a layer does not compute what
+    it says; save_pretrained, which would write a network that diffusers loads in floating point, and fuse_lora raise too.
     """
     module: Any = network.module
     module.register_forward_pre_hook(
         _Watch([name.rpartition(".")[0] for name, m in module.named_modules() if isinstance(m, QuantAttnProcessor)])
     )
-    if hasattr(module, "save_pretrained"):
-        object.__setattr__(module, "save_pretrained", _refuse_to_save)
+    for name, refuse in REFUSED.items():
+        if hasattr(module, name):
+            object.__setattr__(module, name, refuse)
 
 
 class _Watch:
-    """The hook that looks at every attention layer before a call."""
+    """The hook that looks at attention layers and adapters before a call."""
 
     of_qncd = True
 
@@ -110,10 +113,14 @@ class _Watch:
             if not isinstance(attention.processor, QuantAttnProcessor):
                 kind = type(attention.processor).__name__
                 raise ValueError(f"{name}: its quantized attention was replaced by a {kind}: set attention up before quantizing")
+        check_adapted(module)
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise ValueError("a quantized network is saved by qncd.save: save_pretrained would write one that loads in floating point")
+
+
+REFUSED = {"save_pretrained": _refuse_to_save, "fuse_lora": refuse_to_fuse}  # what diffusers would do wrongly
 
 
 @contextmanager
@@ -138,8 +145,8 @@ def restored_on_error(network: Network) -> Iterator[None]:
                 parameter.data.copy_(parameters[name])
         module._forward_pre_hooks.clear()
         module._forward_pre_hooks.update(hooks)
-        if "save_pretrained" not in own:
-            module.__dict__.pop("save_pretrained", None)
+        for name in REFUSED.keys() - own:
+            module.__dict__.pop(name, None)
         raise
 
 
