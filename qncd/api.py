@@ -69,11 +69,11 @@ class Report:
 
 
 def load(source: str | Path, **options: Any) -> Any:
-    """A diffusers pipeline: a bundled model by its yaml, an original checkpoint, a diffusers folder or a hub id.
+    """A diffusers pipeline: a bundled model by its yaml, a checkpoint file, a diffusers folder or a hub id.
 
     Args:
         source: such as configs/scenes.yaml.
-        options: `ckpt` and `use_pretrained`, as for `qncd.models.pipelines.load_pipeline`.
+        options: `config`, `ckpt` and `use_pretrained`, as for `qncd.models.pipelines.load_pipeline`.
 
     Raises:
         ValueError, FileNotFoundError: there is no such model, or it is damaged.

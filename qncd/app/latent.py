@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from qncd.io.images import to_uint8
-from qncd.models.configs import config_beside
 from qncd.models.latent import LatentModel, load_latent_model
 from qncd.models.loading import load_config, state_dict_hash
 from qncd.models.network import network_of
 from qncd.models.original.conditioning import ClassConditioner, TextConditioner
 from qncd.models.safety import Finisher
+from qncd.models.single_files import yaml_of
 from qncd.recipe import SamplerConfig
 from qncd.sampling.diffusion import Diffusion, fill_up
 from qncd.sampling.guidance import Conditions
@@ -32,8 +32,8 @@ TEXT_LANE = 16  # prompts that the text model sees at a time, always exactly
 def find_model(config: Path | None, ckpt: str | None, default_config: Path) -> tuple[dict[str, Any], str | None]:
     """The yaml and the weights that the flags mean.
 
-    A checkpoint without --config brings its yaml along: config.yaml (or another single yaml) in its folder. Without both, the
-    bundled model.
+    A checkpoint without --config brings its yaml along: of its name, config.yaml, or another single yaml in its folder; Stable
+    Diffusion v1 at full size needs none. Without both, the bundled model.
 
     Raises:
         ValueError, FileNotFoundError: there is no yaml for the checkpoint, or no such file.
@@ -49,7 +49,7 @@ def find_model(config: Path | None, ckpt: str | None, default_config: Path) -> t
         raise FileNotFoundError(f"{ckpt}: no such checkpoint")
     if path.is_dir():
         raise ValueError(f"{ckpt}: neither a pipeline's folder (no model_index.json in it) nor one with model.ckpt")
-    return load_config(config_beside(path)), str(path)
+    return load_config(yaml_of(path)), str(path)
 
 
 def load_model(args: argparse.Namespace, default_config: Path, device: str) -> tuple[LatentModel, dict[str, Any]]:

@@ -109,11 +109,13 @@ def add_latent_model_arguments(parser: argparse.ArgumentParser, *names: str) -> 
     """--config, --ckpt (also under other names), --use_pretrained, --device of a latent model."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--config", type=Path, help="yaml in CompVis' layout (default: beside the checkpoint, else the bundled model)"
-    )
+        "--config", type=Path,
+        help="yaml in CompVis' layout (default: beside the checkpoint, else the bundled model); of a single file of SDXL, Stable "
+        "Diffusion 2 or inpainting, a diffusers folder or a hub id of such a model (default: the id that diffusers has for it)",
+    )  # fmt: skip
     group.add_argument(
         *names, "--ckpt", dest="ckpt",
-        help="weights: a CompVis checkpoint, a folder with model.ckpt and config.yaml, a diffusers folder or a hub id",
+        help="weights: a checkpoint file, a folder with model.ckpt and config.yaml, a diffusers folder or a hub id",
     )  # fmt: skip
     add_published_arguments(group, "take the published weights that --config names")
     group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
@@ -158,7 +160,9 @@ def add_output_arguments(group: argparse._ArgumentGroup) -> None:
 
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that pipelines of diffusers have beside those of the original models."""
-    group = parser.add_argument_group("pipelines of diffusers (folders with model_index.json, hub ids)")
+    group = parser.add_argument_group(
+        "pipelines of diffusers (folders with model_index.json, hub ids, single files of SDXL and others)"
+    )
     group.add_argument("--scheduler", metavar="NAME", help="such as DDIM, EulerDiscrete, DPMSolverMultistep (default: its own)")
     group.add_argument(
         "--argument", metavar="NAME=VALUE", action="append", default=[],
@@ -190,7 +194,7 @@ def refuse_pipeline_arguments(args: argparse.Namespace) -> None:
     for name in PIPELINE_FLAGS:
         if value := getattr(args, name):
             shown = value[0] if isinstance(value, list) else value
-            raise ValueError(f"--{name} {shown}: allowed with a diffusers folder or a hub id as --ckpt")
+            raise ValueError(f"--{name} {shown}: allowed with a diffusers folder, a hub id or a single file of SDXL as --ckpt")
 
 
 def default_calibration_batch(size: int) -> int:

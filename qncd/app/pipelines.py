@@ -21,12 +21,15 @@ from qncd.distributed import Processes
 from qncd.io.files import first_line
 from qncd.io.images import to_uint8
 from qncd.io.runs import Run
-from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, HUB_ID
+from qncd.models.configs import HUB_ID, names_pipeline
+from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES
+from qncd.models.files.registry import check_sha256
 from qncd.models.loading import load_config, state_dict_hash
-from qncd.models.pipelines import INDEX, from_config, load_pipeline
+from qncd.models.pipelines import from_config, load_pipeline
 from qncd.models.safety import image_finisher
 from qncd.models.schedulers import scheduler_named
 from qncd.models.schema import DIFFUSERS, layout_of
+from qncd.models.single_files import INDEX, is_pipeline_file
 from qncd.recipe import Recipe
 from qncd.sampling.correctors.registry import kind_of
 from qncd.sampling.pipeline import PipelineSampler, Row, denoiser_of, parameters_of
@@ -42,11 +45,19 @@ RESERVED = (
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 
 
-def is_pipeline(source: str | None) -> bool:
-    """Whether a checkpoint flag names a pipeline of diffusers: a folder with model_index.json, or a hub id."""
+def is_pipeline(source: str | None, config: Path | None = None) -> bool:
+    """Whether a checkpoint flag names a pipeline of diffusers: a folder with model_index.json, a hub id, or a single file.
+
+    A single file is one where --config names a pipeline too, and without --config where only a pipeline samples its model.
+
+    Raises:
+        ValueError: the file is damaged, or a part of a model.
+    """
     if source is None:
         return False
     path = Path(source)
+    if path.is_file():
+        return names_pipeline(config) if config is not None else is_pipeline_file(path)
     if path.exists():
         return (path / INDEX).is_file()
     return HUB_ID.fullmatch(source) is not None and path.suffix not in CHECKPOINT_SUFFIXES
@@ -57,13 +68,13 @@ RECOMMENDED = {"num_inference_steps": "timesteps", "guidance_scale": "scale"}  #
 
 def pipeline_config(path: Path | None) -> dict[str, Any] | None:
     """The yaml of a pipeline of diffusers; None where a yaml is of an original model, or there is none."""
-    config = load_config(path) if path is not None else {}
+    config = load_config(path) if path is not None and not names_pipeline(path) else {}
     return config if layout_of(config) is DIFFUSERS else None
 
 
 def means_pipeline(args: argparse.Namespace) -> bool:
     """Whether --config or --ckpt names a pipeline of diffusers."""
-    return pipeline_config(args.config) is not None or is_pipeline(args.ckpt)
+    return pipeline_config(args.config) is not None or is_pipeline(args.ckpt, args.config)
 
 
 @dataclass(frozen=True)
@@ -186,12 +197,15 @@ def _check_required(pipe: Any, given: set[str]) -> None:
 
 def load(args: argparse.Namespace, request: Request, device: str) -> Any:
     """The pipeline of --ckpt with the scheduler and the adapters that are asked for, on `device`, ready to be called."""
-    config = pipeline_config(getattr(args, "config", None))
-    for flag in ("use_pretrained", "sha256", "cali_data_path", "sequence", *(() if config else ("config",))):
-        if getattr(args, flag, None):
+    config = pipeline_config(args.config)
+    taken = ("config", "sha256") if args.ckpt and Path(args.ckpt).is_file() else ("config",) if config else ()
+    for flag in ("config", "use_pretrained", "sha256", "cali_data_path", "sequence"):
+        if getattr(args, flag, None) and flag not in taken:
             raise ValueError(f"--{flag}: allowed with original checkpoints; {source_name(args)} is a pipeline of diffusers")
+    if args.sha256:
+        check_sha256(Path(args.ckpt), args.sha256)
     messages.hide_loading_bars()
-    pipe = from_config(config, args.ckpt) if config else load_pipeline(args.ckpt)
+    pipe = from_config(config, args.ckpt) if config else load_pipeline(args.ckpt, config=args.config)
     if request.scheduler is not None:
         words, name = request.scheduler
         pipe.scheduler = scheduler_named(pipe, name, words)

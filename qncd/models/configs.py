@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,15 @@ from qncd.io.yaml_files import read_yaml
 _PACKAGE = Path(__file__).resolve().parents[1]
 # An installed wheel has the files inside the package, a checkout in the folder beside it.
 CONFIGS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE / "configs")
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+YAML = (".yml", ".yaml")
+
+
+def names_pipeline(config: str | Path) -> bool:
+    """Whether a --config is the folder, or the hub id, of a pipeline of diffusers: no yaml, and no path of something else."""
+    path = Path(config)
+    return path.is_dir() or (not path.exists() and path.suffix not in YAML and HUB_ID.fullmatch(str(config)) is not None)
 
 
 def find_config(name: str | Path) -> Path:
@@ -37,9 +47,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def config_beside(checkpoint: Path) -> Path:
-    """The yaml that lies beside a checkpoint: config.yaml, or the only one. Raises ValueError where it is not clear which."""
-    own = checkpoint.with_name("config.yaml")
-    candidates = [own] if own.is_file() else sorted(checkpoint.parent.glob("*.yaml"))
+    """The yaml that lies beside a checkpoint: of the same name, config.yaml, or the only one.
+
+    Raises:
+        ValueError: it is not clear which.
+    """
+    for own in (checkpoint.with_suffix(".yaml"), checkpoint.with_name("config.yaml")):
+        if own.is_file():
+            return own
+    candidates = sorted(checkpoint.parent.glob("*.yaml"))
     if len(candidates) != 1:
         raise ValueError(f"{checkpoint}: which yaml describes it? {len(candidates)} lie beside it: name one with --config")
     return candidates[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +17,17 @@ from torch import nn
 
 from qncd.models import loading
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
-from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, HUB_ID, read_settings
+from qncd.models.configs import HUB_ID, YAML, names_pipeline
+from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, read_settings
 from qncd.models.latent import latent_pipeline, load_latent_model
 from qncd.models.loading import ddim_pipeline, load_config, load_ddim
 from qncd.models.schema import COMPVIS, DIFFUSERS, PIPELINE, layout_of, shown
+from qncd.models.single_files import INDEX, SingleFile, configs_folder, find_single_file, parts_of, yaml_of
 
 __all__ = ["load_pipeline"]
 
-INDEX = "model_index.json"
-_YAML = (".yml", ".yaml")
+logger = logging.getLogger(__name__)
+
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema|ema_only|fp32)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
 _LIBRARIES = ("diffusers", "transformers", "qncd")
 # What loading a folder or a hub id of diffusers ends in where something is wrong with it.
@@ -47,14 +51,17 @@ def load_pipeline(
     | yaml of Stable Diffusion v1 or of another text model of that kind | StableDiffusionPipeline, no safety checker |
     | yaml of a bundled pipeline of diffusers | that pipeline |
     | a folder with model_index.json, or a hub id | whatever it names, as diffusers loads it |
+    | a checkpoint file of Stable Diffusion 2 or XL, of inpainting, of velocities | that of `config`, with the file's networks |
+    | a checkpoint file of Stable Diffusion v1 | as of its yaml: beside it, else configs/sd-v1-inference.yaml |
 
     The weights of a yaml are `ckpt`, else the published ones (`use_pretrained`), else the bundled ones that it names.
     Networks of a yaml are in float32 and eval mode, without gradients. CLIP's clean-up of prompts (curly quotes, ligatures)
     belongs to the tokenizer of a yaml's pipeline; a folder has diffusers' tokenizer, which does without.
 
     Args:
-        source: a yaml, a diffusers folder, a hub id, or an original checkpoint or a UNet's folder together with `config`.
-        config: the yaml of a checkpoint that is given as `source`: its path, or what is in it.
+        source: a yaml, a diffusers folder, a hub id, a checkpoint file, or a UNet's folder together with `config`.
+        config: of a checkpoint that is given as `source`: its yaml (the path, or what is in it), or a folder or hub id of
+            diffusers that says how the parts of such a model are made; by default the hub id that diffusers has for it.
         ckpt: the weights, where `source` is a yaml: all that `load_ddim` and `load_latent_model` take.
         use_pretrained: where `source` is a yaml, download the published weights for it.
 
@@ -63,13 +70,19 @@ def load_pipeline(
         FileNotFoundError: there is no such file, or the hub does not have or give the model.
     """
     path = Path(source)
-    is_yaml = path.suffix.lower() in _YAML and not path.is_dir()
+    is_yaml = path.suffix.lower() in YAML and not path.is_dir()
     if config is not None:
         if is_yaml or ckpt is not None or use_pretrained:
             raise ValueError(
                 f"{source}: config= is the yaml of a checkpoint that is the source: leave out ckpt= and use_pretrained="
             )
-        return from_config(config if isinstance(config, Mapping) else load_config(config), source, False)
+        if isinstance(config, Mapping) or not names_pipeline(config):
+            return from_config(config if isinstance(config, Mapping) else load_config(config), source, False)
+        if not path.is_file():
+            raise ValueError(
+                f"{source}: config={config} names a pipeline, which says how the parts of a checkpoint file are made"
+            )
+        return _from_file(path, config)
     if is_yaml:
         return from_config(load_config(path), ckpt, use_pretrained)
     if ckpt is not None or use_pretrained:
@@ -77,7 +90,7 @@ def load_pipeline(
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
-        raise ValueError(f"{source}: an original checkpoint needs its yaml, give config=PATH")
+        return _from_file(path, None)
     if HUB_ID.fullmatch(str(source)) and path.suffix not in CHECKPOINT_SUFFIXES:
         return _from_hub(str(source))
     raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (OWNER/NAME)")
@@ -95,6 +108,38 @@ def from_config(config: Mapping[str, Any], ckpt: str | Path | None, use_pretrain
     return ddim_pipeline(load_ddim(config, ckpt, use_pretrained), config)
 
 
+def _from_file(path: Path, config: str | Path | None) -> DiffusionPipeline:
+    file = find_single_file(path)
+    if config is None and (file is None or file.is_original):
+        return from_config(load_config(yaml_of(path)), path, False)
+    if file is None:
+        raise ValueError(f"{path}: not a checkpoint of Stable Diffusion, and config={config} is for one; others need their yaml")
+    folder = configs_folder(file, config)
+    index = read_settings(folder / INDEX, PIPELINE)
+    parts: dict[str, Any] = dict(parts_of(file, folder, index))
+    if "safety_checker" in index:  # as diffusers' `from_single_file`
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    pipe = _from_folder(folder, parts=parts)
+    _set_prediction(pipe, file, folder)
+    return pipe
+
+
+def _set_prediction(pipe: Any, file: SingleFile, folder: Path) -> None:
+    """Give the scheduler what the file says about the network's predictions, and tell what is assumed."""
+    settings, where = file.prediction()
+    own, kind = pipe.scheduler, type(pipe.scheduler)
+    for setting in settings:
+        if setting not in inspect.signature(kind.__init__).parameters:
+            raise ValueError(f"{file.path}: asks for {setting} ({where}), which {kind.__name__} of {folder} does not have")
+    if settings:
+        pipe.scheduler = kind.from_config(own.config, **settings)
+    told = (
+        f"by {where} of the file" if "prediction_type" in settings else f"as {folder} says (the file does not: else name another)"
+    )
+    snr = ", zero terminal SNR" if pipe.scheduler.config.get("rescale_betas_zero_snr") else ""
+    logger.info("%s: %s, predicts %s %s%s", file.path, file.kind, pipe.scheduler.config.prediction_type, told, snr)
+
+
 def _bundled(config: Mapping[str, Any]) -> Path:
     name = config["model"]["weights"]
     if not (loading.ASSETS / name / INDEX).is_file():
@@ -103,8 +148,8 @@ def _bundled(config: Mapping[str, Any]) -> Path:
     return loading.ASSETS / name
 
 
-def _from_folder(folder: Path, wanted: str | None = None) -> DiffusionPipeline:
-    """The pipeline of a folder. Raises ValueError where it is of another class than `wanted`."""
+def _from_folder(folder: Path, wanted: str | None = None, parts: Mapping[str, Any] | None = None) -> DiffusionPipeline:
+    """The pipeline of a folder, with `parts` in place of its own. Raises ValueError where its class is not `wanted`."""
     if not (folder / INDEX).is_file():
         what = "a network's folder, which needs its yaml: give config=PATH" if (folder / "config.json").is_file() else "none"
         raise ValueError(f"{folder}: not the folder of a pipeline (no {INDEX} in it; {what})")
@@ -116,7 +161,8 @@ def _from_folder(folder: Path, wanted: str | None = None) -> DiffusionPipeline:
     ours = ClassConditionalLDMPipeline
     found = ours if kind == ours.__name__ else DiffusionPipeline
     try:
-        pipe = found.from_pretrained(str(folder), local_files_only=True, variant=_variant(folder), **_loading())
+        loaded = {**_loading(), **(parts or {})}
+        pipe = found.from_pretrained(str(folder), local_files_only=True, variant=_variant(folder), **loaded)
     except _FAULTS as error:
         raise ValueError(f"{folder}: diffusers cannot load this {kind} ({_reason(error)})") from error
     return _checked(pipe, folder)

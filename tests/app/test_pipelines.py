@@ -267,10 +267,13 @@ def test_a_folder_in_half_precision_is_sampled_in_float32(folder: Callable[[str]
 
 
 def test_a_half_precision_variant_is_found(tmp_path: Path) -> None:
-    """Weights that are there as the variant fp16 alone, as many published folders have them."""
-    made("SD1").to(dtype=torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
+    """Weights that are there as the variant fp16 alone, in several files, as many published folders have them."""
+    made("SD1").to(dtype=torch.float16).save_pretrained(tmp_path / "model", variant="fp16", max_shard_size="60KB")
+    assert len(list((tmp_path / "model" / "unet").glob("*.fp16-*-of-*.safetensors"))) > 1
     pipe = qncd.load(tmp_path / "model")
-    assert pipe.unet.dtype == torch.float32
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        assert part.dtype == torch.float32
+    pipe("a cat", num_inference_steps=1, output_type="latent")
 
 
 ALL_PARTS = ("LCM", "SD2, zero terminal SNR", "Kandinsky 2.2", "LDM, classes")  # and others through commands and folders

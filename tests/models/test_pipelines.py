@@ -205,7 +205,7 @@ def test_what_is_no_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(FileNotFoundError, r"gone\.ckpt: no such file or folder, and no hub id", tmp_path / "gone.ckpt")
     refused(ValueError, r"not the folder of a pipeline \(no model_index\.json in it; none\)", tmp_path)
     torch.save({"a": torch.zeros(1)}, tmp_path / "m.ckpt")
-    refused(ValueError, r"m\.ckpt: an original checkpoint needs its yaml, give config=PATH", tmp_path / "m.ckpt")
+    refused(ValueError, r"m\.ckpt: which yaml describes it\? 0 lie beside it: name one with --config$", tmp_path / "m.ckpt")
     refused(ValueError, r"ckpt= and use_pretrained= are for a yaml", tmp_path / "m.ckpt", ckpt=tmp_path / "m.ckpt")
     refused(ValueError, r"fashion_mnist\.yml: config= is the yaml of a checkpoint", DDIM, config=DDIM)
     refused(ValueError, "model.params.unet_config", tmp_path / "m.ckpt", config={"model": {"params": {}}})

@@ -39,7 +39,9 @@ log = logging.getLogger("qncd")
 def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     parser = cli.make_parser(description)
     group = parser.add_argument_group("model")
-    group.add_argument("--config", type=Path, help="yaml of the model, of DDIM or in CompVis' layout")
+    group.add_argument(
+        "--config", type=Path, help="yaml of the model, of DDIM or in CompVis' layout; of a single file of SDXL, a folder"
+    )
     group.add_argument("--ckpt", help="weights, as the sampling scripts take them (default: what the config names)")
     cli.add_published_arguments(group, "take the published weights for the config's data set")
     parser.add_argument("--cali_ckpt", type=Path, help="quantized checkpoint (default: export in full precision)")
@@ -52,6 +54,7 @@ def load_unet(args: argparse.Namespace) -> nn.Module:
     """The full-precision network that --config, --ckpt and --use_pretrained name. Raises ValueError where they name none."""
     from qncd.app import latent
     from qncd.app.pipelines import is_pipeline, pipeline_config
+    from qncd.models.configs import names_pipeline
     from qncd.models.latent import load_latent_model
     from qncd.models.loading import load_config, load_ddim
     from qncd.models.pipelines import from_config, load_pipeline
@@ -59,9 +62,9 @@ def load_unet(args: argparse.Namespace) -> nn.Module:
 
     if args.config is None and args.ckpt is None:
         raise ValueError("which model? Name it with --config, --ckpt or both")
-    if args.config is None and is_pipeline(args.ckpt):
+    if (args.config is None or names_pipeline(args.config)) and is_pipeline(args.ckpt, args.config):
         messages.hide_loading_bars()
-        return denoiser_of(load_pipeline(args.ckpt))[1]
+        return denoiser_of(load_pipeline(args.ckpt, config=args.config))[1]
     if (named := pipeline_config(args.config)) is not None:
         return denoiser_of(from_config(named, args.ckpt, args.use_pretrained))[1]
     config = load_config(args.config) if args.config else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from qncd.app import parser as cli
 from qncd.io.files import read_json
-from qncd.models.configs import CONFIGS, config_beside, find_config, read_config
+from qncd.models.configs import CONFIGS, find_config, names_pipeline, read_config
 from qncd.models.schema import COMPVIS, DIFFUSERS, PIPELINE, Section, check, layout_of
 
 DEFAULT_CONFIG = CONFIGS / "fashion_mnist.yml"
@@ -92,7 +92,11 @@ def kind_of_checkpoint(name: str) -> str:
     if (path / "config.json").is_file():  # a network without a pipeline around it: a DDIM model's UNet
         return "ddim"
     file = path / "model.ckpt" if path.is_dir() else path
-    return kind_of_config(config_beside(file)) if file.is_file() else "latent"
+    if not file.is_file():
+        return "latent"
+    from qncd.models.single_files import is_pipeline_file, yaml_of
+
+    return "text" if is_pipeline_file(file) else kind_of_config(yaml_of(file))
 
 
 def take_flags(words: Sequence[str], **flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -116,7 +120,7 @@ def choose_sampler(words: Sequence[str]) -> tuple[Sampler, list[str]]:
         prompt=("--prompt",),
         from_file=("--from_file",),
     )
-    if model.config is not None:
+    if model.config is not None and not names_pipeline(model.config):
         kind = kind_of_config(find_config(model.config))
     elif model.prompt is not None or model.from_file is not None:
         kind = "text"

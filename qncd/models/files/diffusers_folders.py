@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 from qncd.io.files import first_line, read_json
+from qncd.models.configs import HUB_ID
 from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.original.key_tables import network_with_weights, refuse_in
 from qncd.models.schema import NETWORK, WEIGHT_INDEX, Section, check, one_line, shown
@@ -29,7 +29,6 @@ UNETS = ("UNet2DModel", "UNet2DConditionModel")
 
 # Attention layers under the names that diffusers gave them before 0.17, as the google/ddpm-* files still have them.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CHECKPOINT_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers' and transformers' weights
 _SUBFOLDERS = ("", "unet/", "vqvae/", "vae/", "text_encoder/", "class_embedder/")
@@ -38,7 +37,7 @@ _SUBFOLDERS = ("", "unet/", "vqvae/", "vae/", "text_encoder/", "class_embedder/"
 _VARIANTS = ("", ".fp16")  # of the files' names, in the order of preference
 
 
-def weight_files(stem: str = "diffusion_pytorch_model") -> tuple[str, ...]:
+def weight_files(stem: str = _STEMS[0]) -> tuple[str, ...]:
     """The names that a network's weights may have, in the order of preference."""
     return tuple(f"{stem}{variant}.{suffix}" for suffix in ("safetensors", "bin") for variant in _VARIANTS)
 
@@ -54,11 +53,11 @@ def read_settings(path: Path, rules: Section) -> dict[str, Any]:
     return settings
 
 
-def read_weights(root: Path, stem: str = "diffusion_pytorch_model") -> tuple[str, dict[str, Any]]:
+def read_weights(root: Path, stem: str = _STEMS[0]) -> tuple[str, dict[str, Any]]:
     """(the file, its state dict) of the weights in a folder; those in several parts are put together by their index.
 
-    As in diffusers, .safetensors come before .bin, and an index before a single file. The variant fp16 is taken where there is
-    no other.
+    As in diffusers and transformers, .safetensors come before .bin; where there are both an index and a single file, diffusers
+    takes the index and transformers (of other stems than diffusers') the file. The variant fp16 is taken where there is no other.
 
     Raises:
         ValueError: there are none, or they are damaged; an index and its files do not fit.
@@ -66,11 +65,10 @@ def read_weights(root: Path, stem: str = "diffusion_pytorch_model") -> tuple[str
     for name in weight_files(stem):
         base, suffix = name.removesuffix(f".{name.rpartition('.')[2]}"), name.rpartition(".")[2]
         variant = base.removeprefix(stem)
-        index = root / f"{stem}.{suffix}.index{variant}.json"
-        if index.exists():
-            return str(index), _read_parts(index)
-        if (root / name).exists():
-            return str(root / name), _state_dict(root / name)
+        ways = [(root / f"{stem}.{suffix}.index{variant}.json", _read_parts), (root / name, _state_dict)]
+        for path, read in ways if stem == _STEMS[0] else reversed(ways):
+            if path.exists():
+                return str(path), read(path)
     others = sorted(path.name for suffix in ("safetensors", "bin") for path in root.glob(f"{stem}.*.{suffix}"))
     found = f"; {others[0]} is of a variant that is not read" if others else ""
     raise ValueError(f"{root}: no weights (looked for {', '.join(weight_files(stem))}{found})")
@@ -108,15 +106,15 @@ def drain(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield state.popitem()
 
 
-def load_component(root: Path, allowed: Sequence[str]) -> Any:
-    """A network saved by diffusers, weights of any float dtype cast to float32; eval mode, on the CPU, no gradients.
+def network_builder(root: Path, allowed: Sequence[str]) -> Callable[[], nn.Module]:
+    """What makes the network that a folder's config.json describes, with fresh weights; it is tried once without memory.
 
     Args:
-        root: the folder with config.json and the weights.
+        root: the folder with config.json.
         allowed: class names, of `KINDS`.
 
     Raises:
-        ValueError: the folder holds no such network, or its weights do not fit its config or are not finite.
+        ValueError: the folder describes no such network.
     """
     config_file = root / "config.json"
     if not config_file.is_file():
@@ -135,6 +133,20 @@ def load_component(root: Path, allowed: Sequence[str]) -> Any:
 
     with torch.device("meta"):
         build()  # a faulty config is said before gigabytes are read
+    return build
+
+
+def load_component(root: Path, allowed: Sequence[str]) -> Any:
+    """A network saved by diffusers, weights of any float dtype cast to float32; eval mode, on the CPU, no gradients.
+
+    Args:
+        root: the folder with config.json and the weights.
+        allowed: class names, of `KINDS`.
+
+    Raises:
+        ValueError: the folder holds no such network, or its weights do not fit its config or are not finite.
+    """
+    build = network_builder(root, allowed)
     source, state = read_weights(root)
     return network_with_weights(build, ((_current_name(key), value) for key, value in drain(state)), source)
 

@@ -59,6 +59,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return {name: _tensor(path, entry) for name, entry in _header(regular_file(path))[0].items()}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts by name that a .safetensors file has beside its tensors. Raises as `read_safetensors`."""
+    return _header(regular_file(path))[1]
+
+
 def read_safetensors_part(path: Path, prefixes: tuple[str, ...]) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
     """The tensors of a .safetensors file whose names begin with one of the prefixes, the names of all, and the metadata.
 

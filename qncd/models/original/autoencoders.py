@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,10 @@ _RESNET = {
     "nin_shortcut": "conv_shortcut",  # only where a block changes the number of channels
 }
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+# What diffusers called these before 0.17; converters left both kinds of names in original checkpoints.
+_OLD_ATTENTION = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
+_TO_ORIGINAL = {new: old for old, new in _ATTENTION.items()} | _OLD_ATTENTION
+_LEFT = re.compile(rf"(\.attn(?:_1|\.\d+)?\.)({'|'.join(map(re.escape, _TO_ORIGINAL))})\.(weight|bias)")
 _TARGETS = {"VQModelInterface": VQModel, "VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 
 # Parameters that only matter in training.
@@ -183,6 +188,12 @@ def first_stage_key_map(config: Mapping[str, Any]) -> dict[str, Layout]:
         for old, new in names.items()
         if new in parameters
     }
+
+
+def original_stage_key(key: str) -> str:
+    """An autoencoder's key in the original's words, where a converter has left diffusers' names of attention layers in it."""
+    match = _LEFT.search(key)
+    return key if match is None else f"{key[: match.start()]}{match[1]}{_TO_ORIGINAL[match[2]]}.{match[3]}"
 
 
 _LINEAR = (".to_q.weight", ".to_k.weight", ".to_v.weight", ".to_out.0.weight")

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qncd.models.files.file_kinds import newer_kind, refuse_part, stated_prediction
 from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.original.autoencoders import (
     FirstStage,
     build_first_stage,
     check_first_stage,
     first_stage_key_map,
+    original_stage_key,
     scale_factor,
 )
 from qncd.models.original.conditioning import (
@@ -37,6 +39,7 @@ from qncd.models.original.key_tables import (
     plain_keys,
     refuse_in,
     shapes_of,
+    take_part,
     to_original,
 )
 from qncd.models.original.ldm import LdmUNet, build_ldm_unet, ldm_betas, ldm_unet_key_map, unet_settings
@@ -67,14 +70,21 @@ _UNUSED_PREFIXES = (
     "loss.",
     "first_stage_model.loss.",  # discriminator and LPIPS
     "first_stage_model.model_ema.",
+    "embedding_manager.",  # of textual inversion's code, whose checkpoints hold the text model once more
 )
 CONDITIONERS = {"ClassEmbedder": CLASSES, "FrozenCLIPEmbedder": Section({}, {"text_config": TEXT_CONFIG})}
+_TOLD = 20  # keys of those that are not used
 _NO_WEIGHTS = "position_ids"  # 0, 1, 2, ..., which transformers saved before 4.31
 _UNUSED_TEXT = ("text_projection", "text_projection.weight", "logit_scale")  # what in CLIP compares texts with images
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:
-    """The state dict of a checkpoint file, bare or below `state_dict`, without the names that wrappers put into its keys.
+    """The state dict of a checkpoint file, as `state_dict_of` finds it. Raises as `load_checkpoint` and `state_dict_of` do."""
+    return state_dict_of(load_checkpoint(path), path)
+
+
+def state_dict_of(state: Any, path: Path) -> dict[str, Any]:
+    """The state dict in what a file holds, bare or below `state_dict`, without the names that wrappers put into its keys.
 
     A further `state_dict` inside it is the state dict where there is no tensor beside it, and an empty shell of one that some
     tools leave behind where there are.
@@ -82,7 +92,6 @@ def read_state_dict(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is no state dict.
     """
-    state = load_checkpoint(path)
     if isinstance(state, Mapping):
         state = state.get("state_dict", state)
     while isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
@@ -116,12 +125,6 @@ def load_ldm_unet(config: Mapping[str, Any], ckpt: str | Path) -> LdmUNet:
     return _unet(read_state_dict(Path(ckpt)), config, str(ckpt))
 
 
-def _part(state: dict[str, Any], prefix: str, but: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Take the keys with this prefix out of the state dict, and the prefix off them."""
-    found = [key for key in state if key.startswith(prefix) and not key.startswith(but)]
-    return {key.removeprefix(prefix): state.pop(key) for key in found}
-
-
 def _network(build: Callable[[], Network], part: dict[str, Any], table: KeyTable, prefix: str, source: str) -> Network:
     try:
         check_original(part, table, shapes_of(build), f"model ({prefix.rstrip('.')})")
@@ -133,14 +136,23 @@ def _network(build: Callable[[], Network], part: dict[str, Any], table: KeyTable
 def _unet(state: dict[str, Any], config: Mapping[str, Any], source: str) -> LdmUNet:
     table = ldm_unet_key_map(config)
     averaged = {key: f"{_EMA}diffusion_model{key.replace('.', '')}" for key in table}  # as LitEma names its buffers
-    raw, prefix = _part(state, _UNET), _UNET
-    if uses_ema(config) and any(key in state for key in averaged.values()):
+    raw, prefix = take_part(state, _UNET), _UNET
+    there = any(key in state for key in averaged.values())
+    if there and not raw and not uses_ema(config):
+        logger.info("%s has averaged weights alone (model_ema.*): they are used", source)
+    if there and (uses_ema(config) or not raw):
         raw, prefix = {key: state.pop(name) for key, name in averaged.items() if name in state}, _EMA
         extra = [key for key in state if key.startswith(f"{_EMA}diffusion_model")]
         refuse_in(source, "averaged weights that a model of this config lacks", extra)
     elif uses_ema(config):
         logger.info("%s has no averaged weights (model_ema.*): the raw ones are used", source)
     return _network(lambda: build_ldm_unet(config), raw, table, prefix, source)
+
+
+def first_stage_part(state: dict[str, Any]) -> dict[str, Any]:
+    """Take the autoencoder's keys out of the state dict; what its training needed stays in it."""
+    found = take_part(state, _FIRST_STAGE, but=_UNUSED_PREFIXES)
+    return {original_stage_key(key): value for key, value in found.items()}
 
 
 def _scale(state: Mapping[str, Any], config: Mapping[str, Any], source: str) -> float:
@@ -185,7 +197,7 @@ def _conditioner(state: dict[str, Any], config: Mapping[str, Any], source: str) 
     kind, params = _condition_section(config)
     if not kind:
         return None
-    part = {key: value for key, value in _part(state, _CONDITION).items() if not key.endswith(_NO_WEIGHTS)}
+    part = {key: value for key, value in take_part(state, _CONDITION).items() if not key.endswith(_NO_WEIGHTS)}
     if kind == "ClassEmbedder":
         return _network(lambda: build_class_conditioner(params), part, class_key_map(), _CONDITION, source)
     fields = params.get("text_config")
@@ -251,12 +263,13 @@ def _is_unused_text(key: str) -> bool:
     return bare_text_key(key.removeprefix(_CONDITION).removeprefix(_TEXT)) in _UNUSED_TEXT
 
 
-def _tell_unused(source: str, keys: Sequence[str]) -> None:
+def tell_unused(source: str, keys: Sequence[str]) -> None:
     """One line with what a file has beside the networks and the noise schedule; many below one name are told by it."""
     prefixes = {key: next((prefix for prefix in _UNUSED_PREFIXES if key.startswith(prefix)), None) for key in keys}
-    told = {f"{prefix}*" if prefix else key for key, prefix in prefixes.items() if key not in _SCHEDULE_BUFFERS}
+    told = sorted({f"{prefix}*" if prefix else key for key, prefix in prefixes.items() if key not in _SCHEDULE_BUFFERS})
     if told:
-        logger.info("%s: not used: %s", source, ", ".join(sorted(told)))
+        more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+        logger.info("%s: not used: %s%s", source, ", ".join(told[:_TOLD]), more)
 
 
 def networks_of(path: Path, config: Mapping[str, Any]) -> tuple[LdmUNet, FirstStage, Conditioner | None]:
@@ -269,10 +282,18 @@ def networks_of(path: Path, config: Mapping[str, Any]) -> tuple[LdmUNet, FirstSt
     """
     check_config(config)
     source, state = str(path), read_state_dict(path)
+    refuse_part(path, state)
+    if (kind := newer_kind(state)) is not None:
+        raise ValueError(f"{source}: {kind}, which no yaml describes: leave out --config, or name a diffusers folder of it there")
+    settings, where = stated_prediction(path, state)
+    if settings.get("prediction_type", "epsilon") != "epsilon":
+        raise ValueError(
+            f"{source}: predicts velocities ({where}), which no yaml describes: name a diffusers folder with --config"
+        )
     _check_schedule(state, ldm_betas(config), source)
     unet = _unet(state, config, source)
     scale, table = _scale(state, config, source), first_stage_key_map(config)
-    part = _part(state, _FIRST_STAGE, but=_UNUSED_PREFIXES)
+    part = first_stage_part(state)
     autoencoder = _network(lambda: build_first_stage(config), part, table, _FIRST_STAGE, source)
     autoencoder.register_to_config(scaling_factor=scale)
     unused = [key for key in state if key.startswith(_CONDITION) and _is_unused_text(key)]
@@ -280,7 +301,7 @@ def networks_of(path: Path, config: Mapping[str, Any]) -> tuple[LdmUNet, FirstSt
     known = _SCHEDULE_BUFFERS | _UNUSED
     extra = [key for key in state if key not in known and not key.startswith(_UNUSED_PREFIXES)]
     refuse_in(source, "keys belong to no network of this config", extra)
-    _tell_unused(source, [*state, *unused])
+    tell_unused(source, [*state, *unused])
     return unet, FirstStage(autoencoder, scale), conditioner
 
 

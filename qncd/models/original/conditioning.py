@@ -198,6 +198,20 @@ def finish_text_model(text_model: nn.Module) -> nn.Module:
     return text_model
 
 
+def text_model_with_weights(build: Callable[[], nn.Module], state: dict[str, Any], source: str) -> nn.Module:
+    """The text model with these weights, which are EMPTIED on the way, as float32; `text_model.` may be in front of their names.
+
+    Raises:
+        ValueError: the weights do not fit.
+    """
+    with torch.device("meta"):
+        names: dict[str, str] = {bare_text_key(name): name for name in build().state_dict()}
+    weights = (
+        (names.get(bare_text_key(key), key), value) for key, value in drain(state) if not key.endswith("position_ids")
+    )  # which transformers saved before 4.31
+    return finish_text_model(network_with_weights(build, weights, source))
+
+
 def load_text_folder(folder: Path, tokenizer_folder: Path) -> TextConditioner:
     """The text model and tokenizer of a Stable Diffusion pipeline's folder (`text_encoder/`, `tokenizer/`), as float32.
 
@@ -212,12 +226,8 @@ def load_text_folder(folder: Path, tokenizer_folder: Path) -> TextConditioner:
         raise ValueError(f"{folder / 'config.json'}: the model is a {kinds[0]}, expected a CLIPTextModel")
     fields = {key: value for key, value in settings.items() if key not in ("architectures", "model_type", "torch_dtype", "dtype")}
     source, state = read_weights(folder, "model" if any(folder.glob("model*.safetensors*")) else "pytorch_model")
-    with torch.device("meta"):
-        names: dict[str, str] = {bare_text_key(name): name for name in build_text_model(fields).state_dict()}
-    state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
-    weights = ((names.get(bare_text_key(key), key), value) for key, value in drain(state))
     build: Callable[[], nn.Module] = lambda: build_text_model(fields)  # noqa: E731
-    text_model = finish_text_model(network_with_weights(build, weights, source))
+    text_model = text_model_with_weights(build, state, source)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -116,6 +116,12 @@ def _plain(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS).replace("_orig_mod", "")
 
 
+def take_part(state: dict[str, Any], prefix: str, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Take the keys with this prefix out of the state dict, and the prefix off them."""
+    found = [key for key in state if key.startswith(prefix) and not key.startswith(but)]
+    return {key.removeprefix(prefix): state.pop(key) for key in found}
+
+
 def check_original(state: Mapping[str, Any], table: KeyTable, shapes: Mapping[str, torch.Size], kind: str) -> None:
     """Raise ValueError unless the state dict has the table's keys and no other, each with its shape.
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_pipelines import text_model
 
 from qncd.models.files.diffusers_folders import (
     KINDS,
@@ -17,6 +18,7 @@ from qncd.models.files.diffusers_folders import (
     load_component,
     load_unet_folder,
     local_path,
+    read_weights,
 )
 from qncd.models.loading import state_dict_hash
 
@@ -74,6 +76,19 @@ def test_weights_in_parts(make_unet: Any, tmp_path: Path) -> None:
         ValueError, match=r"index\.json: weight_map\.a '\.\./a\.safetensors': allowed are names of files of this folder$"
     ):
         load_unet_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("library", "stem"), [("diffusers", "diffusion_pytorch_model"), ("transformers", "model")])
+def test_a_single_file_beside_parts(library: str, stem: str, make_unet: Any, tmp_path: Path) -> None:
+    """diffusers takes the parts, transformers the single file: so do we."""
+    network = make_unet() if library == "diffusers" else text_model()
+    network.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / f"{stem}.safetensors.index.json").is_file()
+    state = {key: torch.full_like(value, 0.5) for key, value in network.state_dict().items()}
+    save_file(state, tmp_path / f"{stem}.safetensors", {"format": "pt"})
+    expected = type(network).from_pretrained(tmp_path)
+    assert state_dict_hash(read_weights(tmp_path, stem)[1]) == state_dict_hash(expected)
+    assert (state_dict_hash(expected) == state_dict_hash(state)) == (library == "transformers")
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_a_schedule_in_full_precision_is_compared_in_full(state: State, tmp_path
         load_latent_model(CONFIG, tmp_path / "m.ckpt")
 
 
-CONDITION = "cond_stage_model."
+CONDITION, UNET = "cond_stage_model.", "model.diffusion_model."
 VARIANTS: dict[str, Callable[[State], Any]] = {
     "text_projection, logit_scale": lambda state: {
         **state,
@@ -75,6 +75,28 @@ VARIANTS: dict[str, Callable[[State], Any]] = {
     },
     "every 1x1 convolution as a linear layer": lambda state: {
         key: value[:, :, 0, 0] if value.ndim == 4 and value.shape[2:] == (1, 1) else value for key, value in state.items()
+    },
+    "names of diffusers left in the autoencoder": lambda state: {
+        key.replace(".attn_1.norm.", ".attn_1.group_norm.")
+        .replace(".attn_1.q.", ".attn_1.to_q.")
+        .replace(".attn_1.proj_out.", ".attn_1.to_out.0."): value
+        for key, value in state.items()
+    },
+    "older names of diffusers": lambda state: {
+        key.replace(".attn_1.k.", ".attn_1.key.").replace(".attn_1.proj_out.", ".attn_1.proj_attn."): value
+        for key, value in state.items()
+    },
+    "averaged weights alone": lambda state: {
+        **{key: value for key, value in state.items() if not key.startswith(("model.diffusion_model.", "model_ema."))},
+        **{
+            f"model_ema.diffusion_model{key.removeprefix(UNET).replace('.', '')}": value
+            for key, value in state.items()
+            if key.startswith(UNET)
+        },
+    },
+    "a textual inversion's copy of the text model": lambda state: {
+        **state,
+        "embedding_manager.embedder.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
     },
     "both": lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
     "transformers 5": lambda state: {key.replace("text_model.", ""): value for key, value in state.items()},
@@ -141,7 +163,10 @@ def test_averaged_weights_of_a_compiled_unet(compiled: bool, tmp_path: Path) -> 
     ("extra", "message"),
     [
         ({"denoiser.other": torch.zeros(1)}, r"1 keys belong to no network of this config: denoiser\.other$"),
-        ({"v_pred": torch.zeros(0)}, r"1 keys belong to no network of this config: v_pred$"),
+        (
+            {"v_pred": torch.zeros(0)},
+            r"predicts velocities \(v_pred\), which no yaml describes: name a diffusers folder with --config$",
+        ),
         ({f"{CONDITION}transformer.visual_projection.weight": torch.zeros(1)}, r"lacks: .*visual_projection\.weight$"),
         ({"state_dict": {"betas": torch.zeros(1)}}, "holds two state dicts, one inside the other"),
         ({"model.diffusion_model._orig_mod.out.2.bias": torch.zeros(3)}, "1 keys are there twice, with and without _orig_mod"),
