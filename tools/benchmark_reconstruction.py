@@ -121,17 +121,18 @@ def published_loop(
 
 def load(model: str, inputs: int, seed: int = 0) -> tuple[Network, CalibrationSet]:
     """The network of a bundled model, and `inputs` calibration inputs along its own trajectories of 20 steps."""
-    from qncd.benchmark.cells import runs_of
-    from qncd.benchmark.subjects import is_latent, load_subject
+    from qncd.benchmark.cells import calibration_runs
+    from qncd.benchmark.subjects import load_subject
     from qncd.models.configs import CONFIGS
     from qncd.models.loading import load_config
+    from qncd.models.schema import COMPVIS, layout_of
     from qncd.recipe import CalibrationConfig, SamplerConfig
 
     config = load_config(CONFIGS / MODELS[model])
-    sampler = SamplerConfig(timesteps=20, convention="ldm" if is_latent(config) else "ddim")
+    sampler = SamplerConfig(timesteps=20, convention="ldm" if layout_of(config) is COMPVIS else "ddim")
     subject = load_subject(config, None, sampler, None, "cpu")
     samples = max(1, inputs // (16 if subject.calibration_conditions else 8))  # guidance doubles the inputs
-    data = runs_of(subject, CalibrationConfig(samples, 8, seed=seed)).calibration_set()
+    data = calibration_runs(subject, CalibrationConfig(samples, 8, seed=seed)).calibration_set()
     return subject.sampler.network, data
 
 

@@ -18,6 +18,7 @@ from qncd.models.loading import load_config, state_dict_hash
 from qncd.models.network import network_of
 from qncd.models.original.conditioning import ClassConditioner, TextConditioner
 from qncd.models.safety import Finisher
+from qncd.models.schema import COMPVIS, expect_layout
 from qncd.models.single_files import yaml_of
 from qncd.recipe import SamplerConfig
 from qncd.sampling.diffusion import Diffusion, fill_up
@@ -55,6 +56,7 @@ def find_model(config: Path | None, ckpt: str | None, default_config: Path) -> t
 def load_model(args: argparse.Namespace, default_config: Path, device: str) -> tuple[LatentModel, dict[str, Any]]:
     """The latent model that --config, the checkpoint flag and --use_pretrained name, on `device`, and its yaml."""
     config, ckpt = find_model(args.config, args.ckpt, default_config)
+    expect_layout(config, args.config or ckpt, COMPVIS)
     return load_latent_model(config, ckpt, args.use_pretrained, args.sha256).to(device), config
 
 

@@ -371,6 +371,12 @@ PIPELINE = Section({}, {"_class_name": Text()})
 """model_index.json of a pipeline of diffusers."""
 
 
+_NAMES = (
+    (DDIM, "of a DDIM model, for scripts/sample_diffusion_ddim.py"),
+    (COMPVIS, "in CompVis' layout, for scripts/sample_diffusion_ldm.py or scripts/txt2img.py"),
+    (DIFFUSERS, "of a pipeline of diffusers, for scripts/txt2img.py"),
+    (None, "of no model that is known here"),
+)
 _DDIM_KEYS = frozenset({"ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "out_ch"})
 
 
@@ -384,3 +390,11 @@ def layout_of(config: Mapping[str, Any]) -> Section | None:
     if model.keys() & {"params", "target"}:
         return COMPVIS
     return DDIM if model.keys() & _DDIM_KEYS else None
+
+
+def expect_layout(config: Mapping[str, Any], source: object, *allowed: Section) -> None:
+    """Raise ValueError where a config is in none of the layouts; `source` is the file that is named."""
+    found = layout_of(config)
+    if not any(found is layout for layout in allowed):
+        of, wanted = (" or ".join(name for layout, name in _NAMES if layout in kinds) for kinds in ((found,), allowed))
+        raise ValueError(f"{source}: a yaml {of}; expected is one {wanted}")

@@ -26,6 +26,7 @@ from qncd.models.schema import (
     Section,
     Whole,
     check,
+    expect_layout,
     layout_of,
     shown,
 )
@@ -41,6 +42,16 @@ def test_the_layouts() -> None:
     for path in sorted((ROOT / "configs").iterdir()):
         layout = layout_of(load_config(path))  # which looks at the keys
         assert layout is (DDIM if path.suffix == ".yml" else DIFFUSERS if path.stem == "scenes_turbo" else COMPVIS)
+
+
+def test_another_layout_is_named() -> None:
+    expect_layout(PIXELS, "x.yml", COMPVIS, DDIM)
+    with pytest.raises(
+        ValueError, match=r"^x\.yml: a yaml of a DDIM model, .*; expected is one in CompVis' layout, .* or of a pip"
+    ):
+        expect_layout(PIXELS, "x.yml", COMPVIS, DIFFUSERS)
+    with pytest.raises(ValueError, match=r"^y: a yaml of no model that is known here; expected is one of a DDIM model"):
+        expect_layout({}, "y", DDIM)
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,11 @@ def main(args: argparse.Namespace) -> None:
     from qncd.models.loading import load_config, load_ddim, save_ddim, state_dict_hash
     from qncd.models.original.compvis import original_state_dict
     from qncd.models.original.ddim import to_ddim_state_dict
-    from qncd.models.schema import COMPVIS, layout_of
+    from qncd.models.schema import COMPVIS, DDIM, expect_layout, layout_of
 
     check_replaceable(args.out, MARKER)
     config = load_config(args.config)
+    expect_layout(config, args.config, COMPVIS, DDIM)
     unet: Any
     state: Callable[[], Any]
     if layout_of(config) is COMPVIS:

@@ -93,6 +93,7 @@ def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes
     from qncd.models.loading import load_config, load_ddim, state_dict_hash
     from qncd.models.network import network_of
     from qncd.models.original.ddim import ddim_key_table
+    from qncd.models.schema import DDIM, expect_layout
     from qncd.sampling.diffusion import Diffusion
     from qncd.sampling.process import Process
     from qncd.sampling.schedule import betas_of
@@ -105,6 +106,7 @@ def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes
     quantizing.check_engine_arguments(args, recipe)
     sampler = cli.sampler_config(args)
     model_config = load_config(args.config)
+    expect_layout(model_config, args.config, DDIM)
     betas = betas_of(model_config)
     device = str(processes.device)
     unet = load_ddim(model_config, args.ckpt, args.use_pretrained, args.sample_type, args.sha256)
