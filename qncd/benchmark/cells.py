@@ -23,6 +23,7 @@ from qncd.metrics.statistics.moments import PairedQuality, paired_mse
 from qncd.metrics.statistics.paired import Lpips, lpips_obstacle
 from qncd.models.files.safetensors_files import write_safetensors
 from qncd.models.network import Network
+from qncd.ptq.context import copied
 from qncd.ptq.data import CalibrationSet, load_calibration, save_calibration
 from qncd.ptq.evaluation import NoiseErrorRecorder, sample_images
 from qncd.ptq.pipeline import Job, Outcome, quantize_network, sample_calibration
@@ -187,10 +188,9 @@ def run_cell(plan: Plan, cell: Cell) -> None:
     images, subject = full, plan.subject()
     if cell.mode != FULL:
         runs = runs_of(subject, dataclasses.replace(plan.calibration, seed=cell.seed))
-        runs.keep_reference()
-        assert runs.reference is not None
+        exact = dataclasses.replace(runs.diffusion, network=copied(runs.network))
         diffusion, corrector, figures = quantize_cell_(plan, cell, runs)
-        errors = NoiseErrorRecorder(runs.reference, ERROR_IMAGES)
+        errors = NoiseErrorRecorder(exact, ERROR_IMAGES)
         try:
             seeds = range(plan.image_seed, plan.image_seed + plan.images)
             images = sample_images(diffusion, seeds, plan.batch_size, corrector, errors, subject.conditions, subject.decode)
