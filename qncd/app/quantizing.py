@@ -24,7 +24,7 @@ from qncd.models.original.key_tables import KeyTable
 from qncd.progress import Update, progress_bar
 from qncd.ptq.checkpoint import QuantizedInfo, check_quantized, load_quantized_, load_weights_, peek_quantized, save_quantized
 from qncd.ptq.data import CalibrationCollector, CalibrationSet, load_calibration, save_calibration
-from qncd.ptq.pipeline import Job, quantize_network, record_before, sample_calibration
+from qncd.ptq.pipeline import Job, fitted_around, quantize_network, record_before, sample_calibration
 from qncd.ptq.pipeline_runs import Given, Sampler, runs_of
 from qncd.ptq.qdiffusion import check_qdiffusion, is_qdiffusion, load_qdiffusion_
 from qncd.recipe import QuantConfig, Recipe, ReconstructionConfig
@@ -196,17 +196,6 @@ class _Task:
             "times": list(self.runs.times),
         }
 
-    def fitted_later(self, record: Record | None) -> Record | None:
-        """The record of a correction that is fitted after quantizing, where it is not known."""
-        if record is None and self.kind is not None and self.runs.reference is not None:
-            return self.kind.fit(self.runs, self.recipe)
-        return record
-
-    def keep_reference(self) -> None:
-        """Keep the full-precision network for a correction that compares with it."""
-        if self.kind is not None and self.kind.fitted_afterwards(self.recipe):
-            self.runs.keep_reference()
-
     def _qdiffusion(self, path: Path) -> tuple[Mapping[str, Tensor], KeyTable, QuantConfig]:
         """What a checkpoint of Q-Diffusion holds, the names in it and how it is read: it fits the network."""
         content = load_checkpoint(path)
@@ -224,11 +213,13 @@ class _Task:
         """A checkpoint of Q-Diffusion."""
         given = self._qdiffusion(path)  # before the long work of `record_before`
         record = record_before(self.runs, self.recipe)
-        self.keep_reference()
-        with _naming(path):
-            load_qdiffusion_(self.network, *given)
-        log.info("loaded %s: %s as Q-Diffusion wrote it", path, self.recipe.quant.label)
-        return corrector_of(self.recipe, self.fitted_later(record))
+
+        def load() -> None:
+            with _naming(path):
+                load_qdiffusion_(self.network, *given)
+            log.info("loaded %s: %s as Q-Diffusion wrote it", path, self.recipe.quant.label)
+
+        return corrector_of(self.recipe, fitted_around(load, self.runs, self.recipe, record))
 
     def _fitting(self, path: Path) -> QuantizedInfo:
         """What a checkpoint of this package says of itself: it is what is asked for, and fits the network."""
@@ -248,10 +239,12 @@ class _Task:
         record = self._record_in(info)
         if record is None:
             record = record_before(self.runs, recipe)
-            self.keep_reference()
-        load_quantized_(self.network, path, self.base_hash)
-        log.info("loaded %s: %s", path, info.config.label)
-        return corrector_of(recipe, self.fitted_later(record))
+
+        def load() -> None:
+            load_quantized_(self.network, path, self.base_hash)
+            log.info("loaded %s: %s", path, info.config.label)
+
+        return corrector_of(recipe, fitted_around(load, self.runs, recipe, record))
 
     def _record_in(self, info: QuantizedInfo) -> Record | None:
         """What a checkpoint holds for the correction, where it was made for the same sampler and correction."""

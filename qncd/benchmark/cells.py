@@ -23,6 +23,7 @@ from qncd.metrics.statistics.moments import PairedQuality, paired_mse
 from qncd.metrics.statistics.paired import Lpips, lpips_obstacle
 from qncd.models.files.safetensors_files import write_safetensors
 from qncd.models.network import Network
+from qncd.ptq.context import copied
 from qncd.ptq.data import CalibrationSet, load_calibration, save_calibration
 from qncd.ptq.evaluation import NoiseErrorRecorder, sample_images
 from qncd.ptq.pipeline import Job, Outcome, quantize_network, sample_calibration
@@ -191,9 +192,10 @@ def run_cell(plan: Plan, cell: Cell) -> None:
     images, subject = full, plan.subject()
     if cell.mode != FULL:
         runs = calibration_runs(subject, dataclasses.replace(plan.calibration, seed=cell.seed))
-        runs.keep_reference()
+        errors = None
+        if isinstance(subject.sampler, Diffusion):
+            errors = NoiseErrorRecorder(subject.sampler.with_network(copied(runs.network)), ERROR_IMAGES)
         sampler, corrector, figures = quantize_cell_(plan, cell, subject.sampler, runs)
-        errors = NoiseErrorRecorder(runs.reference, ERROR_IMAGES) if isinstance(runs.reference, Diffusion) else None
         try:
             seeds = range(plan.image_seed, plan.image_seed + plan.images)
             images = sample_images(sampler, seeds, plan.batch_size, corrector, errors, subject.conditions, subject.decode)

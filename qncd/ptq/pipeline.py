@@ -46,9 +46,6 @@ class CalibrationRuns(Runs, Protocol):
     def calibration_set(self, recorder: Recorder | None = None, model_hash: str | None = None) -> CalibrationSet:
         """The set along a full-precision run, which `recorder` may watch."""
 
-    def keep_reference(self) -> None:
-        """Keep the full-precision network."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -120,21 +117,32 @@ def quantize_network(
     job, start = job or Job(), time.perf_counter()
     if job.weights and recipe.reconstruction:
         raise ValueError("weights of a checkpoint are taken as they are: no reconstruction with them")
-    kind = kind_of(recipe)
-    to_fit = kind if kind is not None and record is None and kind.fitted_afterwards(recipe) else None
-    if to_fit is not None:
-        runs.keep_reference()
+    data.check_model(runs.network)
     context = Context(
         runs.network, recipe, data, runs.times, runs.diffusion, runs.conditions, job.monitor, job.folder, job.processes
     )
-    if job.weights:
-        job.weights(runs.network)
-    run_stages(context, job.weights is not None)
-    remember_inputs(runs.network, data.x, data.t, data.inputs)
-    if to_fit is not None:
-        with naming("fitting the noise correction"):
-            record = to_fit.fit(runs, recipe)
+
+    def quantize() -> None:
+        if job.weights:
+            job.weights(runs.network)
+        run_stages(context, job.weights is not None)
+        remember_inputs(runs.network, data.x, data.t, data.inputs)
+
+    record = fitted_around(quantize, runs, recipe, record)
     return Outcome(record, context.found, mean_bits(runs.network, data), time.perf_counter() - start)
+
+
+def fitted_around(quantize: Callable[[], None], runs: Runs, recipe: Recipe, record: Record | None) -> Record | None:
+    """Quantize; the record of a correction that is fitted by runs before and after that, where it is not known."""
+    kind = kind_of(recipe)
+    if kind is None or record is not None or not kind.fitted_afterwards(recipe):
+        quantize()
+        return record
+    with naming("full-precision runs"):
+        seen = kind.before(runs, recipe)
+    quantize()
+    with naming("fitting the noise correction"):
+        return kind.fit(runs, recipe, seen)
 
 
 def calibrate_(network: Network | nn.Module, data: CalibrationSet, config: QuantConfig, batch_size: int = 32) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 
 from qncd.distributed import OneProcess, Processes
 from qncd.models.network import Call, Inputs, Network, network_of
-from qncd.ptq.context import Monitor, copied, silent
+from qncd.ptq.context import Monitor, silent
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.runs import CALIBRATION_SEED_BASE, TRACKING_SEED_BASE, DiffusionRuns
 from qncd.recipe import CalibrationConfig, SamplerConfig
 from qncd.rng import ImageNoise
-from qncd.sampling.corrector import Corrector, Recorder, See
+from qncd.sampling.corrector import Corrector, Predictions, Recorder, See
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.pipeline import PipelineSampler, Row, columns, denoiser_of, parameters_of, quiet, replaced
@@ -147,7 +146,6 @@ class PipelineRuns:
     config: CalibrationConfig
     steps: int | None = None
     monitor: Monitor = silent
-    reference: Network | None = None
     times: tuple[float, ...] = ()
     diffusion: Diffusion | None = None
     conditions: Conditions | None = None
@@ -166,10 +164,6 @@ class PipelineRuns:
     def samples(self) -> int:
         """Trajectories of the calibration calls."""
         return sum(rows_of_call(call) for call in self.calls)
-
-    def keep_reference(self) -> None:
-        """Keep the full-precision network, before it is quantized."""
-        self.reference = copied(self.network)
 
     def calibration_set(self, recorder: Recorder | None = None, model_hash: str | None = None) -> CalibrationSet:
         """The network's calls at evenly spread steps of a full-precision run, which `recorder` may watch."""
@@ -210,20 +204,26 @@ class PipelineRuns:
             assert correction.tap is not None
             correction.tap.remove()
 
-    def compare(self, see: See) -> None:
-        for call in self.calls:
-            exact: list[Tensor] = []
+    def predictions(self) -> Predictions:
+        kept: dict[int, list[Tensor]] = {}
+        for number, call in enumerate(self.calls):
+            kept[number] = []
 
-            def keep(taken: Taken, exact: list[Tensor] = exact) -> Tensor:
-                exact.append(taken.output)
+            def keep(taken: Taken, outputs: list[Tensor] = kept[number]) -> Tensor:
+                outputs.append(taken.output.cpu())
                 return taken.output
 
-            def show(taken: Taken, exact: list[Tensor] = exact) -> Tensor:
-                see(bare_step(taken), taken.x, taken.output, exact[taken.index])
-                return exact[taken.index]  # the run goes on as the full-precision one did
+            self._run("full precision", [call], keep, CALIBRATION_SEED_BASE)
+        return kept
 
-            with self._full_precision():
-                self._run("full precision", [call], keep, CALIBRATION_SEED_BASE)
+    def compare(self, exact: Predictions, see: See) -> None:
+        for number, call in enumerate(self.calls):
+
+            def show(taken: Taken, outputs: Sequence[Tensor] = exact[number]) -> Tensor:
+                output = outputs[taken.index].to(taken.output.device)
+                see(bare_step(taken), taken.x, taken.output, output)
+                return output  # the run goes on as the full-precision one did
+
             self._run("comparing with full precision", [call], show, CALIBRATION_SEED_BASE)
 
     def trajectory(self, samples: int) -> list[Tensor]:
@@ -233,21 +233,12 @@ class PipelineRuns:
             kept.append(taken.advance(taken.output).cpu())
             return taken.output
 
-        with self._full_precision():
-            self._run("full-precision trajectories", [merged(self.calls, samples)], keep, TRACKING_SEED_BASE, lanes=True)
+        self._run("full-precision trajectories", [merged(self.calls, samples)], keep, TRACKING_SEED_BASE, lanes=True)
         return kept
 
     def follow(self, corrector: Corrector, samples: int) -> None:
         correction = PipelineCorrection(self.network, corrector)
         self._run("quantized trajectories", [merged(self.calls, samples)], correction, TRACKING_SEED_BASE, lanes=True)
-
-    @contextmanager
-    def _full_precision(self) -> Iterator[None]:
-        """Within it, the pipeline runs the full-precision network."""
-        if self.reference is None:
-            raise ValueError("the full-precision network was not kept before it was quantized")
-        with replaced(self.pipe, self.reference.module):
-            yield
 
     def _run(self, title: str, calls: Sequence[Mapping[str, Any]], handler: StepHandler, base: int, lanes: bool = False) -> None:
         """Call the pipeline with each of the calls, while `handler` sees every step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from qncd.distributed import OneProcess, Processes, join_, part_of
 from qncd.models.network import Network
-from qncd.ptq.context import Monitor, copied, silent
+from qncd.ptq.context import Monitor, silent
 from qncd.ptq.data import CalibrationCollector, CalibrationSet
 from qncd.recipe import CalibrationConfig, SamplerConfig
-from qncd.sampling.corrector import Corrector, Denoiser, Kept, Recorder, See
+from qncd.sampling.corrector import Corrector, Denoiser, Kept, Predictions, Recorder, See
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.samplers import Callback, StepState
@@ -26,6 +27,7 @@ from qncd.sampling.scheduler import process_of
 CALIBRATION_SEED_BASE = 1 << 40
 STEPS = 20  # of a bare denoiser's scheduler, where nobody says
 TRACKING_SEED_BASE = 1 << 41  # and from calibration's: what a network was fitted to says less about its errors
+Wrap = Callable[[Denoiser], Denoiser]
 
 
 @dataclass
@@ -37,7 +39,6 @@ class DiffusionRuns:
         config: how many trajectories.
         conditions: one for each of the `config.samples` trajectories.
         monitor: is told of progress.
-        reference: the full-precision network beside the quantized one; see `keep_reference`.
         processes: who shares the trajectories; every one of them gets what all of them have shown.
     """
 
@@ -45,7 +46,6 @@ class DiffusionRuns:
     config: CalibrationConfig
     conditions: Conditions | None = None
     monitor: Monitor = silent
-    reference: Diffusion | None = None
     processes: Processes = field(default_factory=OneProcess)
 
     def __post_init__(self) -> None:
@@ -66,15 +66,10 @@ class DiffusionRuns:
         """The time steps that the sampler visits."""
         return tuple(self.diffusion.times)
 
-    def keep_reference(self) -> None:
-        """Keep the full-precision network, before it is quantized."""
-        if self.reference is None:
-            self.reference = dataclasses.replace(self.diffusion, network=copied(self.diffusion.network))
-
     def calibration_set(self, recorder: Recorder | None = None, model_hash: str | None = None) -> CalibrationSet:
         """The set along a full-precision run, which `recorder` may watch on the way."""
         collector = CalibrationCollector(len(self.diffusion.steps), self.config.steps)
-        self._run(self.diffusion, "calibration set", recorder, collector, [collector])
+        self._run("calibration set", recorder, collector, [collector])
         conditions = self.conditions
         inputs = {} if conditions is None else {name: value.cpu() for name, value in conditions.inputs.items()}
         uncond = None
@@ -83,24 +78,31 @@ class DiffusionRuns:
         return collector.result(inputs, uncond, model_hash)
 
     def record(self, recorder: Recorder) -> None:
-        self._run(self.diffusion, "full-precision noise table", recorder, None, [])
+        self._run("full-precision noise table", recorder, None, [])
 
-    def compare(self, see: See) -> None:
+    def predictions(self) -> Predictions:
+        keep = _Outputs()
+        self._run("full precision", None, None, [keep], keep.begin)
+        return keep.calls
+
+    def compare(self, exact: Predictions, see: See) -> None:
         quantized: list[Denoiser] = []
 
-        def begin(part: Conditions | None) -> None:
+        def begin(lane: int, part: Conditions | None) -> Wrap:
             quantized[:] = [self.diffusion.denoiser(part)]
+            calls = itertools.count()
+            return lambda _: lambda x, t: exact[next(calls)][lane].to(x.device)  # the run goes on as the full-precision one did
 
         def shown(state: StepState) -> None:
             see(state.step, state.x, quantized[0](state.x, state.step.t), state.eps)
 
-        self._run(self._reference(), "comparing with full precision", None, shown, [see], begin)
+        self._run("comparing with full precision", None, shown, [see], begin)
 
     def trajectory(self, samples: int) -> list[Tensor]:
         keep = _Ends()
         config = dataclasses.replace(self.config, samples=samples)
         tracked = dataclasses.replace(self, config=config, conditions=self._repeated(samples))
-        tracked._run(self._reference(), "full-precision trajectories", None, keep, [keep], base=TRACKING_SEED_BASE)
+        tracked._run("full-precision trajectories", None, keep, [keep], base=TRACKING_SEED_BASE)
         return [torch.cat(keep.ends[step.index]) for step in self.diffusion.steps]
 
     def follow(self, corrector: Corrector, samples: int) -> None:
@@ -114,11 +116,6 @@ class DiffusionRuns:
             seeds = range(first, first + samples)
             self.diffusion.sample(seeds, corrector, tell, conditions=self._repeated(samples))
 
-    def _reference(self) -> Diffusion:
-        if self.reference is None:
-            raise ValueError("the full-precision network was not kept before it was quantized")
-        return self.reference
-
     def _repeated(self, samples: int) -> Conditions | None:
         """The conditions in turn, as many as there are samples."""
         if self.conditions is None:
@@ -127,26 +124,26 @@ class DiffusionRuns:
 
     def _run(
         self,
-        diffusion: Diffusion,
         title: str,
         corrector: Corrector | None,
         callback: Callback | None,
         watchers: Sequence[object],
-        begin: Callable[[Conditions | None], None] | None = None,
+        begin: Callable[[int, Conditions | None], Wrap] | None = None,
         base: int = CALIBRATION_SEED_BASE,
     ) -> None:
         """All trajectories, lane by lane: they are the batches of any number of processes.
 
         Args:
-            watchers: that `callback` shows something. Where they and the corrector say what they keep, the processes share the
-                lanes, and all watchers have seen all of them in the end; else every process runs all.
+            watchers: that `callback` or `begin` shows something. Where they and the corrector say what they keep, the processes
+                share the lanes, and all watchers have seen all of them in the end; else every process runs all.
+            begin: what to put around the network's calls of a lane, by its number and its conditions.
 
         Raises:
             ValueError: in all processes, where something went wrong in one of several.
         """
         seers = [*watchers, *([corrector] if corrector else [])]
         shared = [seer.kept for seer in seers if isinstance(seer, Kept)]
-        lane, samples = diffusion.lane, self.config.samples
+        lane, samples = self.diffusion.lane, self.config.samples
         processes = self.processes if len(shared) == len(seers) else OneProcess()
         starts, error = part_of(processes, range(0, samples, lane)), None
         with self.monitor(title, "image") as update:
@@ -155,9 +152,8 @@ class DiffusionRuns:
                     count = min(lane, samples - start)
                     first = base + (self.config.seed << 20) + start
                     part = self.conditions[start : start + count] if self.conditions else None
-                    if begin:
-                        begin(part)
-                    diffusion.sample(range(first, first + count), corrector, callback, conditions=part)
+                    wrap = begin(start // lane, part) if begin else None
+                    self.diffusion.sample(range(first, first + count), corrector, callback, wrap, part)
                     update(samples * number // len(starts), samples)
             except (ValueError, FloatingPointError) as problem:
                 if processes.world == 1:
@@ -165,6 +161,31 @@ class DiffusionRuns:
                 error = str(problem)
         processes.agree(error)
         join_(processes, *(kept for parts in shared for kept in parts))
+
+
+class _Outputs:
+    """Keeps what the network gives at each call of a lane, lane after lane."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, list[Tensor]] = {}
+
+    @property
+    def kept(self) -> tuple[dict[int, list[Tensor]], ...]:
+        return (self.calls,)
+
+    def begin(self, _: int, __: Conditions | None) -> Wrap:
+        """What keeps the calls of the next lane."""
+        calls = itertools.count()
+
+        def wrap(denoise: Denoiser) -> Denoiser:
+            def kept(x: Tensor, t: float) -> Tensor:
+                out = denoise(x, t)
+                self.calls.setdefault(next(calls), []).append(out.cpu())
+                return out
+
+            return kept
+
+        return wrap
 
 
 class _Ends:
@@ -228,15 +249,14 @@ class BareRuns:
             self.record(recorder)
         return self.data
 
-    def keep_reference(self) -> None:
-        """Keep the full-precision network, before it is quantized."""
-        self._made().keep_reference()
-
     def record(self, recorder: Recorder) -> None:
         self._made().record(recorder)
 
-    def compare(self, see: See) -> None:
-        self._made().compare(see)
+    def predictions(self) -> Predictions:
+        return self._made().predictions()
+
+    def compare(self, exact: Predictions, see: See) -> None:
+        self._made().compare(exact, see)
 
     def trajectory(self, samples: int) -> list[Tensor]:
         return self._made().trajectory(samples)

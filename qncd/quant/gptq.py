@@ -23,6 +23,7 @@ from torch import Tensor
 from qncd.quant.affine import IntegerRange
 
 BLOCK = 128  # inputs whose errors are passed on together
+ROWS = 1024  # of a matrix that are looked at together: beside matrices of gigabytes, no second one for a moment
 DAMPING = 0.01  # of the mean of the gram matrix's diagonal
 RIDGES = 16  # each ten times the one before: those that are tried
 
@@ -50,6 +51,8 @@ def solve_rounding(
         grids: factors of `scale` to try.
         stored: what a grid's steps become once they are written down.
 
+    Takes memory for one more matrix of (n, n), and some ten of (O, n).
+
     Returns:
         codes int8 (O, n) of the weights, and the factor of each row's grid (O,), of the dtype of `gram`: the weights are
         codes * stored(scale * factor).
@@ -57,20 +60,19 @@ def solve_rounding(
     Raises:
         ValueError: `gram` or `cross` holds NaN or infinity, or the weights that come nearest are no finite numbers.
     """
-    if not all(bool(torch.isfinite(matrix).all()) for matrix in (gram, gram if cross is None else cross)):
+    if not all(_is_finite(matrix) for matrix in (gram, gram if cross is None else cross)):
         raise ValueError("the layer's inputs hold NaN or infinity")
     order = gram.diagonal().argsort()  # the inputs that carry most are rounded first: all others can make up for them
     work = weight[:, order].to(gram.dtype)
-    factor, ridge = _damped_factor_(gram[order][:, order], damping)
-    if cross is not None:
-        wanted = work @ cross[order][:, order] + ridge * work
-        work = torch.cholesky_solve(wanted.T, factor).T
+    wanted = None if cross is None else work @ _ordered(cross.T, order).T
+    factor, ridge = _damped_factor(gram, order, damping)
+    if wanted is not None:
+        work = torch.cholesky_solve((wanted + ridge * work).T, factor).T
     steps = scale.expand_as(weight)[:, order].to(work)
     chosen = torch.ones_like(work[:, 0])
-    best, least = torch.zeros_like(work, dtype=torch.int8), torch.full_like(chosen, torch.inf)
+    best, least = torch.zeros_like(work, dtype=torch.int8), torch.full_like(chosen, torch.inf, dtype=torch.float64)
     for grid in grids:
-        found, errors = _round_backwards(work, stored(steps * grid), codes, factor)
-        cost = (errors @ factor).square_().sum(1)
+        found, cost = _round_backwards(work, stored(steps * grid), codes, factor)
         better = cost < least
         best = torch.where(better[:, None], found, best)
         least, chosen = torch.where(better, cost, least), torch.where(better, grid, chosen)
@@ -81,18 +83,32 @@ def solve_rounding(
     return result, chosen
 
 
-def _damped_factor_(gram: Tensor, damping: float) -> tuple[Tensor, float]:
-    """L with L L^T = gram + ridge, and the ridge: the smallest of those tried that leaves the matrix positive definite.
+def _is_finite(matrix: Tensor) -> bool:
+    return all(bool(torch.isfinite(rows).all()) for rows in matrix.split(ROWS))
 
-    `gram` is changed in place.
+
+def _ordered(matrix: Tensor, order: Tensor) -> Tensor:
+    """The rows and columns of a matrix in another order: a new one, column by column in memory, to be factorized in place."""
+    columns = torch.empty_like(matrix.T, memory_format=torch.contiguous_format)
+    for part, chosen in zip(columns.split(ROWS), order.split(ROWS), strict=True):
+        part.copy_(matrix[:, chosen][order].T)
+    return columns.T
+
+
+def _damped_factor(gram: Tensor, order: Tensor, damping: float) -> tuple[Tensor, float]:
+    """L with L L^T = gram + ridge, rows and columns in `order`, and the ridge: the smallest of those tried that leaves the matrix
+    positive definite.
     """
-    mean = float(gram.diagonal().clamp(min=0).mean())
+    diagonal = gram.diagonal()[order]
+    mean = float(diagonal.clamp(min=0).mean())
     ridge = max(damping * mean, torch.finfo(gram.dtype).tiny) if mean else 1.0  # all inputs 0: any leaves the weight as it is
     added = 0.0
     for _ in range(RIDGES):
-        gram.diagonal().add_(ridge - added)
-        factor, failed_at = torch.linalg.cholesky_ex(gram)
-        if int(failed_at) == 0 and bool(torch.isfinite(factor).all()):
+        diagonal.add_(ridge - added)
+        factor, failed_at = _ordered(gram, order), torch.empty((), dtype=torch.int32, device=gram.device)
+        factor.diagonal().copy_(diagonal)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed_at))
+        if int(failed_at) == 0 and _is_finite(factor):
             return factor, ridge
         ridge, added = 10 * ridge, ridge
     raise ValueError("the Gram matrix of its inputs is not positive definite")
@@ -102,20 +118,25 @@ def _round_backwards(target: Tensor, scale: Tensor, codes: IntegerRange, factor:
     """GPTQ from the last column to the first: target and scale (O, n), factor (n, n) lower triangular.
 
     Returns:
-        int8 codes and what they leave of the target, (O, n) each.
+        int8 codes (O, n), and what they cost: of what they leave of the target, E, the squares of E L, summed (O,) in float64.
     """
     found = torch.zeros_like(target, dtype=torch.int8)
-    errors = torch.zeros_like(target)  # of the columns done
+    errors = torch.zeros_like(target)  # E, of the columns done
+    cost = torch.zeros_like(target[:, 0], dtype=torch.float64)
     diagonal = factor.diagonal()
     for stop in range(target.shape[1], 0, -BLOCK):
         start = max(0, stop - BLOCK)
         passed_on = errors[:, stop:] @ factor[stop:, start:stop]
+        missed = torch.empty_like(passed_on)  # columns of E L over the diagonal of L: columns of E before them add nothing
         for j in range(stop - 1, start - 1, -1):
             inside = j - start
             aim = target[:, j] + passed_on[:, inside] / diagonal[j]
             code = (aim / scale[:, j]).round_().clamp_(codes.qmin, codes.qmax)
             found[:, j] = code.to(torch.int8)
-            errors[:, j] = target[:, j] - code.mul_(scale[:, j])
+            rounded = code.mul_(scale[:, j])
+            errors[:, j] = target[:, j] - rounded
+            missed[:, inside] = aim.sub_(rounded)
             if inside:
                 passed_on[:, :inside].addr_(errors[:, j], factor[j, start:j])
-    return found, errors
+        cost += missed.mul_(diagonal[start:stop]).square_().sum(1)
+    return found, cost

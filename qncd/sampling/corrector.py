@@ -105,8 +105,15 @@ class Kept(Protocol):
         """
 
 
+Predictions = Mapping[int, Sequence[Tensor]]  # of the network on a full-precision run, on the CPU; in an order that `Runs` knows
+
+
 class Runs(Protocol):
-    """Calibration runs of one sampler, of the full-precision network and of the quantized one, from seeds that no image has."""
+    """Calibration runs of one sampler, from seeds that no image has: of the network in full precision, and once it is quantized.
+
+    There is one network, so what the quantized one is compared with is kept of runs before: a copy of a network of 2.6 billion
+    weights takes more memory than its predictions.
+    """
 
     @property
     def samples(self) -> int:
@@ -115,11 +122,14 @@ class Runs(Protocol):
     def record(self, recorder: Recorder) -> None:
         """A full-precision run that `recorder` watches."""
 
-    def compare(self, see: See) -> None:
-        """A full-precision run, at whose every step `see` is shown what both networks predict."""
+    def predictions(self) -> Predictions:
+        """What the network predicts on a full-precision run, for `compare`: samples * steps * C * H * W floats."""
 
     def trajectory(self, samples: int) -> list[Tensor]:
         """A full-precision run of `samples` trajectories: (samples, ...) after each step."""
+
+    def compare(self, exact: Predictions, see: See) -> None:
+        """The run of `predictions` once more, at whose every step `see` is shown what the quantized network predicts too."""
 
     def follow(self, corrector: Corrector, samples: int) -> None:
         """A run of the quantized network from the seeds of `trajectory`, all in one batch, corrected by `corrector`."""
@@ -150,8 +160,12 @@ class CorrectorKind:
         """What has to watch a full-precision run before the network is quantized; None for nothing."""
         return None
 
-    def fit(self, runs: Runs, recipe: Recipe) -> Record | None:
-        """The record, by runs after the network is quantized; None where there is nothing to know."""
+    def before(self, runs: Runs, recipe: Recipe) -> Any:
+        """What `fit` needs of full-precision runs, before the network is quantized."""
+        return None
+
+    def fit(self, runs: Runs, recipe: Recipe, seen: Any) -> Record | None:
+        """The record, by runs after the network is quantized; None where there is nothing to know. `seen` is from `before`."""
         return None
 
     def corrector(self, recipe: Recipe, record: Any) -> Corrector:

@@ -265,8 +265,13 @@ def test_tracking_filters_are_fitted_to_runs_of_the_same_seeds(make_unet: Any) -
     def monitor(title: str, unit: str) -> Iterator[Any]:
         yield lambda *counts: done.setdefault(title, []).append(counts)
 
-    runs = DiffusionRuns(rough, CalibrationConfig(8, 3, 16), monitor=monitor, reference=reference)
-    filters = Tracking().fit(runs, Recipe(correction=None, offline="tracking"))
+    runs, recipe = (
+        DiffusionRuns(reference, CalibrationConfig(8, 3, 16), monitor=monitor),
+        Recipe(correction=None, offline="tracking"),
+    )
+    seen = Tracking().before(runs, recipe)
+    runs.diffusion = rough
+    filters = Tracking().fit(runs, recipe, seen)
     assert filters.images == 16 and filters.kernels.shape == (4, 3, 6, 3, 3)
     steps = [(count, 4) for count in (1, 2, 3, 4)]
     assert done == {"full-precision trajectories": [(16, 16)], "quantized trajectories": steps}

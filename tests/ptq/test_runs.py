@@ -84,13 +84,13 @@ def all_runs(make_unet: Any, processes: OneProcess) -> list[torch.Tensor]:
     runs = DiffusionRuns(exact, CalibrationConfig(samples=5, steps=2, batch_size=4), processes=processes)
     recorder, pairs, norms = NoiseRecorder(CorrectionConfig(interval=2)), OfflineRecorder(), []
     data = runs.calibration_set(recorder)
-    runs.keep_reference()
+    kept, ends = runs.predictions(), runs.trajectory(5)
     runs.diffusion = rough
-    runs.compare(pairs)
-    runs.compare(lambda step, x, quantized, full: norms.append((quantized - full).norm()))  # says not what it keeps
+    runs.compare(kept, pairs)
+    runs.compare(kept, lambda step, x, quantized, full: norms.append((quantized - full).norm()))  # says not what it keeps
     tensors, _ = recorder.table().to_tensors()
     statistics, _ = pairs.statistics().to_tensors()
-    return [data.x, data.t, *tensors.values(), *statistics.values(), torch.stack(norms), *runs.trajectory(5)]
+    return [data.x, data.t, *tensors.values(), *statistics.values(), torch.stack(norms), *ends]
 
 
 @pytest.mark.parametrize("world", [2, 4])  # of 3 lanes
@@ -119,9 +119,9 @@ def test_what_goes_wrong_in_one_process_is_told_in_all(make_unet: Any) -> None:
     broken: list[int] = []
 
     def run(processes: Together) -> None:
-        runs = DiffusionRuns(diffusion, CalibrationConfig(samples=4, steps=2), processes=processes, reference=diffusion)
+        runs = DiffusionRuns(diffusion, CalibrationConfig(samples=4, steps=2), processes=processes)
         if processes.rank == 1:
             broken.append(threading.get_ident())
-        runs.compare(Watcher())
+        runs.compare(runs.predictions(), Watcher())
 
     assert [str(error) for error in in_all(2, run)] == ["broken here"] * 2

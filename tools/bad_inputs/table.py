@@ -72,6 +72,7 @@ TOOLS = {
     "tools/train_fashion_mnist_classifier.py --out out": CLASSIFIERS | {"--data": "{m}/missing {m}/other"},
     "tools/score_scenes.py --write_captions out.txt": {"-n": "0 -1 5000 x", "--seed": "-1 x"},
     "tools/check_full_size.py": {
+        "--model": "sd9", "--sample_size": WRONG_COUNTS,
         "--size": f"{WRONG_COUNTS}", "--steps": f"{WRONG_COUNTS} 1001", "--scale": "nan x", "--weight_bit": "1 9",
         "--act_bit": "1 9", "--cali_n": WRONG_COUNTS, "--cali_st": WRONG_COUNTS, "--config": "{m}/missing.yaml",
         "--json": "{m}/other",

@@ -32,6 +32,7 @@ MIN_POSITIONS = 128  # of each image, where there are so many
 GRIDS = (0.7, 0.76, 0.82, 0.88, 0.94, 1.0, 1.08)  # of the scales that the range search has found, those that are tried
 PRECISION = 0.1 * DAMPING  # of the variance of a layer's inputs: what rounding errors of their moments may come to
 MEMORY = 4 << 30  # bytes of moments at a time where the device does not say what it has
+PART = 1024  # rows of a matrix that are centred together
 
 
 class Moments:
@@ -66,17 +67,17 @@ class Moments:
         self.gram.addmm_(rounded.T, rounded)
         self.cross.addmm_(exact.T, rounded)
 
-    def plain(self) -> tuple[Tensor, Tensor]:
-        """(gram, cross) about 0, for a layer whose mean error has no bias to go into; of the same dtype as `centred`."""
-        gram, cross, rounded, exact = self.centred()
-        return gram + torch.outer(rounded, rounded).to(gram), cross + torch.outer(exact, rounded).to(cross)
-
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(gram, cross, mean of x_q, mean of x_f), the first two about the means; float64 where that is affordable."""
+        """(gram, cross, mean of x_q, mean of x_f), the first two about the means; float64 where that is affordable.
+
+        The sums are used up: they become what is returned, as two of them may be all that there is memory for.
+        """
         dtype = torch.float64 if self.exactly or len(self.gram) <= 4096 else torch.float32
         rounded, exact = self.rounded / self.count, self.exact / self.count
-        gram = (self.gram.to(dtype) / self.count).sub_(torch.outer(rounded, rounded).to(dtype))
-        cross = (self.cross.to(dtype) / self.count).sub_(torch.outer(exact, rounded).to(dtype))
+        gram, cross = self.gram.to(dtype), self.cross.to(dtype)
+        for matrix, left in ((gram, rounded), (cross, exact)):
+            for rows, values in zip(matrix.split(PART), left.split(PART), strict=True):
+                rows.div_(self.count).sub_(torch.outer(values, rounded).to(dtype))
         if self.origin is not None:
             rounded, exact = rounded + self.origin[0], exact + self.origin[1]
         return gram, cross, rounded, exact
@@ -101,7 +102,7 @@ class Solution:
         scale: (O, K).
         shift: (O,), what the bias gains where there may be one.
         misfit: mean square error of the layer's output less the exact output's mean square, both about their means where
-            they have a bias: for comparing solutions of one layer with one another.
+            they have a bias: for comparing solutions of one layer with one another; 0 where that is not asked for.
     """
 
     codes: Tensor
@@ -118,7 +119,8 @@ def compensate_(network: Network, data: CalibrationSet, batch_size: int = 32) ->
         ValueError: a layer's inputs hold NaN or infinity, or its weights cannot be solved for; the layer is named.
     """
     layers = quant_layers(network.module)
-    for name, solution in solutions(network, data.spread(INPUTS), batch_size).items():
+    solved = dict(solutions(network, data.spread(INPUTS), batch_size))  # all of them: every pass is one in full precision
+    for name, solution in solved.items():
         layers[name].set_weight_codes(solution.codes, solution.scale)
         named(name, functools.partial(layers[name].shift_bias_, solution.shift))
 
@@ -130,8 +132,9 @@ def solutions(
     batch_size: int,
     rows: int = ROWS,
     grids: Sequence[float] = GRIDS,
-) -> dict[str, Solution]:
-    """What `compensate_` puts into each layer, by name; the network stays as it is: every pass is one in full precision.
+    judged: bool = False,
+) -> Iterator[tuple[str, Solution]]:
+    """What `compensate_` puts into each layer, with its name, as it is found; the network has to stay as it is until all are.
 
     Takes memory for the moments of as many layers at once as there is room for, and a pass over the inputs for each group. Layers
     whose moments float32 does not hold, those of nearly constant or very large inputs, are looked at once more in float64.
@@ -140,9 +143,9 @@ def solutions(
         data: the inputs that the moments are taken over, all of them.
         rows: of moments for each input of a layer, where the layer has so many positions.
         grids: factors of the weights' scales to try.
+        judged: with their misfits.
     """
     layers = {name: layer for name, layer in quant_layers(network.module).items() if _fits(layer)}
-    solved: dict[str, Solution] = {}
     for exactly in (False, True):
         again: dict[str, QuantLayer] = {}
         for group in _groups(layers, _memory(network.device), exactly):
@@ -154,9 +157,8 @@ def solutions(
                 if found.lost():
                     again[name] = layers[name]
                 else:
-                    solved[name] = named(name, functools.partial(_solved, layers[name], found, grids))
+                    yield name, named(name, functools.partial(_solved, layers[name], found, grids, judged))
         layers = again
-    return solved
 
 
 def _fits(layer: QuantLayer) -> bool:
@@ -241,10 +243,11 @@ def _rows(layer: QuantLayer, x: Tensor, positions: Tensor) -> Tensor:
     return chosen.reshape(-1, layer.weight[0].numel()).float()
 
 
-def _solved(layer: QuantLayer, moments: Moments, grids: Sequence[float]) -> Solution:
+def _solved(layer: QuantLayer, moments: Moments, grids: Sequence[float], judged: bool) -> Solution:
     gram, cross, rounded_mean, exact_mean = moments.centred()
-    if not layer.takes_shift:
-        gram, cross = moments.plain()
+    if not layer.takes_shift:  # about 0: there is no bias for the mean error to go into
+        gram.add_(torch.outer(rounded_mean, rounded_mean).to(gram))
+        cross.add_(torch.outer(exact_mean, rounded_mean).to(cross))
     codes = layer.config.weight_codes
     assert codes is not None and layer.weight_scale is not None
     weight = layer.weight.flatten(1)
@@ -253,8 +256,10 @@ def _solved(layer: QuantLayer, moments: Moments, grids: Sequence[float]) -> Solu
     steps = layer.stored_scale(scale.double() * factors.double()[:, None])
     solved = (whole.double() * steps).to(weight.dtype)
     shift = weight.double() @ exact_mean - solved.double() @ rounded_mean
-    exact, rounded = weight.to(gram), solved.to(gram)
-    misfit = float(((rounded @ gram - 2 * exact @ cross) * rounded).sum())
+    misfit = 0.0
+    if judged:
+        exact, rounded = weight.to(gram), solved.to(gram)
+        misfit = float(((rounded @ gram - 2 * exact @ cross) * rounded).sum())
     chosen = layer.stored_scale(layer.weight_scale * factors[:, None].to(scale))
     return Solution(whole.view_as(layer.weight), chosen, shift, misfit)
 

@@ -40,10 +40,9 @@ def run_stages(context: Context, weights_given: bool = False) -> None:
         weights_given: the network was prepared with weights of a checkpoint: the stages that make weights are left out.
 
     Raises:
-        ValueError: the calibration set does not fit the network; what a stage raises; the stage is named, and the layer where it
+        ValueError: what a stage raises; the stage is named, and the layer where it
             was in the call of one, for errors of torch and of arithmetic.
     """
-    context.data.check_model(context.network)
     for stage in STAGES:
         if stage.wanted(context.recipe) and not (weights_given and stage.weights):
             with naming(stage.title):

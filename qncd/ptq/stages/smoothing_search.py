@@ -54,7 +54,7 @@ def search_smoothing_(network: Network, data: CalibrationSet, batch_size: int = 
         if strength:
             smooth_(trial, {name: ratio**strength for name, ratio in ratios.items()})
         find_ranges_(trial, part, batch_size)
-        for name, solution in solutions(trial, part, batch_size, ROWS, (1.0,)).items():
+        for name, solution in solutions(trial, part, batch_size, ROWS, (1.0,), judged=True):
             if name not in least or solution.misfit < least[name][0]:
                 least[name] = solution.misfit, strength
     chosen = {name: strength for name, (_, strength) in least.items() if name in ratios}

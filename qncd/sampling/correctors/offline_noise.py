@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qncd.recipe import Recipe, check_choice
-from qncd.sampling.corrector import Advance, Corrected, Corrector, CorrectorKind, Denoiser, Runs, check_record
+from qncd.sampling.corrector import Advance, Corrected, Corrector, CorrectorKind, Denoiser, Predictions, Runs, check_record
 from qncd.sampling.schedule import Step
 
 KINDS = ("ptqd", "d2dpm")
@@ -177,9 +177,12 @@ class PTQD(CorrectorKind):
     prefix, record = "offline", OfflineStatistics
     name = "ptqd"
 
-    def fit(self, runs: Runs, recipe: Recipe) -> OfflineStatistics:
+    def before(self, runs: Runs, recipe: Recipe) -> Predictions:
+        return runs.predictions()
+
+    def fit(self, runs: Runs, recipe: Recipe, seen: Predictions) -> OfflineStatistics:
         recorder = OfflineRecorder()
-        runs.compare(recorder)
+        runs.compare(seen, recorder)
         return recorder.statistics()
 
     def corrector(self, recipe: Recipe, record: OfflineStatistics) -> Corrector:

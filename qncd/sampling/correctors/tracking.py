@@ -211,10 +211,12 @@ class Tracking(CorrectorKind):
 
     prefix, record = "tracking", TrackingFilters
 
-    def fit(self, runs: Runs, recipe: Recipe) -> TrackingFilters:
-        samples = max(runs.samples, min(2 * runs.samples, TRACKED))
-        fitter = TrackingFitter(runs.trajectory(samples))
-        runs.follow(fitter, samples)
+    def before(self, runs: Runs, recipe: Recipe) -> list[Tensor]:
+        return runs.trajectory(max(runs.samples, min(2 * runs.samples, TRACKED)))
+
+    def fit(self, runs: Runs, recipe: Recipe, seen: list[Tensor]) -> TrackingFilters:
+        fitter = TrackingFitter(seen)
+        runs.follow(fitter, len(seen[0]))
         return fitter.filters()
 
     def corrector(self, recipe: Recipe, record: TrackingFilters) -> Corrector:
