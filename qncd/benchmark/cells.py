@@ -182,6 +182,8 @@ def reconstruct_weights(plan: Plan, cell: Cell) -> None:
 def _quantize_(plan: Plan, cell: Cell, recipe: Recipe, runs: DiffusionRuns | PipelineRuns) -> Outcome:
     """Quantize the network of `runs` in place, with the blocks reconstructed so far, and fit its correction."""
     data, table = load_calibration_set(plan, cell.seed, runs.network)
+    if isinstance(runs, PipelineRuns):
+        runs.calibration_set()  # shows the time steps and the first calls, which stages ask for
     record = table if recipe.controlled else None
     return quantize_network(runs, recipe, data, record, Job(folder=cell.reconstruction_folder(plan)))
 
