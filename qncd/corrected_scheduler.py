@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qncd.io.files import read_json
 from qncd.models.network import network_of
-from qncd.sampling.scheduler import PipelineCorrection, StepHandler, Taken, Tap, handle, prediction_of
+from qncd.sampling.scheduler import PipelineCorrection, StepHandler, Taken, Tap, handle, needs_tap, prediction_of
 
 MOST_CALLS = 8  # of a network between two steps of its scheduler
 _called = threading.local()
@@ -32,7 +32,7 @@ class CorrectedScheduler(SchedulerMixin):
     ) -> Any:
         """The scheduler. Raises ValueError where its configuration names none of diffusers."""
         folder = Path(path) / (subfolder or "")
-        name = read_json(folder / SCHEDULER_CONFIG_NAME).get("_class_name")
+        name = read_json(folder / SCHEDULER_CONFIG_NAME, infinities=True).get("_class_name")
         kind = getattr(diffusers, str(name), None)
         if kind is None or not hasattr(kind, "step"):
             raise ValueError(f"{folder / SCHEDULER_CONFIG_NAME}: _class_name {name!r}: not a scheduler of diffusers")
@@ -54,7 +54,9 @@ class Waiting:
 
     def __init__(self, module: nn.Module, corrector: Any, times: tuple[float, ...] | None, calls_network: bool) -> None:
         self.module, self.corrector, self.times = weakref.ref(module), corrector, times
-        self.tap = Tap(network_of(module)) if calls_network else None
+        network = network_of(module)
+        self.calls_network = calls_network
+        self.tap = Tap(network) if needs_tap(network, calls_network) else None
         self.calls = 0
         self.handle = module.register_forward_pre_hook(self)
 
@@ -96,5 +98,5 @@ class _OfLastNetwork(StepHandler):
         waiting.calls = 0
         if taken.index == 0 or self.correction is None:
             network = network_of(module, prediction_of(taken.scheduler))
-            self.correction = PipelineCorrection(network, waiting.corrector, waiting.tap, waiting.times)
+            self.correction = PipelineCorrection(network, waiting.corrector, waiting.calls_network, waiting.times, waiting.tap)
         return self.correction(taken)

@@ -25,7 +25,7 @@ from qncd.recipe import CalibrationConfig, QuantConfig, Recipe
 from qncd.sampling.corrector import Record
 from qncd.sampling.correctors.registry import corrector_of, kind_of
 from qncd.sampling.pipeline import denoiser_of
-from qncd.sampling.scheduler import PipelineCorrection, Tap, attach, prediction_of
+from qncd.sampling.scheduler import PipelineCorrection, attach, prediction_of
 
 FILE = "quantized.safetensors"  # of a network that is no model of diffusers
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -98,8 +98,7 @@ def correct(pipe: Any, network: Network, state: State) -> None:
         return
     if waiting := getattr(network.module, "_qncd_waiting", None):
         waiting.remove()
-    tap = Tap(network) if kind.calls_network else None
-    attach(pipe, PipelineCorrection(network, corrector, tap, state.fitted_times))
+    attach(pipe, PipelineCorrection.of(network, corrector, kind.calls_network, state.fitted_times))
 
 
 def save(model: Any, folder: str | Path) -> Path:

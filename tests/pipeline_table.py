@@ -7,6 +7,7 @@ prints the table of docs/pipelines.md. tests/app/test_pipelines.py goes through 
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -39,15 +40,21 @@ SCHEDULERS: dict[str, Any] = {
     "LCM": lambda own: diffusers.LCMScheduler.from_config(own),
     "DDPM": lambda own: diffusers.DDPMScheduler.from_config(own),
 }
+ARGUMENTS = (
+    "strength", "guidance_rescale", "max_sequence_length", "use_resolution_binning", "clean_caption", "cfg_normalization",
+    "complex_human_instruction",
+)  # fmt: skip
+# Kinds of rectified flow, which the schedulers above do not sample.
+FLOW = ("SD3", "FLUX", "AuraFlow", "Sana", "Lumina2", "Qwen-Image")
 BY_TEXT = tuple(name for name, kind in KINDS.items() if "prompt" in kind.call)
 # One pipeline with every scheduler and number of steps; every other one with its own and with two more.
 CELLS = [("SD1", scheduler, steps) for scheduler in SCHEDULERS for steps in STEPS]
 CELLS += [
     (kind, scheduler, 8)
     for kind in KINDS
-    if kind not in ("SD1", "Kandinsky 2.2", "DeepFloyd IF")
+    if kind not in ("SD1", "Kandinsky 2.2", "DeepFloyd IF", "Wan")
     for scheduler in ("own", "Euler", "DPM++ 2M")
-    if scheduler == "own" or kind not in ("LDM", "DDPM", "DDIM", "LCM")
+    if scheduler == "own" or kind not in ("LDM", "DDPM", "DDIM", "LCM", *FLOW)
 ]
 # 20 steps divide 1000 as 8 do; what scheduler a pipeline is called with is no matter of its kind, but for Euler's scaled inputs.
 HELD = [cell for cell in CELLS if cell[1:] != ("DPM++ 2M", 8) or cell[0] in ("SD1", "SDXL") if cell[2] != 20]
@@ -91,11 +98,11 @@ def by_command(folder: Path, kind: str, steps: int, out: Path) -> np.ndarray:
         for name, flag in (("height", "--H"), ("width", "--W")):
             if name in call:
                 flags += [flag, call[name]]
-        for name in ("strength", "guidance_rescale"):
+        for name in ARGUMENTS:
             if name in call:
-                flags += ["--argument", f"{name}={call[name]}"]
+                flags += ["--argument", f"{name}={json.dumps(call[name])}"]
         run_in_process("txt2img.py", "--ckpt", folder, *flags, *common)
-    elif kind.startswith("LDM"):
+    elif kind.startswith("LDM") or kind == "DiT":
         classes = ["--classes", ",".join(map(str, call["class_labels"]))] if "class_labels" in call else []
         run_in_process("sample_diffusion_ldm.py", "-r", folder, "-n", 2, "-c", steps, "-l", out, *classes, *common)
     else:

@@ -1,7 +1,8 @@
-"""Small pipelines of diffusers with random weights: every kind whose denoiser is a UNet. Each is made in a second."""
+"""Small pipelines of diffusers with random weights: UNets and transformers. Each is made in a second."""
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,28 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
 from qncd.models.original.clip_tokenizer import clip_bpe
@@ -70,10 +86,10 @@ def tokenizer(pad: str | None = None) -> Any:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, **({"pad_token": pad} if pad else {}))
 
 
-def vae() -> Any:
+def vae(**settings: Any) -> Any:
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4, latent_channels=4, sample_size=16,
+        norm_num_groups=4, latent_channels=4, sample_size=16, **settings,
     )  # fmt: skip
 
 
@@ -180,6 +196,172 @@ def classes() -> Any:
     return ClassConditionalLDMPipeline(vq(), network, ClassConditioner(6, 16), diffusers.DDIMScheduler(**SCALED))
 
 
+# Transformers.
+
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 8}
+
+
+def t5() -> Any:
+    return T5EncoderModel(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+
+
+def t5_tokenizer() -> Any:
+    """T5's, of single letters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\N{LOWER ONE EIGHTH BLOCK}", -2.0)]
+    return T5Tokenizer(vocab=[*pieces, *((letter, -3.0) for letter in string.ascii_lowercase)], extra_ids=0, model_max_length=64)
+
+
+def spread_out(network: Any) -> Any:
+    """A transformer whose modulation does something: diffusers leaves it next to nothing in random networks."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("linear.weight") or name.endswith("mod.1.weight") or "adaLN_modulation" in name:
+                parameter.mul_(4)
+    return network
+
+
+def flow(shift: float = 3.0, **settings: Any) -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, **settings)
+
+
+def dit() -> Any:
+    network = diffusers.DiTTransformer2DModel(
+        **HEADS, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=1000
+    )
+    return diffusers.DiTPipeline(spread_out(network), vae(), diffusers.DDIMScheduler(**SCALED))
+
+
+def pixart(kind: Any) -> Any:
+    network = diffusers.PixArtTransformer2DModel(
+        **HEADS, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2, caption_channels=16,
+        cross_attention_dim=16,
+    )  # fmt: skip
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+    return kind(t5_tokenizer(), t5(), vae(), spread_out(network), scheduler)
+
+
+def sd3() -> Any:
+    network = diffusers.SD3Transformer2DModel(
+        **HEADS, sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, joint_attention_dim=32,
+        caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=8, dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )  # fmt: skip
+    return diffusers.StableDiffusion3Pipeline(
+        spread_out(network), flow(), vae(shift_factor=0.1), text_model(16, 16), tokenizer(), text_model(16, 16), tokenizer("!"),
+        T5EncoderModel(T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)), t5_tokenizer(),
+    )  # fmt: skip
+
+
+def flux() -> Any:
+    network = diffusers.FluxTransformer2DModel(
+        **HEADS, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=16,
+        pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    return diffusers.FluxPipeline(
+        flow(use_dynamic_shifting=True),
+        vae(shift_factor=0.1),
+        text_model(),
+        tokenizer(),
+        t5(),
+        t5_tokenizer(),
+        spread_out(network),
+    )
+
+
+def umt5() -> Any:
+    return UMT5EncoderModel(UMT5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+
+
+def aura_flow() -> Any:
+    network = diffusers.AuraFlowTransformer2DModel(
+        **HEADS, sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
+        joint_attention_dim=16, caption_projection_dim=16, pos_embed_max_size=64,
+    )  # fmt: skip
+    return diffusers.AuraFlowPipeline(t5_tokenizer(), umt5(), vae(), spread_out(network), flow(1.7))
+
+
+def gemma() -> tuple[Any, Any]:
+    """Tokenizer, of single letters, and text encoder."""
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\N{LOWER ONE EIGHTH BLOCK}")
+    vocabulary = {piece: i for i, piece in enumerate((*special, *string.ascii_letters, *string.punctuation))}
+    config = Gemma2Config(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    return GemmaTokenizer(vocab=vocabulary, merges=[]), Gemma2Model(config)
+
+
+def sana() -> Any:
+    network = diffusers.SanaTransformer2DModel(
+        **HEADS, in_channels=4, out_channels=4, num_layers=2, num_cross_attention_heads=2, cross_attention_head_dim=8,
+        cross_attention_dim=16, caption_channels=16, sample_size=8, patch_size=1,
+    )  # fmt: skip
+    words, text = gemma()
+    decoder = diffusers.AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.SanaPipeline(words, text, decoder, spread_out(network), scheduler)
+
+
+def lumina() -> Any:
+    network = diffusers.Lumina2Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1, num_attention_heads=2,
+        num_kv_heads=1, axes_dim_rope=(4, 4, 8), axes_lens=(64, 32, 32), cap_feat_dim=16, multiple_of=8,
+    )  # fmt: skip
+    words, text = gemma()
+    return diffusers.Lumina2Pipeline(spread_out(network), flow(), vae(shift_factor=0.1), text, words)
+
+
+def hunyuan() -> Any:
+    network = diffusers.HunyuanDiT2DModel(
+        **HEADS, in_channels=4, patch_size=2, sample_size=8, hidden_size=16, num_layers=2, mlp_ratio=2.0, learn_sigma=True,
+        cross_attention_dim=16, cross_attention_dim_t5=16, pooled_projection_dim=16, text_len=77, text_len_t5=256,
+    )  # fmt: skip
+    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "circle"))}
+    text = BertModel(BertConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    return diffusers.HunyuanDiTPipeline(
+        vae(), text, BertTokenizer(vocab=vocabulary), spread_out(network), diffusers.DDPMScheduler(), None, None, False, t5(),
+        t5_tokenizer(),
+    )  # fmt: skip
+
+
+def wan() -> Any:
+    network = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+    )  # fmt: skip
+    decoder = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    return diffusers.WanPipeline(t5_tokenizer(), umt5(), decoder, flow(), spread_out(network))
+
+
+def qwen_image() -> Any:
+    network = diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    letters = sorted(bytes_to_unicode().values())
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    vocabulary = {piece: i for i, piece in enumerate((*letters, *special))}
+    words = Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    words.add_special_tokens({"additional_special_tokens": list(special[1:])})
+    text_config = {
+        "vocab_size": len(vocabulary), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
+    }  # fmt: skip
+    sight = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    text = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text_config, vision_config=sight))
+    decoder = diffusers.AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    return diffusers.QwenImagePipeline(flow(use_dynamic_shifting=True), decoder, text, words, spread_out(network))
+
+
 def zero_snr(prediction: str = "v_prediction") -> Any:
     return diffusers.DDIMScheduler(
         **{**SCALED, "steps_offset": 0, "set_alpha_to_one": True}, prediction_type=prediction, rescale_betas_zero_snr=True,
@@ -194,6 +376,9 @@ def picture(seed: int = 0) -> Image.Image:
 
 
 TEXT: dict[str, Any] = {"prompt": PROMPTS}
+SQUARE: dict[str, Any] = {**TEXT, "height": 16, "width": 16}
+SHORT: dict[str, Any] = {**SQUARE, "max_sequence_length": 12}
+UNCHANGED: dict[str, Any] = {**SHORT, "use_resolution_binning": False, "clean_caption": False}
 COUNT: dict[str, Any] = {"batch_size": 2}
 
 
@@ -245,6 +430,17 @@ KINDS: dict[str, Kind] = {
     "LCM": Kind(lcm),
     "Kandinsky 2.2": Kind(kandinsky, {**_embeds("image_embeds", 2, 12), "height": 64, "width": 64}),
     "DeepFloyd IF": Kind(deepfloyd, _embeds("prompt_embeds", 2, 5, 12)),
+    "DiT": Kind(dit, {"class_labels": [1, 3]}),
+    "PixArt alpha": Kind(lambda: pixart(diffusers.PixArtAlphaPipeline), UNCHANGED),
+    "PixArt sigma": Kind(lambda: pixart(diffusers.PixArtSigmaPipeline), UNCHANGED),
+    "SD3": Kind(sd3, SHORT),
+    "FLUX": Kind(flux, SHORT),
+    "AuraFlow": Kind(aura_flow, SHORT),
+    "Sana": Kind(sana, {**UNCHANGED, "height": 32, "width": 32, "complex_human_instruction": None}),
+    "Lumina2": Kind(lumina, {**SHORT, "height": 64, "width": 64, "cfg_normalization": False}),
+    "HunyuanDiT": Kind(hunyuan, {**SQUARE, "use_resolution_binning": False}),
+    "Qwen-Image": Kind(qwen_image, {**TEXT, "height": 64, "width": 64}),
+    "Wan": Kind(wan, {**TEXT, "height": 64, "width": 64, "num_frames": 5, "max_sequence_length": 12}),
 }
 
 
@@ -265,7 +461,7 @@ def run(pipe: Any, kind: str, steps: int = 4, **further: Any) -> torch.Tensor:
     latent = {} if kind in ("DDPM", "DDIM", "LDM") else {"output_type": "latent"}
     generators = [torch.Generator().manual_seed(seed << 8) for seed in (3, 4)]
     out = pipe(**KINDS[kind].call, **latent, **further, num_inference_steps=steps, generator=generators)
-    images = out.images
+    images = out[0]
     return (images if isinstance(images, torch.Tensor) else torch.as_tensor(np.asarray(images))).float()
 
 

@@ -206,6 +206,8 @@ def load(args: argparse.Namespace, request: Request, device: str) -> Any:
         check_sha256(Path(args.ckpt), args.sha256)
     messages.hide_loading_bars()
     pipe = from_config(config, args.ckpt) if config else load_pipeline(args.ckpt, config=args.config)
+    if "num_frames" in parameters_of(pipe):
+        raise ValueError(f"{type(pipe).__name__} makes videos, which no command saves: sample it from Python (qncd.quantize)")
     if request.scheduler is not None:
         words, name = request.scheduler
         pipe.scheduler = scheduler_named(pipe, name, words)

@@ -27,7 +27,8 @@ from qncd.engines.onnx.model import FILE
 from qncd.engines.onnxruntime import open_session
 from qncd.engines.openvino import openvino_options
 from qncd.engines.openvino_graph import openvino_core, read_network
-from qncd.models.network import Inputs, Network
+from qncd.models.calls import Inputs
+from qncd.models.network import Network
 from qncd.ptq.context import copied
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import find_ranges_

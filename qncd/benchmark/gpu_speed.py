@@ -12,7 +12,8 @@ from qncd.benchmark.engine_speed import TIMES, Call, Contest, quantized, torch_c
 from qncd.benchmark.peers import around
 from qncd.engines.triton.engine import open_triton
 from qncd.engines.triton.network import recorded
-from qncd.models.network import Inputs, Network, network_of
+from qncd.models.calls import Inputs
+from qncd.models.network import Network, network_of
 from qncd.ptq.context import copied
 from qncd.ptq.data import CalibrationSet
 

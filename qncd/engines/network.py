@@ -11,7 +11,8 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from qncd.models.network import Network, rows_of, without_memory
+from qncd.models.calls import Call, rows_of
+from qncd.models.network import Network, without_memory
 
 Session = Callable[[dict[str, Tensor]], Tensor]  # named inputs -> the network's output, on the inputs' device
 
@@ -96,12 +97,13 @@ class EngineNetwork(nn.Module):
         """
         network = self._qncd_network
         call = network.bind(args, kwargs)
-        constants = dict(call.constants)
+        constants = {name: value for name, value in call.constants.items() if not isinstance(value, Tensor)}
+        shared = {name: value for name, value in call.constants.items() if isinstance(value, Tensor)}
         return_dict = constants.pop("return_dict", return_dict)
         for name, value in constants.items():
             if value is not self.defaults.get(name) and not (isinstance(value, (Mapping, list, tuple)) and not value):
                 raise ValueError(f"{name}: a network on an engine takes tensors, this is {value!r:.80}")
-        inputs = self._converted({network.sample_name: call.x, network.time_name: call.t, **call.inputs})
+        inputs = self._converted({network.sample_name: call.x, network.time_name: call.t, **call.inputs, **shared})
         out = self._run(inputs, network.time_name).to(call.x.dtype)
         return EngineOutput(out) if return_dict else (out,)
 
@@ -134,11 +136,24 @@ class _StandIn(Network):
 
     def __init__(self, original: Network, module: EngineNetwork) -> None:
         vars(self).update(vars(original))  # the names of the arguments, and what is predicted
-        self.module, self._condition = module, original.condition
+        self.module, self._original = module, original
+        self.shared, self.packed = original.shared, original.packed
 
     @property
     def condition(self) -> str | None:
-        return self._condition
+        return self._original.condition
+
+    def as_prediction(self, output: Tensor) -> Tensor:
+        return self._original.as_prediction(output)
+
+    def time_at(self, t: float) -> float:
+        return self._original.time_at(t)
+
+    def to_images(self, samples: Tensor, call: Call | None = None) -> Tensor:
+        return self._original.to_images(samples, call)
+
+    def to_samples(self, images: Tensor, like: Tensor) -> Tensor:
+        return self._original.to_samples(images, like)
 
     @property
     def device(self) -> torch.device:

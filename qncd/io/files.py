@@ -234,8 +234,11 @@ def read_lines(path: str | Path) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, infinities: bool = False) -> Any:
     """What a JSON file holds; NaN and Infinity, which are no JSON, are refused.
+
+    Args:
+        infinities: they are not: some schedulers of diffusers write -Infinity into their configurations.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -245,7 +248,7 @@ def read_json(path: str | Path) -> Any:
     if path.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"{path}: {path.stat().st_size / 1e6:.0f} MB, a JSON file here has at most {_LARGEST_JSON / 1e6:.0f} MB")
     with reading(path, "JSON"):
-        value = json.loads(read_text(path), parse_constant=_no_number)
+        value = json.loads(read_text(path), parse_constant=None if infinities else _no_number)
         if _depth(value) > _DEEPEST_JSON:
             raise ValueError(f"nested deeper than {_DEEPEST_JSON} levels")
     return value

@@ -11,45 +11,36 @@ import importlib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-log = logging.getLogger("qncd")
+from qncd.models.calls import Call, Inputs, flatten, nested
 
-# Named inputs of a call beside sample and time step. Nested ones have dotted names: added_cond_kwargs.time_ids,
-# down_block_additional_residuals.0.
-Inputs = Mapping[str, Tensor]
+log = logging.getLogger("qncd")
 
 # Class of the denoiser -> the family that knows it, as module:class. An author adds a line here.
 FAMILIES: dict[str, str] = {
     "UNet2DModel": "qncd.models.families.unet:UNet",
     "UNet2DConditionModel": "qncd.models.families.unet:UNet",
+    "DiTTransformer2DModel": "qncd.models.families.transformer:Transformer",
+    "PixArtTransformer2DModel": "qncd.models.families.transformer:Transformer",
+    "SD3Transformer2DModel": "qncd.models.families.transformer:Transformer",
+    "SanaTransformer2DModel": "qncd.models.families.transformer:Transformer",
+    "HunyuanDiT2DModel": "qncd.models.families.transformer:Transformer",
+    "WanTransformer3DModel": "qncd.models.families.transformer:Transformer",
+    "AuraFlowTransformer2DModel": "qncd.models.families.transformer:OfFractions",
+    "Lumina2Transformer2DModel": "qncd.models.families.transformer:Reversed",
+    "FluxTransformer2DModel": "qncd.models.families.transformer:Flux",
+    "QwenImageTransformer2DModel": "qncd.models.families.transformer:QwenImage",
 }
 TIME_NAMES = ("timestep", "timesteps", "t", "time")  # of the argument that a network's forward has for the time step
 PLAIN = (
     "%s has no family here: its convolutions and linear layers are quantized one by one, without shortcut splits, smoothing by "
     "the embedding, quantized attention products or blocks that are reconstructed as a whole"
 )
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a network, taken apart.
-
-    Attributes:
-        x: (N, ...) the noisy samples.
-        t: (N,) their time steps, int64, or float32 where the network's are no whole numbers.
-        inputs: every other tensor by name.
-        constants: every other argument by name, as it is.
-    """
-
-    x: Tensor
-    t: Tensor
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    constants: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,10 +75,14 @@ class Network:
         condition: name of the input that conditions it in the original codes; None for an unconditional network.
         block_types: modules that are reconstructed as a whole.
         channel_dim: of activations, 1 for images and -1 for tokens.
+        shared: names of inputs that all samples of a call share, whatever their shapes.
+        packed: samples are tokens of patches, which `to_images` takes apart.
     """
 
     block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     channel_dim: ClassVar[int] = 1
+    shared: frozenset[str] = frozenset()
+    packed: bool = False
 
     def __init__(self, module: nn.Module, prediction: str = "epsilon") -> None:
         self.module, self.prediction = module, prediction
@@ -126,9 +121,17 @@ class Network:
             x, time = given.pop(self.sample_name), given.pop(self.time_name)
         except KeyError as error:
             raise ValueError(f"{type(self.module).__name__} was called without {error.args[0]}") from None
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{type(self.module).__name__} was called with a {type(x).__name__} of samples: allowed is a tensor")
         inputs: dict[str, Tensor] = {}
-        constants = {name: value for name, value in given.items() if not _flatten(name, value, inputs)}
+        constants = {name: value for name, value in given.items() if not flatten(name, value, inputs)}
+        for name, value in [*inputs.items()]:
+            if name in self.shared or value.ndim == 0 or len(value) not in (1, len(x)):
+                constants[name] = inputs.pop(name)
         t = torch.as_tensor(time, device=x.device).reshape(-1)
+        if len(t) not in (1, len(x)):
+            shape = tuple(torch.as_tensor(time).shape)
+            raise ValueError(f"{self.time_name} of shape {shape} for {len(x)} samples: expected one for each, or one for all")
         t = t.float() if t.is_floating_point() else t.long()
         return Call(x, t.expand(len(x)) if len(t) == 1 else t, inputs, constants)
 
@@ -139,7 +142,8 @@ class Network:
 
     def call(self, x: Tensor, t: Tensor | int, inputs: Inputs | None = None, **constants: Any) -> Tensor:
         """The module's output at `x` (N, ...) and `t` (N,): the prediction, and beside it a learned variance if there is one."""
-        arguments = _nested(inputs or {})
+        shared = {name: constants.pop(name) for name in [*constants] if isinstance(constants[name], Tensor)}
+        arguments = nested({**(inputs or {}), **shared})
         for name, value in constants.items():
             arguments[name] = {**value, **arguments[name]} if isinstance(arguments.get(name), dict) else value
         arguments.pop("return_dict", None)
@@ -149,9 +153,13 @@ class Network:
         whole: Tensor = out[0] if isinstance(out, tuple) else out.sample
         return whole
 
+    def as_prediction(self, output: Tensor) -> Tensor:
+        """What the module's output is in `prediction`: some give the negative of it."""
+        return output
+
     def predict(self, x: Tensor, t: Tensor | int, inputs: Inputs | None = None, **constants: Any) -> Tensor:
         """The network's prediction at `x` (N, ...) and `t` (N,), same shape; a learned variance is dropped."""
-        out = self.call(x, t, inputs, **constants)
+        out = self.as_prediction(self.call(x, t, inputs, **constants))
         if out.ndim > 1 and x.ndim == out.ndim and out.shape[1] == 2 * x.shape[1] and out.shape[2:] == x.shape[2:]:
             out = out.chunk(2, 1)[0]
         return out
@@ -172,6 +180,29 @@ class Network:
         if shape is not None:
             rows[self.sample_name] = (tuple(shape), rows[self.sample_name][1])
         return {name: torch.zeros(batch, *one, dtype=dtype, device=self.device) for name, (one, dtype) in rows.items()}
+
+    # Samples.
+
+    @property
+    def image_channels(self) -> set[int]:
+        """Channels that predictions may have in `to_images`; empty where the configuration does not say."""
+        return {self.config[key] for key in ("in_channels", "out_channels") if self.config.get(key) is not None}
+
+    def time_at(self, t: float) -> float:
+        """What the network is given as the time step where its scheduler is at time step `t`."""
+        return t
+
+    def to_images(self, samples: Tensor, call: Call | None = None) -> Tensor:
+        """Samples as images (N, C, H, W), on which corrections work: the frames of a video (N, C, F, H, W) below one another.
+
+        Args:
+            call: a call of the network; needed where samples are `packed`.
+        """
+        return samples.flatten(2, 3) if samples.ndim == 5 else samples
+
+    def to_samples(self, images: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `to_images`, in the shape of `like`."""
+        return images.view_as(like)
 
     # Places.
 
@@ -207,12 +238,16 @@ class Network:
         """Layers fed by a concatenation [h ; skip], and the channels of h."""
         return {}
 
+    def is_block(self, module: nn.Module) -> bool:
+        """Whether a module is reconstructed or compensated as a whole."""
+        return isinstance(module, self.block_types)
+
     def blocks(self) -> dict[str, nn.Module]:
         """What is reconstructed or compensated together, by name, in the order of the modules; single layers else."""
         units: dict[str, nn.Module] = {}
 
         def visit(name: str, module: nn.Module) -> None:
-            if isinstance(module, self.block_types) or hasattr(module, "weight_scale"):
+            if self.is_block(module) or hasattr(module, "weight_scale"):
                 units[name] = module
                 return
             for child, part in module.named_children():
@@ -276,14 +311,18 @@ def _shape_of(parameter: Tensor) -> Tensor:
     return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-_SEEN = "_qncd_inputs"  # the attribute of a module
+_SEEN, _CONSTANTS = "_qncd_inputs", "_qncd_constants"  # attributes of a module
 
 
-def remember_inputs(network: Network, x: Tensor, t: Tensor, inputs: Inputs) -> None:
+def remember_inputs(network: Network, x: Tensor, t: Tensor, inputs: Inputs, constants: Mapping[str, Any]) -> None:
     """Keep the shape of one row and the dtype of all that a network is called with, for exporters and checkpoints.
 
     Time steps are whole numbers (int64) unless one has a fraction.
+
+    Args:
+        constants: `Call.constants`, which are kept as they are.
     """
+    object.__setattr__(network.module, _CONSTANTS, dict(constants))
     whole = not t.is_floating_point() or bool((t == t.round()).all())
     seen = {network.sample_name: [list(x.shape[1:]), "float32"], network.time_name: [[], "int64" if whole else "float32"]}
     for name, value in inputs.items():
@@ -296,53 +335,14 @@ def seen_inputs(module: nn.Module) -> dict[str, Any] | None:
     return getattr(module, _SEEN, None)
 
 
+def seen_constants(module: nn.Module) -> dict[str, Any]:
+    """The constants that `remember_inputs` kept."""
+    return getattr(module, _CONSTANTS, {})
+
+
 def set_seen_inputs(module: nn.Module, seen: dict[str, Any] | None) -> None:
     """Put back what `seen_inputs` gave."""
     object.__setattr__(module, _SEEN, seen)
-
-
-def rows_of(inputs: Inputs, rows: Tensor | slice | Sequence[int]) -> dict[str, Tensor]:
-    """Some rows of every input."""
-    return {name: value[rows] for name, value in inputs.items()}
-
-
-def _flatten(name: str, value: Any, into: dict[str, Tensor]) -> bool:
-    """Take in a tensor or a nest of tensors; False for anything else."""
-    if isinstance(value, Tensor):
-        into[name] = value
-        return True
-    if value is None:
-        return True
-    parts: list[tuple[str, Any]] = []
-    if isinstance(value, Mapping):
-        parts = [(str(key), part) for key, part in value.items()]
-    elif isinstance(value, (list, tuple)):
-        parts = [(str(key), part) for key, part in enumerate(value)]
-    inside: dict[str, Tensor] = {}
-    if not parts or not all(_flatten(f"{name}.{key}", part, inside) for key, part in parts):
-        return False
-    into.update(inside)
-    return True
-
-
-def _nested(inputs: Inputs) -> dict[str, Any]:
-    """Dotted names back to nests: dictionaries, and lists where the parts are numbered."""
-    nest: dict[str, Any] = {}
-    for name, value in inputs.items():
-        *path, last = name.split(".")
-        place = nest
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = value
-
-    def listed(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        if all(key.isdigit() for key in value):
-            return [listed(value[key]) for key in sorted(value, key=int)]
-        return {key: listed(part) for key, part in value.items()}
-
-    return {name: listed(value) for name, value in nest.items()}
 
 
 def few(names: Sequence[str], most: int = 5) -> str:

@@ -19,7 +19,7 @@ class ActivationStore:
 
     Args:
         rows: how many there will be.
-        dtype: in which they are kept; read back as float32.
+        dtype: in which they are kept; floating point ones are read back as float32.
         folder: where a file holds them; None for memory.
     """
 
@@ -51,9 +51,10 @@ class ActivationStore:
         return self.batch(rows, "cpu")
 
     def batch(self, rows: Tensor, device: torch.device | str) -> Tensor:
-        """Rows (n,) int64 -> (n, ...) float32 on `device`; they travel in the dtype that they are kept in."""
+        """Rows (n,) int64 -> (n, ...) on `device`; they travel in the dtype that they are kept in."""
         assert self.data is not None
-        return self.data[rows].to(device).float()
+        batch = self.data[rows].to(device)
+        return batch.float() if batch.is_floating_point() else batch
 
     def _allocate(self, shape: Sequence[int]) -> Tensor:
         if self.folder is None:
@@ -70,7 +71,7 @@ class CallStore:
     Args:
         rows: of all batches together.
         spill: (bytes needed) -> folder for files, or None for memory.
-        dtype: in which the tensors are kept.
+        dtype: in which floating point tensors are kept; others keep their own.
     """
 
     def __init__(self, rows: int, spill: Callable[[int], Path | None], dtype: torch.dtype = torch.float16) -> None:
@@ -80,20 +81,21 @@ class CallStore:
         self.structure: TreeSpec | None = None
 
     def append(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Add one batch's arguments. Tensors whose first dimension is not the batch are kept once, as they are."""
-        size = len(args[0])
+        """Add one batch's arguments. Tensors whose first dimension is not that of the first one are kept once, as they are."""
         values, self.structure = tree_flatten((tuple(args), kwargs))
+        size = next(len(value) for value in values if isinstance(value, Tensor) and value.ndim > 0)
         for place, value in enumerate(values):
-            if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size and value.is_floating_point():
+            if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size:
                 if place not in self.stores:
-                    folder = self.spill(self.dtype.itemsize * self.rows * value[0].numel())
-                    self.stores[place] = ActivationStore(self.rows, self.dtype, folder)
+                    dtype = self.dtype if value.is_floating_point() else value.dtype
+                    folder = self.spill(dtype.itemsize * self.rows * value[0].numel())
+                    self.stores[place] = ActivationStore(self.rows, dtype, folder)
                 self.stores[place].append(value)
             else:
                 self.plain[place] = value
 
     def batch(self, rows: Tensor, device: torch.device | str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for some rows, float32 on `device`."""
+        """The arguments for some rows on `device`, floating point ones in float32."""
         assert self.structure is not None
         values = self.plain | {place: store.batch(rows, device) for place, store in self.stores.items()}
         args, kwargs = tree_unflatten([values[place] for place in range(len(values))], self.structure)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qncd.models.network import Network
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import hooked, run_over
-from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.attention import AttentionProducts
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.quant.layers import LayerConfig
 
@@ -81,7 +81,7 @@ def counting_multiplications(module: nn.Module, counts: dict[str, int]) -> Itera
         return hook
 
     queries: dict[str, int] = {}
-    processors = {name: part for name, part in module.named_modules() if isinstance(part, QuantAttnProcessor)}
+    processors = {name: part for name, part in module.named_modules() if isinstance(part, AttentionProducts)}
     handles = [layer.register_forward_hook(layer_hook(name)) for name, layer in quant_layers(module).items()]
     for name, processor in processors.items():
         seen = lambda _, __, out, name=name: queries.update({name: out.shape[2]})  # noqa: E731

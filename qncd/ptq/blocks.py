@@ -14,9 +14,9 @@ from torch.func import functional_call
 from qncd.distributed import Processes
 from qncd.models.network import Network
 from qncd.ptq.activation_store import DTYPES, ActivationStore, CallStore
+from qncd.ptq.bits import counting_multiplications
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import call_on, hooked
-from qncd.quant.attention import QuantAttnProcessor
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import HALVES
 from qncd.quant.rounding import reconstruction_loss
@@ -58,33 +58,20 @@ def execution_order(network: Network, data: CalibrationSet, units: Mapping[str, 
 
 @torch.no_grad()
 def multiplications(network: Network, data: CalibrationSet, units: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Of each unit's layers for one input: weights times output positions; of attention, queries times keys on top."""
-    costs = dict.fromkeys(units, 0.0)
-
-    def count(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        if isinstance(module, QuantLayer):
-            positions = output[0].numel() / (len(module.weight) if output.ndim != 2 else output.shape[1])
-            costs[name] += module.weight.numel() * positions
-        else:  # attention: both products, of as many keys as queries
-            length = args[0][0].numel() / args[0].shape[1 if args[0].ndim == 4 else 2]
-            costs[name] += 2 * length * args[0][0].numel()
-
-    handles = [
-        part.register_forward_hook(lambda module, args, output, n=name: count(n, module, args, output))
-        for name, unit in units.items()
-        for part in unit.modules()
-        if isinstance(part, QuantLayer) or _has_products(part)
-    ]
-    with hooked(handles):
+    """Of each unit's layers for one input, and of its quantized attention products."""
+    counts: dict[str, int] = {}
+    with counting_multiplications(network.module, counts):
         _run(network, data.subset(torch.tensor([0])), 1)
-    return costs
+    # Of both products the first operand alone: each names all multiplications.
+    once = {name: count for name, count in counts.items() if name.endswith((".act", ".q", ".softmax"))}
+    return {unit: float(sum(count for name, count in once.items() if name.startswith(f"{unit}."))) for unit in units}
 
 
-def _has_products(module: nn.Module) -> bool:
-    """Whether it is an attention layer: what holds a processor, quantized or not."""
-    return isinstance(getattr(module, "processor", None), QuantAttnProcessor) or (
-        hasattr(module, "processor") and hasattr(module, "heads")
-    )
+def joined(output: Any, channel_dim: int) -> Tensor:
+    """A block's output as one tensor (N, C, ...): the tokens of several streams side by side, channels in front of tokens."""
+    parts = [part for part in output if isinstance(part, Tensor)] if isinstance(output, (tuple, list)) else [output]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return whole.movedim(-1, 1) if channel_dim == -1 and whole.ndim == 3 else whole
 
 
 def _run(network: Network, data: CalibrationSet, batch_size: int, processes: Processes | None = None) -> None:
@@ -125,6 +112,7 @@ class BlockData:
         times: (R,) time steps of the whole set, for quantizers with a range for each.
         weights: (R,) how much every row counts, None where all count alike.
         processes: who shares the set.
+        channel_dim: of activations.
     """
 
     unit: nn.Module
@@ -136,6 +124,7 @@ class BlockData:
     times: Tensor
     weights: Tensor | None
     processes: Processes
+    channel_dim: int
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Rows of one step, of those to optimize over; the same in all processes."""
@@ -147,7 +136,7 @@ class BlockData:
         select_steps(self.unit, self.times[rows])
         here = self.place[rows]
         args, kwargs = self.calls.batch(here, device)
-        output = functional_call(self.unit, in_float(self.unit, changed), args, kwargs)
+        output = joined(functional_call(self.unit, in_float(self.unit, changed), args, kwargs), self.channel_dim)
         return output, self.targets.batch(here, device)
 
     def loss(self, rows: Tensor, changed: Mapping[str, Tensor], p: float = 2.0) -> Tensor:
@@ -210,7 +199,8 @@ def collect(
         calls.append(args, kwargs)
         raise _Reached
 
-    def keep_output(_: nn.Module, __: Any, output: Tensor) -> None:
+    def keep_output(_: nn.Module, __: Any, given: Any) -> None:
+        output = joined(given, network.channel_dim)
         if not stores:
             stores.append(ActivationStore(mine, dtype, spill(dtype.itemsize * mine * output[0].numel())))
         stores[0].append(output)
@@ -230,7 +220,7 @@ def collect(
     held_out, used = rows[::HELD_OUT], rows[rows % HELD_OUT != 0] if len(rows) > HELD_OUT else rows
     times = torch.cat([t for _, t, _ in data.batches(config.batch_size)])
     unit, weights = network.module.get_submodule(name), data.weights_at(times)
-    return BlockData(unit, calls, stores[0], place, used, held_out, times, weights, processes)
+    return BlockData(unit, calls, stores[0], place, used, held_out, times, weights, processes, network.channel_dim)
 
 
 def _places(data: CalibrationSet, batch_size: int, processes: Processes) -> Tensor:

@@ -268,7 +268,7 @@ def _checked(
 
 def _check_channels(network: Network, records: dict[str, Record]) -> None:
     """Raise ValueError for what a correction knows of predictions with other channels than the network's."""
-    known = {network.config.get(key) for key in ("in_channels", "out_channels")} - {None}
+    known = network.image_channels
     for prefix, record in records.items():
         channels = getattr(record, "channels", None)
         if known and channels is not None and channels not in known:

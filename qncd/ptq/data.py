@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from qncd.io.files import whole_file
+from qncd.models.calls import Inputs
 from qncd.models.files.unpickle import load_checkpoint
-from qncd.models.network import Inputs, Network
+from qncd.models.network import Network
 from qncd.recipe import check_int
 from qncd.sampling.samplers import StepState
 
@@ -34,7 +35,7 @@ class CalibrationSet:
         inputs: every other tensor that the network is called with, by name (`qncd.models.network.Inputs`), (M, ...) each. They
             repeat: input i has row i mod M, so a set of M trajectories holds each condition once.
         uncond: the same for the unconditional half of guidance, or None where there is none, or x holds both halves.
-        constants: arguments that are no tensors, the same in all calls.
+        constants: arguments that are the same in all calls: what is no tensor, and tensors that all inputs share (ids of tokens).
         model_hash: of the full-precision weights that made the set, or None where that is not known.
         step_weights: how much the inputs of each time step count, 1 in the mean over the set; None for all alike.
     """

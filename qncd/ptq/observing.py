@@ -102,7 +102,8 @@ def call_on(network: Network, x: Tensor, t: Tensor, inputs: dict[str, Tensor], c
     """The network's prediction for a batch of a calibration set, which is moved to its device and given its precision."""
     device, dtype = network.device, network.dtype
     given = {name: value.to(device, dtype) if value.is_floating_point() else value.to(device) for name, value in inputs.items()}
-    return network.predict(x.to(device, dtype), t.to(device), given, **constants)
+    others = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in constants.items()}
+    return network.predict(x.to(device, dtype), t.to(device), given, **others)
 
 
 def _passes(network: Network, data: CalibrationSet, batch_size: int, order: Tensor | None = None) -> Iterator[int]:

@@ -43,6 +43,10 @@ class CalibrationRuns(Runs, Protocol):
     def times(self) -> tuple[Any, ...]:
         """The time steps that the sampler visits."""
 
+    @property
+    def network_times(self) -> tuple[Any, ...]:
+        """The same as the network gets them."""
+
     def calibration_set(self, recorder: Recorder | None = None, model_hash: str | None = None) -> CalibrationSet:
         """The set along a full-precision run, which `recorder` may watch."""
 
@@ -119,14 +123,14 @@ def quantize_network(
         raise ValueError("weights of a checkpoint are taken as they are: no reconstruction with them")
     data.check_model(runs.network)
     context = Context(
-        runs.network, recipe, data, runs.times, runs.diffusion, runs.conditions, job.monitor, job.folder, job.processes
+        runs.network, recipe, data, runs.network_times, runs.diffusion, runs.conditions, job.monitor, job.folder, job.processes
     )
+    remember_inputs(runs.network, data.x, data.t, data.inputs, data.constants)
 
     def quantize() -> None:
         if job.weights:
             job.weights(runs.network)
         run_stages(context, job.weights is not None)
-        remember_inputs(runs.network, data.x, data.t, data.inputs)
 
     record = fitted_around(quantize, runs, recipe, record)
     return Outcome(record, context.found, mean_bits(runs.network, data), time.perf_counter() - start)

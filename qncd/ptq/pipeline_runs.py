@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from qncd.distributed import OneProcess, Processes
-from qncd.models.network import Call, Inputs, Network, network_of
+from qncd.models.calls import Call, Inputs
+from qncd.models.network import Network, network_of
 from qncd.ptq.context import Monitor, silent
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.runs import CALIBRATION_SEED_BASE, TRACKING_SEED_BASE, DiffusionRuns
@@ -30,6 +33,7 @@ from qncd.sampling.scheduler import (
     Tap,
     bare_step,
     handled,
+    in_one_call,
     prediction_of,
     process_of,
 )
@@ -147,6 +151,7 @@ class PipelineRuns:
     steps: int | None = None
     monitor: Monitor = silent
     times: tuple[float, ...] = ()
+    network_times: tuple[float, ...] = ()
     diffusion: Diffusion | None = None
     conditions: Conditions | None = None
 
@@ -169,16 +174,19 @@ class PipelineRuns:
         """The network's calls at evenly spread steps of a full-precision run, which `recorder` may watch."""
         kept: dict[int, list[Call]] = {}
         tap = Tap(self.network)
-        inner = PipelineCorrection(self.network, recorder, Tap(self.network)) if recorder else None
+        inner = PipelineCorrection.of(self.network, recorder, calls_network=True) if recorder else None
         first: list[tuple[Call, Tensor, Taken]] = []
 
         def keep(taken: Taken) -> Tensor:
             calls = tap.take()
             kept.setdefault(taken.index, []).extend(_on_cpu(call) for call, _ in calls)
-            if taken.index == 0 and len(calls) == 1:
-                first.append((_on_cpu(calls[0][0]), calls[0][1].cpu(), taken))
-            self.times = self.times if taken.index else ()
-            self.times = (*self.times, taken.time)
+            if taken.index == 0:
+                with contextlib.suppress(ValueError):  # calls that our own sampler cannot make
+                    call, output = in_one_call(calls)
+                    first.append((_on_cpu(call), output.cpu(), taken))
+            before = (self.times, self.network_times) if taken.index else ((), ())
+            own = taken.time if tap.last is None else tap.last.t[0].item()
+            self.times, self.network_times = (*before[0], taken.time), (*before[1], own)
             if inner is None:
                 return taken.output
             tap.silent = True
@@ -191,18 +199,17 @@ class PipelineRuns:
             self._run("calibration set", self.calls, keep, CALIBRATION_SEED_BASE)
         finally:
             tap.remove()
-            if inner is not None and inner.tap is not None:
-                inner.tap.remove()
+            if inner is not None:
+                inner.remove()
         self._find_diffusion(first)
         return self._collected(kept, model_hash)
 
     def record(self, recorder: Recorder) -> None:
-        correction = PipelineCorrection(self.network, recorder, Tap(self.network))
+        correction = PipelineCorrection.of(self.network, recorder, calls_network=True)
         try:
             self._run("full-precision noise table", self.calls, correction, CALIBRATION_SEED_BASE)
         finally:
-            assert correction.tap is not None
-            correction.tap.remove()
+            correction.remove()
 
     def predictions(self) -> Predictions:
         kept: dict[int, list[Tensor]] = {}
@@ -217,28 +224,42 @@ class PipelineRuns:
         return kept
 
     def compare(self, exact: Predictions, see: See) -> None:
-        for number, call in enumerate(self.calls):
+        tap = Tap(self.network)
+        try:
+            for number, call in enumerate(self.calls):
 
-            def show(taken: Taken, outputs: Sequence[Tensor] = exact[number]) -> Tensor:
-                output = outputs[taken.index].to(taken.output.device)
-                see(bare_step(taken), taken.x, taken.output, output)
-                return output  # the run goes on as the full-precision one did
+                def show(taken: Taken, outputs: Sequence[Tensor] = exact[number]) -> Tensor:
+                    tap.take()
+                    output = outputs[taken.index].to(taken.output.device)
+                    shown = (taken.x, taken.output, output)
+                    see(bare_step(taken), *(self.network.to_images(value, tap.last) for value in shown))
+                    return output  # the run goes on as the full-precision one did
 
-            self._run("comparing with full precision", [call], show, CALIBRATION_SEED_BASE)
+                self._run("comparing with full precision", [call], show, CALIBRATION_SEED_BASE)
+        finally:
+            tap.remove()
 
     def trajectory(self, samples: int) -> list[Tensor]:
         kept: list[Tensor] = []
+        tap = Tap(self.network)
 
         def keep(taken: Taken) -> Tensor:
-            kept.append(taken.advance(taken.output).cpu())
+            tap.take()
+            kept.append(self.network.to_images(taken.advance(taken.output), tap.last).cpu())
             return taken.output
 
-        self._run("full-precision trajectories", [merged(self.calls, samples)], keep, TRACKING_SEED_BASE, lanes=True)
+        try:
+            self._run("full-precision trajectories", [merged(self.calls, samples)], keep, TRACKING_SEED_BASE, lanes=True)
+        finally:
+            tap.remove()
         return kept
 
     def follow(self, corrector: Corrector, samples: int) -> None:
-        correction = PipelineCorrection(self.network, corrector)
-        self._run("quantized trajectories", [merged(self.calls, samples)], correction, TRACKING_SEED_BASE, lanes=True)
+        correction = PipelineCorrection.of(self.network, corrector)
+        try:
+            self._run("quantized trajectories", [merged(self.calls, samples)], correction, TRACKING_SEED_BASE, lanes=True)
+        finally:
+            correction.remove()
 
     def _run(self, title: str, calls: Sequence[Mapping[str, Any]], handler: StepHandler, base: int, lanes: bool = False) -> None:
         """Call the pipeline with each of the calls, while `handler` sees every step."""
@@ -275,7 +296,7 @@ class PipelineRuns:
         parts = [kept[index] for index in chosen]
         if not parts or not parts[0]:
             raise ValueError("the pipeline did not call its denoiser")
-        constants = {k: v for k, v in parts[0][0].constants.items() if k != "return_dict"}
+        constants = _same([call.constants for part in parts for call in part])
         inputs = [_joined([call.inputs for call in part]) for part in parts]
         same = all(part.keys() == inputs[0].keys() and all(torch.equal(part[k], inputs[0][k]) for k in part) for part in inputs)
         x, t = (torch.cat([getattr(call, name) for part in parts for call in part]) for name in ("x", "t"))
@@ -288,6 +309,8 @@ class PipelineRuns:
             return
         # Nothing of the sample is in a time step of pure noise.
         process = dataclasses.replace(process, times=tuple(t for t in process.times if process.at(t)[0] > LEAST_SIGNAL))
+        if not all(math.isclose(self.network.time_at(t), own, rel_tol=1e-3) for t, own in self._both_times()):
+            return
         (_, output, taken), channels = first[0], first[0][2].x.shape[1]
         try:
             guidance = Guidance.seen(output.to(taken.x.device), taken, nearly=True)
@@ -295,15 +318,22 @@ class PipelineRuns:
             return
         halves: list[list[dict[str, Tensor]]] = [[], []]
         for made, _, step in first:
-            count = len(step.x)
+            count = len(step.x) // (2 if guidance.doubled else 1)
             inputs = {**made.inputs, **({WithChannels.name: made.x[:, channels:]} if made.x.shape[1] > channels else {})}
-            halves[0].append({name: value[-count:] for name, value in inputs.items()})
-            halves[1].append({name: value[:count] for name, value in inputs.items()})
+            parts = [{name: value[rows] for name, value in inputs.items()} for rows in (slice(count), slice(-count, None))]
+            for half, part in zip(halves, parts if guidance.doubled else parts[::-1], strict=True):
+                half.append(part)
         cond, uncond = (_joined(half) for half in halves)
         network = WithChannels(self.network) if WithChannels.name in cond else self.network
         self.diffusion = Diffusion(network, process, SamplerConfig(), tuple(taken.x.shape[1:]), lane=min(4, self.samples))
         if cond:
-            self.conditions = Conditions(cond, uncond if guidance.parts == 2 else None, guidance.scale)
+            guided = guidance.parts == 2 or guidance.doubled
+            constants = _same([made.constants for made, _, _ in first])
+            self.conditions = Conditions(cond, uncond if guided else None, guidance.scale, constants)
+
+    def _both_times(self) -> Iterator[tuple[float, float]]:
+        """Time steps as the scheduler has them and as the network gets them."""
+        return zip(self.times, self.network_times, strict=True)
 
 
 def runs_of(
@@ -341,8 +371,27 @@ class WithChannels(Network):
 
 
 def _on_cpu(call: Call) -> Call:
-    return Call(call.x.detach().cpu(), call.t.cpu(), {k: v.detach().cpu() for k, v in call.inputs.items()}, call.constants)
+    constants = {name: v.detach().cpu() if isinstance(v, Tensor) else v for name, v in call.constants.items()}
+    return Call(call.x.detach().cpu(), call.t.cpu(), {k: v.detach().cpu() for k, v in call.inputs.items()}, constants)
+
+
+def _same(constants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The constants of the calls, which are the same in all of them. Raises ValueError where they are not."""
+    first = {name: value for name, value in constants[0].items() if name != "return_dict"}
+    for other in constants[1:]:
+        for name, value in first.items():
+            given = other.get(name)
+            same = isinstance(given, Tensor) and torch.equal(given, value) if isinstance(value, Tensor) else given == value
+            if not same:
+                raise ValueError(f"{name}: differs between calibration calls, allowed is one value for all of them")
+    return first
 
 
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The rows of all parts. Raises ValueError where these are not alike."""
+    for name, value in parts[0].items():
+        for other in parts:
+            if other.keys() != parts[0].keys() or other[name].shape[1:] != value.shape[1:]:
+                found = [tuple(part[name].shape[1:]) if name in part else "none" for part in (parts[0], other)]
+                raise ValueError(f"{name}: {found[0]} in one calibration call, {found[1]} in another: give prompts of one length")
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -66,6 +66,11 @@ class DiffusionRuns:
         """The time steps that the sampler visits."""
         return tuple(self.diffusion.times)
 
+    @property
+    def network_times(self) -> tuple[float, ...]:
+        """The same as the network gets them."""
+        return tuple(self.network.time_at(t) for t in self.times)
+
     def calibration_set(self, recorder: Recorder | None = None, model_hash: str | None = None) -> CalibrationSet:
         """The set along a full-precision run, which `recorder` may watch on the way."""
         collector = CalibrationCollector(len(self.diffusion.steps), self.config.steps)
@@ -223,6 +228,7 @@ class BareRuns:
         self.diffusion: Diffusion | None = None
         self.conditions: Conditions | None = None
         self.times: tuple[float, ...] = tuple(dict.fromkeys(sorted(data.t.tolist(), reverse=True)))
+        self.network_times = self.times
         self._runs: DiffusionRuns | None = None
         if scheduler is None:
             return
@@ -233,9 +239,9 @@ class BareRuns:
             raise ValueError(
                 f"{type(scheduler).__name__}: says no noise levels; allowed are schedulers with alphas_cumprod or flow"
             )
-        self.times = process.times
+        self.times, self.network_times = process.times, tuple(network.time_at(t) for t in process.times)
         rows = {name: value[torch.arange(self.samples) % len(value)] for name, value in data.inputs.items()}
-        self.conditions = Conditions(rows) if rows else None
+        self.conditions = Conditions(rows, constants=data.constants) if rows else None
         lane = min(16, self.samples)
         self.diffusion = Diffusion(network, process, SamplerConfig(), tuple(data.x.shape[1:]), lane)
         size = config.batch_size or lane

@@ -1,4 +1,4 @@
-"""Attention with quantized q, k, v and softmax output, as a diffusers attention processor."""
+"""Attention with quantized q, k, v and softmax output, as diffusers attention processors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from qncd.quant.affine import IntegerRange
 from qncd.quant.quantizers import ActQuantizer
@@ -13,8 +15,8 @@ from qncd.quant.quantizers import ActQuantizer
 SCORE_ELEMENTS = 1 << 18  # attention scores computed at a time: 1 MiB, a core's second-level cache; one head's where it has more
 
 
-class QuantAttnProcessor(nn.Module):
-    """The computation of diffusers' AttnProcessor with a quantizer at each operand of the two matrix products.
+class AttentionProducts(nn.Module):
+    """The two matrix products of attention with a quantizer at each operand.
 
     q and k are quantized before the product and before the scale head_dim^-1/2, as in Q-Diffusion. The softmax
     output is never negative, so it gets unsigned codes and zero point 0.
@@ -28,6 +30,28 @@ class QuantAttnProcessor(nn.Module):
         self.k = ActQuantizer(codes, act_range)
         self.v = ActQuantizer(codes, act_range)
         self.softmax = ActQuantizer(softmax_codes, softmax_range or act_range)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, upcast: bool) -> Tensor:
+        """softmax(scale q k^T + mask) v, (N, heads, L, D), in parts: at 64x64 one image's scores with 8 heads take 512 MiB."""
+        query = query * scale
+        parts = _score_parts(query, key)
+        outs = []
+        for part in parts:
+            scores = query[part] @ key[part].transpose(-1, -2)  # (n, h, L, L2)
+            if mask is not None:
+                scores = scores + mask[part]
+            if upcast:
+                scores = scores.float()
+            scores = scores.softmax(-1)
+            weights = self.softmax(scores, owned=True, more=part is not parts[-1], images=part[0]).to(value.dtype)
+            outs.append(weights @ value[part])
+        if len(outs) == 1:
+            return outs[0]
+        return torch.cat([out.flatten(0, 1) for out in outs]).unflatten(0, query.shape[:2])
+
+
+class QuantAttnProcessor(AttentionProducts):
+    """The computation of diffusers' AttnProcessor."""
 
     # diffusers looks at the signature of __call__ itself to see which arguments a processor takes.
     def __call__(
@@ -72,23 +96,81 @@ class QuantAttnProcessor(nn.Module):
             out = out + residual
         return torch.div(out, attn.rescale_output_factor) if attn.rescale_output_factor != 1 else out
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, upcast: bool) -> Tensor:
-        """softmax(scale q k^T + mask) v, (N, heads, L, D), in parts: at 64x64 one image's scores with 8 heads take 512 MiB."""
-        query = query * scale
-        parts = _score_parts(query, key)
-        outs = []
-        for part in parts:
-            scores = query[part] @ key[part].transpose(-1, -2)  # (n, h, L, L2)
-            if mask is not None:
-                scores = scores + mask[part]
-            if upcast:
-                scores = scores.float()
-            scores = scores.softmax(-1)
-            weights = self.softmax(scores, owned=True, more=part is not parts[-1], images=part[0]).to(value.dtype)
-            outs.append(weights @ value[part])
-        if len(outs) == 1:
-            return outs[0]
-        return torch.cat([out.flatten(0, 1) for out in outs]).unflatten(0, query.shape[:2])
+
+class QuantizedProducts(AttentionProducts):
+    """Another processor of diffusers, whose one call of torch's attention is computed here.
+
+    What a model does in front of the product and after it stays the processor's own: normalized and rotated queries and keys,
+    the tokens of several streams side by side, diffusers' attention dispatcher.
+
+    Args:
+        inner: the processor.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        codes: IntegerRange | None,
+        softmax_codes: IntegerRange | None,
+        act_range: str,
+        softmax_range: str | None = None,
+    ) -> None:
+        super().__init__(codes, softmax_codes, act_range, softmax_range)
+        self.inner = inner
+        # diffusers looks at the signature of an instance's __call__ to see which arguments a processor takes.
+        self.__dict__["__call__"] = inner.__call__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the processor. Raises ValueError where it does not call torch's attention once."""
+        with _Intercepted(self) as seen:
+            out = self.inner(*args, **kwargs)
+        if seen.count != 1:
+            raise ValueError(
+                f"{type(self.inner).__name__} called torch's attention {seen.count} times, expected 1: set attention up before "
+                "quantizing"
+            )
+        return out
+
+    def product(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """torch's scaled_dot_product_attention, of (N, heads, L, D), without dropout."""
+        if enable_gqa:
+            key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+        if is_causal:
+            attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+            attn_mask = attn_mask.expand(*query.shape[:2], *attn_mask.shape[-2:])
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if attn_mask is None:
+            return self.attend(self.q(query), self.k(key), self.v(value), None, scale, False)
+        blind = torch.isneginf(attn_mask).all(-1, keepdim=True)  # queries that see no key get nothing, as in torch's attention
+        seen = attn_mask.masked_fill(blind, 0)
+        return self.attend(self.q(query), self.k(key), self.v(value), seen, scale, False).masked_fill(blind, 0)
+
+
+class _Intercepted(TorchFunctionMode):
+    """Within it, torch's attention is that of `products`."""
+
+    def __init__(self, products: QuantizedProducts) -> None:
+        super().__init__()
+        self.products, self.count = products, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.count += 1
+        return self.products.product(*args, **(kwargs or {}))
 
 
 def _score_parts(query: Tensor, key: Tensor) -> list[tuple[slice, slice]]:

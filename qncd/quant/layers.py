@@ -166,12 +166,12 @@ class QuantLayer(nn.Module):
             part = x[start : start + ERROR_INPUTS]
             exact = self(part)
             try:
-                self.act.images = slice(start, start + len(part))
+                self.act.images, self.act.whole = slice(start, start + len(part)), len(x)
                 self.act.set_stage(Stage.QUANTIZE)
                 self.weight = rounded
                 error = self(part).sub_(exact)
             finally:
-                self.act.images = None
+                self.act.images = self.act.whole = None
                 self.act.set_stage(stage)
                 self.weight = weight
             channel = 1 if isinstance(self, nn.Conv2d) else error.ndim - 1

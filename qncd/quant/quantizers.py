@@ -46,6 +46,7 @@ class ActQuantizer(nn.Module):
         self.observers: list[Observer] = []
         self.more_follows = False  # while observing: the inputs are a part of a batch
         self.images: slice | None = None  # which of the network's inputs come next, where they are a part of a batch
+        self.whole: int | None = None  # length of the input that `images` are a part of, where it is no row for each sample
         count = len(self.segments) if self.segments else 1
         self.register_buffer("scale", torch.ones(count))
         self.register_buffer("zero_point", torch.zeros(count))

@@ -96,7 +96,10 @@ class StepwiseActQuantizer(ActQuantizer):
             raise ValueError("a range for each step needs the time steps: call select_steps_on_call on the network")
         if isinstance(self.rows, int):
             return self.rows
-        rows = self.rows if images is None else self.rows[images]
+        rows, whole = self.rows, count if images is None else self.whole or len(self.rows)
+        if whole % len(rows) == 0:  # tokens of all samples, one after another
+            rows = rows.repeat_interleave(whole // len(rows))
+        rows = rows if images is None else rows[images]
         if len(rows) != count:
             raise ValueError(f"{count} inputs where the network was called with {len(self.rows)} time steps")
         return rows

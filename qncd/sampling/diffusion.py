@@ -83,12 +83,13 @@ class Diffusion:
             if part is None:
                 return network.predict(x, times)
             if not part.guided or part.uncond is None:
-                return network.predict(x, times, part.inputs)
+                return network.predict(x, times, part.inputs, **part.constants)
             both = {
                 name: torch.cat([part.uncond[name].to(value).expand(lane, *value.shape[1:]), value])
                 for name, value in part.inputs.items()
             }
-            half_uncond, half_cond = network.predict(torch.cat([x, x]), torch.cat([times, times]), both).chunk(2)
+            halves = network.predict(torch.cat([x, x]), torch.cat([times, times]), both, **part.constants)
+            half_uncond, half_cond = halves.chunk(2)
             return guide(half_uncond, half_cond, part.scale)
 
         def denoise(x: Tensor, t: float) -> Tensor:
@@ -100,7 +101,7 @@ class Diffusion:
             x = x.to(network.dtype)
             filler = -len(x) % lane
             padded, all_of = fill_up(x, filler), None if given is None else _filled(given[: len(x)], filler)
-            times = torch.full((lane,), t, device=x.device)
+            times = torch.full((lane,), network.time_at(t), device=x.device)
             lanes = [slice(start, start + lane) for start in range(0, len(padded), lane)]
             parts = [predict(padded[rows], times, None if all_of is None else all_of[rows]) for rows in lanes]
             return torch.cat(parts)[: len(x)]
@@ -142,4 +143,4 @@ def _filled(conditions: Conditions, count: int) -> Conditions:
     inputs = {name: fill_up(value, count) for name, value in conditions.inputs.items()}
     if uncond is not None:
         uncond = {name: value if len(value) == 1 else fill_up(value, count) for name, value in uncond.items()}
-    return Conditions(inputs, uncond, conditions.scale)
+    return Conditions(inputs, uncond, conditions.scale, conditions.constants)

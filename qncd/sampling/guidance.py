@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qncd.models.network import Inputs, rows_of
+from qncd.models.calls import Inputs, rows_of
 
 
 def guide(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
@@ -24,11 +25,13 @@ class Conditions:
         inputs: of the network beside sample and time step, by name, (N, ...) each.
         uncond: the same for "nothing", (1, ...) each, shared by all images, or (N, ...); None for no guidance.
         scale: of the guidance; at 1 the conditional prediction is taken alone, at half the cost.
+        constants: what else the network is called with, the same for all images.
     """
 
     inputs: Inputs
     uncond: Inputs | None = None
     scale: float = 1.0
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = len(self)
@@ -50,7 +53,7 @@ class Conditions:
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Conditions:
         uncond = self.uncond and {name: v if len(v) == 1 else v[rows] for name, v in self.uncond.items()}
-        return Conditions(rows_of(self.inputs, rows), uncond, self.scale)
+        return Conditions(rows_of(self.inputs, rows), uncond, self.scale, self.constants)
 
     @property
     def guided(self) -> bool:
@@ -63,4 +66,5 @@ class Conditions:
         def moved(inputs: Inputs) -> Inputs:
             return {name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in inputs.items()}
 
-        return Conditions(moved(self.inputs), self.uncond and moved(self.uncond), self.scale)
+        constants = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.constants.items()}
+        return Conditions(moved(self.inputs), self.uncond and moved(self.uncond), self.scale, constants)

@@ -18,8 +18,9 @@ from qncd.models.network import Network, network_of
 from qncd.recipe import check_choice
 from qncd.rng import ImageNoise
 from qncd.sampling.corrector import Corrector
-from qncd.sampling.scheduler import PipelineCorrection, Tap, handled, prediction_of
+from qncd.sampling.scheduler import PipelineCorrection, handled, prediction_of
 
+DEFAULT_SIZE = 128  # of latents, of pipelines that say nothing
 COMPONENTS = ("unet", "transformer", "prior")  # names that pipelines have for their denoiser
 Row = Mapping[str, Any]  # arguments of a call that one image has: its prompt, its class, the image that it begins with
 
@@ -107,16 +108,16 @@ class PipelineSampler:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of the network's input, by the height and width of a call where it has them."""
-        config = self.network.config
-        size = config["sample_size"]
+        """(C, H, W) of the network's samples as images, by the height and width of a call where it has them."""
+        network = self.network
+        size = network.config.get("sample_size") or getattr(self.pipe, "default_sample_size", DEFAULT_SIZE)
         height, width = (size, size) if isinstance(size, int) else size
         factor = int(getattr(self.pipe, "vae_scale_factor", 1))
         if "height" in self.call:
             height = int(self.call["height"]) // factor
         if "width" in self.call:
             width = int(self.call["width"]) // factor
-        return int(config["in_channels"]), height, width
+        return max(network.image_channels), height, width
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -159,17 +160,15 @@ class PipelineSampler:
         if not rows:
             arguments["batch_size"] = len(seeds)
         network = self.network
-        tap = Tap(network) if corrector is not None and self.corrects_by_calls else None
-        correcting = (
-            nullcontext() if corrector is None else handled(self.pipe.scheduler, PipelineCorrection(network, corrector, tap))
-        )
+        correction = None if corrector is None else PipelineCorrection.of(network, corrector, self.corrects_by_calls)
+        correcting = nullcontext() if correction is None else handled(self.pipe.scheduler, correction)
         try:
             autocast = torch.autocast(network.device.type, enabled=self.precision == "autocast")
             with quiet(self.pipe), correcting, torch.no_grad(), autocast:
                 out = self.pipe(**arguments)
         finally:
-            if tap is not None:
-                tap.remove()
+            if correction is not None:
+                correction.remove()
         images = out.images if hasattr(out, "images") else out[0]
         if arguments["output_type"] == "latent":
             return images

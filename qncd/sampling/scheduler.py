@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qncd.models.network import Call, Network
+from qncd.models.calls import Call, in_one
+from qncd.models.network import Network
 from qncd.sampling.corrector import Corrector, Tentative
 from qncd.sampling.process import Process, clean_of, noise_of, slope_of
 from qncd.sampling.schedule import Step
@@ -36,6 +37,9 @@ VARIANCE_PRESERVING = (
 
 # Whose samples are x_0 + sigma eps with the levels of `sigmas`, and are scaled for the network.
 VARIANCE_EXPLODING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
+
+# Whose samples are (1 - sigma) x_0 + sigma eps with the levels of `sigmas`, the shift of the schedule among them.
+RECTIFIED_FLOW = ("FlowMatchEulerDiscreteScheduler",)
 
 
 def prediction_of(scheduler: Any) -> str:
@@ -145,18 +149,24 @@ def handled(scheduler: Any, handler: StepHandler) -> Iterator[None]:
 
 
 class Tap:
-    """Keeps the network's calls since the last step of the scheduler: what it was called with, and what it gave."""
+    """Keeps the network's calls since the last step of the scheduler: what it was called with, and what it gave.
+
+    Attributes:
+        last: the last call of all.
+    """
 
     def __init__(self, network: Network) -> None:
         self.network = network
+        self.last: Call | None = None
         self.calls: list[tuple[Call, Tensor]] = []
         self.silent = False  # while a correction calls the network itself
         self.handle = network.module.register_forward_hook(self._keep, with_kwargs=True)
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.silent:
-            call = self.network.bind(args, kwargs)
-            self.calls.append((call, output[0] if isinstance(output, tuple) else output.sample))
+            self.last = self.network.bind(args, kwargs)
+            whole = output[0] if isinstance(output, tuple) else output.sample
+            self.calls.append((self.last, self.network.as_prediction(whole)))
 
     def take(self) -> list[tuple[Call, Tensor]]:
         """The calls, which are forgotten."""
@@ -175,10 +185,12 @@ class Guidance:
     Attributes:
         parts: of the network's batch for each sample: 1, or 2 with classifier-free guidance (without condition first).
         scale: of the guidance.
+        doubled: the pipeline's samples are there twice, as DiT's are, and so are predictions: with condition first.
     """
 
     parts: int
     scale: float
+    doubled: bool = False
 
     @classmethod
     def seen(cls, output: Tensor, taken: Taken, nearly: bool = False) -> Guidance:
@@ -193,17 +205,21 @@ class Guidance:
         """
         parts, rest = divmod(len(output), len(taken.x))
         output, guided = output[:, : taken.x.shape[1]], taken.output[:, : taken.x.shape[1]]
-        if rest == 0 and parts == 1 and (nearly or _near(output, guided)):
+        if rest == 0 and parts == 1 and _near(output, guided):
             return cls(1, 1.0)
-        if rest == 0 and parts == 2:
-            uncond, cond = output.chunk(2)
+        doubled = parts == 1 and len(output) % 2 == 0 and torch.equal(*guided.chunk(2))
+        if rest == 0 and (parts == 2 or doubled):
+            uncond, cond = reversed(output.chunk(2)) if doubled else output.chunk(2)
             along = (cond - uncond).double()
             length = float(along.square().sum())
-            scale = float(((guided - uncond).double() * along).sum()) / length if length else 1.0
+            wanted = guided[: len(uncond)]
+            scale = float(((wanted - uncond).double() * along).sum()) / length if length else 1.0
             for digits in SCALE_DIGITS:
-                found = cls(2, round(scale, digits))
+                found = cls(parts, round(scale, digits), doubled)
                 if nearly or _near(found(output), guided):
                     return found
+        if rest == 0 and parts == 1 and nearly:
+            return cls(1, 1.0)
         raise ValueError(
             "the pipeline's guidance is not e_u + s (e_c - e_u) of one network call (guidance_rescale, several calls a step?): "
             "runtime correction and bit allocation cannot repeat it; allowed are corrections that do not call the network"
@@ -211,6 +227,9 @@ class Guidance:
 
     def __call__(self, output: Tensor) -> Tensor:
         """(parts * N, ...) -> (N, ...)."""
+        if self.doubled:
+            cond, uncond = output.chunk(2)
+            return torch.cat([uncond + self.scale * (cond - uncond)] * 2)
         if self.parts == 1:
             return output
         uncond, cond = output.chunk(2)
@@ -223,20 +242,34 @@ def _near(a: Tensor, b: Tensor) -> bool:
 
 @dataclass
 class PipelineCorrection:
-    """A `StepHandler` that corrects every prediction of a pipeline.
+    """A `StepHandler` that corrects every prediction of a pipeline; `of` makes one.
 
     Attributes:
         network: of the pipeline.
         corrector: what corrects.
-        tap: the network's calls, where the corrector calls it too; None else.
+        calls_network: the corrector calls the network too.
         times: time steps that the correction was fitted for; None where any will do.
+        tap: the network's calls, where they are needed; None else.
     """
 
     network: Network
     corrector: Corrector
-    tap: Tap | None = None
+    calls_network: bool
     times: tuple[float, ...] | None = None
+    tap: Tap | None = None
     steps: dict[int, Step] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, network: Network, corrector: Corrector, calls_network: bool = False, times: tuple[float, ...] | None = None
+    ) -> PipelineCorrection:
+        """One that watches the network's calls where it has to, until `remove`."""
+        return cls(network, corrector, calls_network, times, Tap(network) if needs_tap(network, calls_network) else None)
+
+    def remove(self) -> None:
+        """Watch the network's calls no longer."""
+        if self.tap is not None:
+            self.tap.remove()
 
     @torch.no_grad()
     def __call__(self, taken: Taken) -> Tensor:
@@ -244,36 +277,44 @@ class PipelineCorrection:
         if taken.index == 0:
             self.corrector.begin([seed_of(x) for x in taken.x], str(taken.x.device))
         step, calls = self._step(taken), self.tap.take() if self.tap else []
-        if self.tap is not None and not step.alpha:
+        if self.calls_network and not step.alpha:
             return taken.output  # pure noise: whatever the network predicts there says nothing of its noise
-        kind = self.network.prediction if self.tap is not None else "epsilon"
-        # What the network gets has the levels of a variance-preserving process.
-        scale = 1 / math.hypot(step.alpha, step.noise) if kind != "epsilon" else 1.0
+        kind = self.network.prediction if self.calls_network else "epsilon"
+        # What the network gets of a variance-exploding process has the levels of a variance-preserving one.
+        scale = 1 / math.hypot(step.alpha, step.noise) if step.alpha == 1 else 1.0
         levels = (scale * step.alpha, scale * step.noise)
         slope = slope_of(kind, *levels) if kind != "epsilon" else 1.0
+        call = self.tap.last if self.tap else None
+        channels = taken.x.shape[1]
+        predicted, variance = taken.output[:, :channels], taken.output[:, channels:]  # a learned variance is not corrected
+
+        def images(samples: Tensor) -> Tensor:
+            return self.network.to_images(samples, call)
 
         def noise(output: Tensor, x: Tensor) -> Tensor:
             return noise_of(kind, output, scale * x, *levels)
 
-        channels = taken.x.shape[1]
-        predicted, variance = taken.output[:, :channels], taken.output[:, channels:]  # a learned variance is not corrected
-        eps = noise(predicted, taken.x)
+        x, eps = images(taken.x), images(noise(predicted, taken.x))
 
         def output(corrected: Tensor) -> Tensor:
-            changed = predicted + slope * (corrected - eps) if kind != "epsilon" else corrected
+            if kind == "epsilon":
+                changed = self.network.to_samples(corrected, predicted)
+            else:
+                changed = predicted + self.network.to_samples(slope * (corrected - eps), predicted)
             whole = torch.cat([changed, variance], 1) if variance.numel() else changed
             return whole.to(taken.output.dtype)
 
         def advance(corrected: Tensor) -> Tentative:
-            x_prev = taken.advance(output(corrected))
-            return Tentative(x_prev, clean_of(taken.x, corrected, step.alpha, step.noise) if step.noise else x_prev)
+            x_prev = images(taken.advance(output(corrected)))
+            return Tentative(x_prev, clean_of(x, corrected, step.alpha, step.noise) if step.noise else x_prev)
 
         def denoise(x: Tensor, t: float) -> Tensor:
-            if self.tap is None:
+            if not self.calls_network:
                 raise ValueError("this correction calls the network, and was not told so")
-            return noise(self._again(calls, taken, x), x)
+            samples = self.network.to_samples(x, taken.x)
+            return images(noise(self._again(calls, taken, samples), samples))
 
-        return output(self.corrector.correct(step, taken.x, eps, denoise, advance).eps)
+        return output(self.corrector.correct(step, x, eps, denoise, advance).eps)
 
     def _check_time(self, taken: Taken) -> None:
         if self.times is None:
@@ -287,7 +328,7 @@ class PipelineCorrection:
             )
 
     def _step(self, taken: Taken) -> Step:
-        if self.tap is None:
+        if not self.calls_network:
             return bare_step(taken)
         if taken.index == 0:
             self.steps = steps_of(taken.scheduler)
@@ -297,13 +338,13 @@ class PipelineCorrection:
 
     def _again(self, calls: Sequence[tuple[Call, Tensor]], taken: Taken, x: Tensor) -> Tensor:
         """The guided prediction at another sample, by the pipeline's last call of the network."""
-        if len(calls) != 1:
-            raise ValueError(f"the network was called {len(calls)} times for a step: allowed with runtime correction is 1")
-        (call, output), channels = calls[0], taken.x.shape[1]
+        (call, output), channels = in_one_call(calls), taken.x.shape[1]
         guidance = Guidance.seen(output, taken)
 
         def network_input(sample: Tensor) -> Tensor:
-            scaled = taken.scheduler.scale_model_input(sample, taken.time_given)
+            scaled = sample
+            if hasattr(taken.scheduler, "scale_model_input"):  # those of rectified flow have none
+                scaled = taken.scheduler.scale_model_input(sample, taken.time_given)
             return torch.cat([torch.cat([scaled] * guidance.parts), call.x[:, channels:]], 1).to(call.x.dtype)
 
         if not _near(network_input(taken.x), call.x):
@@ -317,6 +358,17 @@ class PipelineCorrection:
         return guidance(again[:, :channels]).to(taken.output.dtype)
 
 
+def in_one_call(calls: Sequence[tuple[Call, Tensor]]) -> tuple[Call, Tensor]:
+    """The network's calls of one step as one, and what it gave. Raises ValueError as `qncd.models.calls.in_one`."""
+    made = in_one([call for call, _ in calls])
+    return made, torch.cat([output for _, output in reversed(calls)])
+
+
+def needs_tap(network: Network, calls_network: bool) -> bool:
+    """Whether a correction needs to see the network's calls."""
+    return calls_network or network.packed
+
+
 def bare_step(taken: Taken) -> Step:
     """A step known by its index alone, which is all that corrections need that do not call the network."""
     return Step(taken.index, taken.time, -1, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
@@ -325,18 +377,17 @@ def bare_step(taken: Taken) -> Step:
 def steps_of(scheduler: Any) -> dict[int, Step]:
     """The steps that a scheduler is about to take, by index. Raises ValueError where their noise levels are not known here."""
     name = type(scheduler).__name__
-    if name in VARIANCE_EXPLODING:
+    if name in (*VARIANCE_EXPLODING, *RECTIFIED_FLOW):
         sigmas = [float(sigma) for sigma in scheduler.sigmas]
-        times = [float(t) for t in scheduler.timesteps]
+        times, flow = [float(t) for t in scheduler.timesteps], name in RECTIFIED_FLOW
+        alphas = [1 - sigma if flow else 1.0 for sigma in sigmas]
         return {
-            i: Step(i, t, -1.0, 1.0, sigma, 1.0, later, 0.0, 0.0)
-            for i, (t, sigma, later) in enumerate(zip(times, sigmas, sigmas[1:], strict=False))
+            i: Step(i, t, -1.0, alphas[i], sigmas[i], alphas[i + 1], sigmas[i + 1], 0.0, 0.0)
+            for i, t in enumerate(times[: len(sigmas) - 1])
         }
     if name not in VARIANCE_PRESERVING:
-        raise ValueError(
-            f"runtime correction with {name}: allowed are {', '.join((*VARIANCE_PRESERVING, *VARIANCE_EXPLODING))}; "
-            "mode qncd+ corrects with any scheduler"
-        )
+        allowed = ", ".join((*VARIANCE_PRESERVING, *VARIANCE_EXPLODING, *RECTIFIED_FLOW))
+        raise ValueError(f"runtime correction with {name}: allowed are {allowed}; mode qncd+ corrects with any scheduler")
     process = process_of(scheduler)
     assert process is not None and process.times is not None
     steps = {}

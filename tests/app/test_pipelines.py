@@ -22,6 +22,7 @@ from qncd.sampling.pipeline import PipelineSampler
 
 QUICK = {("SD1", "own", 8), ("SD1", "DDIM, trailing", 30), ("SD1", "Euler", 8), ("SDXL turbo", "own", 8), ("LCM", "own", 8)}
 QUICK |= {("SD2, v-prediction", "own", 8), ("SD1 inpainting", "own", 8), ("DDPM", "own", 8), ("LDM", "own", 8)}
+QUICK |= {("SD3", "own", 8), ("FLUX", "own", 8), ("DiT", "own", 8)}
 QUICK |= {("SDXL", "DPM++ 2M", 8), ("SD1 ControlNet", "own", 8), ("LDM, classes", "own", 8), ("SDXL refiner", "own", 8)}
 
 
@@ -197,6 +198,8 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("SD1", ("--embedding", "gone.safetensors"), "--embedding gone.safetensors: no such file"),
     ("LDM, classes", (), "ClassConditionalLDMPipeline takes no text: scripts/sample_diffusion_ldm.py"),
     ("Kandinsky 2.2", (), "KandinskyV22Pipeline takes no text"),
+    ("Wan", (), "WanPipeline makes videos, which no command saves"),
+    ("SD3", ("--scheduler", "DDIM"), "--scheduler DDIM: with FlowMatchEulerDiscreteScheduler in the folder, allowed are"),
 ]
 
 
@@ -277,11 +280,12 @@ def test_a_half_precision_variant_is_found(tmp_path: Path) -> None:
 
 
 ALL_PARTS = ("LCM", "SD2, zero terminal SNR", "Kandinsky 2.2", "LDM, classes")  # and others through commands and folders
+ALL_PARTS += ("DiT", "PixArt sigma", "SD3", "FLUX", "AuraFlow", "Sana", "Lumina2", "HunyuanDiT", "Qwen-Image", "Wan")
 
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [pytest.param(kind, "linear", marks=() if kind in ("SDXL", "SD1 ControlNet") else pytest.mark.slow) for kind in KINDS]
+    [pytest.param(kind, "linear", marks=() if kind in ("SDXL", "SD1 ControlNet", "FLUX") else pytest.mark.slow) for kind in KINDS]
     + [pytest.param(kind, "qncd+", marks=() if kind == "LCM" else pytest.mark.slow) for kind in ALL_PARTS],
 )
 def test_every_kind_is_quantized(kind: str, mode: str, tmp_path: Path) -> None:
@@ -296,12 +300,27 @@ def test_every_kind_is_quantized(kind: str, mode: str, tmp_path: Path) -> None:
     assert torch.equal(run(again, kind, 3), quantized)
 
 
+def add_known_error(pipe: Any) -> None:
+    """Add a constant to what each channel of the network's prediction is."""
+    constant = torch.tensor([0.2, -0.2, 0.1, 0.15])
+    if hasattr(pipe, "unet"):
+        pipe.unet.conv_out.bias += constant
+    else:  # patches of 2x2, of FLUX with the channels outermost; larger, for the estimates of a few tokens are rougher
+        last = pipe.transformer.proj_out
+        last.bias += 4 * (constant.repeat_interleave(4) if pipe.transformer.config.in_channels == 16 else constant.repeat(4))
+
+
 @pytest.mark.parametrize(
-    "kind", ["SDXL", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("SD2, v-prediction", "SD2, zero terminal SNR"))]
+    "kind",
+    [
+        "SDXL",
+        "FLUX",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("SD2, v-prediction", "SD2, zero terminal SNR", "SD3")),
+    ],
 )
 def test_runtime_correction_takes_out_a_known_error(kind: str) -> None:
     """A constant added to what the network predicts, of velocities and under Euler's levels of noise."""
-    prompts = {"prompt": PROMPTS * 2, "guidance_scale": 1.0}
+    prompts = {**KINDS[kind].call, "prompt": PROMPTS * 2, "guidance_scale": 1.0}
 
     def run(pipe: Any) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed << 8) for seed in range(4)]
@@ -312,7 +331,7 @@ def test_runtime_correction_takes_out_a_known_error(kind: str) -> None:
         pipe = made(kind)
         options = {"interval": 1, "statistics": "channel", "correct_variance": False} if correction else {"correction": False}
         qncd.quantize(pipe, "W8A8", "qncd", calls=[{**prompts, "prompt": PROMPTS * 4}] * 2, steps=8, **options)
-        pipe.unet.conv_out.bias += torch.tensor([0.2, -0.2, 0.1, 0.15])
+        add_known_error(pipe)
         errors[correction] = float((run(pipe) - exact).norm() / exact.norm())
     assert errors[True] < 0.7 * errors[False]
 

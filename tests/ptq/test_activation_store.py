@@ -31,9 +31,14 @@ def test_calls_come_back_by_rows(dtype: torch.dtype, size: int, tmp_path: Path) 
     assert kwargs["scale"] == 0.5 and kwargs["none"] is None
     whole = CallStore(5, spill, dtype)
     whole.append([x], {"steps": steps})
-    assert whole.batch(torch.tensor([0]), "cpu")[1]["steps"] is steps  # whole numbers are not kept as floats
+    found = whole.batch(torch.tensor([3, 0]), "cpu")[1]["steps"]
+    assert torch.equal(found, steps[[3, 0]]) and found.dtype == torch.int64  # whole numbers are not kept as floats
     nested = CallStore(5, spill, dtype)
     nested.append([x], {"context": (x, [x[:, None], shared])})  # as an IP-Adapter's attention is called
     context = nested.batch(torch.tensor([3]), "cpu")[1]["context"]
     assert isinstance(context, tuple) and torch.equal(context[0], x[[3]]) and torch.equal(context[1][0], x[[3], None])
     assert context[1][1] is shared
+    named = CallStore(5, spill, dtype)
+    named.append([], {"x": x, "mask": x > 3})  # as a transformer's blocks are called, by names alone
+    args, kwargs = named.batch(torch.tensor([3, 0]), "cpu")
+    assert args == () and torch.equal(kwargs["mask"], x[[3, 0]] > 3)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor
 from torch import Tensor, nn
 
 from qncd.models.families.unet import UNet
 from qncd.quant.affine import IntegerRange
-from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.attention import AttentionProducts, QuantAttnProcessor, QuantizedProducts
 from qncd.quant.quantizers import Stage
 
 HEADS = 4  # of the original's cross-attention block
@@ -26,7 +28,7 @@ def processor_of(attention: Attention, bits: int = 8, softmax_bits: int = 8) -> 
     return processor
 
 
-def set_stage(processor: QuantAttnProcessor, stage: Stage) -> None:
+def set_stage(processor: AttentionProducts, stage: Stage) -> None:
     for name in OPERANDS:
         getattr(processor, name).set_stage(stage)
 
@@ -225,3 +227,40 @@ def test_scores_of_half_precision_are_cast_where_that_is_asked_for(upcast: bool,
     assert seen == [dtype] and out.dtype == torch.bfloat16
     expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.4)
     torch.testing.assert_close(out.double(), expected, rtol=0.05, atol=0.02)
+
+
+class Dispatched:
+    """A processor that calls torch's attention by diffusers' dispatcher, `count` times."""
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
+
+    def __call__(self, attn: Any, hidden_states: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, -1)) for part in (attn.to_q(hidden_states), attn.to_k(hidden_states), hidden_states))
+        for _ in range(self.count):
+            v = dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale)
+        return v.flatten(2)
+
+
+def test_any_processor_with_one_product_is_quantized() -> None:
+    """In floats what torch computes, queries without keys included; then on the grids of its operands."""
+    attention, inputs = block()
+    x = inputs[0]
+    mask = torch.rand(3, 1, 9, 9, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[0, 0, 2] = False
+    codes = IntegerRange(8, False)
+    quantized = QuantizedProducts(Dispatched(), codes, codes, "max")
+    assert list(inspect.signature(quantized.__call__).parameters) == ["attn", "hidden_states", "mask", "scale"]
+    for given in ({}, {"mask": mask}, {"mask": mask, "scale": 0.2}):
+        exact = Dispatched()(attention, x, **given)
+        torch.testing.assert_close(quantized(attention, x, **given), exact, rtol=0, atol=1e-6)
+    set_stage(quantized, Stage.OBSERVE)
+    quantized(attention, x)
+    for name in OPERANDS:
+        getattr(quantized, name).finish_observing()
+    set_stage(quantized, Stage.QUANTIZE)
+    rounded = quantized(attention, x)
+    error = (rounded - Dispatched()(attention, x)).abs().max()
+    assert 0 < error < 0.1
+    with pytest.raises(ValueError, match="Dispatched called torch's attention 2 times, expected 1"):
+        QuantizedProducts(Dispatched(2), codes, codes, "max")(attention, x)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from quantized_networks import calibrate_with_
 
-from qncd.models.network import network_of, rows_of
+from qncd.models.calls import rows_of
+from qncd.models.network import network_of
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.temporal import set_all_stepwise_

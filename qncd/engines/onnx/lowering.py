@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qncd.engines.onnx.tracing import ATTENTION, DOMAIN, LAYER
 from qncd.models.network import Network
-from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.attention import AttentionProducts
 from qncd.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from qncd.quant.quantizers import ActQuantizer
 from qncd.quant.stepwise import StepwiseActQuantizer
@@ -296,7 +296,7 @@ class Lowering:
         convolved = self._scaled(self._floats(convolved), x)
         return convolved if inside or offset is None else self._floats(self._op("Add", convolved, offset))
 
-    def _attention(self, name: str, processor: QuantAttnProcessor, inputs: Sequence[ir.Value | None], scale: float) -> ir.Value:
+    def _attention(self, name: str, processor: AttentionProducts, inputs: Sequence[ir.Value | None], scale: float) -> ir.Value:
         query, key, value = inputs
         assert query is not None and key is not None and value is not None
         # The scale of the scores rides on the step of q.

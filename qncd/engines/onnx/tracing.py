@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from qncd.engines.packages import require
 from qncd.io.files import first_line
 from qncd.models.network import Network
-from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.attention import AttentionProducts
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.stepwise import steps_not_selected
@@ -98,7 +98,7 @@ def _marked(network: nn.Module) -> Iterator[None]:
         for name, layer in quant_layers(network).items():
             patch(layer, "forward", layer_forward(name, layer))
         for name, module in network.named_modules():
-            if isinstance(module, QuantAttnProcessor):
+            if isinstance(module, AttentionProducts):
                 patch(module, "attend", attend(name))
                 patch(module.q, "forward", lambda x: x)
                 patch(module.k, "forward", lambda x: x)

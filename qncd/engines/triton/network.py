@@ -69,6 +69,8 @@ class IntegerNetwork:
     """
 
     def __init__(self, network: Network, dtype: torch.dtype = torch.float32) -> None:
+        if network.channel_dim != 1:
+            raise ValueError(f"{type(network.module).__name__}: the Triton kernels are for UNets, not for transformers")
         self.steps, self.dtype = Steps(network.device), dtype
         self.network = copy.copy(network)
         self.network.module = self._converted(network.module)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models import attention_processor as processors
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from qncd.models.network import Inputs, Network, TimePath, few, seen_inputs
+from qncd.models.calls import Inputs
+from qncd.models.families.attentions import PLAIN_PROCESSORS, known_attentions
+from qncd.models.network import Network, TimePath, seen_inputs
 from qncd.models.stretch import additive_factors, scale_shift_factors
 
-log = logging.getLogger("qncd")
 EMBEDDING_LAYERS = ("time_embedding", "add_embedding", "time_emb_proj")  # by a part of their names
 EXAMPLE_TOKENS = 7  # of a context; any number goes
-# Processors that compute plain attention, which the quantized one replaces; any other keeps its computation.
-PLAIN_PROCESSORS = frozenset({"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"})
 
 
 class UNet(Network):
@@ -79,24 +76,7 @@ class UNet(Network):
         return boundaries
 
     def attentions(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        other: list[str] = []
-        for name, attention in self.module.named_modules():
-            if not isinstance(attention, Attention):
-                continue
-            if getattr(attention, "fused_projections", False):
-                raise ValueError(f"{name}: attention with fused projections is not supported; unfuse it first")
-            processor: Any = attention.processor
-            own = type(processor).__module__ == processors.__name__
-            if own and type(processor).__name__ in PLAIN_PROCESSORS:
-                found[name] = attention
-            else:
-                other.append(f"{name} ({type(processor).__name__})")
-        if other:
-            log.warning(
-                "%d attention products compute what is not known here and stay in floating point: %s", len(other), few(other)
-            )
-        return found
+        return known_attentions(self.module, PLAIN_PROCESSORS)
 
     # The time embedding.
 

@@ -20,6 +20,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -181,6 +182,12 @@ def shares_of_loss(errors: Mapping[str, Mapping[int, Tensor]], uniform: int) -> 
 def _watching(module: nn.Module, trials: Trials, sums: dict[tuple[str, int], Tensor], lane: int) -> Iterator[None]:
     """While gradients flow, add <gradient, rounding error> of each sample (lane,) to `sums`."""
 
+    batch = 0  # samples in the network's call
+
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal batch
+        batch = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1)
+
     def watch(name: str) -> Callable[[ActQuantizer, tuple[Tensor, ...], Tensor], Tensor | None]:
         def hook(quantizer: ActQuantizer, _: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():  # a checkpoint's first pass
@@ -193,7 +200,7 @@ def _watching(module: nn.Module, trials: Trials, sums: dict[tuple[str, int], Ten
                 for width, trial in trials[name].items():
                     if isinstance(trial, StepwiseActQuantizer) and step is not None:
                         trial.select(step)
-                    products = ((trial(x) - x) * gradient).flatten(1).sum(1).double()
+                    products = ((trial(x) - x) * gradient).reshape(batch, -1).sum(1).double()  # rows may be single tokens
                     sums[name, width] += products.view(-1, lane).sum(0)  # with guidance both halves are the same samples
 
             own.register_hook(add)
@@ -202,7 +209,8 @@ def _watching(module: nn.Module, trials: Trials, sums: dict[tuple[str, int], Ten
         return hook
 
     quantizers = act_quantizers(module)
-    with hooked([quantizers[name].register_forward_hook(watch(name)) for name in trials]):
+    handles = [quantizers[name].register_forward_hook(watch(name)) for name in trials]
+    with hooked([*handles, module.register_forward_pre_hook(count, with_kwargs=True)]):
         yield
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from qncd.models.families.attentions import PLAIN_PROCESSORS
 from qncd.models.network import Network, network_of
 from qncd.ptq.context import Context
 from qncd.quant.adapters import BEFORE, check_adapted, check_no_adapters, refuse_to_fuse
 from qncd.quant.affine import IntegerRange
-from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.attention import AttentionProducts, QuantAttnProcessor, QuantizedProducts
 from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
 from qncd.recipe import GGUF, GGUF_GROUP, QuantConfig, Recipe
 
@@ -58,7 +59,9 @@ def quantize_(network: Network | nn.Module, config: QuantConfig) -> Network:
     if config.quantize_attention and config.act_bits is not None:
         codes, softmax_codes = IntegerRange(config.act_bits, config.act_symmetric), IntegerRange(config.softmax_bits, False)
         for attention in attentions.values():
-            processor = QuantAttnProcessor(codes, softmax_codes, config.act_range, config.softmax_range)
+            own, settings = attention.processor, (codes, softmax_codes, config.act_range, config.softmax_range)
+            plain = type(own).__name__ in PLAIN_PROCESSORS
+            processor = QuantAttnProcessor(*settings) if plain else QuantizedProducts(own, *settings)
             attention.set_processor(processor.to(network.device))
     watch_(network)
     return network
@@ -92,7 +95,7 @@ def watch_(network: Network) -> None:
     """
     module: Any = network.module
     module.register_forward_pre_hook(
-        _Watch([name.rpartition(".")[0] for name, m in module.named_modules() if isinstance(m, QuantAttnProcessor)])
+        _Watch([name.rpartition(".")[0] for name, m in module.named_modules() if isinstance(m, AttentionProducts)])
     )
     for name, refuse in REFUSED.items():
         if hasattr(module, name):
@@ -110,7 +113,7 @@ class _Watch:
     def __call__(self, module: nn.Module, *_: Any) -> None:
         for name in self.attentions:
             attention: Any = module.get_submodule(name)
-            if not isinstance(attention.processor, QuantAttnProcessor):
+            if not isinstance(attention.processor, AttentionProducts):
                 kind = type(attention.processor).__name__
                 raise ValueError(f"{name}: its quantized attention was replaced by a {kind}: set attention up before quantizing")
         check_adapted(module)

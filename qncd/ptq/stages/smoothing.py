@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qncd.models.network import Inputs, Network
+from qncd.models.calls import Inputs
+from qncd.models.network import Network
 from qncd.ptq.context import Context
 from qncd.ptq.observing import named
 from qncd.quant.layers import QuantLayer
