@@ -23,7 +23,7 @@ from qncd.quant.adapters import BEFORE, check_no_adapters
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.recipe import Recipe
 from qncd.sampling.pipeline import with_denoiser
-from qncd.sampling.scheduler import prediction_of
+from qncd.sampling.scheduler_levels import prediction_of
 from qncd.saving import State, correct, network_and_state
 
 log = logging.getLogger("qncd")

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from qncd.io.files import read_json
 from qncd.models.network import network_of
-from qncd.sampling.scheduler import PipelineCorrection, StepHandler, Taken, Tap, handle, needs_tap, prediction_of
+from qncd.sampling.scheduler import (
+    PipelineCorrection,
+    StepHandler,
+    Taken,
+    Tap,
+    handle,
+    needs_tap,
+)
+from qncd.sampling.scheduler_levels import prediction_of
 
 MOST_CALLS = 8  # of a network between two steps of its scheduler
 _called = threading.local()

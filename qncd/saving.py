@@ -25,7 +25,8 @@ from qncd.recipe import CalibrationConfig, QuantConfig, Recipe
 from qncd.sampling.corrector import Record
 from qncd.sampling.correctors.registry import corrector_of, kind_of
 from qncd.sampling.pipeline import denoiser_of
-from qncd.sampling.scheduler import PipelineCorrection, attach, prediction_of
+from qncd.sampling.scheduler import PipelineCorrection, attach
+from qncd.sampling.scheduler_levels import prediction_of
 
 FILE = "quantized.safetensors"  # of a network that is no model of diffusers
 WEIGHTS = "diffusion_pytorch_model.safetensors"

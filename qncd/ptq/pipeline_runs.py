@@ -34,9 +34,8 @@ from qncd.sampling.scheduler import (
     bare_step,
     handled,
     in_one_call,
-    prediction_of,
-    process_of,
 )
+from qncd.sampling.scheduler_levels import prediction_of, process_of
 
 Sampler = Diffusion | PipelineSampler  # ours for original checkpoints, and a pipeline of diffusers
 Given = Conditions | Sequence[Row] | None  # what its images are conditioned on

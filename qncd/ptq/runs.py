@@ -21,7 +21,7 @@ from qncd.sampling.corrector import Corrector, Denoiser, Kept, Predictions, Reco
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
 from qncd.sampling.samplers import Callback, StepState
-from qncd.sampling.scheduler import process_of
+from qncd.sampling.scheduler_levels import process_of
 
 # Seeds of calibration images: far from those that users number their images with.
 CALIBRATION_SEED_BASE = 1 << 40

@@ -18,7 +18,8 @@ from qncd.models.network import Network, network_of
 from qncd.recipe import check_choice
 from qncd.rng import ImageNoise
 from qncd.sampling.corrector import Corrector
-from qncd.sampling.scheduler import PipelineCorrection, handled, prediction_of
+from qncd.sampling.scheduler import PipelineCorrection, handled
+from qncd.sampling.scheduler_levels import prediction_of
 
 DEFAULT_SIZE = 128  # of latents, of pipelines that say nothing
 COMPONENTS = ("unet", "transformer", "prior")  # names that pipelines have for their denoiser

@@ -16,54 +16,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qncd.models.calls import Call, in_one
 from qncd.models.network import Network
 from qncd.sampling.corrector import Corrector, Tentative
-from qncd.sampling.process import Process, clean_of, noise_of, slope_of
+from qncd.sampling.process import clean_of, noise_of, slope_of
 from qncd.sampling.schedule import Step
+from qncd.sampling.scheduler_levels import steps_of
 
-FLOW = "FlowMatch"  # in the names of schedulers of rectified flow
 SCALE_DIGITS = (4, 2, 1)  # of a guidance scale: half precision leaves fewer of them
 SAME = 1e-3  # largest relative difference between what a pipeline did and what is made of its parts
-# Whose samples are alpha x_0 + sigma eps with the levels of `alphas_cumprod`; others scale them otherwise.
-VARIANCE_PRESERVING = (
-    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler", "DEISMultistepScheduler", "LCMScheduler", "TCDScheduler",
-)  # fmt: skip
-
-# Whose samples are x_0 + sigma eps with the levels of `sigmas`, and are scaled for the network.
-VARIANCE_EXPLODING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
-
-# Whose samples are (1 - sigma) x_0 + sigma eps with the levels of `sigmas`, the shift of the schedule among them.
-RECTIFIED_FLOW = ("FlowMatchEulerDiscreteScheduler",)
-
-
-def prediction_of(scheduler: Any) -> str:
-    """What a network under this scheduler predicts: "epsilon", "v_prediction", "sample" or "flow"."""
-    if FLOW in type(scheduler).__name__:
-        return "flow"
-    return str(scheduler.config.get("prediction_type", "epsilon"))
-
-
-def process_of(scheduler: Any) -> Process | None:
-    """The noise process of a scheduler, in the samples that the network gets, at the time steps that it will visit.
-
-    None for a scheduler that says neither its cumulative alphas nor that it is rectified flow.
-    """
-    times = tuple(int(t) if float(t).is_integer() else float(t) for t in getattr(scheduler, "timesteps", ()))
-    if FLOW in type(scheduler).__name__:
-        count = int(scheduler.config.num_train_timesteps)
-        t = np.arange(count + 1) / count  # these schedulers' time steps are 1 to T
-        return Process(1 - t, t, None, times)
-    abar = getattr(scheduler, "alphas_cumprod", None)
-    if abar is None:
-        return None
-    plain = Process.from_alphas_cumprod(torch.as_tensor(abar).double().cpu().numpy())
-    return Process(plain.alpha, plain.sigma, None, times)
 
 
 @dataclass
@@ -372,30 +336,6 @@ def needs_tap(network: Network, calls_network: bool) -> bool:
 def bare_step(taken: Taken) -> Step:
     """A step known by its index alone, which is all that corrections need that do not call the network."""
     return Step(taken.index, taken.time, -1, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
-
-
-def steps_of(scheduler: Any) -> dict[int, Step]:
-    """The steps that a scheduler is about to take, by index. Raises ValueError where their noise levels are not known here."""
-    name = type(scheduler).__name__
-    if name in (*VARIANCE_EXPLODING, *RECTIFIED_FLOW):
-        sigmas = [float(sigma) for sigma in scheduler.sigmas]
-        times, flow = [float(t) for t in scheduler.timesteps], name in RECTIFIED_FLOW
-        alphas = [1 - sigma if flow else 1.0 for sigma in sigmas]
-        return {
-            i: Step(i, t, -1.0, alphas[i], sigmas[i], alphas[i + 1], sigmas[i + 1], 0.0, 0.0)
-            for i, t in enumerate(times[: len(sigmas) - 1])
-        }
-    if name not in VARIANCE_PRESERVING:
-        allowed = ", ".join((*VARIANCE_PRESERVING, *VARIANCE_EXPLODING, *RECTIFIED_FLOW))
-        raise ValueError(f"runtime correction with {name}: allowed are {allowed}; mode qncd+ corrects with any scheduler")
-    process = process_of(scheduler)
-    assert process is not None and process.times is not None
-    steps = {}
-    for index, t in enumerate(process.times):
-        following = next((later for later in process.times[index + 1 :] if later != t), -1.0)
-        (alpha, noise), (alpha_prev, noise_prev) = process.at(t), process.at(following)
-        steps[index] = Step(index, t, following, alpha, noise, alpha_prev, noise_prev, 0.0, 0.0)
-    return steps
 
 
 def seed_of(x: Tensor) -> int:
