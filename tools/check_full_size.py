@@ -85,6 +85,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cali_n", type=int, default=4, help="calibration trajectories (default 4; sd's noise table needs 4)")
     parser.add_argument("--cali_st", type=int, default=1, help="calibration time steps (default 1)")
     parser.add_argument("--no-sample_reverse", dest="no_sample_reverse", action="store_true", help="no noise correction")
+    parser.add_argument("--no-gptq", dest="no_gptq", action="store_true", help="weights to nearest: saves most of the time")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
 
@@ -172,13 +173,12 @@ def fill_(module: nn.Module) -> None:
     import torch
 
     torch.manual_seed(0)
-    for parameter in module.parameters():
-        if parameter.ndim > 1:
-            bound = parameter[0].numel() ** -0.5
-            parameter.uniform_(-bound, bound)
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            if parameter.ndim == 1:
+            if parameter.ndim > 1:
+                bound = parameter[0].numel() ** -0.5
+                parameter.uniform_(-bound, bound)
+            else:
                 parameter.fill_(1.0 if name == "weight" else 0.0)
 
 
@@ -213,6 +213,8 @@ def recipe_of(args: argparse.Namespace, lane: int) -> Recipe:
     changes: dict[str, Any] = {"interval": 2} if mode == "qncd" else {}
     if args.no_sample_reverse:
         changes = {"correction": False, "tracking": False}
+    if args.no_gptq:
+        changes["gptq"] = False
     widths = {"weight_bits": args.weight_bit, "act_bits": args.act_bit}
     recipe = Recipe.of(mode, weight_range=args.weight_range, reconstruction=False, **widths, **changes)
     return recipe.with_calibration(samples=args.cali_n, steps=args.cali_st, batch_size=lane)

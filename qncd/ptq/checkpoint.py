@@ -31,6 +31,7 @@ from qncd.ptq.checkpoint_schema import (
     shortened,
     unpack4,
 )
+from qncd.ptq.heap import trim_heap
 from qncd.ptq.stages.prepare import quantize_
 from qncd.quant.inspection import act_quantizers, quant_layers, replace_quantizers_, set_act_bits_, set_stage
 from qncd.quant.layers import QuantLayer
@@ -280,6 +281,7 @@ def _take_over(network: Network, tensors: dict[str, Tensor], info: QuantizedInfo
     module = quantize_(network, config or info.config).module
     for name, layer in quant_layers(module).items():
         _load_layer(name, layer, tensors)
+        trim_heap()
     if config is None:
         set_act_bits_(module, info.act_bits or {})
         _make_stepwise_(network, tensors)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qncd.io.files import first_line
 from qncd.models.network import Network
 from qncd.ptq.data import CalibrationSet
+from qncd.ptq.heap import trim_heap
 from qncd.quant.inspection import act_quantizers, observing, quant_layers
 from qncd.quant.quantizers import ActQuantizer
 
@@ -42,6 +43,7 @@ def find_ranges_(network: Network, data: CalibrationSet, batch_size: int, progre
         raise ValueError("ranges are found for a model prepared by quantize_")
     for name, layer in layers.items():
         named(name, layer.search_weight_range_)
+        trim_heap()
     observed = observe_(network, data, batch_size, progress)
     for name, quantizer in observed.items():
         named(name, quantizer.finish_observing)

@@ -67,7 +67,9 @@ def solve_rounding(
     wanted = None if cross is None else work @ _ordered(cross.T, order).T
     factor, ridge = _damped_factor(gram, order, damping)
     if wanted is not None:
-        work = torch.cholesky_solve((wanted + ridge * work).T, factor).T
+        wanted += ridge * work
+        half_way = torch.linalg.solve_triangular(factor, wanted.T, upper=False)  # cholesky_solve copies the factor
+        work = torch.linalg.solve_triangular(factor.T, half_way, upper=True).T
     steps = scale.expand_as(weight)[:, order].to(work)
     chosen = torch.ones_like(work[:, 0])
     best, least = torch.zeros_like(work, dtype=torch.int8), torch.full_like(chosen, torch.inf, dtype=torch.float64)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import resource
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +13,14 @@ import torch
 from quantized_networks import CONTEXT
 from torch import nn
 
-from qncd.models.network import network_of
+from qncd.models.network import Network, network_of
+from qncd.ptq.heap import trim_heap
 from qncd.ptq.pipeline import quantize_network, sample_calibration
 from qncd.ptq.runs import DiffusionRuns
+from qncd.ptq.stages.ranges import round_
+from qncd.quant.affine import IntegerRange
+from qncd.quant.inspection import quant_layers
+from qncd.quant.layers import LayerConfig, QuantLinear
 from qncd.recipe import Recipe, SamplerConfig
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
@@ -51,3 +59,23 @@ def test_no_stage_and_no_correction_copies_the_weights(make_cross_unet: Any, mod
     assert outcome.record is not None and {p.dtype for p in network.module.parameters()} == {torch.bfloat16}
     weights = sum(p.numel() * 2 for p in network.module.parameters())
     assert len(held) > 4 and weights <= max(held) < 1.01 * weights
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_rounding_layer_by_layer_takes_its_codes_and_no_more() -> None:
+    """32 layers of 1.3 M weights each in half precision; every one of them needs five times as much for a moment."""
+    config = LayerConfig(IntegerRange(8, True), None, "max", "max")
+    layers = nn.Sequential(*(QuantLinear.from_float(nn.Linear(1152, 1152, dtype=torch.bfloat16), config) for _ in range(32)))
+    network = Network.__new__(Network)  # all that round_ needs of one
+    network.module = layers
+    for layer in quant_layers(layers).values():
+        layer.search_weight_range_()
+    trim_heap()
+    before, codes = resident(), sum(layer.weight.numel() for layer in layers)
+    round_(network)
+    assert resident() - before < 1.5 * codes
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

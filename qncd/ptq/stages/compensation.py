@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qncd.models.network import Network
 from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
+from qncd.ptq.heap import trim_heap
 from qncd.ptq.observing import hooked, named, run_over
 from qncd.quant.gptq import DAMPING, solve_rounding
 from qncd.quant.inspection import quant_layers
@@ -123,6 +124,7 @@ def compensate_(network: Network, data: CalibrationSet, batch_size: int = 32) ->
     for name, solution in solved.items():
         layers[name].set_weight_codes(solution.codes, solution.scale)
         named(name, functools.partial(layers[name].shift_bias_, solution.shift))
+        trim_heap()
 
 
 @torch.no_grad()
@@ -158,6 +160,7 @@ def solutions(
                     again[name] = layers[name]
                 else:
                     yield name, named(name, functools.partial(_solved, layers[name], found, grids, judged))
+                    trim_heap()
         layers = again
 
 

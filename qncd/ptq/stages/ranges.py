@@ -6,6 +6,7 @@ import logging
 
 from qncd.models.network import Network, few
 from qncd.ptq.context import Context
+from qncd.ptq.heap import trim_heap
 from qncd.ptq.observing import find_ranges_, named
 from qncd.quant.inspection import quant_layers, set_stage
 from qncd.quant.quantizers import Stage as QuantizerStage
@@ -18,6 +19,7 @@ def round_(network: Network) -> None:
     """Round all weights whose codes are not known yet and quantize activations from now on, in place; ranges are known."""
     for name, layer in quant_layers(network.module).items():
         named(name, layer.quantize_weight_)
+        trim_heap()
     set_stage(network.module, QuantizerStage.QUANTIZE)
 
 
