@@ -13,6 +13,7 @@ from torch import nn
 
 from qncd.models.loading import state_dict_hash
 from qncd.models.network import network_of
+from qncd.modes import DEFAULT_MODE
 from qncd.ptq.bits import MeanBits
 from qncd.ptq.context import silent
 from qncd.ptq.data import CalibrationSet
@@ -86,7 +87,7 @@ def load(source: str | Path, **options: Any) -> Any:
 def quantize(
     model: Any,
     width: str | None = None,
-    mode: str = "qncd",
+    mode: str = DEFAULT_MODE,
     *,
     prompts: Sequence[str] | None = None,
     calls: Sequence[Mapping[str, Any]] | None = None,
@@ -101,7 +102,7 @@ def quantize(
     Args:
         model: a DiffusionPipeline, or a network such as a UNet2DModel.
         width: such as "W4A8"; by default W8A8, or that of `recipe`.
-        mode: how; docs/methods.md describes them.
+        mode: how, a name in qncd.modes.MODES; docs/methods.md describes them.
         prompts: texts to calibrate with, taken in turn for `samples` images.
         calls: arguments of the pipeline's calls, instead of prompts: class labels, images, whatever it takes.
         calibration: inputs of the network; of a bare denoiser all that there is to calibrate with.

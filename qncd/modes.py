@@ -12,6 +12,7 @@ from typing import Any
 
 from qncd.options import Option, RecipeError, check_choice, options_of, paths_of, resolve, sections_of
 
+DEFAULT_MODE = "qncd+"
 WIDEST = 8  # bits of an activation: what integer kernels take
 CHANNEL, GGUF = "channel", "gguf"  # grids of weights
 TRACKING = "tracking"  # the offline correction of qncd.sampling.correctors.tracking

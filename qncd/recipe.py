@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qncd.modes import CHANNEL, GGUF, MODES, WIDEST, changes_of, compose, parse_width
+from qncd.modes import CHANNEL, DEFAULT_MODE, GGUF, MODES, WIDEST, changes_of, compose, parse_width
 from qncd.options import Limits, RecipeError, check_options, option, options_of, read_options, read_tree, section, sections_of
 from qncd.options import OptionError as OptionError
 from qncd.options import check_choice as check_choice
@@ -263,7 +263,7 @@ class Recipe:
     """
 
     mode: str = option(
-        "qncd", flag="quant_mode", choices=tuple(MODES), group=QUANTIZATION,
+        DEFAULT_MODE, flag="quant_mode", choices=tuple(MODES), group=QUANTIZATION,
         help="; ".join(f"{name}: {mode.summary}" for name, mode in MODES.items()),
     )  # fmt: skip
     quant: QuantConfig = section(QuantConfig, QUANTIZATION, optional=False)
@@ -303,7 +303,7 @@ class Recipe:
             raise ValueError(f"correction and offline {self.offline}: each prediction is corrected once, allowed is one")
 
     @classmethod
-    def of(cls: type[R], mode: str = "qncd", width: str = "W8A8", **changes: Any) -> R:
+    def of(cls: type[R], mode: str = DEFAULT_MODE, width: str = "W8A8", **changes: Any) -> R:
         """A mode at a width, with changes.
 
         Args:

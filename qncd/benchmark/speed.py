@@ -251,7 +251,8 @@ def measure_jobs(rounds: int, images: int) -> dict[str, float]:
         }
         for title, (model, flags) in jobs.items():
             checkpoint = ("--cali_ckpt", folder / f"{title}.safetensors")
-            method = ("--ptq", "--weight_bit", "8", "--no-sample_reverse", "--cali_n", "2", "--cali_st", "4", *checkpoint)
+            calibration = ("--cali_n", "2", "--cali_st", "4", *checkpoint)
+            method = ("--ptq", "--quant_mode", "qncd", "--weight_bit", "8", "--no-sample_reverse", *calibration)
             _run_command("sample", *model, *flags, *method, "-l", folder / f"{title}_made")
             _run_command("export", *model, *checkpoint, "--out", folder / f"{title}_onnx")
             integers = (*method, "--backend", "openvino", "--onnx", folder / f"{title}_onnx")

@@ -24,7 +24,7 @@ ACT_STEPS = Recipe.of("qdiff", reconstruction=True, act_iterations=7, act_lr=0.1
 # hand-written parser, before flags came from the recipe; new are --recipe, and `running` of --act_range.
 FLAGS = {
     "quantization": (
-        ("ptq", "", ""), ("recipe", "path", ""), ("quant_mode", MODES, "qncd"), ("weight_bit", "int", "8"),
+        ("ptq", "", ""), ("recipe", "path", ""), ("quant_mode", MODES, "qncd+"), ("weight_bit", "int", "8"),
         ("quant_act", "", ""), ("act_bit", "int", "8"), ("sm_abit", "int", "8"), ("a_sym", "", ""), ("a_min_max", "", ""),
         ("running_stat", "", ""), ("rs_sm_only", "", ""), ("emb_float", "", ""), ("act_range", "mse|max|running", "at"),
         ("split", "on/off", ""), ("scale_split_static", "on/off", ""), ("bias_correction", "on/off", ""),
