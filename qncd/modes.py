@@ -58,25 +58,22 @@ _BRECQ = {"reconstruction": True}  # of 8 bits the nearest is as good
 
 MODES = {
     "linear": Mode(
-        "min-max ranges, rounding to nearest and nothing else; activations with --quant_act",
+        "min-max ranges and rounding to nearest; activations only with --quant_act",
         {"weight_range": "max", "split": False, "bias_correction": False}, below_8={}, quantizes_acts=False,
     ),
-    "qdiff": Mode("Q-Diffusion: ranges of least error, shortcut split, weights reconstructed below 8 bits", _PEER, _BRECQ),
+    "qdiff": Mode("Q-Diffusion: ranges of least error, shortcut split, weights below 8 bits reconstructed", _PEER, _BRECQ),
     "ptqd": Mode("qdiff, and PTQD's correction of each prediction by statistics", {**_PEER, "offline": "ptqd"}, _BRECQ),
     "tfmq": Mode(
-        "qdiff, with TFMQ-DM's reconstruction of the time embedding and a range for each time step at every activation",
+        "qdiff, with TFMQ-DM's time embedding and a range for each time step at every activation",
         {**_PEER, "stepwise_embedding": True, "stepwise_activations": True}, _BRECQ,
     ),
     "d2dpm": Mode("qdiff, and D2-DPM's correction of each prediction by statistics", {**_PEER, "offline": "d2dpm"}, _BRECQ),
     "qncd": Mode(
-        "qdiff, and QNCD's smoothing by the embedding; bias correction; filters that lead back to the full-precision trajectory, "
-        "or with --sample_reverse the paper's noise estimation at runtime, which they were measured to outdo",
+        "qdiff, with QNCD's smoothing, and filters or (--sample_reverse) its noise estimation as correction",
         {"bias_correction": True, "smoothing": True, "offline": TRACKING}, _BRECQ, runtime=True,
     ),
     "qncd+": Mode(
-        "not in the paper: weights by GPTQ against the full-precision outputs, smoothing searched for each layer, a range for "
-        "each time step at every activation, activations in mixed precision by what their widths do to the sample, and filters "
-        "that lead back to the full-precision trajectory",
+        "not in the paper: GPTQ, a range for each time step, mixed precision below 8 bits, and filters as correction",
         {"bias_correction": True, "gptq": True, "stepwise_activations": True, "offline": TRACKING},
         below_8={**CLIPPED, "bit_allocation": True},
         up_to_4={"smoothing_search": True},  # at more bits tracking leaves it nothing to gain

@@ -264,7 +264,7 @@ class Recipe:
 
     mode: str = option(
         DEFAULT_MODE, flag="quant_mode", choices=tuple(MODES), group=QUANTIZATION,
-        help="; ".join(f"{name}: {mode.summary}" for name, mode in MODES.items()),
+        help="method, a mode of the table at the end",
     )  # fmt: skip
     quant: QuantConfig = section(QuantConfig, QUANTIZATION, optional=False)
     smoothing: SmoothingConfig | None = section(

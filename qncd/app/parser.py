@@ -13,11 +13,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qncd.app import messages, stopping
 from qncd.app.flags import add_recipe_arguments
 from qncd.app.flags import seed as seed
+from qncd.app.short_help import PrintAll, short_help, table_of_modes
 from qncd.engines.registry import PRECISIONS, TORCH, engine_names
 from qncd.progress import progress_bar as progress_bar  # scripts know it as cli.progress_bar
 from qncd.recipe import ACT_ITERATIONS as ACT_ITERATIONS
@@ -40,9 +41,25 @@ class OneLineParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+class ShortHelpParser(OneLineParser):
+    """One whose `--help` shows the common flags, and whose `--help-all` shows all."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.add_argument("--help-all", action=PrintAll, help="show every flag and exit")
+
+    def format_help(self) -> str:
+        return short_help(self, self._actions)
+
+
+def make_sampling_parser(description: str) -> argparse.ArgumentParser:
+    """A parser for the many flags of a sampling command, with the options that every script has."""
+    return make_parser(description, ShortHelpParser)
+
+
+def make_parser(description: str, kind: type[OneLineParser] = OneLineParser) -> argparse.ArgumentParser:
     """A parser with the options that every script has. No abbreviations: a typo must not act as another flag."""
-    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = kind(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -268,7 +285,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--backend", choices=engine_names(), default=TORCH,
-        help="what runs the network: torch in floating point on the integers' grid (default), the others in integers; "
+        help="engine of the network (default torch: floating point on the integers' grid); the others compute in integers, "
         "triton on a GPU",
     )  # fmt: skip
     group.add_argument(
@@ -285,6 +302,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_ptq_arguments(parser: argparse.ArgumentParser) -> None:
     """Quantization, reconstruction, noise correction, calibration and engine: the same in every sampling script."""
+    parser.epilog = table_of_modes()
     groups = add_recipe_arguments(parser)
     add_checkpoint_arguments(groups["calibration"])
     add_process_arguments(parser)

@@ -27,7 +27,7 @@ def choose(words: Sequence[str]) -> Choice:
     """
     sampler, rest = choose_sampler(words)
     given, _ = take_flags(rest, checkpoint=("--cali_ckpt",), folder=(sampler.output,), images=sampler.image_flags)
-    if given.checkpoint is None and not {"-h", "--help"} & set(rest):
+    if given.checkpoint is None and not {"-h", "--help", "--help-all"} & set(rest):
         raise ValueError("quantize writes the quantized network: name its file with --cali_ckpt")
     if given.checkpoint is not None and given.folder is None:
         checkpoint = Path(given.checkpoint)

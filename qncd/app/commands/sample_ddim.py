@@ -27,7 +27,7 @@ log = logging.getLogger("qncd")
 
 
 def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
-    parser = cli.make_parser(description)
+    parser = cli.make_sampling_parser(description)
     cli.add_model_arguments(parser)
     cli.add_sampling_arguments(parser)
     cli.add_pipeline_arguments(parser)

@@ -34,7 +34,7 @@ STEPS = 50
 
 
 def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
-    parser = cli.make_parser(description)
+    parser = cli.make_sampling_parser(description)
     cli.add_latent_model_arguments(parser, "-r", "--resume_base")
     group = parser.add_argument_group("sampling")
     group.add_argument("-n", "--n_samples", type=int, default=64, help="images to make (default 64)")

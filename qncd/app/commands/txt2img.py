@@ -43,14 +43,14 @@ STEPS = 50
 
 
 def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
-    parser = cli.make_parser(description)
+    parser = cli.make_sampling_parser(description)
     cli.add_latent_model_arguments(parser)
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt", help="one prompt, for --n_samples images")
     group.add_argument("--from_file", type=Path, help="text file with a prompt a line, for one image each")
     group.add_argument("--begin_data", type=int, default=0, help="prompts of --from_file to skip (default 0)")
     group.add_argument("--max_prompts", type=int, help="prompts of --from_file to take (default: all)")
-    group.add_argument("--n_samples", type=int, default=3, help="images at a time; of one --prompt, also how many (default 3)")
+    group.add_argument("--n_samples", type=int, default=3, help="images at a time, and how many of one --prompt (default 3)")
     group.add_argument("--n_iter", type=int, default=1, help="go over the prompts so often, with other seeds (default 1)")
     group = parser.add_argument_group("sampling")
     kinds = group.add_mutually_exclusive_group()
