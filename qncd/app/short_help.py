@@ -43,32 +43,6 @@ def short_help(parser: argparse.ArgumentParser, actions: Sequence[argparse.Actio
     """
     found = {action.dest: action for action in actions}
     common = {_invocation(action): _one_line(action) for action in (found[name] for name in COMMON if name in found)}
-    width = max(map(len, MODES))
-    lines = [f"  {name:{width}}  {mode.summary}" for name, mode in MODES.items()]
-    return "\n".join(["modes (--quant_mode), described in docs/methods.md:", *lines])
-
-
-class PrintAll(argparse.Action):
-    """Print every flag, and end."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **arguments: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **arguments)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        sys.stdout.write(argparse.ArgumentParser.format_help(parser))
-        parser.exit()
-
-
-def short_help(parser: argparse.ArgumentParser, actions: Sequence[argparse.Action]) -> str:
-    """The text of --help: description and epilog of the parser, between them the common ones of its flags.
-
-    Args:
-        actions: all of its flags.
-    """
-    found = {action.dest: action for action in actions}
-    common = {
-        _invocation(found[name]): first_clause((found[name].help or "") % vars(found[name])) for name in COMMON if name in found
-    }
     width = max(map(len, common))
     required = "".join(f"{_invocation(action, 1)} " for action in actions if action.required)
     usage = f"usage: {parser.prog} [-h] [--help-all] {required}[FLAGS]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import re
 import runpy
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import qncd
 from qncd.app import flags
 from qncd.app import parser as cli
+from qncd.modes import DEFAULT_MODE
 from qncd.options import MAX_SEED, Limits, option, section
 from qncd.recipe import QUANTIZATION, CorrectionConfig, QuantConfig, Recipe, ReconstructionConfig
 
@@ -141,7 +144,12 @@ def open_batch(made: Recipe) -> Recipe:
     ],
 )
 def test_what_flags_stand_for(words: str, expected: Recipe) -> None:
-    assert recipe(*words.split()) == open_batch(expected)
+    assert recipe("--quant_mode", "qncd", *words.split()) == open_batch(expected)
+
+
+def test_the_mode_that_nobody_has_to_name() -> None:
+    assert recipe("--weight_bit", "4") == open_batch(Recipe.of("qncd+", "W4A8")) == open_batch(Recipe.of(width="W4A8"))
+    assert inspect.signature(qncd.quantize).parameters["mode"].default == DEFAULT_MODE == "qncd+"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +199,7 @@ def test_what_narrow_activations_get(words: str, expected: tuple[str, bool, bool
 )
 def test_refusals_name_the_flag(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
-        recipe(*words.split())
+        recipe("--quant_mode", "qncd", *words.split())
 
 
 @pytest.mark.parametrize(
@@ -277,7 +285,7 @@ def test_a_new_option_is_one_field(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert made("--ptq").settings()["quantization"]["outlier_channels"] == 2
     changed = made("--ptq", "--outliers", "3", "--rotate", "--damping", "0.1")
-    assert changed == open_batch(WiderRecipe.of("qncd", outlier_channels=3, rotate=True, damping=0.1))
+    assert changed == open_batch(WiderRecipe.of("qncd+", outlier_channels=3, rotate=True, damping=0.1))
     assert {"outlier_channels": 3, "rotate": True, "damping": 0.1}.items() <= changed.settings()["quantization"].items()
     stored = json.loads(json.dumps(changed.to_json()))
     assert stored["quant"]["outlier_channels"] == 3 and WiderRecipe.from_json(stored) == changed
@@ -299,7 +307,9 @@ def test_a_new_option_is_one_field(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_reconstruction_options_keep_their_flags() -> None:
     """One flag an option, whatever its section is called."""
-    made = recipe("--recon", "--recon_lr", "0.5", "--recon_inputs", "9", "--recon_memory", "1", "--recon_cache", "bf16")
+    made = recipe(
+        "--no-gptq", "--recon", "--recon_lr", "0.5", "--recon_inputs", "9", "--recon_memory", "1", "--recon_cache", "bf16"
+    )
     assert made.reconstruction == ReconstructionConfig(lr=0.5, inputs=9, memory_gb=1.0, cache="bf16")
 
 

@@ -22,7 +22,19 @@ CONFIG = {
               "attn_resolutions": [8], "num_groups": 2},
     "diffusion": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_diffusion_timesteps": 1000},
 }  # fmt: skip
-QUANTIZED = ("--ptq", "--sample_reverse", "--weight_bit", "4", "--act_bit", "4", "--recon", "--cali_iters", "3")
+QUANTIZED = (
+    "--ptq",
+    "--quant_mode",
+    "qncd",
+    "--sample_reverse",
+    "--weight_bit",
+    "4",
+    "--act_bit",
+    "4",
+    "--recon",
+    "--cali_iters",
+    "3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +97,7 @@ def test_a_checkpoint_from_before_these_settings_still_loads(common: list[str], 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--ptq", "--recon_act"], "--recon_act needs --recon"),
+        (["--ptq", "--quant_mode", "qncd", "--recon_act"], "--recon_act needs --recon"),
         (["--recon_cache", "bf16"], "--recon_cache needs --recon"),
         ([*QUANTIZED, "--cali_iters_a", "5"], "--cali_iters_a needs --recon_act"),
         ([*QUANTIZED, "--cali_lr", "0.1"], "--cali_lr needs --recon_act"),

@@ -91,7 +91,7 @@ def test_papers_flags_whole_run_and_checkpoint(model: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("extra", [[], ["--eta", "1"], ["--sample_type", "ddpm_noisy"], ["--sample_type", "dpm_solver"]])
 def test_batch_size_changes_no_pixel_and_a_cut_off_run_goes_on(model: Path, tmp_path: Path, extra: list[str]) -> None:
-    quantized = ["--ptq", "--weight_bit", "4", "--no-recon", "--sample_reverse", "2", *extra]
+    quantized = ["--ptq", "--quant_mode", "qncd", "--weight_bit", "4", "--no-recon", "--sample_reverse", "2", *extra]
     run(model, tmp_path / "a", *quantized, "--max_images", "7", "--batch_size", "7")
     run(model, tmp_path / "b", *quantized, "--max_images", "3", "--batch_size", "1")
     first = pixels(tmp_path / "b" / "images")
@@ -103,7 +103,19 @@ def test_batch_size_changes_no_pixel_and_a_cut_off_run_goes_on(model: Path, tmp_
 
 
 def test_a_correction_that_is_fitted_anew_says_so(model: Path, tmp_path: Path) -> None:
-    quantized = ["--ptq", "--weight_bit", "8", "--quant_mode", "qncd", "--sample_reverse", "2", "--max_images", "1"]
+    quantized = [
+        "--ptq",
+        "--quant_mode",
+        "qncd",
+        "--weight_bit",
+        "8",
+        "--quant_mode",
+        "qncd",
+        "--sample_reverse",
+        "2",
+        "--max_images",
+        "1",
+    ]
     quantized += ["--cali_ckpt", str(tmp_path / "q.safetensors")]
     run(model, tmp_path / "a", *quantized)
     assert "fitted" not in run(model, tmp_path / "b", *quantized)
@@ -114,7 +126,20 @@ def test_a_correction_that_is_fitted_anew_says_so(model: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_switches_act(model: Path, tmp_path: Path) -> None:
     """Each part of the method changes the images when it is switched off."""
-    base = ["--ptq", "--weight_bit", "4", "--no-recon", "--act_bit", "4", "--max_images", "2", "--cali_batch_size", "2"]
+    base = [
+        "--ptq",
+        "--quant_mode",
+        "qncd",
+        "--weight_bit",
+        "4",
+        "--no-recon",
+        "--act_bit",
+        "4",
+        "--max_images",
+        "2",
+        "--cali_batch_size",
+        "2",
+    ]
     results = {}
     variants: dict[str, list[str]] = {
         "qncd": [], "no_split": ["--no-split"], "weights": ["--weight_only"], "linear": ["--quant_mode", "linear"],
@@ -134,23 +159,32 @@ def test_switches_act(model: Path, tmp_path: Path) -> None:
 
 
 BAD = [
-    (["--ptq", "--weight_bit", "9"], "--weight_bit 9: allowed are whole numbers, 2 to 8"),
-    (["--ptq", "--sm_abit", "1"], "--sm_abit 1: allowed are whole numbers, 2 to 16"),
+    (["--ptq", "--quant_mode", "qncd", "--weight_bit", "9"], "--weight_bit 9: allowed are whole numbers, 2 to 8"),
+    (["--ptq", "--quant_mode", "qncd", "--sm_abit", "1"], "--sm_abit 1: allowed are whole numbers, 2 to 16"),
     (["--max_images", "0"], "--max_images 0: allowed are whole numbers, 1 or more"),
     (["--timesteps", "1001"], "--timesteps 1001: allowed are 1 to 1000"),
     (["--eta", "2"], "--eta 2.0: allowed are numbers from 0 to 1"),
     (["--sample_reverse"], "--sample_reverse corrects a quantized network: it needs --ptq"),
-    (["--ptq", "--sample_reverse", "3", "--reverse_interval", "4"], "name two intervals"),
-    (["--ptq", "--resume"], "--resume needs a quantized checkpoint"),
+    (["--ptq", "--quant_mode", "qncd", "--sample_reverse", "3", "--reverse_interval", "4"], "name two intervals"),
+    (["--ptq", "--quant_mode", "qncd", "--resume"], "--resume needs a quantized checkpoint"),
     (["--cali_ckpt", "x"], "--cali_ckpt needs --ptq"),
     (["--quant_mode", "qdrop"], "invalid choice: 'qdrop'"),
     (["--ckpt", "nowhere.ckpt"], "nowhere.ckpt"),
     (["--config", "nowhere.yml"], "nowhere.yml: no such config file"),
-    (["--ptq", "--cali_n", "3", "--sample_reverse"], "the full-precision noise table needs 4 images or more, not 3"),
-    (["--ptq", "--cali_st", "6"], "cali_st 6: the sampler takes 5 steps; allowed are 1 to 5"),
-    (["--ptq", "--reverse_interval", "9"], "--reverse_interval 9: none of the 5 steps would make an estimate"),
-    (["--ptq", "--sample_reverse", "9"], "--sample_reverse 9: none of the 5 steps would make an estimate"),
-    (["--ptq", "--recon", "--recon_lr", "inf"], "--recon_lr inf: allowed are numbers above 0"),
+    (
+        ["--ptq", "--quant_mode", "qncd", "--cali_n", "3", "--sample_reverse"],
+        "the full-precision noise table needs 4 images or more, not 3",
+    ),
+    (["--ptq", "--quant_mode", "qncd", "--cali_st", "6"], "cali_st 6: the sampler takes 5 steps; allowed are 1 to 5"),
+    (
+        ["--ptq", "--quant_mode", "qncd", "--reverse_interval", "9"],
+        "--reverse_interval 9: none of the 5 steps would make an estimate",
+    ),
+    (
+        ["--ptq", "--quant_mode", "qncd", "--sample_reverse", "9"],
+        "--sample_reverse 9: none of the 5 steps would make an estimate",
+    ),
+    (["--ptq", "--quant_mode", "qncd", "--recon", "--recon_lr", "inf"], "--recon_lr inf: allowed are numbers above 0"),
     (["--seed", "-3"], "seed -3: allowed are whole numbers, 0 or more"),
     (["--devise", "cpu"], "unrecognized arguments: --devise cpu"),
     (["--device", "nonsense"], "nonsense"),
@@ -168,26 +202,44 @@ def test_bad_input_is_one_line_and_status_2(model: Path, tmp_path: Path, flags: 
 def test_files_that_do_not_belong(model: Path, tmp_path: Path) -> None:
     """A folder of another run, a damaged or foreign quantized checkpoint, a foreign calibration set: refused, kept."""
     checkpoint, calibration = tmp_path / "q.safetensors", tmp_path / "cali.pt"
-    run(model, tmp_path / "a", "--ptq", "--cali_ckpt", str(checkpoint), "--cali_data_path", str(calibration), "--max_images", "1")
+    run(
+        model,
+        tmp_path / "a",
+        "--ptq",
+        "--quant_mode",
+        "qncd",
+        "--cali_ckpt",
+        str(checkpoint),
+        "--cali_data_path",
+        str(calibration),
+        "--max_images",
+        "1",
+    )
     before = pixels(tmp_path / "a" / "images")
     assert "holds a run with other settings" in run(model, tmp_path / "a", "--max_images", "1", status=2)
     assert same(before, pixels(tmp_path / "a" / "images"))
-    other = run(model, tmp_path / "b", "--ptq", "--weight_bit", "4", "--cali_ckpt", str(checkpoint), status=2)
+    other = run(
+        model, tmp_path / "b", "--ptq", "--quant_mode", "qncd", "--weight_bit", "4", "--cali_ckpt", str(checkpoint), status=2
+    )
     assert "weight_bits 8 there, 4 asked for" in other
 
     from qncd.models.original.ddim import build_ddim_unet
 
     torch.manual_seed(1)
     build_ddim_unet(CONFIG).save_pretrained(tmp_path / "other")
-    foreign = ["--ckpt", str(tmp_path / "other"), "--ptq", "--max_images", "1"]
+    foreign = ["--ckpt", str(tmp_path / "other"), "--ptq", "--quant_mode", "qncd", "--max_images", "1"]
     assert "base model" in run(model, tmp_path / "c", *foreign, "--cali_ckpt", str(checkpoint), status=2)
     assert "another model" in run(model, tmp_path / "d", *foreign, "--cali_data_path", str(calibration), status=2)
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[: len(whole) // 2])
-    assert "not a whole quantized checkpoint" in run(model, tmp_path / "e", "--ptq", "--cali_ckpt", str(checkpoint), status=2)
+    assert "not a whole quantized checkpoint" in run(
+        model, tmp_path / "e", "--ptq", "--quant_mode", "qncd", "--cali_ckpt", str(checkpoint), status=2
+    )
     calibration.write_bytes(b"PK\x03\x04 no")
-    assert str(calibration) in run(model, tmp_path / "f", "--ptq", "--cali_data_path", str(calibration), status=2)
-    foreign_weights = ["--ptq", "--cali_ckpt", str(checkpoint), "--resume_w"]
+    assert str(calibration) in run(
+        model, tmp_path / "f", "--ptq", "--quant_mode", "qncd", "--cali_data_path", str(calibration), status=2
+    )
+    foreign_weights = ["--ptq", "--quant_mode", "qncd", "--cali_ckpt", str(checkpoint), "--resume_w"]
     assert "not a whole quantized checkpoint" in run(model, tmp_path / "g", *foreign_weights, status=2)
     assert not any((tmp_path / name).exists() for name in "bcdefg"), "claimed before its files were looked at"
 

@@ -11,7 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-QUANTIZED = ("--ptq", "--weight_bit", "4", "--no-recon", "--cali_n", "8", "--cali_st", "2", "--reverse_interval", "2")
+QUANTIZED = (
+    "--ptq",
+    "--quant_mode",
+    "qncd",
+    "--weight_bit",
+    "4",
+    "--no-recon",
+    "--cali_n",
+    "8",
+    "--cali_st",
+    "2",
+    "--reverse_interval",
+    "2",
+)
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
@@ -116,8 +129,16 @@ def test_weights_of_a_checkpoint_with_new_activation_ranges(
         ("class", ("--ptq", "-c", "4", "--cali_st", "5"), "cali_st 5: the sampler takes 4 steps; allowed are 1 to 4"),
         ("class", ("-v", "--dpm"), "--vanilla_sample is DDPM: it excludes --dpm and --eta other than 1"),
         ("class", ("--dpm", "-e", "1"), "--eta 1.0 with sample_type dpm_solver: allowed is 0"),
-        ("class", ("--ptq", "--a_min_max", "--act_range", "mse"), "--a_min_max contradicts --running_stat and --act_range mse"),
-        ("class", ("--ptq", "--resume_w"), "--resume_w needs a quantized checkpoint: --cali_ckpt None is none"),
+        (
+            "class",
+            ("--ptq", "--quant_mode", "qncd", "--a_min_max", "--act_range", "mse"),
+            "--a_min_max contradicts --running_stat and --act_range mse",
+        ),
+        (
+            "class",
+            ("--ptq", "--quant_mode", "qncd", "--resume_w"),
+            "--resume_w needs a quantized checkpoint: --cali_ckpt None is none",
+        ),
         ("class", ("--emb_float",), "--emb_float needs --ptq"),
         ("text", (), "takes prompts: scripts/txt2img.py samples it"),
     ],

@@ -142,7 +142,7 @@ def test_mixed_precision_is_near_full_precision(run_script: Any, latent_folder: 
         (("--prompt", "x", "--scale", "nan"), "--scale nan: allowed are finite numbers from 0 on"),
         (("--prompt", "x", "--H", "0"), "--H 0: allowed are whole numbers, 1 or more"),
         (
-            ("--prompt", "x", "--ptq", "--cali_n", "4", "--ddim_steps", "2", "--reverse_interval", "4"),
+            ("--prompt", "x", "--ptq", "--quant_mode", "qncd", "--cali_n", "4", "--ddim_steps", "2", "--reverse_interval", "4"),
             "--reverse_interval 4: none of the 2 steps would make",
         ),
         (("--prompt", "x", "--plms", "--dpm"), "not allowed with argument"),

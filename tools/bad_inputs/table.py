@@ -9,7 +9,7 @@ from bad_inputs.pipelines import BROKEN
 
 GOOD = " --config {m}/good/tiny.yml --ckpt {m}/good/pipeline"
 DDIM = f"qncd sample{GOOD} --timesteps 4 --max_images 2 -l out"
-PTQ = f"{DDIM} --ptq --cali_n 4 --cali_st 2"
+PTQ = f"{DDIM} --ptq --quant_mode qncd --cali_n 4 --cali_st 2"
 LDM = "qncd sample --config fashion_mnist_ldm.yaml -l out"
 EXPORT = f"qncd export{GOOD}"
 TEXT = "qncd sample --prompt circle --outdir out"
