@@ -159,19 +159,23 @@ def add_lane_argument(group: argparse._ArgumentGroup) -> None:
 
 
 def add_output_arguments(group: argparse._ArgumentGroup) -> None:
-    """--compare_fp, --savez, --sequence, --verbose."""
+    """--compare_fp, --savez, --sequence, --verbose, --quiet."""
     group.add_argument("--compare_fp", action="store_true", help="also sample the full-precision model with the same seeds")
     group.add_argument("--savez", action="store_true", help="also write samples.npz, as ADM's evaluator takes it")
     group.add_argument(
         "--sequence", action="store_true", help="also write sequence.png: the first images on their way from noise"
     )
-    group.add_argument(
+    told = group.add_mutually_exclusive_group()
+    told.add_argument(
         "--verbose",
         nargs="?",
         choices=VERBOSITY,
         const="debug",
         default="info",
         help="how much is told (default info; alone: debug)",
+    )
+    told.add_argument(
+        "--quiet", dest="verbose", action="store_const", const="warning", help="warnings alone, no progress: --verbose warning"
     )
 
 

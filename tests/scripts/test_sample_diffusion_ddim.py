@@ -103,19 +103,7 @@ def test_batch_size_changes_no_pixel_and_a_cut_off_run_goes_on(model: Path, tmp_
 
 
 def test_a_correction_that_is_fitted_anew_says_so(model: Path, tmp_path: Path) -> None:
-    quantized = [
-        "--ptq",
-        "--quant_mode",
-        "qncd",
-        "--weight_bit",
-        "8",
-        "--quant_mode",
-        "qncd",
-        "--sample_reverse",
-        "2",
-        "--max_images",
-        "1",
-    ]
+    quantized = ["--ptq", "--weight_bit", "8", "--quant_mode", "qncd", "--sample_reverse", "2", "--max_images", "1"]
     quantized += ["--cali_ckpt", str(tmp_path / "q.safetensors")]
     run(model, tmp_path / "a", *quantized)
     assert "fitted" not in run(model, tmp_path / "b", *quantized)
