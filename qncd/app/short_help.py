@@ -66,5 +66,6 @@ def _invocation(action: argparse.Action, names: int | None = None) -> str:
     shown = ", ".join(action.option_strings[:names])
     if action.nargs == 0:
         return shown
-    taken = action.metavar or ("NAME" if action.choices else {int: "N", float: "X"}.get(action.type, action.dest.upper()))
+    number = "N" if action.type is int else "X" if action.type is float else action.dest.upper()
+    taken = action.metavar or ("NAME" if action.choices else number)
     return f"{shown} {taken}"
