@@ -13,22 +13,9 @@ from .test_reconstruction_flags import pixels
 
 MODEL = ("--config", str(ROOT / "configs" / "fashion_mnist.yml"), "--device", "cpu")
 QUANTIZED = (
-    *[
-        "--ptq",
-        "--quant_mode",
-        "qncd",
-        "--weight_bit",
-        "8",
-        "--timesteps",
-        "5",
-        "--cali_n",
-        "8",
-        "--cali_st",
-        "5",
-        "--max_images",
-        "4",
-    ],
-)
+    "--ptq", "--quant_mode", "qncd", "--weight_bit", "8", "--timesteps", "5", "--cali_n", "8", "--cali_st", "5",
+    "--max_images", "4",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

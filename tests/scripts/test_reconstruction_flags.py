@@ -23,8 +23,9 @@ CONFIG = {
     "diffusion": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_diffusion_timesteps": 1000},
 }  # fmt: skip
 QUANTIZED = (
-    *["--ptq", "--quant_mode", "qncd", "--sample_reverse", "--weight_bit", "4", "--act_bit", "4", "--recon", "--cali_iters", "3"],
-)
+    "--ptq", "--quant_mode", "qncd", "--sample_reverse", "--weight_bit", "4", "--act_bit", "4", "--recon", "--cali_iters",
+    "3",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

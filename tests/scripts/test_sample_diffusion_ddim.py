@@ -115,19 +115,9 @@ def test_a_correction_that_is_fitted_anew_says_so(model: Path, tmp_path: Path) -
 def test_switches_act(model: Path, tmp_path: Path) -> None:
     """Each part of the method changes the images when it is switched off."""
     base = [
-        "--ptq",
-        "--quant_mode",
-        "qncd",
-        "--weight_bit",
-        "4",
-        "--no-recon",
-        "--act_bit",
-        "4",
-        "--max_images",
-        "2",
-        "--cali_batch_size",
-        "2",
-    ]
+        "--ptq", "--quant_mode", "qncd", "--weight_bit", "4", "--no-recon", "--act_bit", "4", "--max_images", "2",
+        "--cali_batch_size", "2",
+    ]  # fmt: skip
     results = {}
     variants: dict[str, list[str]] = {
         "qncd": [], "no_split": ["--no-split"], "weights": ["--weight_only"], "linear": ["--quant_mode", "linear"],

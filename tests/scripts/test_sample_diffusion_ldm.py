@@ -12,21 +12,9 @@ import pytest
 from PIL import Image
 
 QUANTIZED = (
-    *[
-        "--ptq",
-        "--quant_mode",
-        "qncd",
-        "--weight_bit",
-        "4",
-        "--no-recon",
-        "--cali_n",
-        "8",
-        "--cali_st",
-        "2",
-        "--reverse_interval",
-        "2",
-    ],
-)
+    "--ptq", "--quant_mode", "qncd", "--weight_bit", "4", "--no-recon", "--cali_n", "8", "--cali_st", "2",
+    "--reverse_interval", "2",
+)  # fmt: skip
 
 
 def pixels(folder: Path) -> dict[str, np.ndarray]:
