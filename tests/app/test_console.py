@@ -143,7 +143,7 @@ def test_the_checkpoint_says_which_sampler(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text("{}")
     (tmp_path / "compvis").mkdir()
-    (tmp_path / "compvis" / "model.ckpt").write_text("")
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "compvis" / "model.ckpt")
     (tmp_path / "compvis" / "config.yaml").write_text((CONFIGS / "scenes.yaml").read_text())
     modules = {"sd": "txt2img", "ldm": "sample_ldm", "ddim": "sample_ddim", "unet": "sample_ddim", "compvis": "txt2img"}
     assert {name: chosen("--ckpt", tmp_path / name) for name in modules} == modules
