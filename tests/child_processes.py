@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -30,6 +28,8 @@ def running(folder: Path, *words: object, **variables: object) -> Iterator[subpr
 
 def python(code: str) -> None:
     """Run code in another process, with as many threads as this one has, and wait for it."""
+    import torch  # takes seconds, which processes that `running` starts and that import this module need not
+
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

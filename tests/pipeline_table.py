@@ -71,9 +71,10 @@ def generators() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed << 8) for seed in SEEDS]
 
 
-def expected(kind: str, scheduler: str, steps: int) -> np.ndarray:
+def expected(folder: Path, kind: str, steps: int) -> np.ndarray:
     """Images uint8 (2, H, W, C) of diffusers' own call."""
-    pipe = with_scheduler(made(kind), scheduler)
+    pipe = type(made(kind)).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
     call = {**KINDS[kind].call, "num_inference_steps": steps, "generator": generators(), "output_type": "np"}
     return (pipe(**call).images * 255).round().astype(np.uint8)
 
@@ -121,7 +122,7 @@ def saved(kind: str, scheduler: str, folder: Path) -> Path:
 def difference(kind: str, scheduler: str, steps: int, folder: Path) -> tuple[int, float]:
     """(largest difference of a pixel in levels of 255, standard deviation of the images)."""
     model = saved(kind, scheduler, folder / "model")
-    own, other = by_command(model, kind, steps, folder / "out"), expected(kind, scheduler, steps)
+    own, other = by_command(model, kind, steps, folder / "out"), expected(model, kind, steps)
     return int(np.abs(own.astype(int) - other).max()), float(other.std())
 
 

@@ -29,7 +29,7 @@ FAMILIES: dict[str, str] = {
     "PixArtTransformer2DModel": "qncd.models.families.transformer:Transformer",
     "SD3Transformer2DModel": "qncd.models.families.transformer:Transformer",
     "SanaTransformer2DModel": "qncd.models.families.transformer:Transformer",
-    "HunyuanDiT2DModel": "qncd.models.families.transformer:Transformer",
+    "HunyuanDiT2DModel": "qncd.models.families.transformer:HunyuanDiT",
     "WanTransformer3DModel": "qncd.models.families.transformer:Transformer",
     "AuraFlowTransformer2DModel": "qncd.models.families.transformer:OfFractions",
     "Lumina2Transformer2DModel": "qncd.models.families.transformer:Reversed",

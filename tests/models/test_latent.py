@@ -136,7 +136,7 @@ def test_half_precision_becomes_float32(tmp_path: Path) -> None:
         ({"first_stage_model.encoder.x": torch.zeros(1)}, r"model \(first_stage_model\) of this config lacks: encoder\.x"),
         ({"cond_stage_model.embedding.weight": torch.zeros(4, 8)}, r"embedding\.weight \(4, 8\) for \(5, 8\)"),
         ({"cond_stage_model.other": torch.zeros(1)}, r"model \(cond_stage_model\) of this config lacks: other"),
-        ({"embedding_manager.x": torch.zeros(1)}, r"1 keys belong to no network of this config: embedding_manager\.x$"),
+        ({"elsewhere.x": torch.zeros(1)}, r"1 keys belong to no network of this config: elsewhere\.x$"),
         ({"model.diffusion_model.out.2.bias": torch.full((3,), torch.nan)}, r"conv_out\.bias holds NaN or infinite values"),
         ({"model.diffusion_model.out.2.bias": torch.zeros(3, dtype=torch.int64)}, r"conv_out\.bias holds torch\.int64"),
         ({"model.diffusion_model.out.2.bias": [0, 0, 0]}, r"1 keys that hold no tensor: out\.2\.bias"),

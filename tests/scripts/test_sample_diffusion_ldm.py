@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 QUANTIZED = (
@@ -144,7 +145,8 @@ def test_bad_flags(
 
 
 def test_a_checkpoint_brings_its_yaml(run_script: Any, tmp_path: Path) -> None:
-    for name in ("model.ckpt", "one.yaml", "two.yaml"):
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "model.ckpt")
+    for name in ("one.yaml", "two.yaml"):
         (tmp_path / name).write_text("model: {}")
     log = run_script("sample_diffusion_ldm.py", "-r", tmp_path / "model.ckpt", "-l", tmp_path / "o", status=2)
     assert "which yaml describes it? 2 lie beside it: name one with --config" in log

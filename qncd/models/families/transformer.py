@@ -212,6 +212,12 @@ def _pair(
             yield Modulation(source, chunks[0], part, layers, table)
 
 
+class HunyuanDiT(Transformer):
+    """HunyuanDiT: beside the samples come rotations of their places."""
+
+    shared = frozenset({"image_rotary_emb.0", "image_rotary_emb.1"})
+
+
 class OfFractions(Transformer):
     """A transformer whose time steps go from 1, which is noise, to 0."""
 

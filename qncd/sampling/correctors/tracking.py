@@ -203,6 +203,11 @@ def _held_out_errors(grams: Tensor, products: Tensor, squares: Tensor) -> Tensor
     return errors
 
 
+def _tracked(runs: Runs) -> int:
+    """Trajectories; a pipeline may hold each sample twice."""
+    return max(runs.samples, min(2 * runs.samples, TRACKED))
+
+
 class Tracking(CorrectorKind):
     """Trajectory tracking. Takes as many trajectories as calibration, twice as many where that has fewer than TRACKED.
 
@@ -212,11 +217,11 @@ class Tracking(CorrectorKind):
     prefix, record = "tracking", TrackingFilters
 
     def before(self, runs: Runs, recipe: Recipe) -> list[Tensor]:
-        return runs.trajectory(max(runs.samples, min(2 * runs.samples, TRACKED)))
+        return runs.trajectory(_tracked(runs))
 
     def fit(self, runs: Runs, recipe: Recipe, seen: list[Tensor]) -> TrackingFilters:
         fitter = TrackingFitter(seen)
-        runs.follow(fitter, len(seen[0]))
+        runs.follow(fitter, _tracked(runs))
         return fitter.filters()
 
     def corrector(self, recipe: Recipe, record: TrackingFilters) -> Corrector:
