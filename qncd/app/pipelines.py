@@ -204,8 +204,7 @@ def load(args: argparse.Namespace, request: Request, device: str) -> Any:
             raise ValueError(f"--{flag}: allowed with original checkpoints; {source_name(args)} is a pipeline of diffusers")
     if args.sha256:
         check_sha256(Path(args.ckpt), args.sha256)
-    messages.hide_loading_bars()
-    pipe = from_config(config, args.ckpt) if config else load_pipeline(args.ckpt, config=args.config)
+    pipe = opened(args, config)
     if "num_frames" in parameters_of(pipe):
         raise ValueError(f"{type(pipe).__name__} makes videos, which no command saves: sample it from Python (qncd.quantize)")
     if request.scheduler is not None:
@@ -217,6 +216,14 @@ def load(args: argparse.Namespace, request: Request, device: str) -> Any:
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
     return pipe
+
+
+def opened(args: argparse.Namespace, config: Mapping[str, Any] | None) -> Any:
+    """The pipeline that --config and --ckpt name, as it is stored; `config` is that of `pipeline_config`."""
+    messages.hide_loading_bars()
+    if config is not None:
+        return from_config(config, args.ckpt, args.use_pretrained)
+    return load_pipeline(args.ckpt, config=args.config)
 
 
 def source_name(args: argparse.Namespace) -> str:

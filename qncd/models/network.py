@@ -221,8 +221,7 @@ class Network:
                 found[name] = layer
             else:
                 other.append(f"{name} ({type(layer).__name__})")
-        if other:
-            log.warning("%d layers compute what is not known here and stay in floating point: %s", len(other), few(other))
+        tell_left("layers", other)
         return found
 
     def edges(self) -> tuple[str, ...]:
@@ -343,6 +342,12 @@ def seen_constants(module: nn.Module) -> dict[str, Any]:
 def set_seen_inputs(module: nn.Module, seen: dict[str, Any] | None) -> None:
     """Put back what `seen_inputs` gave."""
     object.__setattr__(module, _SEEN, seen)
+
+
+def tell_left(what: str, names: Sequence[str]) -> None:
+    """One line for parts of a network that are not quantized because their classes are not known; nothing for none."""
+    if names:
+        log.warning("%d %s compute what is not known here and stay in floating point: %s", len(names), what, few(names))
 
 
 def few(names: Sequence[str], most: int = 5) -> str:

@@ -53,20 +53,17 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
 def load_unet(args: argparse.Namespace) -> nn.Module:
     """The full-precision network that --config, --ckpt and --use_pretrained name. Raises ValueError where they name none."""
     from qncd.app import latent
-    from qncd.app.pipelines import is_pipeline, pipeline_config
+    from qncd.app.pipelines import is_pipeline, opened, pipeline_config
     from qncd.models.configs import names_pipeline
     from qncd.models.latent import load_latent_model
     from qncd.models.loading import load_config, load_ddim
-    from qncd.models.pipelines import from_config, load_pipeline
     from qncd.sampling.pipeline import denoiser_of
 
     if args.config is None and args.ckpt is None:
         raise ValueError("which model? Name it with --config, --ckpt or both")
-    if (args.config is None or names_pipeline(args.config)) and is_pipeline(args.ckpt, args.config):
-        messages.hide_loading_bars()
-        return denoiser_of(load_pipeline(args.ckpt, config=args.config))[1]
-    if (named := pipeline_config(args.config)) is not None:
-        return denoiser_of(from_config(named, args.ckpt, args.use_pretrained))[1]
+    named, original = pipeline_config(args.config), args.config is not None and not names_pipeline(args.config)
+    if named is not None or (not original and is_pipeline(args.ckpt, args.config)):
+        return denoiser_of(opened(args, named))[1]
     config = load_config(args.config) if args.config else None
     if config is not None and "target" not in config["model"]:
         return load_ddim(config, args.ckpt, args.use_pretrained, sha256=args.sha256)

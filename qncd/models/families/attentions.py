@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
-from qncd.models.network import few
+from qncd.models.network import tell_left
 
-log = logging.getLogger("qncd")
 # Classes of processors that compute plain attention and nothing else.
 PLAIN_PROCESSORS = frozenset({"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"})
 
@@ -36,6 +34,5 @@ def known_attentions(module: nn.Module, processors: Collection[str]) -> dict[str
             found[name] = attention
         else:
             other.append(f"{name} ({kind.__name__})")
-    if other:
-        log.warning("%d attention products compute what is not known here and stay in floating point: %s", len(other), few(other))
+    tell_left("attention products", other)
     return found
