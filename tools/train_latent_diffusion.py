@@ -12,8 +12,6 @@ precision: for the bundled model, copy it to `qncd/assets` under the name in the
 from __future__ import annotations
 
 import argparse
-import hashlib
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +19,7 @@ from qncd.app import parser as cli
 from qncd.app import training
 
 if TYPE_CHECKING:
-    import torch
-
     from qncd.models.original.autoencoders import FirstStage
-
-logger = logging.getLogger(__name__)
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,31 +28,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--first_stage", type=Path, help="diffusers folder of the autoencoder (default: OUT/first_stage)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet; takes minutes to start on a CPU")
     return parser.parse_args()
-
-
-def cached_latents(first_stage: FirstStage, images: torch.Tensor, path: Path) -> torch.Tensor:
-    """Latents of uint8 NHWC images for the UNet, float16 (N, C, H, W): from the file if it holds them, else computed.
-
-    The file is bound to the autoencoder's weights, its scale and the images by a SHA-256. Raises ValueError where it is damaged.
-    """
-    import torch
-    from safetensors import safe_open
-
-    from qncd.io.files import reading, regular_file
-    from qncd.models.files.safetensors_files import write_safetensors
-    from qncd.training.diffusion import images_to_float
-
-    digest = hashlib.sha256(f"{first_stage.scale} {tuple(images.shape)}".encode())
-    for tensor in (images, *first_stage.model.state_dict().values()):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    if path.exists():
-        with reading(path, "a file of latents"), safe_open(regular_file(path), framework="pt") as stream:
-            if (stream.metadata() or {}).get("sha256") == digest.hexdigest():
-                return stream.get_tensor("latents")
-        logger.warning("%s belongs to other images or another autoencoder: computing it again", path)
-    latents = torch.cat([first_stage.encode(images_to_float(batch)).half() for batch in images.split(100)]).contiguous()
-    write_safetensors({"latents": latents}, path, {"sha256": digest.hexdigest()})
-    return latents
 
 
 def load_autoencoder(folder: Path, config: dict) -> FirstStage:
@@ -91,6 +60,7 @@ def main(args: argparse.Namespace) -> None:
     from qncd.models.original.ldm import build_ldm_unet, ldm_betas
     from qncd.sampling.process import Process
     from qncd.training.diffusion import NoisePrediction, TrainingSettings, condition_tensor, fit, section_at, value_at
+    from qncd.training.latents import cached_latents
 
     config = load_config(args.config)
     section = section_at(config, args.config, "training", "diffusion")

@@ -63,7 +63,8 @@ def is_pipeline(source: str | None, config: Path | None = None) -> bool:
     return HUB_ID.fullmatch(source) is not None and path.suffix not in CHECKPOINT_SUFFIXES
 
 
-RECOMMENDED = {"num_inference_steps": "timesteps", "guidance_scale": "scale"}  # in a yaml's section sampling
+# In a yaml's section sampling.
+RECOMMENDED = {"num_inference_steps": "timesteps", "guidance_scale": "scale", "max_sequence_length": "max_sequence_length"}
 
 
 def pipeline_config(path: Path | None) -> dict[str, Any] | None:
@@ -252,9 +253,12 @@ def class_labels(pipe: Any) -> list[int] | None:
         return None
     module: Any = denoiser_of(pipe)[1]
     embedder, config = getattr(pipe, "class_embedder", None), module.config
-    count = (
-        embedder.n_classes - 1 if embedder is not None else config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
-    )
+    if named := getattr(pipe, "labels", None):  # DiTPipeline: words -> class
+        count = len(set(named.values()))
+    elif embedder is not None:
+        count = embedder.n_classes - 1
+    else:
+        count = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
     if not count:
         raise ValueError(f"{type(pipe).__name__}: how many classes there are is not known")
     return list(range(count))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from qncd.app.latent import PromptEncoder, class_conditions, make_decoder, model_hashes, recommended_scale
+from qncd.app.pipelines import class_labels, recommended
+from qncd.io.fashion_mnist import CLASS_NAMES
 from qncd.io.images import to_uint8
 from qncd.io.scenes import all_scenes, caption_of, is_held_out, scene_dataset
 from qncd.metrics.networks.features import FashionMnistFeatures
@@ -101,18 +103,9 @@ def load_subject(
     }
     sampling = f"{_sampling(sampler)}, guidance {chosen:g}"
     if isinstance(model.conditioner, ClassConditioner):
-        classes = model.conditioner.n_classes - 1
-        if model.first_stage.model.config["in_channels"] != 1 or classes != 10:
-            raise ValueError(f"{model.source}: only Fashion-MNIST's grey images and 10 classes can be scored")
-        return Subject(
-            diffusion,
-            decode,
-            lambda indices: class_conditions(model, [i % classes for i in indices], chosen),
-            lambda count, seed: class_conditions(model, [(seed + i) % classes for i in range(count)], chosen),
-            lambda images: _fashion_figures(images, device, [i % classes for i in range(len(images))]),
-            settings,
-            Words(sampling, f"against the training set, {FashionMnistFeatures().convention}"),
-        )
+        kinds = model.first_stage.model.config["in_channels"], model.conditioner.n_classes - 1
+        labels = lambda classes: class_conditions(model, classes, chosen)  # noqa: E731
+        return _class_subject(diffusion, decode, labels, kinds, settings, sampling, device)
     if model.conditioner is None:
         raise ValueError(f"{model.source}: unconditional latent models have nothing to be scored with")
     return _scene_subject(diffusion, decode, PromptEncoder(model, chosen), settings, sampling, device)
@@ -122,13 +115,20 @@ def _pipeline_subject(
     config: Mapping[str, Any], ckpt: str | None, sampler: SamplerConfig, scale: float | None, device: str
 ) -> Subject:
     pipe: Any = from_config(config, ckpt).to(device)
-    if "prompt" not in parameters_of(pipe):
-        raise ValueError(f"{type(pipe).__name__} takes no prompts: only captioned scenes can be scored")
+    classes = class_labels(pipe)
+    if classes is None and "prompt" not in parameters_of(pipe):
+        raise ValueError(f"{type(pipe).__name__} takes neither prompts nor classes: its images cannot be scored")
     chosen = scale if scale is not None else recommended_scale(config, 1.0)
-    made = PipelineSampler(pipe, {"num_inference_steps": sampler.timesteps, "guidance_scale": chosen}, LANE)
+    call = {**recommended(config), "num_inference_steps": sampler.timesteps, "guidance_scale": chosen}
+    made = PipelineSampler(pipe, call, LANE)
     parts = {name: state_dict_hash(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     settings = {"model": parts.pop(denoiser_of(pipe)[0]), "parts": parts, "lane": LANE, "pipeline": made.settings}
     sampling = f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {made.step_count} steps, guidance {chosen:g}"
+
+    if classes is not None:
+        kinds = int(pipe.vae.config["out_channels"]), len(classes)
+        labelled = lambda labels: [{"class_labels": label} for label in labels]  # noqa: E731
+        return _class_subject(made, to_uint8, labelled, kinds, settings, sampling, device)
 
     def rows(captions: Sequence[str]) -> list[Row]:
         return [{"prompt": caption} for caption in captions]
@@ -138,6 +138,38 @@ def _pipeline_subject(
 
 def _sampling(sampler: SamplerConfig) -> str:
     return f"{sampler.sample_type}, {sampler.timesteps} steps ({sampler.skip_type}), eta {sampler.eta:g}"
+
+
+def _class_subject(
+    sampler: Sampler,
+    decode: Callable[[Tensor], np.ndarray],
+    encode: Callable[[list[int]], Any],
+    kinds: tuple[int, int],
+    settings: dict[str, Any],
+    sampling: str,
+    device: str,
+) -> Subject:
+    """A class-conditional model of Fashion-MNIST, its classes in turn.
+
+    Args:
+        encode: classes -> what the sampler takes.
+        kinds: channels of its images, and classes.
+
+    Raises:
+        ValueError: it is a model of other images.
+    """
+    if kinds != (1, len(CLASS_NAMES)):
+        raise ValueError(f"{kinds[0]} channels, {kinds[1]} classes: only Fashion-MNIST's grey images of 10 can be scored")
+    count = len(CLASS_NAMES)
+    return Subject(
+        sampler,
+        decode,
+        lambda indices: encode([i % count for i in indices]),
+        lambda samples, seed: encode([(seed + i) % count for i in range(samples)]),
+        lambda images: _fashion_figures(images, device, [i % count for i in range(len(images))]),
+        settings,
+        Words(sampling, f"against the training set, {FashionMnistFeatures().convention}"),
+    )
 
 
 def _scene_subject(

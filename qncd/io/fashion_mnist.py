@@ -13,7 +13,9 @@ from qncd.io.files import reading, regular_file
 
 DEBIAN_PATH = Path("/usr/share/datasets/fashion-mnist")
 _LARGEST = 1 << 28  # bytes of an IDX file; Fashion-MNIST's largest has 47 million
-_CLASSES = 10
+CLASS_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -96,6 +98,7 @@ def load_fashion_mnist(split: str = "train", root: str | Path | None = None) -> 
             f"{folder}: {_FILES[split][0]} has the shape {images.shape} and {_FILES[split][1]} {labels.shape}, "
             "expected (N, 28, 28) and (N,)"
         )
-    if labels.max() >= _CLASSES:
-        raise ValueError(f"{folder}: {_FILES[split][1]} holds the label {labels.max()}, allowed are 0 to {_CLASSES - 1}")
+    if labels.max() >= len(CLASS_NAMES):
+        allowed = f"0 to {len(CLASS_NAMES) - 1}"
+        raise ValueError(f"{folder}: {_FILES[split][1]} holds the label {labels.max()}, allowed are {allowed}")
     return np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None], labels.astype(np.int64)

@@ -102,7 +102,7 @@ def from_config(config: Mapping[str, Any], ckpt: str | Path | None, use_pretrain
     if layout is DIFFUSERS:
         if use_pretrained:
             raise ValueError(f"{config['model']['target']}: no published weights are known; its folder is --ckpt, or bundled")
-        return _from_folder(Path(ckpt) if ckpt else _bundled(config), str(config["model"]["target"]).partition(".")[2])
+        return _from_folder(Path(ckpt) if ckpt else bundled_folder(config), str(config["model"]["target"]).partition(".")[2])
     if layout is COMPVIS:
         return latent_pipeline(load_latent_model(config, ckpt, use_pretrained))
     return ddim_pipeline(load_ddim(config, ckpt, use_pretrained), config)
@@ -140,7 +140,8 @@ def _set_prediction(pipe: Any, file: SingleFile, folder: Path) -> None:
     logger.info("%s: %s, predicts %s %s%s", file.path, file.kind, pipe.scheduler.config.prediction_type, told, snr)
 
 
-def _bundled(config: Mapping[str, Any]) -> Path:
+def bundled_folder(config: Mapping[str, Any]) -> Path:
+    """The folder of a bundled pipeline that a yaml names. Raises ValueError where there is none."""
     name = config["model"]["weights"]
     if not (loading.ASSETS / name / INDEX).is_file():
         bundled = sorted(path.parent.name for path in loading.ASSETS.glob(f"*/{INDEX}"))
@@ -161,7 +162,7 @@ def _from_folder(folder: Path, wanted: str | None = None, parts: Mapping[str, An
     ours = ClassConditionalLDMPipeline
     found = ours if kind == ours.__name__ else DiffusionPipeline
     try:
-        loaded = {**_loading(), **(parts or {})}
+        loaded = {**_loading(), **_left_out(str(kind), index), **(parts or {})}
         pipe = found.from_pretrained(str(folder), local_files_only=True, variant=_variant(folder), **loaded)
     except _FAULTS as error:
         raise ValueError(f"{folder}: diffusers cannot load this {kind} ({_reason(error)})") from error
@@ -177,6 +178,12 @@ def _checked(pipe: DiffusionPipeline, source: str | Path) -> DiffusionPipeline:
             if not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"{source}: in its {part}, {name} holds NaN or infinity")
     return pipe
+
+
+def _left_out(kind: str, index: Mapping[str, Any]) -> dict[str, None]:
+    """Parts that a folder does without and its pipeline can, which diffusers wants to be told: SD3's third text encoder."""
+    parts = ("text_encoder_3", "tokenizer_3") if kind.startswith("StableDiffusion3") else ()
+    return {name: None for name in parts if not any(index.get(name) or ())}
 
 
 def _loading() -> dict[str, Any]:

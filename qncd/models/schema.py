@@ -214,7 +214,11 @@ _HEADS, _GROUPS, _DEPTH, _CONTEXT = Whole(-1, 1024), Whole(1, 8192), Whole(1, 32
 SCALE = Number(0, 1e6, strictly=True)
 """What latents are multiplied by."""
 
-_SAMPLING = Section({}, {"batch_size": Whole(1, 65_536), "scale": Number(0, 1e6), "timesteps": _STEPS}, absent=(None,))
+_SAMPLING = Section(
+    {},
+    {"batch_size": Whole(1, 65_536), "scale": Number(0, 1e6), "timesteps": _STEPS, "max_sequence_length": Whole(0, 65_536)},
+    absent=(None,),
+)
 _DATA: dict[str, Rule] = {"dataset": Text(), "category": Text(), "channels": _CHANNELS}
 
 DIFFUSION = Section({"beta_schedule": Text(), "beta_start": _VARIANCE, "beta_end": _VARIANCE, "num_diffusion_timesteps": _STEPS})
@@ -374,7 +378,7 @@ PIPELINE = Section({}, {"_class_name": Text()})
 _NAMES = (
     (DDIM, "of a DDIM model, for scripts/sample_diffusion_ddim.py"),
     (COMPVIS, "in CompVis' layout, for scripts/sample_diffusion_ldm.py or scripts/txt2img.py"),
-    (DIFFUSERS, "of a pipeline of diffusers, for scripts/txt2img.py"),
+    (DIFFUSERS, "of a pipeline of diffusers, for scripts/sample_diffusion_ldm.py or scripts/txt2img.py"),
     (None, "of no model that is known here"),
 )
 _DDIM_KEYS = frozenset({"ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "out_ch"})

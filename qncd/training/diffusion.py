@@ -111,6 +111,24 @@ def section_at(config: Mapping[str, Any], source: Path, *keys: str) -> Mapping[s
     return section
 
 
+def noised(x0: torch.Tensor, abar: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x_t of a batch (N, C, H, W) at random time steps, the steps (N,) and the noise.
+
+    The steps come in antithetic pairs t and T - 1 - t, as in the DDIM code.
+    """
+    half = torch.randint(0, len(abar), ((len(x0) + 1) // 2,), device=x0.device)
+    t = torch.cat([half, len(abar) - 1 - half])[: len(x0)]
+    noise = torch.randn_like(x0)
+    level = abar[t].view(-1, 1, 1, 1)
+    return level.sqrt() * x0 + (1 - level).sqrt() * noise, t, noise
+
+
+def dropped(conditions: torch.Tensor, nothing: torch.Tensor, share: float) -> torch.Tensor:
+    """Conditions (N, ...) with a random share of the rows replaced by `nothing` (1, ...)."""
+    chosen = torch.rand(len(conditions), device=conditions.device) < share
+    return torch.where(chosen.view(-1, *(conditions.ndim - 1) * [1]), nothing, conditions)
+
+
 class NoisePrediction(nn.Module):
     """The simple loss of DDPM, ||eps - eps_theta(x_t, t, c)||^2 (Ho et al. 2020, eq. 14).
 
@@ -141,24 +159,19 @@ class NoisePrediction(nn.Module):
         self.register_buffer("nothing", torch.empty(0) if conditioner is None else condition_tensor(conditioner, None))
 
     def forward(self, x0: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """The loss of a batch at random time steps, in antithetic pairs t and T - 1 - t, as in the DDIM code.
+        """The loss of a batch at random time steps.
 
         Args:
             x0: clean images in [-1, 1] or latents, (N, C, H, W).
             condition: rows of `condition_tensor`, (N, ...), where there is a conditioner.
         """
-        half = torch.randint(0, len(self.abar), ((len(x0) + 1) // 2,), device=x0.device)
-        t = torch.cat([half, len(self.abar) - 1 - half])[: len(x0)]
-        noise = torch.randn_like(x0)
-        abar = self.abar[t].view(-1, 1, 1, 1)
-        noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+        noisy, t, noise = noised(x0, self.abar)
         context = () if condition is None else (self._context(condition),)
         return (self.unet(noisy, t, *context).sample.float() - noise).square().mean()
 
     def _context(self, condition: torch.Tensor) -> torch.Tensor:
         """(N, ...) -> (N, L, D), with gradients."""
-        dropped = torch.rand(len(condition), device=condition.device) < self.condition_dropout
-        condition = torch.where(dropped.view(-1, *(condition.ndim - 1) * [1]), self.nothing, condition)
+        condition = dropped(condition, self.nothing, self.condition_dropout)
         if isinstance(self.conditioner, TextConditioner):  # whose own forward is for inference
             return self.conditioner.text_model(input_ids=condition).last_hidden_state
         assert self.conditioner is not None

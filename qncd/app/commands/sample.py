@@ -59,7 +59,9 @@ def kind_of_config(path: Path) -> str:
     if layout is not None:
         _check(path, content, layout)
     if layout is DIFFUSERS:
-        return "text"
+        from qncd.models.pipelines import bundled_folder
+
+        return kind_of_checkpoint(str(bundled_folder(content)))
     if layout is not COMPVIS:
         return "ddim"
     condition = content["model"]["params"].get("cond_stage_config")
