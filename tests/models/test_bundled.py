@@ -20,7 +20,7 @@ def test_sizes() -> None:
     sizes = {path.name: sum(p.stat().st_size for p in path.rglob("*")) if path.is_dir() else path.stat().st_size
              for path in ASSETS.iterdir()}  # fmt: skip
     assert {"fashion_mnist_ddim", "fashion_mnist_ldm.safetensors", "scenes.safetensors"} <= sizes.keys()
-    assert max(sizes.values()) <= 8e6 and sum(sizes.values()) <= 25e6
+    assert max(sizes.values()) <= 8e6 and sum(sizes.values()) <= 40e6
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,8 @@ def test_sizes() -> None:
     [
         ("fashion_mnist_ldm.yaml", "class_accuracy", SamplerConfig(timesteps=10, convention="ldm"), 32, 75),
         ("scenes.yaml", "caption_accuracy", SamplerConfig(timesteps=20, convention="ldm"), 32, 90),
+        ("fashion_mnist_dit.yaml", "class_accuracy", SamplerConfig(timesteps=8), 32, 85),
+        ("scenes_mmdit.yaml", "caption_accuracy", SamplerConfig(timesteps=8), 32, 90),
     ],
 )
 def test_conditions_are_obeyed(name: str, figure: str, sampler: SamplerConfig, images: int, least: float) -> None:

@@ -41,7 +41,8 @@ def test_the_layouts() -> None:
     assert layout_of({"model": {"weights": "x"}}) is layout_of({"model": 3}) is layout_of({}) is None
     for path in sorted((ROOT / "configs").iterdir()):
         layout = layout_of(load_config(path))  # which looks at the keys
-        assert layout is (DDIM if path.suffix == ".yml" else DIFFUSERS if path.stem == "scenes_turbo" else COMPVIS)
+        pipelines = ("scenes_turbo", "scenes_mmdit", "fashion_mnist_dit")
+        assert layout is (DDIM if path.suffix == ".yml" else DIFFUSERS if path.stem in pipelines else COMPVIS)
 
 
 def test_another_layout_is_named() -> None:

@@ -41,8 +41,8 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--config", type=Path, default=CONFIGS / "fashion_mnist.yml",
-        help="yaml of the model: fashion_mnist.yml (default), fashion_mnist_ldm.yaml, scenes.yaml or scenes_turbo.yaml in "
-        "configs/, or alike",
+        help="yaml of the model: fashion_mnist.yml (default), fashion_mnist_ldm.yaml, fashion_mnist_dit.yaml, scenes.yaml, "
+        "scenes_turbo.yaml or scenes_mmdit.yaml in configs/, or alike",
     )  # fmt: skip
     group.add_argument("--ckpt", help="weights (default: what the config names)")
     group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
