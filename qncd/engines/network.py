@@ -65,7 +65,7 @@ class EngineNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.session, self.inputs, self.one_step_a_call = network.config, session, inputs, one_step_a_call
-        self.defaults = {name: p.default for name, p in inspect.signature(type(network.module).forward).parameters.items()}
+        self.defaults = defaults_of(network.module)
         self.register_buffer("place", torch.empty(0, device=network.device, dtype=network.dtype), persistent=False)
         # What pipelines look up in the original, such as the width of an embedding: shapes alone.
         object.__setattr__(self, "_original", without_memory(network).module)
@@ -100,9 +100,7 @@ class EngineNetwork(nn.Module):
         constants = {name: value for name, value in call.constants.items() if not isinstance(value, Tensor)}
         shared = {name: value for name, value in call.constants.items() if isinstance(value, Tensor)}
         return_dict = constants.pop("return_dict", return_dict)
-        for name, value in constants.items():
-            if value is not self.defaults.get(name) and not (isinstance(value, (Mapping, list, tuple)) and not value):
-                raise ValueError(f"{name}: a network on an engine takes tensors, this is {value!r:.80}")
+        check_tensors(constants, self.defaults)
         inputs = self._converted({network.sample_name: call.x, network.time_name: call.t, **call.inputs, **shared})
         out = self._run(inputs, network.time_name).to(call.x.dtype)
         return EngineOutput(out) if return_dict else (out,)
@@ -162,6 +160,19 @@ class _StandIn(Network):
     @property
     def dtype(self) -> torch.dtype:
         return self.module.get_buffer("place").dtype
+
+
+def defaults_of(module: nn.Module) -> dict[str, Any]:
+    """The default of each argument of a module's forward."""
+    return {name: parameter.default for name, parameter in inspect.signature(type(module).forward).parameters.items()}
+
+
+def check_tensors(constants: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ValueError for an argument of a call that says something and is no tensor: engines take nothing else."""
+    for name, value in constants.items():
+        empty = isinstance(value, (Mapping, list, tuple)) and not value
+        if value is not defaults.get(name) and not isinstance(value, Tensor) and not empty:
+            raise ValueError(f"{name}: a network on an engine takes tensors, this is {value!r:.80}")
 
 
 def _plain(dtype: torch.dtype) -> torch.dtype:

@@ -179,7 +179,10 @@ class Network:
         rows = {name: (tuple(one), getattr(torch, dtype)) for name, (one, dtype) in seen.items()}
         if shape is not None:
             rows[self.sample_name] = (tuple(shape), rows[self.sample_name][1])
-        return {name: torch.zeros(batch, *one, dtype=dtype, device=self.device) for name, (one, dtype) in rows.items()}
+        return {
+            name: torch.zeros(*(one if name in self.shared else (batch, *one)), dtype=dtype, device=self.device)
+            for name, (one, dtype) in rows.items()
+        }
 
     # Samples.
 
@@ -314,7 +317,9 @@ _SEEN, _CONSTANTS = "_qncd_inputs", "_qncd_constants"  # attributes of a module
 
 
 def remember_inputs(network: Network, x: Tensor, t: Tensor, inputs: Inputs, constants: Mapping[str, Any]) -> None:
-    """Keep the shape of one row and the dtype of all that a network is called with, for exporters and checkpoints.
+    """Keep the shape of one row, or of what rows share, and the dtype of all that a network is called with.
+
+    Exporters and checkpoints ask for it.
 
     Time steps are whole numbers (int64) unless one has a fraction.
 
@@ -324,13 +329,15 @@ def remember_inputs(network: Network, x: Tensor, t: Tensor, inputs: Inputs, cons
     object.__setattr__(network.module, _CONSTANTS, dict(constants))
     whole = not t.is_floating_point() or bool((t == t.round()).all())
     seen = {network.sample_name: [list(x.shape[1:]), "float32"], network.time_name: [[], "int64" if whole else "float32"]}
-    for name, value in inputs.items():
-        seen[name] = [list(value.shape[1:]), "float32" if value.is_floating_point() else "int64"]
+    shared = {name: value for name, value in constants.items() if name in network.shared}
+    for name, value in [*inputs.items(), *shared.items()]:
+        shape = value.shape if name in shared else value.shape[1:]
+        seen[name] = [list(shape), "float32" if value.is_floating_point() else "int64"]
     set_seen_inputs(network.module, seen)
 
 
 def seen_inputs(module: nn.Module) -> dict[str, Any] | None:
-    """What `remember_inputs` kept: [shape of one row, dtype] by name, the sample and the time step first."""
+    """What `remember_inputs` kept of shapes: [shape, dtype] by name, the sample and the time step first."""
     return getattr(module, _SEEN, None)
 
 

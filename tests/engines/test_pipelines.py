@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
@@ -13,8 +14,10 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from quantized_networks import prepared
+from small_pipelines import KINDS, made, run
 from torch import Tensor
 
+import qncd
 from qncd.engines.engine import export, open_engine
 from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.recipe import QuantConfig
@@ -68,3 +71,27 @@ def test_ddim(make_unet: Any, tmp_path: Path) -> None:
         pipe.unet = open_engine(unet, tmp_path, backend, threads=1)
         torch.testing.assert_close(sample(), expected, rtol=1e-3, atol=1e-3)
         assert pipe.to(torch.float32).device == unet.device
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["DiT", "FLUX", pytest.param("PixArt sigma", marks=pytest.mark.slow), pytest.param("SD3", marks=pytest.mark.slow),
+     pytest.param("Sana", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_transformers(kind: str, tmp_path: Path) -> None:
+    """Classes, ids of places that all samples share, masked texts, joint streams, linear attention; as fake quantization."""
+    pipe = made(kind)
+    exact = run(pipe, kind)
+    qncd.quantize(pipe, "W8A8", mode="linear", calls=[KINDS[kind].call], steps=4, samples=2)
+    expected = run(pipe, kind)
+    qncd.export(pipe, tmp_path)
+    for backend in ENGINES:
+        found = run(qncd.open_engine(pipe, tmp_path, backend), kind)
+        assert (found - expected).square().mean() <= 1.5 * (expected - exact).square().mean()
+
+
+def test_what_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    pipe = made("Qwen-Image")
+    qncd.quantize(pipe, "W8A8", mode="linear", calls=[KINDS["Qwen-Image"].call], steps=2, samples=2)
+    with pytest.raises(ValueError, match="img_shapes: a network on an engine takes tensors, this is"):
+        qncd.export(pipe, tmp_path)

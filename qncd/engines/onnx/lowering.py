@@ -297,14 +297,15 @@ class Lowering:
         return convolved if inside or offset is None else self._floats(self._op("Add", convolved, offset))
 
     def _attention(self, name: str, processor: AttentionProducts, inputs: Sequence[ir.Value | None], scale: float) -> ir.Value:
-        query, key, value = inputs
+        query, key, value, *mask = inputs
         assert query is not None and key is not None and value is not None
         # The scale of the scores rides on the step of q.
         query = self._act(query, processor.q, gain=scale)
         if processor.q.codes is None:
             query = self._op("Mul", query, self._scalar(scale))
         key = self._act(self._op("Transpose", key, perm=[0, 1, 3, 2]), processor.k, signed=True)
-        scores = self._op("Softmax", self._scaled(self._op("MatMul", query, key), query, key, scores=True), axis=-1)
+        scores = self._scaled(self._op("MatMul", query, key), query, key, scores=True)
+        scores = self._op("Softmax", self._op("Add", scores, mask[0]) if mask else scores, axis=-1)
         weights, value = self._act(scores, processor.softmax), self._act(value, processor.v, signed=True)
         return self._scaled(self._floats(self._op("MatMul", weights, value)), weights, value)
 

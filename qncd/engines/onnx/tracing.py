@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qncd.engines.network import check_tensors, defaults_of
 from qncd.engines.packages import require
 from qncd.io.files import first_line
-from qncd.models.network import Network
+from qncd.models.network import Network, seen_constants
 from qncd.quant.attention import AttentionProducts
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 DOMAIN = "qncd"
 LAYER, ATTENTION = "Layer", "Attention"  # the markers' operators
 OPSET = 21  # the first with INT4 weights and 16-bit activations
-TOKENS = {"encoder_hidden_states": 1, "encoder_attention_mask": 1}  # inputs and their axis that runs over a prompt's tokens
+# Inputs and their axis that runs over a prompt's tokens.
+TOKENS = {"encoder_hidden_states": 1, "encoder_attention_mask": 1, "txt_ids": 0}
 SMALLEST_TORCH = (2, 8)  # the first with torch.onnx.ops.symbolic
 
 
@@ -88,9 +90,8 @@ def _marked(network: nn.Module) -> Iterator[None]:
 
     def attend(name: str) -> Any:
         def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, upcast: bool) -> Tensor:
-            if mask is not None:
-                raise ValueError(f"{name}: attention with a mask is not exported")
-            return _marker(ATTENTION, (query, key, value), {"module": name, "scale": float(scale)}, query.shape)
+            operands = (query, key, value) if mask is None else (query, key, value, mask)
+            return _marker(ATTENTION, operands, {"module": name, "scale": float(scale)}, query.shape)
 
         return forward
 
@@ -129,6 +130,8 @@ def trace(network: Network, shape: Sequence[int] | None = None) -> ir.Model:
     require("onnxscript")
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SMALLEST_TORCH:
         raise ValueError(f"exporting needs torch {'.'.join(map(str, SMALLEST_TORCH))} or newer, this is {torch.__version__}")
+    constants = {name: value for name, value in seen_constants(network.module).items() if name != "return_dict"}
+    check_tensors(constants, defaults_of(network.module))
     inputs = network.example(2, shape)
     # By name alone: with a range beside it a network is traced twice, since diffusers looks for batches of 64 and more.
     shapes = tuple(dynamic_axes(network, shape).values())
@@ -154,4 +157,23 @@ def trace(network: Network, shape: Sequence[int] | None = None) -> ir.Model:
             for talker, level in zip(talkers, levels, strict=True):
                 talker.setLevel(level)
     assert program is not None
+    _drop_idle_squeezes_(program.model)
     return program.model
+
+
+def _drop_idle_squeezes_(model: ir.Model) -> None:
+    """Take out what squeezes an axis of another size than 1: torch leaves those as they are, the operator is refused."""
+    from onnx_ir import convenience
+
+    for node in list(model.graph):
+        if node.op_type != "Squeeze" or len(node.inputs) < 2:
+            continue
+        x, axes = node.inputs
+        assert x is not None and axes is not None
+        chosen = convenience.get_const_tensor(axes)
+        if x.shape is None or chosen is None:
+            continue
+        sizes = [x.shape[int(axis)] for axis in chosen.numpy().reshape(-1)]
+        if all(isinstance(size, int) and size != 1 for size in sizes):
+            convenience.replace_all_uses_with(node.outputs[0], x)
+            model.graph.remove(node, safe=True)
