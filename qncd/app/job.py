@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,14 @@ def in_processes(
 def environment(args: argparse.Namespace, device: str | torch.device, batch_size: int) -> dict[str, Any]:
     """What changes no image, for run.json: the arguments as they were, the device, the batch size."""
     plain = {k: v if v is None or isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}
-    return {"arguments": plain, "device": str(device), "batch_size": batch_size}
+    threads = torch.get_num_threads()
+    return {
+        "command": shlex.join(sys.argv),
+        "arguments": plain,
+        "device": str(device),
+        "threads": threads,
+        "batch_size": batch_size,
+    }
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,7 @@ def on_engine(args: argparse.Namespace, recipe: Recipe | None, sampler: Sampler,
         folder = args.onnx
         check_fits(folder, network, sampler.shape)
     elif not is_current(folder, network, sampler.shape):
+        log.info("exporting for %s", args.backend)
         path = export(network, folder, recipe.quant if recipe else None, base_hash, shape=sampler.shape)
         log.info("exported %s: %.1f MB", path, path.stat().st_size / 1e6)
     if engine_of(args.backend).file:
@@ -349,9 +358,11 @@ class SamplingJob:
         if compared:
             blocks.insert(0, self._read("fp", shown))
             labels.insert(0, "FP32")
-            mse = np.concatenate([
-                paired_mse(self._read("fp", part), self._read("images", part)) for part in _parts(indices)
-            ])  # fmt: skip
+            mse = np.empty(0)
+            with progress_bar("comparing with full precision", "image", is_quiet()) as bar:
+                for part in _parts(indices):
+                    mse = np.append(mse, paired_mse(self._read("fp", part), self._read("images", part)))
+                    bar(len(mse), len(indices))
             quality = PairedQuality.of(mse)
             self.figures |= {
                 "psnr_to_fp_db": quality.psnr, "psnr_of_mean_to_fp_db": quality.psnr_of_mean,

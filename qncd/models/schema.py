@@ -214,11 +214,8 @@ _HEADS, _GROUPS, _DEPTH, _CONTEXT = Whole(-1, 1024), Whole(1, 8192), Whole(1, 32
 SCALE = Number(0, 1e6, strictly=True)
 """What latents are multiplied by."""
 
-_SAMPLING = Section(
-    {},
-    {"batch_size": Whole(1, 65_536), "scale": Number(0, 1e6), "timesteps": _STEPS, "max_sequence_length": Whole(0, 65_536)},
-    absent=(None,),
-)
+_CALL: dict[str, Rule] = {"scale": Number(0, 1e6), "timesteps": _STEPS, "max_sequence_length": Whole(0, 65_536)}
+_SAMPLING = Section(optional={"batch_size": Whole(1, 65_536), **_CALL}, absent=(None,))
 _DATA: dict[str, Rule] = {"dataset": Text(), "category": Text(), "channels": _CHANNELS}
 
 DIFFUSION = Section({"beta_schedule": Text(), "beta_start": _VARIANCE, "beta_end": _VARIANCE, "num_diffusion_timesteps": _STEPS})
@@ -328,9 +325,8 @@ COMPVIS = Section(
 )  # fmt: skip
 """Configs of CompVis' latent-diffusion and Stable Diffusion v1."""
 
-DIFFUSERS = Section(
-    {"model": Section({"target": Text(), "weights": Name()})}, {"data": Section(absent=(None,)), "sampling": _SAMPLING}
-)
+_BUNDLED = Section({"target": Text(), "weights": Name()})
+DIFFUSERS = Section({"model": _BUNDLED}, {"data": Section(absent=(None,)), "sampling": _SAMPLING})
 """Configs of bundled pipelines of diffusers: the class, `diffusers.NAME`, and the folder."""
 
 _FEW = Items(_DEPTH, 1, _LEVELS)
