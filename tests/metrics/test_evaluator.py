@@ -56,11 +56,13 @@ def test_subprocess_prints_every_number_with_its_convention(folders, tmp_path):
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.splitlines()
     labels = ["FID", "sFID", "IS", "IS", "precision", "recall", "PSNR", "PSNR(MSE)", "PSNR(5%)", "PSNR<20"]
-    labels += ["SSIM", "MSE", "note:", "note:"]
-    assert [line.split()[0] for line in lines] == labels
-    for line in lines[:2]:
-        assert "12 real against 12 synthetic images" in line and "test accuracy" in line and "no resize" in line
-    assert "10 contiguous splits" in lines[2]
+    labels += ["SSIM", "MSE"]
+    rows, remarks = lines[: len(labels)], lines[len(labels) + 1 :]
+    assert [line.split()[0] for line in rows] == labels and lines[len(labels)] == "" and max(map(len, rows)) < 40
+    assert [line.split(":")[0] for line in remarks[:2]] == ["FID", "sFID"]
+    assert all("12 real against 12 synthetic images" in line for line in remarks[:2])
+    assert "10 contiguous splits" in remarks[2]
+    assert len([line for line in remarks if "test accuracy" in line and "no resize" in line]) == 1  # once for all
     assert "biased upwards at 12 images (fewer than 2048)" in lines[-2]
     assert "no LPIPS: --metrics lpips downloads alexnet" in lines[-1]
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -339,7 +341,7 @@ def test_intervals_and_the_difference_of_two_sets(capsys, folders, tmp_path, mak
         noise = np.random.default_rng(0).normal(size=real.shape) * amount
         for image, path in zip((real + noise).clip(0, 255).astype(np.uint8), sorted((tmp_path / name).iterdir()), strict=True):
             Image.fromarray(image).save(path)
-    options = ["--bootstrap", 200, "--metrics", "fid", "is", "kid", "precision_recall"]
+    options = ["--bootstrap", 200, "--metrics", "fid", "is", "kid", "precision_recall", "psnr", "ssim"]
     scores = call(capsys, folders[0], tmp_path / "far", "--compare", tmp_path / "near", *options)
     expected = {"fid", "inception_score_mean", "inception_score_adm", "kid", "precision", "recall", "psnr", "ssim", "mse"}
     expected |= {"psnr_of_mean", "poor"}
@@ -356,7 +358,20 @@ def test_intervals_and_the_difference_of_two_sets(capsys, folders, tmp_path, mak
     evaluator.main([*map(str, (folders[0], tmp_path / "far")), "--features", "fashion_mnist", "--compare", str(tmp_path / "near"),
                     "--bootstrap", "50"])  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("PSNR") and "differs from 0" in line and "SYNTH less baseline, paired" in line for line in lines)
+    assert any(line.startswith("PSNR") and "differs from 0" in line for line in lines)
+    assert any(f"{tmp_path / 'far'} less {tmp_path / 'near'}" in line and "paired: same file names" in line for line in lines)
+    assert sum(line.startswith("FID: pooled features") for line in lines) == 1
+
+
+def test_named_metrics_alone(capsys, folders):
+    for names, found in (
+        (["fid"], ["FID"]),
+        (["ssim"], ["SSIM"]),
+        (["psnr"], ["PSNR", "PSNR(MSE)", "PSNR(5%)", "PSNR<20", "MSE"]),
+    ):
+        evaluator.main([*map(str, folders), "--features", "fashion_mnist", "--metrics", *names])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines[: lines.index("")]] == found
 
 
 def test_other_names_are_not_paired(capsys, folders, tmp_path):

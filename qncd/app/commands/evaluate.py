@@ -157,9 +157,8 @@ def main(args: argparse.Namespace) -> None:
 
     for synth in sets if set(metrics) & set(PAIRED_METRICS) else ():
         paired_folders(real, synth)
-    settings = Settings(
-        metrics, args.batch_size, args.is_splits, args.bootstrap, args.prompts, tuple(args.iqa or ("quality",))
-    )  # fmt: skip
+    iqa = tuple(args.iqa or ("quality",))
+    settings = Settings(metrics, args.batch_size, args.is_splits, args.bootstrap, args.prompts, iqa, bool(args.metrics))
     for synth in sets:
         prompts_of(synth, settings)
 
@@ -176,7 +175,8 @@ def main(args: argparse.Namespace) -> None:
             from qncd.metrics.networks.text import DEFAULT_MODEL, DEFAULT_WEIGHTS, ClipFeatures
 
             clip = ClipFeatures(args.clip_model or DEFAULT_MODEL, args.clip_weights or DEFAULT_WEIGHTS, processes.device)
-        if "lpips" in metrics or (any(common_names(real, synth) for synth in sets) and lpips_obstacle() is None):
+        pairs = not settings.named and any(common_names(real, synth) for synth in sets)
+        if "lpips" in metrics or (pairs and lpips_obstacle() is None):
             lpips = Lpips(args.lpips_weights, processes.device)
         cache = FeatureCache(None if args.no_cache else args.cache or default_cache())
         progress = _show_progress if sys.stderr.isatty() else None
@@ -189,12 +189,13 @@ def main(args: argparse.Namespace) -> None:
         return
 
     document: dict[str, object] = {"real": args.real, "synth": args.synth, **found[0].to_json()}
-    lines = found[0].lines()
+    lines = found[0].rows()
     if args.compare is not None:
         rows, how = differences(*found)
         document |= {"baseline": {"synth": args.compare, **found[1].to_json()}, "difference": differences_to_json(rows, how)}
-        lines += [f"baseline {args.compare}:", *found[1].lines(), f"{args.synth} less {args.compare}:"]
-        lines += [row.line(how) for row in rows]
+        lines += ["", f"baseline {args.compare}:", *found[1].rows()]
+        lines += ["", f"{args.synth} less {args.compare} ({how}):", *(row.row() for row in rows)]
+    lines += ["", *dict.fromkeys(line for result in found for line in result.remarks())]
     text, encoding = json.dumps(document, indent=2) if args.json == "-" else "\n".join(lines), sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))  # a path may hold bytes that are no text
     if args.json not in (None, "-"):

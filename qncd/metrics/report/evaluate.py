@@ -23,19 +23,22 @@ from qncd.metrics.statistics.moments import POOR, PairedQuality, mse_to_psnr, pa
 from qncd.metrics.statistics.paired import LPIPS_SIZE, SSIM_WINDOW, Lpips, lpips_obstacle, paired_ssim
 from qncd.metrics.statistics.saved_statistics import SavedStatistics
 
+METRIC_OF = dict.fromkeys(("psnr_of_mean", "psnr_p5", "poor", "mse"), "psnr")  # figures that come with another one
+
 
 @dataclass(frozen=True)
 class Settings:
     """What is computed, and how.
 
     Attributes:
-        metrics: names of `conventions.METRICS`; PSNR, MSE and SSIM come as soon as both sides have the same file names, which
-            has to be so where one of them is named.
+        metrics: names of `conventions.METRICS`; both sides need the same file names where PSNR, SSIM or LPIPS is named.
         batch_size: images in a network at once; changes results by rounding only.
         splits: equal parts of the inception score.
         bootstrap: resamples of the intervals, 0 for none.
         prompts: see `find_prompts`.
         iqa: keys of ANTONYMS.
+        named: nothing else than `metrics` is wanted; otherwise PSNR, MSE and SSIM come as soon as both sides have the same file
+            names.
     """
 
     metrics: tuple[str, ...]
@@ -44,6 +47,7 @@ class Settings:
     bootstrap: int = 0
     prompts: Path | None = None
     iqa: tuple[str, ...] = ("quality",)
+    named: bool = False
 
 
 def check_sources(real: Source, synthetic: Source, network: str, convention: Convention | None = None) -> None:
@@ -273,22 +277,25 @@ class Evaluator:
 
     def _paired_scores(self, synthetic: Source) -> tuple[list[Score], list[str]]:
         """The figures of pairs, or why there are none although some names agree; without a word where none was to be expected."""
-        real = self.real
+        real, asked = self.real, set(self.settings.metrics) & set(PAIRED_METRICS)
+        if self.settings.named and not asked:
+            return [], []
         try:
             folders = paired_folders(real, synthetic)
         except ValueError as error:
-            if set(self.settings.metrics) & set(PAIRED_METRICS):
+            if asked:
                 raise
             if not (isinstance(real, ImageFolder) and isinstance(synthetic, ImageFolder)):
                 return [], []
             return [], [str(error)] if set(real.names) & set(synthetic.names) else []
         channels = 3 if self.extractor is None else self.extractor.channels
         lpips, notes = self.lpips, []
-        if lpips is None and (obstacle := lpips_obstacle()):
+        if lpips is None and not self.settings.named and (obstacle := lpips_obstacle()):
             notes = [f"no LPIPS: {obstacle}"]
-        elif lpips is not None and "lpips" not in self.settings.metrics and min(folders[0].height, folders[0].width) < LPIPS_SIZE:
+        elif lpips is not None and "lpips" not in asked and min(folders[0].height, folders[0].width) < LPIPS_SIZE:
             lpips, notes = None, [f"no LPIPS: images smaller than {LPIPS_SIZE}x{LPIPS_SIZE}"]
-        return paired_scores(*folders, channels, self.settings.batch_size, lpips), notes
+        scores = paired_scores(*folders, channels, self.settings.batch_size, lpips)
+        return [score for score in scores if not self.settings.named or METRIC_OF.get(score.key, score.key) in asked], notes
 
     def _clip_scores(self, synthetic: Source, prompts: list[str]) -> list[Score]:
         if self.clip is None or isinstance(synthetic, SavedStatistics):

@@ -100,16 +100,27 @@ class Result:
         shifts = resampled_shifts(influences, self.bootstrap)
         return {s.key: interval(s.value, shifts[s.key]) for s in self.scores if s.key in shifts}
 
-    def lines(self) -> list[str]:
-        """One line for each figure, with its convention, then the notes."""
+    def rows(self) -> list[str]:
+        """One line for each figure, with its interval where there is one."""
         intervals = self.intervals()
         rows = []
         for score in self.scores:
             text = f"{score.value:{score.digits}}" + ("" if score.std is None else f" +- {score.std:{score.digits}}") + score.unit
             if score.key in intervals:
-                text += f"  (95 %: {_bounds(intervals[score.key], score)})"
-            rows.append(f"{score.label:<9} {text}  [{score.how}]")
-        return rows + [f"note: {note}" for note in self.notes]
+                text = f"{text:<20} 95 %: {_bounds(intervals[score.key], score)}"
+            rows.append(f"{score.label:<9} {text}")
+        return rows
+
+    def remarks(self) -> list[str]:
+        """The convention of each figure, that of the features once, and the notes."""
+        own = f"; {self.convention}"
+        labels: dict[str, list[str]] = {}
+        for score in self.scores:
+            labels.setdefault(score.how.removesuffix(own), []).append(score.label)
+        said = [f"{', '.join(names)}: {how}" for how, names in labels.items()]
+        if any(score.how.endswith(own) for score in self.scores):
+            said.append(f"features: {self.convention}")
+        return said + [f"note: {note}" for note in self.notes]
 
     def to_json(self) -> dict[str, object]:
         """Every key of KEYS with its figure or None, `KEY_std` and the rest; an infinite PSNR is the text "inf"."""
@@ -139,13 +150,13 @@ class Difference:
     value: float
     bounds: Interval | None
 
-    def line(self, how: str) -> str:
+    def row(self) -> str:
         sign = self.score.digits if self.score.digits.startswith("+") else f"+{self.score.digits}"
         text = f"{self.value:{sign}}{self.score.unit}"
         if self.bounds is not None:
             verdict = "differs from 0" if self.bounds.excludes_zero else "no more than noise"
-            text += f"  (95 %: {self.bounds.low:{sign}} to {self.bounds.high:{sign}}, {verdict})"
-        return f"{self.score.label:<9} {text}  [{how}]"
+            text = f"{text:<20} 95 %: {self.bounds.low:{sign}} to {self.bounds.high:{sign}}, {verdict}"
+        return f"{self.score.label:<9} {text}"
 
 
 def paired_by(result: Result, baseline: Result) -> str | None:
