@@ -3,8 +3,8 @@
     python examples/stable_diffusion.py
     python examples/stable_diffusion.py models/my-fine-tune --out out/mine
 
-Writes the quantized pipeline and a picture: full precision, quantized. docs/tutorials/export_and_run.ipynb goes on from there: the same
-network in integers.
+Writes the quantized pipeline and a picture: full precision, quantized. The same network in integers is
+docs/tutorials/export_and_run.ipynb.
 """
 
 import argparse
