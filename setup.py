@@ -48,9 +48,17 @@ EXPORT_REQUIRES = [  # `qncd export` and --backend; exporting also needs torch 2
     "openvino>=2025.2",
 ]
 GGUF_REQUIRES = ["gguf>=0.17,<1"]  # `qncd export --out FILE.gguf`
+DOCS_REQUIRES = [  # the site of docs/, and the notebooks of docs/tutorials/
+    "sphinx>=8,<10",
+    "furo>=2024.8",
+    "myst-nb>=1.2,<2",
+    "nbclient>=0.10,<1",
+    "ipykernel>=6.29,<8",
+]
 TEST_REQUIRES = [
     *EXPORT_REQUIRES,
     *GGUF_REQUIRES,
+    *DOCS_REQUIRES,
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
     "hypothesis>=6.100,<7",
@@ -79,6 +87,19 @@ setup(
     long_description_content_type="text/markdown",
     author="QNCD contributors",
     license="Apache-2.0",
+    keywords="diffusion models, quantization, post-training quantization, int8, stable diffusion, diffusers",
+    project_urls={"Paper": "https://arxiv.org/abs/2403.19140"},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Typing :: Typed",
+    ],
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=[*find_packages(where=str(ROOT), include=["qncd", "qncd.*"]), "qncd.configs"],
@@ -89,5 +110,11 @@ setup(
     },
     entry_points={"console_scripts": ["qncd = qncd.app.console:main"]},
     install_requires=INSTALL_REQUIRES,
-    extras_require={"test": TEST_REQUIRES, "export": EXPORT_REQUIRES, "gguf": GGUF_REQUIRES, "peers": PEERS_REQUIRES},
+    extras_require={
+        "test": TEST_REQUIRES,
+        "docs": DOCS_REQUIRES,
+        "export": EXPORT_REQUIRES,
+        "gguf": GGUF_REQUIRES,
+        "peers": PEERS_REQUIRES,
+    },
 )

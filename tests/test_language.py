@@ -8,8 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = ("README.md", "configs", "docs", "evaluator.py", "qncd", "scripts", "tools")
-SUFFIXES = {".md", ".py", ".yaml", ".yml"}
+PLACES = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "configs",
+    "docs",
+    "evaluator.py",
+    "examples",
+    "qncd",
+    "scripts",
+    "tools",
+)
+SUFFIXES = {".ipynb", ".md", ".py", ".rst", ".yaml", ".yml"}
 FORBIDDEN = {  # phrase -> what to write instead
     "in the box": "bundled",
     "of their own": "mixed precision, separate or individual",

@@ -70,6 +70,22 @@ def test_version_is_the_one_in_the_package(setup_arguments: dict[str, Any]) -> N
     assert re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE) == [setup_arguments["version"]]
 
 
+def test_citation_is_of_this_version(setup_arguments: dict[str, Any]) -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert [citation[key] for key in ("title", "version", "license")] == ["QNCD", setup_arguments["version"], "Apache-2.0"]
+    assert citation["preferred-citation"]["url"] == setup_arguments["project_urls"]["Paper"]
+    assert f"## {setup_arguments['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_issue_forms_ask_for_something() -> None:
+    forms = [path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
+    for form in [yaml.safe_load(path.read_text(encoding="utf-8")) for path in forms]:
+        fields = [field for field in form["body"] if field["type"] != "markdown"]
+        assert form["name"] and form["description"] and len({field["id"] for field in fields}) == len(fields) > 0
+        assert all(field["attributes"]["label"] for field in fields)
+    assert len(forms) == 3
+
+
 def test_every_package_folder_is_installed(setup_arguments: dict[str, Any]) -> None:
     folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "qncd").rglob("*.py")}
     assert set(setup_arguments["packages"]) == {folder.replace("/", ".") for folder in folders} | {"qncd.configs"}

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: commands parse, Python compiles, links resolve, and the README is short."""
+"""The README and the other pages: commands parse, Python compiles, links resolve, and the README is short."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qncd.app import console
 
 ROOT = Path(__file__).resolve().parents[1]
 README_BYTES = 12_288
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPT = r"python (?:(?:scripts|tools)/\w+|evaluator)\.py"
 CONSOLE = rf"qncd (?:{'|'.join(console.COMMANDS)})"
 

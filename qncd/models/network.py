@@ -263,7 +263,7 @@ class Network:
         return {}
 
     def stretch(self, times: Sequence[int], inputs: Inputs | None = None) -> dict[str, Tensor]:
-        """|factor| by which the embedding stretches the input channels of a layer, (C,) means over `times`, by layer.
+        """How much the embedding stretches the input channels of a layer: mean size of the factor over `times`, (C,) by layer.
 
         Args:
             inputs: of calibration calls, for embeddings of more than the time step.
