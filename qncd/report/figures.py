@@ -103,7 +103,7 @@ def layers_figure(record: NetworkRecord) -> Any | None:
     panel.plot(places, gathered, color="tab:orange", linewidth=1.5, label="gathered in the quantized network")
     panel.vlines(places, np.nanmin(own), own, color="tab:blue", alpha=0.35, linewidth=1)
     panel.plot(places, own, "o", color="tab:blue", markersize=3.5, label="the layer's own, for full-precision inputs")
-    for place in np.argsort(-np.nan_to_num(own))[:LABELLED]:
+    for place in _apart(np.argsort(-np.nan_to_num(own)).tolist(), len(layers) // 10):
         right = place > len(layers) / 2
         panel.annotate(
             layers[place].name, (places[place], own[place]), (-3 if right else 3, 5), textcoords="offset points",
@@ -114,6 +114,15 @@ def layers_figure(record: NetworkRecord) -> Any | None:
     panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return figure
+
+
+def _apart(places: Sequence[int], least: int) -> list[int]:
+    """The first LABELLED of the places that are further apart than that: their names do not cover one another."""
+    chosen: list[int] = []
+    for place in places:
+        if len(chosen) < LABELLED and all(abs(place - other) > least for other in chosen):
+            chosen.append(place)
+    return chosen
 
 
 def map_figure(record: NetworkRecord) -> Any | None:

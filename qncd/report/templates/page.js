@@ -16,7 +16,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     for (const other of heads) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", order);
     const sign = order === "ascending" ? 1 : -1;
-    const by = (row) => row.cells[column].dataset.by;
+    const by = (row) => row.cells[column].dataset.by ?? row.cells[column].textContent;
     const compare = (one, other) => {
       const a = by(one), b = by(other);
       if (a === "" || b === "") return (a === "") - (b === "");  // what is missing comes last either way
