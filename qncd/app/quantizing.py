@@ -280,7 +280,8 @@ class _Task:
             if files.calibration and first:
                 save_calibration(data, files.calibration)
         folder = files.folder / "reconstruction" if recipe.reconstruction else None
-        outcome = quantize_network(self.runs, recipe, data, record, Job(bars, folder, self.processes, weights, True))
+        job = Job(bars, folder, self.processes, weights, measured=True)
+        outcome = quantize_network(self.runs, recipe, data, record, job)
         log.info("bits in the mean, first and last layer and softmax outputs included: %s", outcome.bits)
         target = files.folder / "quantized.safetensors" if files.weights_only else files.checkpoint
         if target and first:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qncd.benchmark.plan import FULL, SAMPLES, Cell
-from qncd.benchmark.table import heads
+from qncd.benchmark.table import heads, table_lines
 from qncd.io.files import read_json
 from qncd.io.runs import RUN_FILE, Run
 from qncd.metrics.statistics.paired import worst_and_median
@@ -19,6 +19,7 @@ from qncd.report.pairs import Pairs
 QUALITY_FILE = "quality.json"
 IMAGES, FULL_IMAGES = "images", "fp"  # in the folder of a sampling run
 KINDS = "allowed are folders of the sampling commands (images/, run.json) and of `qncd benchmark quality` (cells/, quality.json)"
+SHOWN_FIGURES = ("calibration_seconds", "fp_per_second", "images_per_second")  # of run.json
 SHEET_IMAGES = 16
 CHOSEN = 3  # worst images of a run, and as many around the median
 
@@ -160,7 +161,18 @@ def _opened(path: Path, label: str) -> SampledRun | BenchmarkRun:
         return BenchmarkRun(path, label, content)
     if "model" not in settings or "sampler" not in settings:
         raise ValueError(f"{path}: neither a run of a sampling command nor a quality benchmark: {KINDS}")
+    _check_run(path / RUN_FILE, record)
     return SampledRun(path, label, record, _layers(path / LAYERS_FILE), Pairs.open(path / IMAGES, path / FULL_IMAGES))
+
+
+def _check_run(file: Path, record: dict[str, Any]) -> None:
+    """Raise ValueError where what the report takes of a run.json is none of what a sampling command writes."""
+    quantization, figures = record["settings"].get("quantization"), record.get("figures", {})
+    wrong = next((key for key in SHOWN_FIGURES if not isinstance(figures.get(key, 0.0), int | float)), "")
+    if quantization and not (isinstance(quantization, dict) and {"mode", "weight_bits", "act_bits"} <= quantization.keys()):
+        wrong = "quantization"
+    if wrong:
+        raise ValueError(f"{file}: damaged (no {wrong} in it): {KINDS}")
 
 
 def _layers(file: Path) -> NetworkRecord | None:
@@ -178,13 +190,12 @@ def _check_benchmark(file: Path, content: Any) -> None:
     wrong = next(
         (key for key, kind in kinds.items() if not isinstance(content, dict) or not isinstance(content.get(key), kind)), ""
     )
-    try:
-        for row in content["rows"] if not wrong else ():
-            heads(row)
-            row["seeds"]
-        for record in content["cells"] if not wrong else ():
-            heads(record["cell"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        wrong = "rows"
+    if not wrong:
+        try:
+            table_lines(content["rows"])
+            for record in content["cells"]:
+                heads(asdict(Cell(**record["cell"])))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            wrong = "table"
     if wrong:
         raise ValueError(f"{file}: damaged (no {wrong} in it): make it again with the benchmark's --report")

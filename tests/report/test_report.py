@@ -194,6 +194,8 @@ def test_bad_folders_are_refused_by_name(
     (damaged / "quality.json").write_text('{"rows": [3]}')
     layers = write_run(tmp_path / "layers", "linear")
     (layers / "layers.json").write_text("{}")
+    run = write_run(tmp_path / "run", "linear")
+    (run / "run.json").write_text('{"settings": {"model": "x", "sampler": {}, "quantization": {"mode": "linear"}}}')
     expected: list[tuple[tuple[Any, ...], str]] = [
         (("nowhere",), "nowhere: no such folder"),
         (("empty",), "empty: neither a run nor a benchmark, it has no run.json: allowed are folders of"),
@@ -201,6 +203,7 @@ def test_bad_folders_are_refused_by_name(
         (("half",), "half: a benchmark without quality.json: finish it"),
         (("damaged",), "damaged/quality.json: damaged (no "),
         (("layers",), "layers/layers.json: no record of layers"),
+        (("run",), "run/run.json: damaged (no quantization in it): allowed are"),
         ((folders["good"], folders["good"]), f"{folders['good']}: named twice"),
         ((folders["good"], "--out", "empty"), "--out empty: a folder, expected a file"),
         ((folders["good"], "--pareto", "p.png"), "--pareto p.png: 0 of the folders are quality benchmarks"),
