@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from qncd.benchmark.cells import calibration_runs, cores, load_calibration_set, quantize_cell_, run_tasks
+from qncd.benchmark.cells import (
+    calibration_runs,
+    cores,
+    load_calibration_set,
+    quantize_cell_,
+    run_tasks,
+    sample_calibration_sets,
+)
 from qncd.benchmark.engine_speed import Call, alternate
 from qncd.benchmark.plan import Cell, Plan
 from qncd.engines.engine import export, open_engine
@@ -25,6 +32,7 @@ ROUNDS = 5  # calls that are timed, of which the median counts
 def time_engines(plan: Plan, cells: Sequence[Cell]) -> None:
     """Measure those of the cells that are not measured yet, one after another on all cores."""
     untimed = [cell for cell in cells if runs_on_engines(cell) and not set(plan.engines) <= measured(plan, cell).keys()]
+    sample_calibration_sets(plan, {cell.seed for cell in untimed}, 1, cores())
     run_tasks("engines", "cell", measure_engines, plan, untimed, 1, cores())
 
 

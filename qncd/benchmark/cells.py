@@ -58,9 +58,7 @@ def compute(run: Run, plan: Plan, cells: Sequence[Cell], workers: int | None = N
     if missing:
         parts = [first for first in range(0, plan.images, PART) if not plan.part_path(first).is_file()]
         run_tasks("full precision", "part", sample_part, plan, parts, jobs, threads)
-        seeds = sorted({cell.seed for cell in missing if cell.mode != FULL})
-        seeds = [seed for seed in seeds if not plan.calibration_paths(seed)[0].is_file()]
-        run_tasks("calibration sets", "set", sample_calibration_set, plan, seeds, jobs, threads)
+        sample_calibration_sets(plan, {cell.seed for cell in missing if cell.mode != FULL}, jobs, threads)
         folders = {cell.reconstruction_folder(plan): cell for cell in missing}
         open_ = [cell for folder, cell in folders.items() if folder and not (folder / WHOLE).is_file()]
         run_tasks("reconstructions", "network", reconstruct_weights, plan, open_, jobs, threads)
@@ -145,6 +143,12 @@ def full_precision_images(plan: Plan) -> np.ndarray:
         with np.load(plan.part_path(start)) as file:
             parts.append(file["images"])
     return np.concatenate(parts)
+
+
+def sample_calibration_sets(plan: Plan, seeds: set[int], jobs: int, threads: int) -> None:
+    """Those of the repetitions that are not in the cache yet."""
+    absent = [seed for seed in sorted(seeds) if not plan.calibration_paths(seed)[0].is_file()]
+    run_tasks("calibration sets", "set", sample_calibration_set, plan, absent, jobs, threads)
 
 
 def sample_calibration_set(plan: Plan, seed: int) -> None:
