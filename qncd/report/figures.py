@@ -17,6 +17,7 @@ from qncd.report.folders import SampledRun
 NAMED = 70  # layers up to which each is named beside the map
 ORDER = "layer, in the order in which the network runs them"
 LABELLED = 3  # of the largest errors in the plot over the layers
+SCALE, NARROWEST = 1.45, "36rem"  # of a plot on the page: pixels for a point at most, and the width from which it is scrolled
 _INK = "#000000"  # what matplotlib draws in black takes the colour of the page's text
 
 
@@ -45,9 +46,12 @@ def svg(draw: Callable[[Any], Any | None], given: Any, key: str, title: str) -> 
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg role="img" aria-label="{escape(title)}" viewBox="\1">', text, count=1
-    )
+    box = re.search(r'viewBox="0 0 ([\d.]+) [\d.]+"', text)
+    assert box is not None
+    widest = f"{SCALE * float(box[1]):.0f}px"
+    size = f"max-width: {widest}; min-width: min({NARROWEST}, {widest})"
+    head = f'<svg role="img" aria-label="{escape(title)}" style="{size}" {box[0]}>'
+    text = head + text[text.index(">") + 1 :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{key}-', text)
     text = re.sub(r'(xlink:href="|url\()#', rf"\1#{key}-", text)

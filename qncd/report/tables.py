@@ -58,7 +58,7 @@ def flat(values: Any, name: str = "") -> dict[str, str]:
     if isinstance(values, dict) and values:
         parts = {f"{name}.{key}" if name else str(key): value for key, value in values.items()}
         return {key: shown for inner, value in parts.items() for key, shown in flat(value, inner).items()}
-    if values is None or values == {}:
+    if values in (None, {}, []):
         return {name: "–"}
     if isinstance(values, bool):
         return {name: "yes" if values else "no"}
