@@ -59,12 +59,13 @@ def measure_engines(plan: Plan, cell: Cell) -> None:
             name: functools.partial(call_on, network_of(engine), x, t, inputs, data.constants) for name, engine in opened.items()
         }
         seconds = {name: statistics.median(times) for name, times in alternate(calls, ROUNDS).items()}
+    speeds = {name: sampler.lane / (sampler.step_count * call) for name, call in seconds.items()}
     write_json(
         cell.engines_path(plan),
         {
             "cell": dataclasses.asdict(cell), "settings": cell.settings(plan), "threads": torch.get_num_threads(),
             "call_seconds": seconds, "lane": sampler.lane, "steps": sampler.step_count,
-            "images_per_second": {name: sampler.lane / (sampler.step_count * s) for name, s in seconds.items()},
+            "images_per_second": measured(plan, cell) | speeds,  # beside those of other engines, measured before
         },
     )  # fmt: skip
 
