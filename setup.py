@@ -39,6 +39,7 @@ INSTALL_REQUIRES = [
     "safetensors>=0.4.5,<1",
     "torch-fidelity>=0.3,<1",
     "matplotlib>=3.8,<4",
+    "Jinja2>=3.1,<4",  # reports
     "pyyaml>=6.0.1,<7",
 ]
 EXPORT_REQUIRES = [  # `qncd export` and --backend; exporting also needs torch 2.8 or newer
@@ -105,7 +106,7 @@ setup(
     packages=[*find_packages(where=str(ROOT), include=["qncd", "qncd.*"]), "qncd.configs"],
     package_dir={"qncd.configs": "configs"},  # the yaml files stay at the root of the repository, and go into the wheel
     package_data={
-        "qncd": ["py.typed", "assets/**/*", "models/files/registry.json"],
+        "qncd": ["py.typed", "assets/**/*", "models/files/registry.json", "report/templates/*"],
         "qncd.configs": ["*.yml", "*.yaml"],
     },
     entry_points={"console_scripts": ["qncd = qncd.app.console:main"]},

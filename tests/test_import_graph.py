@@ -30,6 +30,7 @@ LAYERS = (
     ("api", "saving", "corrected_scheduler", "diffusers_quantizer"),
     ("app",),
     ("benchmark",),
+    ("report",),
     ("commands",),
 )
 COMMANDS = ("qncd.app.commands", "qncd.app.console")  # the top of the app, above the benchmarks that they run
@@ -68,6 +69,7 @@ HEAVY = (
     "lightning_fabric",
     "torch_fidelity",
     "matplotlib",
+    "jinja2",
     "onnx",
     "onnx_ir",
     "onnxruntime",

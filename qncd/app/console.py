@@ -39,6 +39,7 @@ COMMANDS = {
             "speed": Command("measure what quantization costs and gains in time and memory", "benchmark_speed"),
         },
     ),
+    "report": Command("write one HTML file about runs: settings, layers, figures, images to flip between", "report"),
     "reproduce": Command("repeat a published evaluation, and put its figures beside the published ones", "reproduce"),
     "prompts": Command("draw prompts from the captions of MS-COCO", "prompts"),
 }

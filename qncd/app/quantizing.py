@@ -18,12 +18,14 @@ from torch import Tensor
 from qncd.distributed import OneProcess, Processes
 from qncd.engines.engine import check_engine, file_engines
 from qncd.engines.registry import TORCH
+from qncd.io.files import write_text
 from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.network import Network
 from qncd.models.original.key_tables import KeyTable
 from qncd.progress import Update, progress_bar
 from qncd.ptq.checkpoint import QuantizedInfo, check_quantized, load_quantized_, load_weights_, peek_quantized, save_quantized
 from qncd.ptq.data import CalibrationCollector, CalibrationSet, load_calibration, save_calibration
+from qncd.ptq.layer_record import LAYERS_FILE, NetworkRecord, what_layers_got
 from qncd.ptq.pipeline import Job, fitted_around, quantize_network, record_before, sample_calibration
 from qncd.ptq.pipeline_runs import Given, Sampler, runs_of
 from qncd.ptq.qdiffusion import check_qdiffusion, is_qdiffusion, load_qdiffusion_
@@ -219,7 +221,9 @@ class _Task:
                 load_qdiffusion_(self.network, *given)
             log.info("loaded %s: %s as Q-Diffusion wrote it", path, self.recipe.quant.label)
 
-        return corrector_of(self.recipe, fitted_around(load, self.runs, self.recipe, record))
+        record = fitted_around(load, self.runs, self.recipe, record)
+        self._write_layers(None)
+        return corrector_of(self.recipe, record)
 
     def _fitting(self, path: Path) -> QuantizedInfo:
         """What a checkpoint of this package says of itself: it is what is asked for, and fits the network."""
@@ -244,7 +248,9 @@ class _Task:
             load_quantized_(self.network, path, self.base_hash)
             log.info("loaded %s: %s", path, info.config.label)
 
-        return corrector_of(recipe, fitted_around(load, self.runs, recipe, record))
+        record = fitted_around(load, self.runs, recipe, record)
+        self._write_layers(info.layers)
+        return corrector_of(recipe, record)
 
     def _record_in(self, info: QuantizedInfo) -> Record | None:
         """What a checkpoint holds for the correction, where it was made for the same sampler and correction."""
@@ -274,14 +280,22 @@ class _Task:
             if files.calibration and first:
                 save_calibration(data, files.calibration)
         folder = files.folder / "reconstruction" if recipe.reconstruction else None
-        outcome = quantize_network(self.runs, recipe, data, record, Job(bars, folder, self.processes, weights))
+        job = Job(bars, folder, self.processes, weights, measured=True)
+        outcome = quantize_network(self.runs, recipe, data, record, job)
         log.info("bits in the mean, first and last layer and softmax outputs included: %s", outcome.bits)
         target = files.folder / "quantized.safetensors" if files.weights_only else files.checkpoint
         if target and first:
             settings = json.loads(json.dumps(self.settings))
-            save_quantized(self.network, target, recipe.quant, self.base_hash, settings, outcome.record)
+            save_quantized(self.network, target, recipe.quant, self.base_hash, settings, outcome.record, outcome.layers)
             log.info("quantized checkpoint: %s, %.1f MB", target, target.stat().st_size / 1e6)
+        self._write_layers(outcome.layers)
         return corrector_of(recipe, outcome.record), time.perf_counter() - start
+
+    def _write_layers(self, layers: NetworkRecord | None) -> None:
+        """LAYERS_FILE, for `qncd report`; without errors where none are known."""
+        if self.processes.is_first:
+            record = (layers or what_layers_got(self.network)).to_json()
+            write_text(self.files.folder / LAYERS_FILE, json.dumps(record, separators=(",", ":")))
 
     def _calibration(self, path: Path) -> CalibrationSet:
         """The calibration set of a file. Raises ValueError where it is none, or of another model."""

@@ -15,14 +15,16 @@ from safetensors import safe_open
 
 from qncd.app import parser as cli
 from qncd.benchmark.peers import quantize_with_peer
-from qncd.benchmark.plan import ERROR_IMAGES, FULL, PART, Cell, Plan, parse_width
+from qncd.benchmark.plan import ERROR_IMAGES, FULL, PART, SAMPLES, Cell, Plan, parse_width
 from qncd.benchmark.subjects import Subject
 from qncd.io.files import whole_file, write_json
+from qncd.io.images import image_name, save_png
 from qncd.io.runs import Run
 from qncd.metrics.statistics.moments import PairedQuality, paired_mse
-from qncd.metrics.statistics.paired import Lpips, lpips_obstacle
+from qncd.metrics.statistics.paired import Lpips, lpips_obstacle, worst_and_median
 from qncd.models.files.safetensors_files import write_safetensors
 from qncd.models.network import Network
+from qncd.ptq.checkpoint import checkpoint_bytes
 from qncd.ptq.context import copied
 from qncd.ptq.data import CalibrationSet, load_calibration, save_calibration
 from qncd.ptq.evaluation import NoiseErrorRecorder, sample_images
@@ -38,14 +40,14 @@ from qncd.sampling.pipeline import PipelineSampler
 from qncd.workers import GO_ON
 
 log = logging.getLogger("qncd")
+FIRST, EXTREMES = 8, 2  # images that are kept of a cell: the first ones, and the worst and as many in the middle
 WHOLE = "whole.json"  # in the folder of a reconstruction: it is finished
 
 
 def compute(run: Run, plan: Plan, cells: Sequence[Cell], workers: int | None = None) -> None:
     """Run the unfinished cells in `workers` processes (default: one a core), after computing what they share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = workers or (1 if plan.device.startswith("cuda") else cores)
-    threads = max(1, cores // jobs)
+    jobs = workers or (1 if plan.device.startswith("cuda") else cores())
+    threads = max(1, cores() // jobs)
     record = run.record
     plan = dataclasses.replace(plan, commit=(record["resumed"] or [record])[-1]["git_commit"])
     for name in ("cells", "cache"):
@@ -56,14 +58,17 @@ def compute(run: Run, plan: Plan, cells: Sequence[Cell], workers: int | None = N
     if missing:
         parts = [first for first in range(0, plan.images, PART) if not plan.part_path(first).is_file()]
         run_tasks("full precision", "part", sample_part, plan, parts, jobs, threads)
-        seeds = sorted({cell.seed for cell in missing if cell.mode != FULL})
-        seeds = [seed for seed in seeds if not plan.calibration_paths(seed)[0].is_file()]
-        run_tasks("calibration sets", "set", sample_calibration_set, plan, seeds, jobs, threads)
+        sample_calibration_sets(plan, {cell.seed for cell in missing if cell.mode != FULL}, jobs, threads)
         folders = {cell.reconstruction_folder(plan): cell for cell in missing}
         open_ = [cell for folder, cell in folders.items() if folder and not (folder / WHOLE).is_file()]
         run_tasks("reconstructions", "network", reconstruct_weights, plan, open_, jobs, threads)
         run_tasks("cells", "cell", run_cell, plan, missing, jobs, threads)
     run.finish(cells=len(cells), cells_computed=len(missing), seconds=time.perf_counter() - start)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_tasks(
@@ -140,6 +145,12 @@ def full_precision_images(plan: Plan) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def sample_calibration_sets(plan: Plan, seeds: set[int], jobs: int, threads: int) -> None:
+    """Those of the repetitions that are not in the cache yet."""
+    absent = [seed for seed in sorted(seeds) if not plan.calibration_paths(seed)[0].is_file()]
+    run_tasks("calibration sets", "set", sample_calibration_set, plan, absent, jobs, threads)
+
+
 def sample_calibration_set(plan: Plan, seed: int) -> None:
     """Calibration set and noise table of one repetition, into the cache; the set is written last and marks both as complete."""
     recipe = plan.calibration_recipe(seed)
@@ -191,8 +202,10 @@ def _quantize_(plan: Plan, cell: Cell, recipe: Recipe, runs: DiffusionRuns | Pip
 def run_cell(plan: Plan, cell: Cell) -> None:
     """Quantize, sample, measure, and write the cell's file."""
     full, figures, start = full_precision_images(plan), dict[str, Any](), time.perf_counter()
-    images, subject = full, plan.subject()
-    if cell.mode != FULL:
+    images, subject, kept = full, plan.subject(), None
+    if cell.mode == FULL:
+        figures["megabytes"] = sum(value.nbytes for value in subject.sampler.network.module.parameters()) / 1e6
+    else:
         runs = calibration_runs(subject, dataclasses.replace(plan.calibration, seed=cell.seed))
         errors = None
         if isinstance(subject.sampler, Diffusion):
@@ -204,6 +217,7 @@ def run_cell(plan: Plan, cell: Cell) -> None:
         except FloatingPointError as error:
             raise FloatingPointError(f"{cell.name}: {error}") from None
         mse = paired_mse(full, images)
+        kept = keep_samples(plan, cell, full, images, mse) if cell.seed == 0 else None
         changed = mse[mse > 0]
         figures |= {
             **(dataclasses.asdict(PairedQuality.of(changed)) if len(changed) else {}),
@@ -221,10 +235,21 @@ def run_cell(plan: Plan, cell: Cell) -> None:
     figures |= subject.score(images)
     record = {
         "cell": dataclasses.asdict(cell), "settings": cell.settings(plan), "figures": figures,
-        "seconds": time.perf_counter() - start, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "samples": kept, "seconds": time.perf_counter() - start, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "peer": cell.peer and {"package": cell.peer.package, "version": cell.peer.version}, "git_commit": plan.commit,
     }  # fmt: skip
     write_json(cell.path(plan), record)
+
+
+def keep_samples(plan: Plan, cell: Cell, full: np.ndarray, images: np.ndarray, mse: np.ndarray) -> dict[str, list[str]]:
+    """Write a few images of a cell and those of full precision as files, for reports; their names by what they are."""
+    worst, median = worst_and_median(mse, EXTREMES)
+    chosen = {"first": list(range(min(FIRST, len(images)))), "worst": worst, "median": median}
+    names = {i: image_name(i, plan.image_seed + i) for i in sorted({i for places in chosen.values() for i in places})}
+    for folder, of in ((cell.name, images), (FULL, full)):
+        for i, name in names.items():
+            save_png(of[i], plan.out / SAMPLES / folder / name)
+    return {key: [names[i] for i in places] for key, places in chosen.items()}
 
 
 def lpips_of(full: np.ndarray, images: np.ndarray, device: str, batch_size: int = 64) -> float:
@@ -241,7 +266,8 @@ def quantize_cell_(
     recipe = cell.recipe_in(plan)
     if recipe is not None:
         outcome = _quantize_(plan, cell, recipe, runs)
-        figures = {"calibration_seconds": outcome.seconds, **dataclasses.asdict(outcome.bits)}
+        size = checkpoint_bytes(sampler.network, recipe.quant, outcome.record)
+        figures = {"calibration_seconds": outcome.seconds, **dataclasses.asdict(outcome.bits), "megabytes": size / 1e6}
         if isinstance(sampler, PipelineSampler):
             kind = kind_of(recipe)
             sampler = dataclasses.replace(sampler, corrects_by_calls=kind is not None and kind.calls_network)

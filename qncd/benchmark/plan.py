@@ -91,6 +91,7 @@ def title_of(mode: str) -> str:
 DEFAULT_MODES = ("linear", "qdiff", "qncd", "qncd+")
 WIDTHS = ("W8A8", "W4A8", "W8A6", "W4A6")
 FULL = "FP"
+SAMPLES = "samples"  # folder of images that are kept of cells, below it one of each cell and one of full precision
 PART = 512  # full-precision images in one file of the cache
 ERROR_IMAGES = 64
 UNBIASED_IMAGES = 2048  # FID is biased upwards at fewer
@@ -118,6 +119,7 @@ class Plan:
         controlled: record the full-precision noise table, because some mode corrects.
         image_seed: image i has the seed image_seed + i.
         commit: of the code, for the cells' files.
+        engines: that cells' networks are timed on.
     """
 
     out: Path
@@ -135,6 +137,7 @@ class Plan:
     image_seed: int
     batch_size: int
     commit: str | None = None
+    engines: tuple[str, ...] = ()
 
     def subject(self) -> Subject:
         """The full-precision model, read anew."""
@@ -188,6 +191,10 @@ class Cell:
 
     def path(self, plan: Plan) -> Path:
         return plan.out / "cells" / f"{self.name}.json"
+
+    def engines_path(self, plan: Plan) -> Path:
+        """Of what its network does on engines."""
+        return plan.out / "engines" / f"{self.name}.json"
 
     @property
     def peer(self) -> Peer | None:

@@ -1,8 +1,9 @@
-"""The pictures of a quality benchmark: what each mode costs at each width, and where along the trajectory."""
+"""The pictures of a quality benchmark: what each mode costs at each width, where along the trajectory, and what it saves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ LEGEND_COLUMNS = 4
 BANDED_MODES = 4  # with more of them the bands cover one another
 
 
-def draw_errors(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Noise-prediction error by step: a panel for each width, a line for each mode, a band over seeds if the modes are few."""
+def errors_figure(rows: Sequence[dict[str, Any]]) -> Any | None:
+    """Noise-prediction error by step: a panel for each width, a line for each mode, a band over seeds if the modes are few.
+
+    A matplotlib figure; None where there is nothing to draw.
+    """
     rows = [row for row in rows if "noise_error_per_step" in row]
     widths, modes = _widths(rows), _modes(rows)
     if not rows:
-        return
+        return None
     legend_lines = -(-len(modes) // LEGEND_COLUMNS)
-    figure = _figure(max(4.2 * len(widths), 7), 3.6 + 0.25 * legend_lines)
+    figure = new_figure(max(4.2 * len(widths), 7), 3.6 + 0.25 * legend_lines)
     panels = figure.subplots(1, len(widths), squeeze=False, sharey=True)[0]
     for panel, width in zip(panels, widths, strict=True):
         for row in (row for row in rows if row["width"] == width):
@@ -39,16 +43,19 @@ def draw_errors(rows: Sequence[dict[str, Any]], path: Path) -> None:
     lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
     names = [title_of(mode) for mode in modes]
     figure.legend([lines[name] for name in names], names, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize="small")
-    _save(figure, path)
+    return figure
 
 
-def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """PSNR and excess FID: a panel for each width, a bar for each mode, its extremes over seeds as a whisker."""
+def bars_figure(rows: Sequence[dict[str, Any]]) -> Any | None:
+    """PSNR and excess FID: a panel for each width, a bar for each mode, its extremes over seeds as a whisker.
+
+    A matplotlib figure; None where there is nothing to draw.
+    """
     rows = [row for row in rows if row["mode"] != FULL and row["seeds"]]
     widths, modes = _widths(rows), _modes(rows)
     if not rows:
-        return
-    figure = _figure(2.2 + 2.9 * len(widths), 2 * (0.9 + 0.27 * len(modes)))
+        return None
+    figure = new_figure(2.2 + 2.9 * len(widths), 2 * (0.9 + 0.27 * len(modes)))
     for part, (key, title) in zip(figure.subfigures(len(FIGURES)), FIGURES.items(), strict=True):
         part.suptitle(title, fontsize="medium")
         panels = part.subplots(1, len(widths), squeeze=False, sharey=True)[0]
@@ -67,7 +74,65 @@ def draw_bars(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 panel.set_xlim(0, right)
         panels[0].set_yticks(range(len(modes)), [title_of(mode) for mode in modes])
         panels[0].set_ylim(len(modes) - 0.5, -0.5)
-    _save(figure, path)
+    return figure
+
+
+def pareto_figure(rows: Sequence[dict[str, Any]]) -> Any | None:
+    """PSNR against the file's size, and against images per second on each engine that was measured.
+
+    A point for each width and mode, means over the seeds with their extremes as whiskers; a line through those that no other
+    point beats in both. A dotted line shows full precision. A matplotlib figure; None where no row has a size or a speed.
+    """
+    full = next((row for row in rows if row["mode"] == FULL), {})
+    rows = [row for row in rows if row["mode"] != FULL and row["psnr"]]
+    engines = list(dict.fromkeys(name for row in rows for name in row.get("images_per_second", {})))
+    panels: list[tuple[str, bool, Callable[[dict[str, Any]], dict[str, float] | None]]] = []
+    if any(row.get("megabytes") for row in rows):
+        panels.append(("size of the checkpoint, MB", False, lambda row: row.get("megabytes")))
+    panels += [(f"images/s on {name}", True, functools.partial(_speed_on, name)) for name in engines]
+    if not panels:
+        return None
+    modes = _modes(rows)
+    figure = new_figure(max(5.2 * len(panels), 7), 4.2 + 0.25 * -(-len(modes) // LEGEND_COLUMNS))
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for panel, (title, more_is_better, value_of) in zip(axes, panels, strict=True):
+        points = [(row, value) for row in rows if (value := value_of(row))]
+        for row, value in points:
+            _point(panel, value, row, _style(modes.index(row["mode"]))[0])
+        front = _front([(value["mean"], row["psnr"]["mean"]) for row, value in points], more_is_better)
+        panel.plot(*zip(*front, strict=True), color="gray", linewidth=1, zorder=1)
+        if reference := value_of(full):
+            panel.axvline(reference["mean"], color="gray", linestyle=":", linewidth=1)
+        panel.set(xlabel=title)
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel(FIGURES["psnr"])
+    handles = {title_of(mode): _style(place)[0] for place, mode in enumerate(modes)}
+    for name, color in handles.items():
+        axes[0].plot([], [], "o", color=color, label=name)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize="small")
+    return figure
+
+
+def _speed_on(name: str, row: dict[str, Any]) -> dict[str, float] | None:
+    return row.get("images_per_second", {}).get(name)
+
+
+def _point(panel: Any, value: dict[str, float], row: dict[str, Any], color: Any) -> None:
+    """A row at a value and its PSNR, with the width beside it."""
+    psnr = row["psnr"]
+    reach = [[[of["mean"] - of["min"]], [of["max"] - of["mean"]]] for of in (value, psnr)]
+    panel.errorbar(value["mean"], psnr["mean"], xerr=reach[0], yerr=reach[1], fmt="o", color=color, elinewidth=1, capsize=2)
+    panel.annotate(row["width"], (value["mean"], psnr["mean"]), (4, 4), textcoords="offset points", fontsize="x-small")
+
+
+def _front(points: Sequence[tuple[float, float]], more_is_better: bool) -> list[tuple[float, float]]:
+    """The points that no other one beats in both, from the worst in the second to the best in it."""
+    sign = -1 if more_is_better else 1
+    front: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda p: (sign * p[0], -p[1])):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front
 
 
 def _bar(panel: Any, place: int, values: dict[str, float], color: Any, style: str) -> None:
@@ -96,7 +161,8 @@ def _style(place: int) -> tuple[Any, str]:
     return colormaps["tab20"](place % 10 * 2 + place // 10 % 2), "-" if place < 10 else "--"
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches, without a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -105,7 +171,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
-    """Write the picture whole or not at all."""
+def save_figure(figure: Any, path: Path) -> None:
+    """Write the picture, whole or not at all: an SVG where the path ends in .svg, else a PNG."""
     with whole_file(path) as part:
-        figure.savefig(part, dpi=110, format="png")
+        figure.savefig(part, dpi=110, format="svg" if path.suffix.lower() == ".svg" else "png")

@@ -1,33 +1,24 @@
-"""The results of a quality benchmark: table and machine-readable file; the pictures are in plots.py."""
+"""The results of a quality benchmark in words and as a machine-readable file; the pictures are in plots.py."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from qncd.benchmark.cell_engines import measured
 from qncd.benchmark.peers import PEERS
-from qncd.benchmark.plan import ERROR_IMAGES, FULL, UNBIASED_IMAGES, Cell, Plan, title_of
-from qncd.benchmark.plots import draw_bars, draw_errors
-from qncd.benchmark.subjects import TITLES, Words
+from qncd.benchmark.plan import ERROR_IMAGES, FULL, UNBIASED_IMAGES, Cell, Plan
+from qncd.benchmark.plots import bars_figure, errors_figure, save_figure
+from qncd.benchmark.subjects import Words
+from qncd.benchmark.table import FIGURES, table_lines
 from qncd.io.files import write_json, write_text
 from qncd.io.runs import Run
 from qncd.metrics.statistics.paired import lpips_obstacle
 
 log = logging.getLogger("qncd")
-
-
-# Figures of a row: how the table calls and shows them.
-COLUMNS = {
-    "weight_bits": ("bits of weights", ".2f"), "act_bits": ("of activations", ".2f"),
-    "fid": ("FID", ".3f"), "fid_difference": ("FID − FID of FP", "+.3f"), "sfid": ("sFID", ".3f"),
-    "psnr": ("PSNR to FP, dB", ".2f"), "psnr_of_mean": ("PSNR of the mean error", ".2f"),
-    "psnr_p5": ("5th percentile of PSNR", ".2f"), "poor": ("images under 20 dB, %", ".1f"), "lpips": ("LPIPS to FP", ".4f"),
-    "noise_error": ("noise-prediction error", ".3g"),
-}  # fmt: skip
-ONCE = ("weight_bits", "act_bits")  # the mean says enough
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
@@ -39,8 +30,14 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
     return {"mean": float(np.mean(numbers)), "min": min(numbers), "max": max(numbers), "std": deviation}
 
 
-def summarize(records: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """One row for full precision and one for each width and mode that has cells, over the seeds whose cells are there."""
+def summarize(
+    records: dict[Cell, dict[str, Any]], cells: Sequence[Cell], speeds: Mapping[Cell, dict[str, float]] | None = None
+) -> list[dict[str, Any]]:
+    """One row for full precision and one for each width and mode that has cells, over the seeds whose cells are there.
+
+    Args:
+        speeds: images per second of cells by engine.
+    """
     full = records.get(Cell(FULL))
     rows = []
     for width, mode in dict.fromkeys((cell.width, cell.mode) for cell in cells):
@@ -48,8 +45,14 @@ def summarize(records: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) -> lis
         if not found:
             continue
         row: dict[str, Any] = {"width": width, "mode": mode, "seeds": len(found)}
-        row |= {key: spread([f.get(key) for f in found]) for key in (*COLUMNS, *TITLES)}
+        row |= {key: spread([f.get(key) for f in found]) for key in FIGURES}
         row["fid_difference"] = spread([f["fid"] - full["figures"]["fid"] for f in found]) if full and mode != FULL else None
+        row["images_per_second"] = {
+            name: spread([value])
+            for cell, by_engine in (speeds or {}).items()
+            if (cell.width, cell.mode) == (width, mode)
+            for name, value in by_engine.items()
+        }
         row["identical_images"] = sum(f.get("identical_images", 0) for f in found)
         if all("noise_error_per_step" in f for f in found):
             steps = np.array([f["noise_error_per_step"] for f in found])  # (seeds, steps)
@@ -58,29 +61,6 @@ def summarize(records: dict[Cell, dict[str, Any]], cells: Sequence[Cell]) -> lis
             }  # fmt: skip
         rows.append(row)
     return rows
-
-
-def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The rows as a table in Markdown."""
-    shown = {key: style for key, (_, style) in COLUMNS.items() if any(row[key] for row in rows)}
-    extra = [key for key in TITLES if any(row[key] for row in rows)]
-    columns = shown | dict.fromkeys(extra, ".1f")
-
-    def show(row: dict[str, Any], key: str) -> str:
-        value, style = row[key], columns[key]
-        if value is None:
-            return "–"
-        mean = format(value["mean"], style)
-        return mean if row["seeds"] < 2 or key in ONCE else f"{mean} ({value['min']:{style}} to {value['max']:{style}})"
-
-    titles = ["width", "mode", *(COLUMNS[key][0] for key in shown), *(TITLES[key] for key in extra), "seeds"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for row in rows:
-        name = "full precision" if row["mode"] == FULL else title_of(row["mode"])
-        seeds = "–" if row["mode"] == FULL else str(row["seeds"])
-        width = "FP32" if row["mode"] == FULL else row["width"]
-        lines.append(" | ".join([f"| {width}", name, *(show(row, key) for key in columns), f"{seeds} |"]))
-    return lines
 
 
 def caption(
@@ -104,6 +84,15 @@ def caption(
         "PSNR: mean over images, peak 255, uint8, to full precision with the same seeds"
         + (f"; all figures of it without the {identical} images that equal it." if identical else ".")
         + " The PSNR of the mean error, the 5th percentile and the share under 20 dB show the poor images that this mean hides.",
+        "Checkpoint: the tensors of the saved file, in full precision the network's parameters.",
+        *(
+            [
+                "Images/s: the network alone, one call of a lane of images times the steps, without decoder and without calls "
+                "that a correction makes; the first calibration seed."
+            ]
+            if any(row["images_per_second"] for row in rows)
+            else []
+        ),
         *([f"No LPIPS: {lpips_obstacle()}."] if not any(row["lpips"] for row in rows) and lpips_obstacle() else []),
         *(
             [
@@ -151,7 +140,7 @@ def write_report(command: str, run: Run, plan: Plan, cells: Sequence[Cell], word
     records = {cell: record for cell in cells if (record := cell.finished(plan)) is not None}
     if not records:
         raise ValueError(f"{plan.out}: no finished cell with these settings")
-    rows = summarize(records, cells)
+    rows = summarize(records, cells, {cell: measured(plan, cell) for cell in records})
     commits = sorted({record["git_commit"] for record in records.values() if record["git_commit"]})
     notes = caption(command, plan, 1 + max(cell.seed for cell in cells), words, rows, commits)
     notes[-1:-1] = peer_notes(records)
@@ -165,7 +154,8 @@ def write_report(command: str, run: Run, plan: Plan, cells: Sequence[Cell], word
     write_json(plan.out / "quality.json", content)
     lines = ["# Quality after quantization", "", *table_lines(rows), "", *(f"- {note}" for note in notes)]
     write_text(plan.out / "quality.md", "\n".join(lines) + "\n")
-    draw_errors(rows, plan.out / "quality.png")
-    draw_bars(rows, plan.out / "quality_bars.png")
+    for figure, end in ((errors_figure(rows), ""), (bars_figure(rows), "_bars")):
+        if figure is not None:
+            save_figure(figure, plan.out / f"quality{end}.png")
     print("\n".join(lines[2:]))
     log.info("written: %s", ", ".join(str(plan.out / f"quality{end}") for end in (".md", ".json", ".png", "_bars.png")))

@@ -36,7 +36,6 @@ LANE = 16  # images in each network call, always exactly
 FEATURE_BATCH = 250
 SCENES = 4000  # rendered pictures that generated ones are compared with
 CAPTIONS_SEED = 7  # of the order in which held-out captions are taken
-TITLES = {"class_accuracy": "class accuracy, %", "caption_accuracy": "captions right, %"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Subject:
         decode: samples -> images uint8 (N, H, W, C).
         conditions: of images by their indices; None for an unconditional model.
         calibration_conditions: (count, seed) -> conditions of as many calibration trajectories.
-        score: images 0 to N - 1 -> figures by name: fid, sfid, and those of TITLES that the model has.
+        score: images 0 to N - 1 -> figures by name: fid, sfid, and those of `qncd.benchmark.table.FIGURES` that the model has.
         settings: what decides the images beside sampler and seeds.
         words: of it, for reports.
     """

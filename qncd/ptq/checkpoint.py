@@ -5,8 +5,8 @@ Layout, for a layer `L` of the UNet: `L.weight_codes` (int8, shape of the weight
 `L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every activation quantizer Q, (S, K) with `Q.times` (S,) where there
 is a range for each of S time steps; all other parameters under their own names. `noise_table.*` is the full-precision control,
 `offline.*` the statistics of an offline correction, `tracking.*` the filters of trajectory tracking.
-The header's metadata carries the configuration, the SHA-256 of the base model's weights and, in mixed precision, `act_bits`, the
-number of bits of each activation quantizer.
+The header's metadata carries the configuration, the SHA-256 of the base model's weights, in mixed precision `act_bits`, the
+number of bits of each activation quantizer, and where it was measured `layers`, what each layer got (`layer_record`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from qncd.ptq.checkpoint_schema import (
     read_act_bits,
     read_config,
     read_inputs,
+    read_layers,
     read_settings,
     shortened,
     unpack4,
 )
 from qncd.ptq.heap import trim_heap
+from qncd.ptq.layer_record import NetworkRecord
 from qncd.ptq.stages.prepare import quantize_
 from qncd.quant.inspection import act_quantizers, quant_layers, replace_quantizers_, set_act_bits_, set_stage
 from qncd.quant.layers import QuantLayer
@@ -61,6 +63,7 @@ class QuantizedInfo:
         records: what corrections know, by their prefixes, where the file has it.
         act_bits: of each activation quantizer, where the precision is mixed.
         inputs: shape of one row and dtype of all that the network is called with, by name, where the file says so.
+        layers: what each layer got, and its error, where the file says so.
     """
 
     config: QuantConfig
@@ -70,6 +73,7 @@ class QuantizedInfo:
     records: dict[str, Record] = field(default_factory=dict)
     act_bits: dict[str, int] | None = None
     inputs: dict[str, Any] | None = None
+    layers: NetworkRecord | None = None
 
 
 def pack4(codes: Tensor) -> Tensor:
@@ -97,6 +101,7 @@ def save_quantized(
     base_hash: str,
     settings: dict[str, Any],
     record: Record | None = None,
+    layers: NetworkRecord | None = None,
 ) -> None:
     """Write the calibrated model, whole or not at all; the same model and settings give the same bytes.
 
@@ -105,11 +110,14 @@ def save_quantized(
         base_hash: of the full-precision weights.
         settings: what else the calibration depended on, as plain JSON values.
         record: what the correction knows.
+        layers: what each of them got, for reports.
 
     Raises:
         ValueError: the model is not calibrated, or the file cannot be written.
     """
     tensors, metadata = content_of(network, config, base_hash, settings, record)
+    if layers is not None:
+        metadata["layers"] = json.dumps(layers.to_json())
     write_safetensors(tensors, path, metadata)
 
 
@@ -152,6 +160,11 @@ def content_of(
     return tensors, metadata
 
 
+def checkpoint_bytes(network: Network, config: QuantConfig, record: Record | None = None) -> int:
+    """Bytes of the tensors that `save_quantized` writes. Raises ValueError: the model is not calibrated."""
+    return sum(value.nbytes for value in content_of(network, config, "", {}, record)[0].values())
+
+
 def peek_quantized(path: Path) -> QuantizedInfo:
     """What a quantized checkpoint says of itself, without reading its weights.
 
@@ -174,7 +187,9 @@ def peek_quantized(path: Path) -> QuantizedInfo:
         bits = read_act_bits(path, metadata) if config.bit_allocation else None
         settings = read_settings(path, metadata)
         seen = read_inputs(path, metadata) if "inputs" in metadata else None
-        return QuantizedInfo(config, smoothed, metadata["base_hash"], settings, _records(path, fields, metadata), bits, seen)
+        records = _records(path, fields, metadata)
+        layers = read_layers(path, metadata) if "layers" in metadata else None
+        return QuantizedInfo(config, smoothed, metadata["base_hash"], settings, records, bits, seen, layers)
     except KeyError as error:
         raise ValueError(f"{path}: damaged header: {error}") from None
 

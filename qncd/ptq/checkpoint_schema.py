@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qncd.ptq.layer_record import NetworkRecord
 from qncd.quant.affine import IntegerRange
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.quant.layers import QuantLayer
@@ -217,6 +218,14 @@ def read_act_bits(path: Path, metadata: Mapping[str, str]) -> dict[str, int]:
                 f"{path}: damaged header: act_bits: {shortened(name)} {shortened(value)}: allowed are whole numbers, 2 to 16"
             )
     return bits
+
+
+def read_layers(path: Path, metadata: Mapping[str, str]) -> NetworkRecord:
+    """What each layer got. Raises as `read_field`."""
+    try:
+        return NetworkRecord.from_json(read_field(path, metadata, "layers"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged header: layers: {shortened(str(error))}") from None
 
 
 def shortened(value: Any) -> str:

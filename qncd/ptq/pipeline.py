@@ -15,6 +15,7 @@ from qncd.models.network import Network, network_of, remember_inputs
 from qncd.ptq.bits import MeanBits, mean_bits
 from qncd.ptq.context import Context, Monitor, silent
 from qncd.ptq.data import CalibrationSet
+from qncd.ptq.layer_record import ErrorMeter, NetworkRecord
 from qncd.ptq.observing import naming
 from qncd.ptq.stages.registry import STAGES, run_stages
 from qncd.recipe import CalibrationConfig, QuantConfig, Recipe
@@ -60,12 +61,14 @@ class Job:
         folder: for finished blocks of long stages.
         processes: who shares the work.
         weights: prepares the network and gives it weights of a checkpoint; then no stage makes any.
+        measured: measure the error of each layer, with a few more calls of the network (`qncd.ptq.layer_record`).
     """
 
     monitor: Monitor = silent
     folder: Path | None = None
     processes: Processes = field(default_factory=OneProcess)
     weights: Callable[[Network], None] | None = None
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,14 @@ class Outcome:
         found: what stages report, by their names.
         bits: of weights and activations in the mean.
         seconds: taken.
+        layers: what each of them got, and its error, where that is asked for.
     """
 
     record: Record | None
     found: dict[str, Any]
     bits: MeanBits
     seconds: float
+    layers: NetworkRecord | None = None
 
 
 def sample_calibration(
@@ -126,6 +131,7 @@ def quantize_network(
         runs.network, recipe, data, runs.network_times, runs.diffusion, runs.conditions, job.monitor, job.folder, job.processes
     )
     remember_inputs(runs.network, data.x, data.t, data.inputs, data.constants)
+    meter = ErrorMeter(runs.network, data) if job.measured else None
 
     def quantize() -> None:
         if job.weights:
@@ -133,7 +139,8 @@ def quantize_network(
         run_stages(context, job.weights is not None)
 
     record = fitted_around(quantize, runs, recipe, record)
-    return Outcome(record, context.found, mean_bits(runs.network, data), time.perf_counter() - start)
+    bits, layers = mean_bits(runs.network, data), meter.record(runs.network) if meter else None
+    return Outcome(record, context.found, bits, time.perf_counter() - start, layers)
 
 
 def fitted_around(quantize: Callable[[], None], runs: Runs, recipe: Recipe, record: Record | None) -> Record | None:

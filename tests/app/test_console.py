@@ -85,6 +85,7 @@ def test_python_m_qncd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         (("export", "--out", "o"), "qncd: error: which model? Name it with --config, --ckpt or both"),
         (("evaluate", "a", "b", "--bootstrap", "-1"), "qncd: error: --bootstrap -1: has to be at least 0"),
         (("benchmark", "speed", "--rounds", "0"), "qncd: error: --rounds 0: allowed are whole numbers, 1 or more"),
+        (("report",), "qncd report: error: the following arguments are required: RUN"),
         (("prompts",), "qncd prompts: error: the following arguments are required: --annotations, --out"),
     ],
 )
@@ -198,7 +199,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 def test_quantize_then_sample(capsys: pytest.CaptureFixture[str], model: tuple[str, ...]) -> None:
     call(capsys, "quantize", *model, "--cali_ckpt", "q.safetensors")
-    assert sorted(path.name for path in Path().rglob("*") if path.is_file()) == ["q.safetensors", "run.json"]
+    assert sorted(path.name for path in Path().rglob("*") if path.is_file()) == ["layers.json", "q.safetensors", "run.json"]
     assert "calibration_seconds" in json.loads(Path("q_run/run.json").read_text())["figures"]
     before = Path("q.safetensors").read_bytes()
     call(capsys, "sample", *model, "--ptq", "--cali_ckpt", "q.safetensors", "--resume", "--max_images", 2, "--outdir", "a")

@@ -26,19 +26,12 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are written from here on."""
-    kept: list[Figure] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (kept.append(figure), save(figure, path)))
-    return kept
-
-
-def test_bars(tmp_path: Path, drawn: list[Figure]) -> None:
-    plots.draw_bars(ROWS, tmp_path / "bars.png")
+def test_bars(tmp_path: Path) -> None:
+    figure = plots.bars_figure(ROWS)
+    assert isinstance(figure, Figure)
+    plots.save_figure(figure, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
-    psnr, excess = (part.axes for part in drawn[0].subfigs)
+    psnr, excess = (part.axes for part in figure.subfigs)
     assert [panel.get_title() for panel in psnr] == ["W8A8", "W4A8"]
     assert [label.get_text() for label in psnr[0].get_yticklabels()] == ["linear", title_of("nncf")]
     assert [patch.get_width() for patch in psnr[0].patches] == [25, 28]
@@ -47,22 +40,46 @@ def test_bars(tmp_path: Path, drawn: list[Figure]) -> None:
     assert psnr[0].get_xlim() == psnr[1].get_xlim()
 
 
-def test_errors(tmp_path: Path, drawn: list[Figure]) -> None:
-    plots.draw_errors(ROWS, tmp_path / "errors.png")
-    panels = drawn[0].axes
+def test_errors() -> None:
+    figure = plots.errors_figure(ROWS)
+    assert isinstance(figure, Figure)
+    panels = figure.axes
     assert [len(panel.get_lines()) for panel in panels] == [2, 1] and all(panel.collections for panel in panels)
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["linear", title_of("nncf")]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["linear", title_of("nncf")]
 
 
-def test_many_modes_have_styles_of_their_own(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_many_modes_have_styles_of_their_own() -> None:
     modes = [f"{mode}{change}" for mode in MODES for change in ("", ",bias_correction=true", ",split=false")]
-    plots.draw_errors([row("W8A8", mode, 20, 1) for mode in modes], tmp_path / "errors.png")
-    (panel,) = drawn[0].axes
+    figure = plots.errors_figure([row("W8A8", mode, 20, 1) for mode in modes])
+    assert isinstance(figure, Figure)
+    (panel,) = figure.axes
     assert len({(line.get_color(), line.get_linestyle()) for line in panel.get_lines()}) == len(modes)
     assert not panel.collections  # bands would cover one another
 
 
-@pytest.mark.parametrize("draw", [plots.draw_bars, plots.draw_errors])
-def test_nothing_to_draw(draw: Any, tmp_path: Path) -> None:
-    draw(ROWS[:1], tmp_path / "none.png")
-    assert not list(tmp_path.iterdir())
+def test_pareto(tmp_path: Path) -> None:
+    """A point for each row at each value that it has, and a front through those that no other one beats."""
+    spread = lambda value: {"mean": value, "min": value, "max": value}  # noqa: E731
+    rows = [
+        {"width": FULL, "mode": FULL, "seeds": 1, "psnr": None, "megabytes": spread(8)},
+        {**row("W8A8", "linear", 25, 0), "megabytes": spread(2), "images_per_second": {"openvino": spread(10)}},
+        {**row("W4A8", "linear", 12, 0), "megabytes": spread(1), "images_per_second": {"openvino": spread(11)}},
+        {**row("W4A8", "qncd+", 11, 0), "megabytes": spread(1.5), "images_per_second": {}},
+    ]
+    figure = plots.pareto_figure(rows)
+    assert isinstance(figure, Figure)
+    size, speed = figure.axes
+    assert size.get_xlabel() == "size of the checkpoint, MB" and speed.get_xlabel() == "images/s on openvino"
+    assert len(size.containers) == 3 and len(speed.containers) == 2
+    fronts = [[line for line in panel.get_lines() if line.get_color() == "gray"] for panel in (size, speed)]
+    assert fronts[0][0].get_xydata().tolist() == [[1, 12], [2, 25]]  # type: ignore[union-attr]
+    assert fronts[1][0].get_xydata().tolist() == [[11, 12], [10, 25]]  # type: ignore[union-attr]
+    assert list(fronts[0][1].get_xdata()) == [8, 8] and len(fronts[1]) == 1  # full precision has a size and no speed
+    plots.save_figure(figure, tmp_path / "pareto.svg")
+    assert "<svg" in (tmp_path / "pareto.svg").read_text()
+    assert plots.pareto_figure(ROWS) is None
+
+
+@pytest.mark.parametrize("draw", [plots.bars_figure, plots.errors_figure, plots.pareto_figure])
+def test_nothing_to_draw(draw: Any) -> None:
+    assert draw(ROWS[:1]) is None

@@ -70,12 +70,18 @@ def test_run_resume_report(script: ModuleType, arguments: list[str], capsys: pyt
     ]  # fmt: skip
     assert content["missing"] == [] and len(content["cells"]) == 3
     full, linear, qncd = (record["figures"] for record in content["cells"])
-    assert full.keys() == {"fid", "sfid"}
+    assert full.keys() == {"fid", "sfid", "megabytes"}
     for figures in (linear, qncd):
         assert all(len(figures[f"{key}_per_step"]) == 2 for key in ("noise_error", "gain", "bias"))
         assert figures["noise_error"] == pytest.approx(sum(figures["noise_error_per_step"]) / 2)
         assert 0 < figures["noise_error"] < 1
         assert figures["psnr"] > 10
+        assert 1 / 8 < figures["megabytes"] / full["megabytes"] < 1 / 2  # 4 bits, with scales, norms and edge layers beside
+    for record in content["cells"][1:]:
+        kept = record["samples"]
+        assert len(kept["first"]) == 4 and len(kept["worst"]) == len(kept["median"]) == 2
+        for folder in ("FP", f"W4A8_{record['cell']['mode']}_seed0"):
+            assert {path.name for path in (out / "samples" / folder).iterdir()} == set(kept["first"])
     row = content["rows"][1]
     assert row["fid_difference"]["mean"] == pytest.approx(linear["fid"] - full["fid"])
     settings = content["cells"][2]["settings"]
@@ -101,6 +107,28 @@ def test_run_resume_report(script: ModuleType, arguments: list[str], capsys: pyt
     assert renewed["cells"][2]["settings"]["recipe"]["correction"]["interval"] == 2
 
 
+def test_engines(script: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Full precision and every mode are timed once, and the same command times nothing again.
+
+    The cells themselves are those of the test before, where it ran.
+    """
+    out, words = Path(arguments[arguments.index("--out") + 1]), list(arguments)
+    words.remove("qncd,correction=true")
+    words += ["--engines", "onnxruntime"]
+    script.main(script.parse_args(words))
+    files = sorted((out / "engines").iterdir())
+    assert [file.name for file in files] == ["FP.json", "W4A8_linear_seed0.json"]
+    times = [file.stat().st_mtime_ns for file in files]
+    record = json.loads(files[1].read_text())
+    speed = record["images_per_second"]["onnxruntime"]
+    assert speed == pytest.approx(16 / (2 * record["call_seconds"]["onnxruntime"])) and speed > 0
+    rows = json.loads((out / "quality.json").read_text())["rows"]
+    assert [row["images_per_second"]["onnxruntime"]["mean"] > 0 for row in rows] == [True, True]
+    assert "images/s on onnxruntime" in capsys.readouterr().out
+    script.main(script.parse_args(words))
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
@@ -118,6 +146,15 @@ def test_bad_input(
         cli.run_main(script.main, script.parse_args(changed(arguments, flag, value)))
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_engines_that_run_no_file_are_refused(
+    script: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(script.main, script.parse_args([*arguments, "--engines", "triton"]))
+    assert stop.value.code == 2
+    assert "--engines triton: allowed are onnxruntime, openvino, tensorrt" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_noise_error_is_relative_and_counts_the_first_images_only() -> None:

@@ -72,6 +72,10 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     group.add_argument("--interval", type=int, default=CorrectionConfig().interval, help="steps between two noise estimates")
     group = parser.add_argument_group("running")
     group.add_argument("--out", type=Path, default=Path("runs/quality"), help="output folder (default runs/quality)")
+    group.add_argument(
+        "--engines", nargs="+", metavar="ENGINE", default=[],
+        help="also export the network of every width and mode and time it on these engines, e.g. onnxruntime openvino",
+    )  # fmt: skip
     group.add_argument("--jobs", type=int, help="worker processes (default: the number of cores; 1 on cuda)")
     group.add_argument("--report", action="store_true", help="compute nothing: write the table of the cells that are there")
     return parser
@@ -96,7 +100,14 @@ def main(args: argparse.Namespace) -> None:
             log.info("note: %s can do %s; left out: %s", mode, PEERS[mode].widths, ", ".join(missing))
         if not args.report:
             check_peer(mode)
+    from qncd.engines.engine import check_engine, file_engines
+
+    for name in args.engines:
+        if name not in file_engines():
+            raise ValueError(f"--engines {name}: allowed are {', '.join(file_engines())}")
+        check_engine(name)
     plan, words = make_plan(args, cells)
+    from qncd.benchmark.cell_engines import time_engines
     from qncd.benchmark.cells import compute
     from qncd.benchmark.report import write_report
     from qncd.io.runs import RUN_FILE, Run, open_run
@@ -113,6 +124,7 @@ def main(args: argparse.Namespace) -> None:
     with run:
         if not args.report:
             compute(run, plan, cells, args.jobs)
+            time_engines(plan, cells)
         write_report(command_line(), run, plan, cells, words)
 
 
@@ -155,4 +167,5 @@ def make_plan(args: argparse.Namespace, cells: Sequence[Cell]) -> tuple[Plan, Wo
         if controlled:
             check_interval(args.interval, subject.sampler.step_count)
             check_table_images(args.cali_n)
-    return dataclasses.replace(plan, subject_settings=subject.settings), subject.words
+    engines = tuple(dict.fromkeys(args.engines))
+    return dataclasses.replace(plan, subject_settings=subject.settings, engines=engines), subject.words

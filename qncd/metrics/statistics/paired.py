@@ -73,6 +73,13 @@ def _blur(planes: torch.Tensor) -> torch.Tensor:
     return planes
 
 
+def worst_and_median(mse: np.ndarray, count: int) -> tuple[list[int], list[int]]:
+    """Places of the `count` pairs of largest error (N,), the largest first, and of as many in the middle of their order."""
+    order = np.argsort(-mse, kind="stable").tolist()
+    start = max(0, min((len(order) - count + 1) // 2, len(order) - count))
+    return order[:count], order[start : start + count]
+
+
 def lpips_obstacle() -> str | None:
     """Why LPIPS cannot be had without a download, None where it can."""
     if importlib.util.find_spec("lpips") is None:

@@ -21,9 +21,10 @@ from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.heap import trim_heap
 from qncd.ptq.observing import hooked, named, run_over
+from qncd.ptq.positions import input_rows, is_matrix, some_positions
 from qncd.quant.gptq import DAMPING, solve_rounding
 from qncd.quant.inspection import quant_layers
-from qncd.quant.layers import QuantConv2d, QuantLayer
+from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import Stage
 from qncd.recipe import Recipe
 
@@ -147,7 +148,12 @@ def solutions(
         grids: factors of the weights' scales to try.
         judged: with their misfits.
     """
-    layers = {name: layer for name, layer in quant_layers(network.module).items() if _fits(layer)}
+    # Layers that are no matrix are rounded to nearest.
+    layers = {
+        name: layer
+        for name, layer in quant_layers(network.module).items()
+        if layer.config.weight_codes is not None and is_matrix(layer)
+    }
     for exactly in (False, True):
         again: dict[str, QuantLayer] = {}
         for group in _groups(layers, _memory(network.device), exactly):
@@ -162,15 +168,6 @@ def solutions(
                     yield name, named(name, functools.partial(_solved, layers[name], found, grids, judged))
                     trim_heap()
         layers = again
-
-
-def _fits(layer: QuantLayer) -> bool:
-    """Whether the layer is a matrix over patches of its input. Others (no diffusion UNet has one) are rounded to nearest."""
-    if layer.config.weight_codes is None:
-        return False
-    return not isinstance(layer, QuantConv2d) or (
-        layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
-    )
 
 
 def _memory(device: torch.device) -> int:
@@ -209,41 +206,16 @@ def _watching(
                 rounded = layer.act(args[0], layer.smoothing)
             finally:
                 layer.act.set_stage(stage)
-            take = _positions(layer, exact, max(MIN_POSITIONS, -(-rows * size // inputs)), generator)
+            take = some_positions(layer, exact, max(MIN_POSITIONS, -(-rows * size // inputs)), generator)
             if name not in moments:
                 moments[name] = Moments(size, exact.device, exactly)
-            moments[name].add(_rows(layer, rounded, take), _rows(layer, exact, take))
+            moments[name].add(input_rows(layer, rounded, take), input_rows(layer, exact, take))
 
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     with hooked(handles):
         yield
-
-
-def _patches(layer: QuantConv2d, x: Tensor) -> Tensor:
-    """(N, C, H', W', kh, kw): what the kernel sees at each place of the output, a view."""
-    assert not isinstance(layer.padding, str)
-    high, wide = layer.padding
-    padded = nn.functional.pad(x, (wide, wide, high, high))
-    return padded.unfold(2, layer.kernel_size[0], layer.stride[0]).unfold(3, layer.kernel_size[1], layer.stride[1])
-
-
-def _positions(layer: QuantLayer, x: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
-    """Which positions of each input to look at, (P,): others in every call."""
-    count = _patches(layer, x)[0, 0, :, :, 0, 0].numel() if isinstance(layer, QuantConv2d) else x[0, ..., 0].numel()
-    return torch.randperm(count, generator=generator)[:wanted].to(x.device)
-
-
-def _rows(layer: QuantLayer, x: Tensor, positions: Tensor) -> Tensor:
-    """The layer's input (N, ...) as rows (N * P, n) of what meets one row of its weight, float32."""
-    if isinstance(layer, QuantConv2d):
-        patches = _patches(layer, x)
-        width = patches.shape[3]
-        chosen = patches[:, :, positions // width, positions % width].transpose(1, 2)  # (N, P, C, kh, kw)
-    else:
-        chosen = x.flatten(1, -2)[:, positions] if x.ndim > 2 else x[:, None]
-    return chosen.reshape(-1, layer.weight[0].numel()).float()
 
 
 def _solved(layer: QuantLayer, moments: Moments, grids: Sequence[float], judged: bool) -> Solution:

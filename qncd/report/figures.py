@@ -1,0 +1,174 @@
+"""The report's plots as SVG that stands in the page and follows its colours."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from qncd.benchmark.plots import new_figure
+from qncd.ptq.layer_record import LayerRecord, NetworkRecord
+from qncd.report.folders import SampledRun
+
+NAMED = 70  # layers up to which each is named beside the map
+ORDER = "layer, in the order in which the network runs them"
+LABELLED = 3  # of the largest errors in the plot over the layers
+SCALE, NARROWEST = 1.45, "36rem"  # of a plot on the page: pixels for a point at most, and the width from which it is scrolled
+_INK = "#000000"  # what matplotlib draws in black takes the colour of the page's text
+
+
+def svg(draw: Callable[[Any], Any | None], given: Any, key: str, title: str) -> Markup | None:
+    """A figure as SVG: text stays text, the background is the page's.
+
+    Args:
+        draw: makes the matplotlib figure of what is given; None where there is nothing to draw, which gives None.
+        key: of this figure on the page, for its names within it.
+        title: what it shows, for readers that do not see it.
+    """
+    from matplotlib import rc_context
+
+    style: dict[Any, Any] = {
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "legend.frameon": False,
+        "svg.fonttype": "none",
+    }
+    style |= {"svg.hashsalt": key, "font.family": "sans-serif"}
+    stream = io.StringIO()
+    with rc_context(style):
+        figure = draw(given)
+        if figure is None:
+            return None
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    box = re.search(r'viewBox="0 0 ([\d.]+) [\d.]+"', text)
+    assert box is not None
+    widest = f"{SCALE * float(box[1]):.0f}px"
+    size = f"max-width: {widest}; min-width: min({NARROWEST}, {widest})"
+    head = f'<svg role="img" aria-label="{escape(title)}" style="{size}" {box[0]}>'
+    text = head + text[text.index(">") + 1 :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{key}-', text)
+    text = re.sub(r'(xlink:href="|url\()#', rf"\1#{key}-", text)
+    text = text.replace("xlink:href", "href").replace(_INK, "currentColor")
+    return Markup(text)  # matplotlib's own, which has escaped what stands in it
+
+
+def psnr_figure(runs: Sequence[SampledRun]) -> Any | None:
+    """A row for each run: every image's PSNR as a dot, and the mean with its 95 % interval over images."""
+    shown = [run for run in runs if run.pairs.quality is not None]
+    if not shown:
+        return None
+    figure = new_figure(8, 1.1 + 0.55 * len(shown))
+    panel = figure.subplots()
+    for place, run in enumerate(shown):
+        psnr = run.pairs.psnr[np.isfinite(run.pairs.psnr)]
+        panel.plot(psnr, np.full(len(psnr), place), "|", color="tab:gray", markersize=12, alpha=0.6)
+        mean, bounds = float(psnr.mean()), run.pairs.interval
+        if bounds is not None:
+            panel.plot([bounds.low, bounds.high], [place, place], color="tab:blue", linewidth=4, solid_capstyle="butt")
+        panel.plot(mean, place, "o", color="tab:blue", markersize=8)
+        panel.annotate(f"{mean:.2f}", (mean, place), (0, 9), textcoords="offset points", ha="center", fontsize="small")
+    panel.set_yticks(range(len(shown)), [f"{run.label}\n{run.how}" for run in shown])
+    panel.set_ylim(len(shown) - 0.4, -0.6)
+    panel.set_xlabel("PSNR to full precision, dB (more is better)")
+    panel.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def measured(record: NetworkRecord) -> list[LayerRecord]:
+    """The layers whose errors are known."""
+    return [layer for layer in record.layers if layer.own is not None]
+
+
+def mean_of(values: Sequence[float | None] | None) -> float | None:
+    """Of the values that are known; None for none."""
+    known = [value for value in values or () if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def layers_figure(record: NetworkRecord) -> Any | None:
+    """Layer after layer: the error that each adds, and the one that has gathered in its output."""
+    layers = measured(record)
+    if not layers:
+        return None
+    figure = new_figure(9, 3.6)
+    panel = figure.subplots()
+    places = np.arange(1, len(layers) + 1)
+    own, gathered = (
+        np.array([mean_of(values) or np.nan for values in found])
+        for found in ([layer.own for layer in layers], [layer.gathered for layer in layers])
+    )
+    panel.plot(places, gathered, color="tab:orange", linewidth=1.5, label="gathered in the quantized network")
+    panel.vlines(places, np.nanmin(own), own, color="tab:blue", alpha=0.35, linewidth=1)
+    panel.plot(places, own, "o", color="tab:blue", markersize=3.5, label="the layer's own, for full-precision inputs")
+    for place in _apart(np.argsort(-np.nan_to_num(own)).tolist(), len(layers) // 10):
+        right = place > len(layers) / 2
+        panel.annotate(
+            layers[place].name, (places[place], own[place]), (-3 if right else 3, 5), textcoords="offset points",
+            ha="right" if right else "left", fontsize="x-small", rotation=-15 if right else 15,
+        )  # fmt: skip
+    panel.set(yscale="log", xlabel=ORDER, ylabel="relative squared error")
+    panel.margins(x=0.02, y=0.25)
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def _apart(places: Sequence[int], least: int) -> list[int]:
+    """The first LABELLED of the places that are further apart than that: their names do not cover one another."""
+    chosen: list[int] = []
+    for place in places:
+        if len(chosen) < LABELLED and all(abs(place - other) > least for other in chosen):
+            chosen.append(place)
+    return chosen
+
+
+def map_figure(record: NetworkRecord) -> Any | None:
+    """The error that each layer adds at each time step, as a map."""
+    from matplotlib.colors import LogNorm
+
+    layers = measured(record)
+    if not layers:
+        return None
+    values = np.array([[np.nan if v is None or v <= 0 else v for v in layer.own or ()] for layer in layers])
+    if not np.isfinite(values).any():
+        return None
+    figure = new_figure(9, 1.2 + (0.16 * len(layers) if len(layers) <= NAMED else 0.035 * len(layers)))
+    panel = figure.subplots()
+    low, high = np.nanpercentile(values, [2, 100])
+    extent = (-0.5, len(record.times) - 0.5, len(layers) + 0.5, 0.5)
+    image = panel.imshow(
+        values, aspect="auto", norm=LogNorm(low, max(high, 1.01 * low)), cmap="viridis", interpolation="nearest", extent=extent
+    )
+    panel.set_xticks(range(len(record.times)), [f"{t:g}" for t in record.times])
+    if len(layers) <= NAMED:
+        panel.set_yticks(range(1, len(layers) + 1), [layer.name for layer in layers], fontsize=6)
+    else:
+        panel.set_ylabel(ORDER)
+    panel.set_xlabel("time step (the noisiest on the left)")
+    figure.colorbar(image, ax=panel, label="relative squared error", pad=0.01)
+    return figure
+
+
+def steps_figure(runs: Sequence[SampledRun]) -> Any | None:
+    """Error of the whole network's prediction at each time step, a line for each run."""
+    shown = [run for run in runs if run.layers is not None and run.layers.times]
+    if not shown:
+        return None
+    figure = new_figure(8, 3.4)
+    panel = figure.subplots()
+    for run in shown:
+        assert run.layers is not None
+        times, errors = run.layers.times, [np.nan if v is None else v for v in run.layers.prediction]
+        panel.plot(times, errors, "o-", markersize=4, label=f"{run.label}: {run.how}")
+    panel.set(yscale="log", xlabel="time step (the noisiest on the left)", ylabel="relative squared error")
+    panel.invert_xaxis()
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    return figure
