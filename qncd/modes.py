@@ -72,6 +72,14 @@ MODES = {
         "qdiff, with QNCD's smoothing, and filters or (--sample_reverse) its noise estimation as correction",
         {"bias_correction": True, "smoothing": True, "offline": TRACKING}, _BRECQ, runtime=True,
     ),
+    "svdquant": Mode(
+        "SVDQuant: a 16-bit low-rank branch beside smoothed weights, the rest of them by GPTQ",
+        {"bias_correction": True, "gptq": True, "smoothing_search": True, "rank": 32},
+    ),
+    "hadamard": Mode(
+        "Hadamard rotations of the channels in front of layers (ConvRot), weights by GPTQ",
+        {"bias_correction": True, "gptq": True, "rotation": True},
+    ),
     "qncd+": Mode(
         "not in the paper: GPTQ, a range for each time step, mixed precision below 8 bits, and filters as correction",
         {"bias_correction": True, "gptq": True, "stepwise_activations": True, "offline": TRACKING},
@@ -120,7 +128,9 @@ def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection
     weight_bits, act_bits = (given.get(f"quant.{name}", 8) for name in ("weight_bits", "act_bits"))
     usual = changes_of(tree, MODES[mode].at(*(bits if isinstance(bits, int) else None for bits in (weight_bits, act_bits))))
     if weight_bits is None:
-        usual.pop("quant.gptq", None)
+        usual = {path: value for path, value in usual.items() if path not in ("quant.gptq", "quant.rank")}
+    if act_bits is None:
+        usual.pop("quant.smoothing_search", None)
     asked = {**usual, **given}
     if asked.get("quant.gptq"):
         asked["quant.bias_correction"] = given.get("quant.bias_correction", True)

@@ -54,7 +54,7 @@ class QuantConfig:
         stepwise_activations: every activation has a range for each time step that the sampler visits.
         gptq: round each layer's weights in sequence, every error made up for by the weights not yet rounded (GPTQ, arXiv
             2210.17323), towards what the layer gives on inputs that are not rounded (GPTAQ, arXiv 2504.02692).
-        smoothing_search: with `gptq`, divide each layer's input channels by powers of their spread and multiply the weights by
+        smoothing_search: divide each layer's input channels by powers of their spread and multiply the weights by
             them (SmoothQuant, arXiv 2211.10438); the power that leaves the layer's output the least error is kept. Acts
             where `act_bits` is not None.
         bit_allocation: mixed precision: activations have up to 8 bits each, and `act_bits` in the mean over all
@@ -64,6 +64,9 @@ class QuantConfig:
         weight_grid: "channel" (one scale for each output channel), or "gguf" (one for each 32 inputs of a row, a float16 number,
             as in GGUF's types q8_0 and q4_0: exactly what such a file holds, see `qncd.engines.gguf`). On GGUF's grid are linear
             layers whose rows are whole blocks; convolutions, the time embedding and activations stay in floating point.
+        rotation: rotate the inputs of all layers but the first and last by Hadamard matrices (`qncd.ptq.stages.rotation`).
+        rank: the largest, of 16-bit branches beside the weights of the same layers (`qncd.ptq.stages.low_rank`); 0 for none.
+        branch_bits: of a branch for each weight of its layer, at most: small layers have smaller ranks, or none.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
@@ -95,7 +98,7 @@ class QuantConfig:
     )  # fmt: skip
     smoothing_search: bool = option(
         False, flag="smooth_search", needs="act_bits",
-        help="with --gptq: smooth each layer's input as strongly as leaves its output the least error",
+        help="smooth each layer's input as strongly as leaves its output the least error",
     )  # fmt: skip
     bit_allocation: bool = option(
         False, flag="allocate_bits", needs="act_bits",
@@ -113,6 +116,11 @@ class QuantConfig:
         help="channel: weights have one scale for each output channel; gguf: those of linear layers have one for each 32 inputs "
         "(q8_0 at 8 bits, q4_0 at 4), others stay in floating point, for `qncd export --out FILE.gguf`",
     )  # fmt: skip
+    rotation: bool = option(False, flag="rotation", help="Hadamard rotations of the channels in front of layers")
+    rank: int = option(0, flag="rank", limits=Limits(0), help="largest rank of 16-bit branches beside weights (0: none)")
+    branch_bits: float = option(
+        1.0, flag="branch_bits", limits=Limits(above=0), needs="rank", help="their bits for each weight of a layer at most"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -122,12 +130,15 @@ class QuantConfig:
             raise ValueError("gptq rounds weights: weight_bits None is not allowed with it")
         if self.gptq and not self.bias_correction:
             raise ValueError("gptq rounds about the inputs' means, whose errors go into the bias: it needs bias_correction")
-        if self.smoothing_search and not self.gptq:
-            raise RecipeError("{quant.smoothing_search} compares the errors that GPTQ leaves: it needs {quant.gptq}")
+        if (self.smoothing_search or self.rank) and self.weight_bits is None:
+            part = "{quant.smoothing_search}" if self.smoothing_search else "{quant.rank}"
+            raise RecipeError(f"{part} makes weights easier to round: they are in floating point here")
         if self.bit_allocation and (self.act_bits is None or self.act_bits >= WIDEST):
             raise ValueError(
                 f"bit_allocation gives some activations more than act_bits {self.act_bits}: allowed with it are 2 to {WIDEST - 1}"
             )
+        if self.weight_grid == GGUF and (self.rotation or self.rank):
+            raise RecipeError("{quant.weight_grid} gguf: no reader of such files rotates inputs or adds branches")
         if self.weight_grid == GGUF and (self.act_bits is not None or self.weight_bits not in GGUF_BITS):
             raise RecipeError(f"{{quant.weight_grid}} gguf with {self.label}: allowed are W8A32 and W4A32 (--weight_only)")
 

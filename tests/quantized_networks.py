@@ -18,8 +18,10 @@ from qncd.ptq.runs import DiffusionRuns
 from qncd.ptq.stages.bias_correction import correct_biases_
 from qncd.ptq.stages.bit_allocation import free_quantizers
 from qncd.ptq.stages.compensation import compensate_
+from qncd.ptq.stages.low_rank import add_branches_
 from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.ranges import round_
+from qncd.ptq.stages.rotation import rotate_network_
 from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
 from qncd.ptq.stages.smoothing_search import search_smoothing_
 from qncd.quant.inspection import quant_layers, set_act_bits_
@@ -88,8 +90,12 @@ def prepared(unet: Any, config: QuantConfig, stepwise: Callable[[Network, list[i
         stepwise(network, TIMES)
     if config.bit_allocation:
         set_act_bits_(unet, {name: 4 + index % 5 for index, name in enumerate(free_quantizers(network, config))})
+    if config.rotation:
+        rotate_network_(network, config)
     if config.smoothing_search:
         assert any(search_smoothing_(network, inputs(unet), 8).values())
+    if config.rank:
+        add_branches_(network, config)
     calibrate_with_(network, inputs(unet), 8, weight_correction(config))
     return unet
 

@@ -153,6 +153,16 @@ def test_what_adapters_cannot(quantized: tuple[Path, torch.Tensor], lora: Path, 
     assert torch.equal(run(fresh, "SD1", STEPS), plain)
 
 
+def test_a_lora_beside_rotated_layers_with_branches(lora: Path) -> None:
+    pipe = made("SD1")
+    qncd.quantize(pipe, "W8A8", "linear", rotation=True, rank=4, branch_bits=4.0, prompts=PROMPTS, steps=STEPS, samples=2)
+    plain, exact = run(pipe, "SD1", STEPS), run(adapt(made("SD1"), lora), "SD1", STEPS)
+    adapt(pipe, lora)
+    assert apart(run(pipe, "SD1", STEPS), exact) < max(0.07, 0.5 * apart(exact, run(made("SD1"), "SD1", STEPS)))
+    pipe.set_adapters("style", 0.0)
+    assert torch.equal(run(pipe, "SD1", STEPS), plain)
+
+
 def test_dora_beside_a_smoothed_layer(quantized: tuple[Path, torch.Tensor], lora: Path, tmp_path: Path) -> None:
     folder, _ = quantized
     smoothed = next(name for name, layer in quant_layers(again(folder).unet).items() if layer.smoothing is not None)

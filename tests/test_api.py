@@ -95,6 +95,29 @@ def test_every_mode_on_a_pipeline(mode: str, base: Any, tmp_path: Path) -> None:
     assert torch.equal(latents(again), images)
 
 
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("qncd+", {"smoothing": True}),
+        ("tfmq", {"reconstruction": True, "iterations": 2, "inputs": 8}),
+        ("qncd", {"reconstruction": False, "interval": 2}),
+    ],
+    ids=["GPTQ, mixed precision, tracking", "BRECQ, a range for each step", "runtime correction"],
+)
+def test_rotations_and_branches_with_the_rest(mode: str, options: dict[str, Any], base: Any, tmp_path: Path) -> None:
+    pipe = copy.deepcopy(base)
+    report = qncd.quantize(pipe, "W4A6", mode, rotation=True, rank=4, branch_bits=4.0, **options, **FEW)
+    layers = quant_layers(pipe.unet).values()
+    assert sum(layer.rotation is not None and layer.up is not None for layer in layers) > 25
+    assert report.bits.weight_bits > 5
+    images = latents(pipe)
+    assert 0 < distance(images, latents(base)) < 0.5
+    qncd.save(pipe, tmp_path)
+    again = copy.deepcopy(base)
+    assert qncd.load_quantized(again, tmp_path) == report.recipe
+    assert torch.equal(latents(again), images)
+
+
 def test_a_correction_acts_through_the_scheduler(base: Any) -> None:
     corrected, plain = copy.deepcopy(base), copy.deepcopy(base)
     qncd.quantize(corrected, "W4A8", "qncd+", **FEW)

@@ -27,6 +27,8 @@ WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A6": (4, 6), "W4A4": (4, 4), "W4A32
 PLAIN = {"weight_range": "max", "split": False, "bias_correction": False}
 PEER: dict[str, Any] = {"bias_correction": False}
 CLIPPED = {"act_range": "mse"}
+SVD = {"gptq": True, "smoothing_search": True, "rank": 32}
+ROTATED = {"gptq": True, "rotation": True}
 PLUS = {"gptq": True, "stepwise_activations": True}
 NARROW_PLUS = {**PLUS, **CLIPPED, "bit_allocation": True}
 
@@ -40,6 +42,8 @@ QUANT = {
     ),
     "d2dpm": (PEER, PEER | CLIPPED, PEER | CLIPPED, PEER),
     "qncd": ({}, CLIPPED, CLIPPED, {}),
+    "svdquant": (SVD, SVD | CLIPPED, SVD | CLIPPED, {"gptq": True, "rank": 32}),
+    "hadamard": (ROTATED, ROTATED | CLIPPED, ROTATED | CLIPPED, ROTATED),
     "qncd+": (PLUS, NARROW_PLUS, NARROW_PLUS | {"smoothing_search": True}, PLUS),
 }
 # mode -> smoothing, noise correction while sampling, offline correction, reconstruction of weights below 8 bits
@@ -50,6 +54,8 @@ PARTS: dict[str, tuple[bool, bool, str | None, bool]] = {
     "tfmq": (False, False, None, True),
     "d2dpm": (False, False, "d2dpm", True),
     "qncd": (True, False, "tracking", True),
+    "svdquant": (False, False, None, False),
+    "hadamard": (False, False, None, False),
     "qncd+": (False, False, "tracking", False),
 }
 
@@ -74,7 +80,7 @@ def test_defaults_and_order_of_fields_stay() -> None:
             weight_bits=8, act_bits=8, softmax_bits=8, edge_bits=8, weight_range="mse", act_range="max", act_symmetric=False,
             split=True, softmax_range=None, quantize_attention=True, quantize_embedding=True, stepwise_embedding=False,
             stepwise_activations=False, gptq=False, smoothing_search=False, bit_allocation=False, bias_correction=True,
-            step_weights=False, weight_grid="channel",
+            step_weights=False, weight_grid="channel", rotation=False, rank=0, branch_bits=1.0,
         ),
         SmoothingConfig: dict(floor=1.0, strength=1.0),
         ReconstructionConfig: dict(
@@ -128,6 +134,10 @@ def test_what_a_mode_sets_gives_way() -> None:
     assert not Recipe.of("qncd+", "W4A4", gptq=False).quant.smoothing_search
     assert Recipe.of("qdiff", "W4A8", gptq=True).reconstruction is None
     assert Recipe.of("linear", "W4A8", gptq=True).quant.bias_correction
+    assert not Recipe.of("svdquant", "W32A8").quant.rank and Recipe.of("hadamard", "W32A8").quant.rotation
+    nearest = Recipe.of("svdquant", "W4A4", gptq=False)
+    assert nearest.quant.rank == 32 and not nearest.quant.smoothing_search
+    assert Recipe.of("svdquant", "W4A4", gptq=False, smoothing_search=True).quant.smoothing_search
     weights_in_floating_point = Recipe.of("qncd+", "W32A8")
     assert not weights_in_floating_point.quant.gptq and weights_in_floating_point.quant.weight_bits is None
     assert Recipe.of("qncd", "W4").quant == Recipe.of("qncd", "W4A32").quant == Recipe.of("qncd", "W4", act_bits=None).quant
@@ -136,7 +146,7 @@ def test_what_a_mode_sets_gives_way() -> None:
 REFUSED = [
     ("qncd", "W9A8", {}, "width 'W9A8': allowed are names such as W4A8, 2 to 8 bits each, and 32 for floating point"),
     ("qncd", "", {}, "width '': allowed are names such as W4A8, 2 to 8 bits each, and 32 for floating point"),
-    ("qdrop", "W8A8", {}, "mode 'qdrop': allowed are linear, qdiff, ptqd, tfmq, d2dpm, qncd, qncd+"),
+    ("qdrop", "W8A8", {}, "mode 'qdrop': allowed are linear, qdiff, ptqd, tfmq, d2dpm, qncd, svdquant, hadamard, qncd+"),
     ("qncd", "W8A8", {"sampels": 3}, "unknown option 'sampels': did you mean samples?"),
     ("qncd", "W8A8", {"correction": {"intervall": 3}}, "correction: unknown option 'intervall': did you mean interval?"),
     ("qncd", "W8A8", {"seed": 3}, "option 'seed' is one of several: name reconstruction.seed or calibration.seed"),
@@ -153,7 +163,11 @@ REFUSED = [
     ("ptqd", "W8A8", {"tracking": True}, "tracking: mode ptqd has a correction of its own"),
     ("ptqd", "W8A8", {"correction": True}, "correction: mode ptqd has a correction of its own"),
     ("qncd", "W8A8", {"tracking": True, "correction": True}, "correction: tracking is a correction too"),
-    ("qncd", "W8A8", {"smoothing_search": True}, "smoothing_search compares the errors that GPTQ leaves: it needs gptq"),
+    ("qncd", "W32A8", {"smoothing_search": True}, "smoothing_search makes weights easier to round: they are in floating point"),
+    ("qncd", "W32A8", {"rank": 4}, "rank makes weights easier to round: they are in floating point here"),
+    ("qncd", "W4A4", {"rank": -1}, "rank -1: allowed are whole numbers, 0 or more"),
+    ("hadamard", "W4A4", {"branch_bits": 2}, "branch_bits needs rank"),
+    ("linear", "W4A32", {"weight_grid": "gguf", "rank": 4}, "weight_grid gguf: no reader of such files rotates inputs or adds"),
     ("qncd", "W8A8", {"bit_allocation": True}, "bit_allocation gives some activations more than act_bits 8: allowed with it"),
     ("qncd", "W4A32", {"bit_allocation": True}, "bit_allocation is about quantized activations: they are in floating point"),
     ("qncd", "W4A32", {"softmax_bits": 16}, "softmax_bits is about quantized activations: they are in floating point here"),

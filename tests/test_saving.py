@@ -48,6 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path
         ("SD2, v-prediction", "qncd", "W8A8"),
         ("DDPM", "ptqd", "W8A8"),
         ("LCM", "linear", "W4A32"),
+        ("PixArt alpha", "svdquant", "W4A4"),
+        ("FLUX", "hadamard", "W4A4"),
         pytest.param("SDXL", "qncd+", "W4A6", marks=pytest.mark.slow),
     ],
 )

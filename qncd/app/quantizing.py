@@ -38,7 +38,7 @@ from qncd.sampling.guidance import Conditions
 log = logging.getLogger("qncd")
 WEIGHT_SETTINGS = (
     "weight_bits", "edge_bits", "weight_range", "gptq", "smoothing_search", "split", "quantize_embedding", "weight_grid",
-    "smoothed",
+    "rotation", "rank", "branch_bits", "smoothed",
 )  # fmt: skip
 
 

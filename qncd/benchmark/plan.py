@@ -95,10 +95,10 @@ SAMPLES = "samples"  # folder of images that are kept of cells, below it one of 
 PART = 512  # full-precision images in one file of the cache
 ERROR_IMAGES = 64
 UNBIASED_IMAGES = 2048  # FID is biased upwards at fewer
-# Fields of QuantConfig that reconstructed weights do not depend on: their inputs are not rounded yet.
+# Fields of QuantConfig that reconstructed weights do not depend on: their inputs are not rounded yet, but in a smoothing search.
 ACTIVATIONS = (
     "act_bits", "softmax_bits", "act_range", "softmax_range", "act_symmetric", "stepwise_activations", "bias_correction",
-    "smoothing_search", "bit_allocation",
+    "bit_allocation",
 )  # fmt: skip
 FORMAT = 3  # of a cell's file; raised when the same settings come to mean something else
 
@@ -220,8 +220,9 @@ class Cell:
         recipe = self.recipe_in(plan)
         if recipe is None or recipe.reconstruction is None:
             return None
+        ignored = () if recipe.quant.smoothing_search else ACTIVATIONS
         settings = plan.base_settings() | {
-            "weights": {key: value for key, value in dataclasses.asdict(recipe.quant).items() if key not in ACTIVATIONS},
+            "weights": {key: value for key, value in dataclasses.asdict(recipe.quant).items() if key not in ignored},
             "smoothing": recipe.smoothing and dataclasses.asdict(recipe.smoothing),
             "reconstruction": dataclasses.asdict(recipe.reconstruction),
             "calibration": dataclasses.asdict(recipe.calibration),

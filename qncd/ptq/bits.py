@@ -16,6 +16,7 @@ from qncd.ptq.observing import hooked, run_over
 from qncd.quant.attention import AttentionProducts
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.quant.layers import LayerConfig
+from qncd.quant.transforms import BRANCH_BITS
 
 FLOAT = 32  # bits of what stays in floating point
 
@@ -25,7 +26,7 @@ class MeanBits:
     """Bits in the mean.
 
     Attributes:
-        weight_bits: over all weights of convolutions and linear layers, with the scales of groups.
+        weight_bits: over all weights of convolutions and linear layers, with the scales of groups and the branches beside them.
         act_bits: over all activations that enter multiplications, each counted as often as it is multiplied.
     """
 
@@ -48,7 +49,7 @@ def mean_bits(network: Network, data: CalibrationSet) -> MeanBits:
         run_over(network, data.spread(1), 1)
     widths = {name: quantizer.codes.bits for name, quantizer in act_quantizers(network.module).items() if quantizer.codes}
     sizes = {layer: layer.weight.numel() for layer in quant_layers(network.module).values()}
-    stored = sum(size * _stored_bits(layer.config) for layer, size in sizes.items())
+    stored = sum(size * _stored_bits(layer.config) + layer.branch_size * BRANCH_BITS for layer, size in sizes.items())
     plain = sum(layer.weight.numel() for layer in network.layers().values())
     taken = sum(count * widths.get(name, FLOAT) for name, count in counts.items())
     return MeanBits((stored + FLOAT * plain) / (sum(sizes.values()) + plain), taken / sum(counts.values()))

@@ -2,7 +2,8 @@
 
 Layout, for a layer `L` of the UNet: `L.weight_codes` (int8, shape of the weight) or `L.weight_packed` (uint8, two
 4-bit codes a byte) with `L.weight_scale` (O, K) and, where codes are asymmetric, `L.weight_zero_point`; `L.bias`;
-`L.smoothing` (C,); `Q.scale`, `Q.zero_point` (K,) for every activation quantizer Q, (S, K) with `Q.times` (S,) where there
+`L.smoothing` (C,); `L.rotation` (1,), the channels of a block that is rotated; `L.down` (r, I, ...) and `L.up` (O, r), a low-rank
+branch in 16 bits; `Q.scale`, `Q.zero_point` (K,) for every activation quantizer Q, (S, K) with `Q.times` (S,) where there
 is a range for each of S time steps; all other parameters under their own names. `noise_table.*` is the full-precision control,
 `offline.*` the statistics of an offline correction, `tracking.*` the filters of trajectory tracking.
 The header's metadata carries the configuration, the SHA-256 of the base model's weights, in mixed precision `act_bits`, the
@@ -135,6 +136,10 @@ def content_of(
         tensors |= _weight_tensors(name, layer)
         if layer.smoothing is not None:
             tensors[f"{name}.smoothing"] = layer.smoothing.flatten()
+        if layer.rotation is not None:
+            tensors[f"{name}.rotation"] = torch.tensor([layer.rotation])
+        if layer.down is not None and layer.up is not None:
+            tensors |= {f"{name}.down": layer.down.to(layer.branch_dtype), f"{name}.up": layer.up.to(layer.branch_dtype)}
     for name, quantizer in quantizers.items():
         tensors |= {f"{name}.scale": quantizer.scale, f"{name}.zero_point": quantizer.zero_point}
         if isinstance(quantizer, StepwiseActQuantizer):
@@ -231,7 +236,7 @@ def load_quantized_(network: Network, path: Path, base_hash: str | None = None) 
 
 @torch.no_grad()
 def load_weights_(network: Network, path: Path, config: QuantConfig, base_hash: str | None = None) -> QuantizedInfo:
-    """Prepare a full-precision network for `config` and take the saved weights, biases and smoothing alone, in place.
+    """Prepare a full-precision network for `config` and take the saved weights and biases, with what is done to inputs, in place.
 
     The activations stay in floating point: later stages find their ranges, without another bias correction.
 
@@ -327,6 +332,10 @@ def _make_stepwise_(network: Network, tensors: dict[str, Tensor]) -> None:
 def _load_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> None:
     if f"{name}.smoothing" in tensors:
         layer.smooth_(tensors[f"{name}.smoothing"])
+    if f"{name}.rotation" in tensors:
+        layer.rotate_(int(tensors[f"{name}.rotation"]))
+    if f"{name}.up" in tensors:
+        layer.split_off_(tensors[f"{name}.down"], tensors[f"{name}.up"])
     if layer.config.weight_codes is None:
         layer.weight.copy_(tensors[f"{name}.weight"])
         return

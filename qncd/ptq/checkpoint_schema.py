@@ -94,6 +94,8 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], ranges: bool
         if codes is not None and codes.bits < 4:  # all 16 values of half a byte are codes of 4 bits
             unpacked = unpack4(tensors[f"{name}.weight_packed"], layer.weight.shape)
             Rule(tuple(layer.weight.shape), torch.int8, codes.qmin, codes.qmax).check(f"{name}.weight_packed", unpacked)
+        if f"{name}.rotation" in rules:
+            layer.check_rotation(int(tensors[f"{name}.rotation"]))
     ignored = () if ranges else (".scale", ".zero_point", ".times")
     extra = [name for name in tensors.keys() - rules.keys() if not name.endswith(ignored)]
     if extra:
@@ -106,6 +108,11 @@ def _layer_rules(name: str, layer: QuantLayer, tensors: Mapping[str, Tensor]) ->
     rules: dict[str, Rule] = {}
     if f"{name}.smoothing" in tensors:
         rules[f"{name}.smoothing"] = Rule((shape[1],), positive=True)
+    if f"{name}.rotation" in tensors:
+        rules[f"{name}.rotation"] = Rule((1,), torch.int64, low=2, high=shape[1])
+    if f"{name}.up" in tensors:
+        rank = tensors[f"{name}.up"].shape[-1] if tensors[f"{name}.up"].ndim else 0
+        rules |= {f"{name}.down": Rule((rank, *shape[1:])), f"{name}.up": Rule((shape[0], rank))}
     if layer.bias is not None or (layer.takes_shift and f"{name}.bias" in tensors):  # bias correction may have made one
         rules[f"{name}.bias"] = Rule((shape[0],))
     if codes is None:

@@ -265,8 +265,10 @@ def _compare(errors: _Errors, seen: _Seen) -> Callable[[Any, tuple[Tensor, ...],
 def _output(layer: QuantLayer, rows: Tensor) -> Tensor:
     """The layer's output (M, O) for rows (M, n) of its input, float32 on the CPU."""
     x = rows.view(-1, *layer.weight.shape[1:]).to(layer.weight)
-    x = layer.act(x, layer.smoothing)
+    x = layer.operand(x)
     out = F.conv2d(x, layer.weight, layer.bias).flatten(1) if x.ndim > 2 else F.linear(x, layer.weight, layer.bias)
+    if layer.down is not None and layer.up is not None:
+        out = out + F.linear(F.linear(rows.to(layer.weight), layer.down.flatten(1)), layer.up)
     return out.float().cpu()
 
 

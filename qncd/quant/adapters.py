@@ -42,8 +42,10 @@ def check_adapted(module: nn.Module) -> None:
             continue
         if getattr(beside, "merged", False):
             raise ValueError(f"{name}: {MERGED}")
-        if base.smoothing is not None and any(getattr(beside, "use_dora", {}).values()):
-            raise ValueError(f"{name}: DoRA needs the norm of the weight, which is smoothed here: fuse it before quantizing")
+        how = {"smoothed": base.smoothing, "rotated": base.rotation, "split": base.up}
+        changes = [word for word, change in how.items() if change is not None]
+        if changes and any(getattr(beside, "use_dora", {}).values()):
+            raise ValueError(f"{name}: DoRA needs the norm of the weight, which is {changes[0]} here: fuse it before quantizing")
 
 
 def refuse_to_fuse(*_: Any, **__: Any) -> None:

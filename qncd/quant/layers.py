@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from qncd.quant.affine import IntegerRange, float16_scale, group_scale, search_weight_scale, symmetric_scale
 from qncd.quant.quantizers import ActQuantizer, Stage
+from qncd.quant.transforms import Transforms
 
 ERROR_INPUTS = 4  # inputs that rounding_error looks at together: it holds two outputs at a time
 
@@ -35,7 +36,7 @@ class LayerConfig:
     new_bias: bool = True
 
 
-class QuantLayer(nn.Module):
+class QuantLayer(Transforms):
     """What quantized convolutions and linear layers share.
 
     The weight stays a float tensor, on the integer grid once it is rounded, so a forward pass pays nothing for it; the codes
@@ -46,16 +47,12 @@ class QuantLayer(nn.Module):
     Buffers:
         codes: int8, shape of the weight; None until the weight is rounded. No part of the state dict: it holds the weight.
         weight_scale, weight_zero_point: (O, K) float32 or None.
-        smoothing: factors that broadcast against the input, or None.
+        smoothing, down, up: as `Transforms` has them.
     """
 
-    weight: Any
     bias: Any
-    act: ActQuantizer
     config: LayerConfig
-    weight_scale: Tensor | None
     weight_zero_point: Tensor | None
-    smoothing: Tensor | None
     codes: Tensor | None
 
     def _prepare(self, source: nn.Conv2d | nn.Linear, config: LayerConfig) -> None:
@@ -66,8 +63,8 @@ class QuantLayer(nn.Module):
         self.act = ActQuantizer(config.act_codes, config.act_range, config.segments).to(source.weight.device)
         self.register_buffer("weight_scale", None)
         self.register_buffer("weight_zero_point", None)
-        self.register_buffer("smoothing", None)
         self.register_buffer("codes", None, persistent=False)
+        self._prepare_transforms()
         self.train(source.training)
 
     def parts(self) -> Sequence[slice]:
@@ -92,24 +89,6 @@ class QuantLayer(nn.Module):
     def takes_shift(self) -> bool:
         """Whether there is a bias, or one may be made, for the mean error to go into."""
         return self.bias is not None or self.config.new_bias
-
-    @torch.no_grad()
-    def smooth_(self, factors: Tensor) -> None:
-        """Divide input channels by `factors` (C,) from now on, and multiply them into the weight: exact in floats.
-
-        Raises:
-            ValueError: wrong number of factors, factors that are not positive, or weights already quantized.
-        """
-        channels = self.weight.shape[1]
-        if self.weight_scale is not None:
-            raise ValueError("smoothing comes before the weights are quantized")
-        if factors.shape != (channels,):
-            raise ValueError(f"{tuple(factors.shape)} smoothing factors for {channels} input channels")
-        if not bool((torch.isfinite(factors) & (factors > 0)).all()):
-            raise ValueError("a smoothing factor is not a positive finite number")
-        shaped = factors.to(self.weight).view(1, -1, *[1] * (self.weight.ndim - 2))
-        self.weight = nn.Parameter(self.weight * shaped, requires_grad=False)
-        self.smoothing = shaped if self.smoothing is None else self.smoothing * shaped
 
     @torch.no_grad()
     def quantize_weight_(self) -> None:
@@ -174,7 +153,7 @@ class QuantLayer(nn.Module):
                 self.act.images = self.act.whole = None
                 self.act.set_stage(stage)
                 self.weight = weight
-            channel = 1 if isinstance(self, nn.Conv2d) else error.ndim - 1
+            channel = self.channel_dim % error.ndim
             total += error.mean([d for d in range(error.ndim) if d != channel]).double() * len(part)
         return total / len(x)
 
@@ -245,6 +224,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     layer that they stand beside, and those are in floating point.
     """
 
+    channel_dim = 1
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return nn.Conv2d(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
@@ -261,11 +242,16 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H', W')."""
-        return self._conv_forward(self.act(x, self.smoothing), self.weight, self.bias)
+        return self.with_branch(self._conv_forward(self.operand(x), self.weight, self.bias), x)
+
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return F.conv2d(self._conv_forward(x, down, None), up[:, :, None, None])
 
 
 class QuantLinear(QuantLayer, nn.Linear):
     """A Linear whose input and weight lie on integer grids."""
+
+    channel_dim = -1
 
     @classmethod
     def from_float(cls, source: nn.Linear, config: LayerConfig) -> QuantLinear:
@@ -276,4 +262,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., O)."""
-        return F.linear(self.act(x, self.smoothing), self.weight, self.bias)
+        return self.with_branch(F.linear(self.operand(x), self.weight, self.bias), x)
+
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return F.linear(F.linear(x, down), up)

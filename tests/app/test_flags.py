@@ -21,7 +21,7 @@ from qncd.recipe import QUANTIZATION, CorrectionConfig, QuantConfig, Recipe, Rec
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("sample_diffusion_ddim", "sample_diffusion_ldm", "txt2img")
-MODES = "linear|qdiff|ptqd|tfmq|d2dpm|qncd|qncd+"
+MODES = "linear|qdiff|ptqd|tfmq|d2dpm|qncd|svdquant|hadamard|qncd+"
 ACT_STEPS = Recipe.of("qdiff", reconstruction=True, act_iterations=7, act_lr=0.1)
 # A flag, what it takes (a type, choices, nothing, or on and off), and the default that help shows. Written down from the
 # hand-written parser, before flags came from the recipe; new are --recipe, and `running` of --act_range.
@@ -33,7 +33,8 @@ FLAGS = {
         ("split", "on/off", ""), ("scale_split_static", "on/off", ""), ("bias_correction", "on/off", ""),
         ("gptq", "on/off", ""), ("smooth_search", "on/off", ""), ("allocate_bits", "on/off", ""),
         ("stepwise_act", "on/off", ""), ("step_weights", "on/off", ""), ("tracking", "on/off", ""), ("weight_only", "", ""),
-        ("weight_grid", "channel|gguf", "channel"),
+        ("weight_grid", "channel|gguf", "channel"), ("rotation", "on/off", ""), ("rank", "int", "0"),
+        ("branch_bits", "float", "1"),
     ),
     "reconstruction (BRECQ)": (
         ("recon", "on/off", ""), ("cali_iters", "int", "2000"), ("recon_lr", "float", "0.01"), ("recon_inputs", "int", "512"),

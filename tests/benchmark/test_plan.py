@@ -57,5 +57,7 @@ def test_weights_are_reconstructed_once_for_all_activations(tmp_path: Path) -> N
     }  # fmt: skip
     assert folders["W4A8", "qdiff"] == folders["W4A4", "ptqd"] == folders["W4A4", "qncd,smoothing=false"]
     assert len({folders[key] for key in (("W3A8", "qdiff"), ("W4A8", "qdiff"), ("W4A8", "tfmq"), ("W4A8", "qncd"))}) == 4
+    searched = [Cell(width, "qdiff,smoothing_search=true").reconstruction_folder(plan(tmp_path)) for width in ("W4A8", "W4A4")]
+    assert len({*searched, folders["W4A4", "qdiff"]}) == 3  # the activations decide how weights are smoothed
     assert Cell("W4A4", "qncd+").reconstruction_folder(plan(tmp_path)) is None
     assert Cell("W8A4", "qdiff").reconstruction_folder(plan(tmp_path)) is None  # the nearest of 8 bits is as good

@@ -36,7 +36,12 @@ def check(full: Any, unet: Any, folder: Path, backend: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "config"),
-    [("unet", QuantConfig(8, 8)), ("unet", QuantConfig(4, 6, softmax_bits=16)), ("cross_unet", QuantConfig(4, 8))],
+    [
+        ("unet", QuantConfig(8, 8)),
+        ("unet", QuantConfig(4, 6, softmax_bits=16)),
+        ("unet", QuantConfig(4, 4, rotation=True, rank=4, branch_bits=4.0)),
+        ("cross_unet", QuantConfig(4, 8)),
+    ],
     ids=lambda value: getattr(value, "label", value),
 )
 def test_small_networks(kind: str, config: QuantConfig, make_unet: Any, make_cross_unet: Any, tmp_path: Path) -> None:
@@ -81,6 +86,7 @@ def test_full_precision_is_exported_too(make_unet: Any, tmp_path: Path) -> None:
         ("cross_unet", QuantConfig(4, 8, stepwise_activations=True)),
         ("cross_unet", QuantConfig(4, 4, gptq=True, smoothing_search=True, stepwise_activations=True)),
         ("cross_unet", QuantConfig(4, 6, gptq=True, bit_allocation=True, stepwise_activations=True)),
+        ("cross_unet", QuantConfig(4, 6, rotation=True, rank=4, branch_bits=4.0, stepwise_activations=True)),
     ],
     ids=lambda value: getattr(value, "label", value),
 )

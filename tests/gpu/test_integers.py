@@ -194,6 +194,12 @@ def test_what_has_no_kernel_is_refused(make_unet: Any, monkeypatch: pytest.Monke
         open_triton(unet)
     with pytest.raises(ValueError, match="weights are in floating point"):
         open_triton(quantize_(make_unet(), QuantConfig(8, 8)).module.to(DEVICE))
+    for config, message in (
+        (QuantConfig(8, 8, rotation=True), "rotated inputs have no kernel in backend triton"),
+        (QuantConfig(8, 8, rank=2, branch_bits=4.0), "a low-rank branch has no kernel in backend triton"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_triton(prepared(make_unet(), config).to(DEVICE))
     if DEVICE == "cuda":
         with pytest.raises(ValueError, match="backend triton on --device cpu: allowed is cuda"):
             open_triton(prepared(make_unet(), QuantConfig(8, 8)))

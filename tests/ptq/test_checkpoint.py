@@ -85,6 +85,7 @@ CONFIGS = [
     (QuantConfig(4, None), True),
     (QuantConfig(None, 8, split=False), True),
     (QuantConfig(8, 6, quantize_attention=False, weight_range="max", act_range="max"), False),
+    (QuantConfig(4, 4, rotation=True, rank=4, branch_bits=4.0), True),
 ]
 
 
@@ -314,6 +315,30 @@ def test_tensors_that_do_not_do(make_unet: Any, saved: Path, tmp_path: Path, nam
     with pytest.raises(ValueError) as caught:
         load_quantized_(network_of(unet), path)
     assert str(caught.value) == f"{path}: does not fit this model: {name}: {message}"
+    assert not quant_layers(unet)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("rotation", torch.tensor([16, 16]), "{}: shape (2,), expected (1,)"),
+        ("rotation", torch.tensor([16.0]), "{}: torch.float32, expected torch.int64"),
+        ("rotation", torch.tensor([32]), "{}: holds 32, allowed are 2 to 16"),
+        ("rotation", torch.tensor([12]), "rotations of 12 channels: allowed are powers of two that divide 16"),
+        ("up", torch.ones(16), f"{CONV}.down: shape (2, 16, 3, 3), expected (16, 16, 3, 3)"),
+        ("up", torch.full((16, 2), torch.nan).half(), "{}: holds NaN or infinity"),
+        ("down", torch.ones(2, 16, 3, 1).half(), "{}: shape (2, 16, 3, 1), expected (2, 16, 3, 3)"),
+    ],
+)
+def test_rotations_and_branches_that_do_not_do(
+    make_unet: Any, saved: Path, tmp_path: Path, name: str, value: Tensor, message: str
+) -> None:
+    path, unet, key = tmp_path / "q.safetensors", make_unet(), f"{CONV}.{name}"
+    whole = {f"{CONV}.down": torch.ones(2, 16, 3, 3).half(), f"{CONV}.up": torch.ones(16, 2).half()}
+    rewrite(saved, path, {**whole, key: value})
+    with pytest.raises(ValueError) as caught:
+        load_quantized_(network_of(unet), path)
+    assert str(caught.value) == f"{path}: does not fit this model: {message.format(key)}"
     assert not quant_layers(unet)
 
 

@@ -7,11 +7,14 @@ codes in front of the quantizer.
 
 Where a layer has a range for each time step, its input is divided by that step's scale and quantized with scale 1, and the
 product is multiplied by the scale: the kernels are those of one range. The time step of a call's first input chooses.
+
+Rotations are products of floats in front of the quantizer, low-rank branches two of them beside the product of integers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -26,6 +29,7 @@ from qncd.models.network import Network
 from qncd.quant.attention import AttentionProducts
 from qncd.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 from qncd.quant.quantizers import ActQuantizer
+from qncd.quant.rotation import hadamard
 from qncd.quant.stepwise import StepwiseActQuantizer
 
 
@@ -40,6 +44,15 @@ def _only_split(value: ir.Value) -> ir.Node | None:
         return None
     axis = uses[0].node.attributes["axis"].as_int()
     return uses[0].node if axis in (-1, len(value.shape) - 1) else None
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Of the channels of an input: in blocks, along dimension 1 of images, else the last."""
+
+    block: int
+    channels: int
+    image: bool
 
 
 class Lowering:
@@ -134,22 +147,23 @@ class Lowering:
         smoothing: Tensor | None = None,
         signed: bool = False,
         gain: float = 1.0,
+        rotation: Rotation | None = None,
     ) -> ir.Value:
-        """x / smoothing on its integer grid, times `gain`; or on that of scale 1, with the scale in `self.factors`.
+        """x / smoothing, rotated, on its integer grid, times `gain`; or on that of scale 1, with the scale in `self.factors`.
 
         Args:
             signed: store the codes as int8, with a zero point of 0 below 8 bits, else the same codes and zero point 128 lower.
         """
         codes = quantizer.codes
         if codes is None:
-            return self._smoothed(x, smoothing)
+            return self._rotated(self._smoothed(x, smoothing), rotation)
         stepwise = isinstance(quantizer, StepwiseActQuantizer)
         scales, zeros = (v.cpu().view(-1, v.shape[-1])[:, segment] for v in (quantizer.scale, quantizer.zero_point))
         key = (id(x), b"" if smoothing is None else _array(smoothing).tobytes(), _array(scales).tobytes(),
-               _array(zeros).tobytes(), codes, signed, gain)  # fmt: skip
+               _array(zeros).tobytes(), codes, signed, gain, rotation)  # fmt: skip
         if key in self.quantized:
             return self.quantized[key]
-        value = self._smoothed(x, smoothing)
+        value = self._rotated(self._smoothed(x, smoothing), rotation)
         if len(zeros.unique()) > 1:
             raise ValueError("the zero point of an activation differs between time steps; allowed is one: calibrate anew")
         scale, zero, factor = scales[0], int(zeros[0]), None
@@ -204,6 +218,19 @@ class Lowering:
     def _smoothed(self, x: ir.Value, smoothing: Tensor | None) -> ir.Value:
         return x if smoothing is None else self._op("Mul", x, self._constant(_array(smoothing.float().reciprocal())))
 
+    def _rotated(self, x: ir.Value, rotation: Rotation | None) -> ir.Value:
+        if rotation is None:
+            return x
+        matrix = _array(hadamard(rotation.block))
+        count = rotation.channels // rotation.block
+        if rotation.image:
+            kernel = self._constant(np.tile(matrix, (count, 1))[:, :, None, None])
+            return self._op("Conv", x, kernel, kernel_shape=[1, 1], group=count)
+        assert self.shape is not None
+        kept = [0] * (len(self.shape) - 1)  # dimensions that stay as they are
+        blocks = self._op("Reshape", x, self._constant(np.array([*kept, count, rotation.block])))
+        return self._op("Reshape", self._op("MatMul", blocks, self._constant(matrix)), self._constant(np.array([*kept, -1])))
+
     def _float_grid(self, x: ir.Value, scale: ir.Value, zero: ir.Value, qmin: int, qmax: int) -> ir.Value:
         """The grid in floating-point operators, for what QuantizeLinear cannot say."""
         code = self._op("Add", self._op("Round", self._op("Div", x, scale)), zero)
@@ -253,13 +280,34 @@ class Lowering:
             smoothing = None if layer.smoothing is None else layer.smoothing[:, part]
             if smoothing is not None and not isinstance(layer, QuantConv2d):
                 smoothing = smoothing.flatten()
-            grid = self._act(piece, layer.act, i, smoothing)
+            rotation = None
+            if layer.rotation is not None:
+                rotation = Rotation(layer.rotation, part.stop - part.start, isinstance(layer, QuantConv2d))
+            grid = self._act(piece, layer.act, i, smoothing, rotation=rotation)
             weight = self._weight(f"{name}{label}", layer, rows, part, i)
             bias = None if i > 0 or layer.bias is None else _array(layer.bias[rows].float())
             output = self._product(f"{name}{label}", layer, grid, weight, bias)
             total = output if total is None else self._floats(self._op("Add", total, output))
         assert total is not None
-        return total
+        if layer.down is None or layer.up is None:
+            return total
+        return self._floats(self._op("Add", total, self._branch(f"{name}{label}", layer, x, layer.down, layer.up[rows])))
+
+    def _branch(self, name: str, layer: QuantLayer, x: ir.Value, down: Tensor, up: Tensor) -> ir.Value:
+        """up down x, in floats."""
+        if not isinstance(layer, QuantConv2d):
+            factors = [self._initializer(f"{name}.{key}", _array(part.float().T)) for key, part in (("down", down), ("up", up))]
+            return self._op("MatMul", self._op("MatMul", x, factors[0]), factors[1])
+        inner = self._convolution(layer, x, self._initializer(f"{name}.down", _array(down.float())))
+        return self._op("Conv", inner, self._initializer(f"{name}.up", _array(up.float()[:, :, None, None])), kernel_shape=[1, 1])
+
+    def _convolution(self, layer: QuantConv2d, *operands: ir.Value) -> ir.Value:
+        assert not isinstance(layer.padding, str)
+        return self._op(
+            "Conv", *operands,
+            kernel_shape=list(layer.kernel_size), strides=list(layer.stride), pads=[*layer.padding, *layer.padding],
+            dilations=list(layer.dilation), group=layer.groups,
+        )  # fmt: skip
 
     def _pieces(self, x: ir.Value, parts: Sequence[slice]) -> list[ir.Value]:
         """The channel groups of x: the operands of the concatenation that made it, else slices."""
@@ -288,12 +336,7 @@ class Lowering:
                 f"{name}: padding {layer.padding_mode!r} {layer.padding!r} is not exported; allowed are numbers of zeros"
             )
         inside = [offset] if offset is not None and id(x) not in self.factors else []
-        convolved = self._op(
-            "Conv", x, weight, *inside,
-            kernel_shape=list(layer.kernel_size), strides=list(layer.stride), pads=[*layer.padding, *layer.padding],
-            dilations=list(layer.dilation), group=layer.groups,
-        )  # fmt: skip
-        convolved = self._scaled(self._floats(convolved), x)
+        convolved = self._scaled(self._floats(self._convolution(layer, x, weight, *inside)), x)
         return convolved if inside or offset is None else self._floats(self._op("Add", convolved, offset))
 
     def _attention(self, name: str, processor: AttentionProducts, inputs: Sequence[ir.Value | None], scale: float) -> ir.Value:

@@ -66,6 +66,9 @@ class IntegerLayer(nn.Module):
             raise ValueError(f"{name}: its weights are in floating point; backend triton runs integers only")
         if layer.weight_zero_point is not None or layer.config.weight_codes.bits > 8 or layer.config.group is not None:
             raise ValueError(f"{name}: weights with zero points, groups or more than 8 bits have no kernel in backend triton")
+        if layer.rotation is not None or layer.up is not None:
+            what = "rotated inputs have" if layer.rotation is not None else "a low-rank branch has"
+            raise ValueError(f"{name}: {what} no kernel in backend triton")
         self.stride, self.pads = 1, (0, 0, 0, 0)
         if isinstance(layer, QuantConv2d):
             strides, padding = set(layer.stride), layer.padding

@@ -30,8 +30,9 @@ from qncd.ptq.backpropagation import probe_samples
 from qncd.ptq.bits import counting_multiplications
 from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
+from qncd.ptq.edges import edge_layers
 from qncd.ptq.observing import Progress, hooked, named, observe_
-from qncd.quant.inspection import act_quantizers, quant_layers, set_act_bits_
+from qncd.quant.inspection import act_quantizers, set_act_bits_
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer
 from qncd.recipe import WIDEST, QuantConfig, Recipe
@@ -81,12 +82,6 @@ def allocate_bits_(
     bits = best_widths(shares_of_loss(errors, config.act_bits), multiplications, config.act_bits)
     set_act_bits_(diffusion.network.module, bits)
     return bits
-
-
-def edge_layers(network: Network) -> tuple[str, ...]:
-    """Names of the first and last layer of a network prepared by `quantize_`."""
-    layers = list(quant_layers(network.module))
-    return network.edges() or (layers[0], layers[-1])
 
 
 def free_quantizers(network: Network, config: QuantConfig) -> dict[str, ActQuantizer]:

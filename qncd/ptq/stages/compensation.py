@@ -47,19 +47,23 @@ class Moments:
     Attributes:
         rounded, exact: (n,), the sums.
         gram, cross: (n, n), of x_q x_q^T and x_f x_q^T.
+        squares: of the outputs on x_f of a weight, where `add` gets one.
     """
 
     def __init__(self, inputs: int, device: torch.device, exactly: bool = False) -> None:
         self.count = 0
         self.exactly = exactly
+        self.squares = 0.0
         self.origin: tuple[Tensor, Tensor] | None = None  # (n,) of x_q and x_f, what is summed about
         self.rounded, self.exact = torch.zeros(2, inputs, dtype=torch.float64, device=device)
         dtype = torch.float64 if exactly else torch.float32
         self.gram, self.cross = torch.zeros(2, inputs, inputs, dtype=dtype, device=device)
 
-    def add(self, rounded: Tensor, exact: Tensor) -> None:
-        """Take in (M, n) rows of both."""
+    def add(self, rounded: Tensor, exact: Tensor, weight: Tensor | None = None) -> None:
+        """Take in (M, n) rows of both, and with a weight (O, n) its outputs on `exact`."""
         self.count += len(rounded)
+        if weight is not None:
+            self.squares += float((exact @ weight.T.to(exact)).double().square().sum())
         if self.exactly:
             rounded, exact = rounded.double(), exact.double()
             self.origin = self.origin or (rounded.mean(0), exact.mean(0))
@@ -104,7 +108,8 @@ class Solution:
         scale: (O, K).
         shift: (O,), what the bias gains where there may be one.
         misfit: mean square error of the layer's output less the exact output's mean square, both about their means where
-            they have a bias: for comparing solutions of one layer with one another; 0 where that is not asked for.
+            they have a bias: for comparing solutions of one layer with one another; 0 where that is not asked for. With a
+            low-rank branch, which takes a part of the output that depends on the branch, the mean square error itself.
     """
 
     codes: Tensor
@@ -145,7 +150,7 @@ def solutions(
     Args:
         data: the inputs that the moments are taken over, all of them.
         rows: of moments for each input of a layer, where the layer has so many positions.
-        grids: factors of the weights' scales to try.
+        grids: factors of the weights' scales to try; none of them: weights rounded to nearest.
         judged: with their misfits.
     """
     # Layers that are no matrix are rounded to nearest.
@@ -158,7 +163,7 @@ def solutions(
         again: dict[str, QuantLayer] = {}
         for group in _groups(layers, _memory(network.device), exactly):
             moments: dict[str, Moments] = {}  # in the order in which the layers run: the first to see NaN is the one to name
-            with _watching(group, moments, data.passed, rows, exactly):
+            with _watching(group, moments, data.passed, rows, exactly, judged):
                 run_over(network, data, batch_size)
             for name in list(moments):
                 found = moments.pop(name)
@@ -190,9 +195,12 @@ def _groups(layers: Mapping[str, QuantLayer], memory: int, exactly: bool) -> Ite
 
 @contextmanager
 def _watching(
-    layers: Mapping[str, QuantLayer], moments: dict[str, Moments], inputs: int, rows: int, exactly: bool
+    layers: Mapping[str, QuantLayer], moments: dict[str, Moments], inputs: int, rows: int, exactly: bool, judged: bool
 ) -> Iterator[None]:
-    """Add what each layer sees to its moments, as it comes and as its quantizer leaves it; `rows` for each of its inputs."""
+    """Add what each layer sees to its moments, as it comes and as its quantizer leaves it; `rows` for each of its inputs.
+
+    Beside a low-rank branch, the outputs that solutions are judged by are what the branch leaves: they are added as well.
+    """
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         generator = torch.Generator().manual_seed(0)  # its own: what a layer sees does not depend on who else is watched
@@ -200,16 +208,17 @@ def _watching(
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             layer, stage = layers[name], layers[name].act.stage
             size = layer.weight[0].numel()
-            exact = layer.act(args[0], layer.smoothing)
+            exact = layer.operand(args[0])
             try:
                 layer.act.set_stage(Stage.QUANTIZE)
-                rounded = layer.act(args[0], layer.smoothing)
+                rounded = layer.operand(args[0])
             finally:
                 layer.act.set_stage(stage)
             take = some_positions(layer, exact, max(MIN_POSITIONS, -(-rows * size // inputs)), generator)
             if name not in moments:
                 moments[name] = Moments(size, exact.device, exactly)
-            moments[name].add(input_rows(layer, rounded, take), input_rows(layer, exact, take))
+            outputs = layer.weight.flatten(1) if judged and layer.up is not None else None
+            moments[name].add(input_rows(layer, rounded, take), input_rows(layer, exact, take), outputs)
 
         return hook
 
@@ -219,6 +228,7 @@ def _watching(
 
 
 def _solved(layer: QuantLayer, moments: Moments, grids: Sequence[float], judged: bool) -> Solution:
+    squares = moments.squares / moments.count
     gram, cross, rounded_mean, exact_mean = moments.centred()
     if not layer.takes_shift:  # about 0: there is no bias for the mean error to go into
         gram.add_(torch.outer(rounded_mean, rounded_mean).to(gram))
@@ -227,7 +237,10 @@ def _solved(layer: QuantLayer, moments: Moments, grids: Sequence[float], judged:
     assert codes is not None and layer.weight_scale is not None
     weight = layer.weight.flatten(1)
     scale = layer.expanded_scale().expand_as(layer.weight).flatten(1)
-    whole, factors = solve_rounding(weight, scale, codes, gram, cross, grids=grids, stored=layer.stored_scale)
+    if grids:
+        whole, factors = solve_rounding(weight, scale, codes, gram, cross, grids=grids, stored=layer.stored_scale)
+    else:
+        whole, factors = layer.nearest_codes().flatten(1), torch.ones(len(weight), device=weight.device)
     steps = layer.stored_scale(scale.double() * factors.double()[:, None])
     solved = (whole.double() * steps).to(weight.dtype)
     shift = weight.double() @ exact_mean - solved.double() @ rounded_mean
@@ -235,6 +248,8 @@ def _solved(layer: QuantLayer, moments: Moments, grids: Sequence[float], judged:
     if judged:
         exact, rounded = weight.to(gram), solved.to(gram)
         misfit = float(((rounded @ gram - 2 * exact @ cross) * rounded).sum())
+        if layer.up is not None:
+            misfit += squares - (float((exact @ exact_mean.to(exact)).square().sum()) if layer.takes_shift else 0.0)
     chosen = layer.stored_scale(layer.weight_scale * factors[:, None].to(scale))
     return Solution(whole.view_as(layer.weight), chosen, shift, misfit)
 

@@ -8,9 +8,11 @@ from qncd.ptq.stages.activation_steps import ActivationSteps
 from qncd.ptq.stages.bias_correction import BiasCorrection
 from qncd.ptq.stages.bit_allocation import BitAllocation
 from qncd.ptq.stages.compensation import Compensation
+from qncd.ptq.stages.low_rank import LowRank
 from qncd.ptq.stages.prepare import Prepare
 from qncd.ptq.stages.ranges import Ranges, Rounding
 from qncd.ptq.stages.reconstruction import Reconstruction
+from qncd.ptq.stages.rotation import Rotation
 from qncd.ptq.stages.smoothing import Smoothing
 from qncd.ptq.stages.smoothing_search import SmoothingSearch
 from qncd.ptq.stages.step_weights import StepWeights
@@ -20,8 +22,10 @@ STAGES: list[Stage] = [
     Prepare(),
     StepWeights(),
     Smoothing(),
+    Rotation(),
     StepwiseRanges(),
     SmoothingSearch(),
+    LowRank(),
     BitAllocation(),
     TemporalReconstruction(),
     Reconstruction(),

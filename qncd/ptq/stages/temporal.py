@@ -113,7 +113,8 @@ def set_stepwise_ranges_(network: Network, times: Sequence[int]) -> None:
     names = {part: name for name, part in network.module.named_modules()}
     for layer, values in inputs:
         if isinstance(layer, QuantLayer) and layer.act.codes is not None:
-            ranges = functools.partial(StepwiseActQuantizer.from_values, layer.act.codes, torch.tensor(visited), values)
+            seen = layer.operand(values)
+            ranges = functools.partial(StepwiseActQuantizer.from_values, layer.act.codes, torch.tensor(visited), seen)
             layer.act = named(f"{names[layer]}.act", ranges)
     select_steps_on_call(network.module, network.times_of)
 

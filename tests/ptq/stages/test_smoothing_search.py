@@ -88,9 +88,16 @@ def test_what_is_not_finite_is_named(make_unet: Any) -> None:
         search_smoothing_(quantize_(unet, CONFIG), inputs("unet"), 8)
 
 
-def test_it_needs_gptq() -> None:
-    with pytest.raises(ValueError, match="it needs gptq"):
-        QuantConfig(4, 4, smoothing_search=True)
+def test_weights_rounded_to_nearest_are_compared_as_such(make_unet: Any) -> None:
+    """The strengths differ from GPTQ's, and the wide channel is smoothed for both."""
+    reference, data = quantize_(with_a_wide_channel(make_unet()), CONFIG).module, inputs("unet")
+    by_gptq, nearest = (search_smoothing_(network_of(copy.deepcopy(reference)), data, 8, gptq=gptq) for gptq in (True, False))
+    assert nearest.keys() == by_gptq.keys() and nearest != by_gptq and nearest[WIDE] > 0
+    plain, smoothed = copy.deepcopy(reference), copy.deepcopy(reference)
+    search_smoothing_(network_of(smoothed), data, 8, gptq=False)
+    for network in (plain, smoothed):
+        calibrate_with_(network, data, 8)
+    assert errors(reference, smoothed, data)[WIDE][1] < 0.7 * errors(reference, plain, data)[WIDE][1]
 
 
 def test_few_inputs_are_enough(make_unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
