@@ -101,7 +101,7 @@ def quantize(
 
     Args:
         model: a DiffusionPipeline, or a network such as a UNet2DModel.
-        width: such as "W4A8"; by default W8A8, or that of `recipe`.
+        width: such as "W4A8", "FP8" or "W4A16" (weights alone); by default W8A8, or that of `recipe`.
         mode: how, a name in qncd.modes.MODES; docs/methods.md describes them.
         prompts: texts to calibrate with, taken in turn for `samples` images.
         calls: arguments of the pipeline's calls, instead of prompts: class labels, images, whatever it takes.

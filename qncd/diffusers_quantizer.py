@@ -1,6 +1,6 @@
 """What diffusers calls where a folder's network is quantized: `from_pretrained`, `save_pretrained`, PipelineQuantizationConfig.
 
-This is imported while diffusers is: beside the two base classes, everything is imported where it is used.
+This is imported while diffusers is: beside the two base classes, everything that takes long is imported where it is used.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from typing import Any
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
+from qncd.granularity import CHANNEL, TENSOR
+from qncd.recipe import QuantConfig
 from qncd.registration import METHOD
+from qncd.widths import INTEGER
 
 _SAVING = "qncd.saving"  # which imports this module, to hand networks to it
+_SETTINGS = ("weight_bits", "act_bits", "weight_granularity", "act_granularity", "weight_format", "act_format")
 
 
 class _Method(str, Enum):
@@ -26,29 +30,50 @@ class _Method(str, Enum):
 class QNCDConfig(QuantizationConfigMixin):
     """How a network is quantized: in a folder's config.json, or asked for in `from_pretrained`.
 
+    Asked for in `from_pretrained`, weights are rounded to the nearest codes, and activations are quantized where that needs no
+    calibration, with scales found at run time; everything else is for `qncd.quantize`.
+
     Args:
-        weight_bits: 2 to 8. Asked for in `from_pretrained`, weights alone are quantized, to the nearest code: activations need
-            calibration, which is what `qncd.quantize` does.
+        weight_bits: 2 to 8.
+        act_bits: 2 to 8, with an `act_granularity`; None leaves activations in floating point.
+        weight_granularity, act_granularity, weight_format, act_format: as in `qncd.recipe.QuantConfig`.
         recipe: of a network that is quantized already, as JSON; everything else is in the header of its weights.
 
     Raises:
-        ValueError: another number of bits, or another setting.
+        ValueError: a value that is not allowed, or another setting.
     """
 
-    def __init__(self, weight_bits: int = 8, recipe: dict[str, Any] | None = None, **others: Any) -> None:
+    def __init__(
+        self,
+        weight_bits: int = 8,
+        recipe: dict[str, Any] | None = None,
+        act_bits: int | None = None,
+        weight_granularity: str = CHANNEL,
+        act_granularity: str = TENSOR,
+        weight_format: str = INTEGER,
+        act_format: str = INTEGER,
+        **others: Any,
+    ) -> None:
         others.pop("quant_method", None)
-        if others:
-            raise ValueError(
-                f"QNCDConfig: {', '.join(sorted(others))}: allowed is weight_bits; what needs calibration is for qncd.quantize"
-            )
-        if recipe is None and (type(weight_bits) is not int or not 2 <= weight_bits <= 8):
-            raise ValueError(f"QNCDConfig: weight_bits {weight_bits!r}: allowed are 2 to 8")
         self.quant_method: Any = _Method.QNCD  # not among diffusers' own
-        self.weight_bits, self.recipe = weight_bits, recipe
+        self.weight_bits, self.act_bits, self.recipe = weight_bits, act_bits, recipe
+        self.weight_granularity, self.act_granularity = weight_granularity, act_granularity
+        self.weight_format, self.act_format = weight_format, act_format
+        if others:
+            told = f"allowed are {', '.join(_SETTINGS)}; what needs calibration is for qncd.quantize"
+            raise ValueError(f"QNCDConfig: {', '.join(sorted(others))}: {told}")
+        if recipe is not None:
+            return
+        if act_bits is not None and act_granularity == TENSOR:
+            raise ValueError("QNCDConfig: act_bits needs an act_granularity such as token: ranges of tensors need qncd.quantize")
+        try:
+            self.quant = QuantConfig(bias_correction=False, **{name: getattr(self, name) for name in _SETTINGS})
+        except ValueError as error:
+            raise ValueError(f"QNCDConfig: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return {"quant_method": METHOD, "weight_bits": self.weight_bits, "recipe": self.recipe}
+        return {"quant_method": METHOD, **{name: getattr(self, name) for name in (*_SETTINGS, "recipe")}}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: there are few settings."""
@@ -103,7 +128,7 @@ class QNCDQuantizer(DiffusersQuantizer):
         if self.file is not None:
             saving.read_quantized(model, self.file)
         else:
-            saving.quantize_weights(model, self.config.weight_bits)
+            saving.quantize_at_once(model, self.config.quant)
         self._module = weakref.ref(model)
         return model
 

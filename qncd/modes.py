@@ -5,12 +5,13 @@ A mode is a recipe by name: the options of `qncd.recipe.Recipe` that it sets, so
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qncd.granularity import TENSOR
 from qncd.options import Option, RecipeError, check_choice, options_of, paths_of, resolve, sections_of
+from qncd.widths import CALIBRATED, parse_width
 
 DEFAULT_MODE = "qncd+"
 WIDEST = 8  # bits of an activation: what integer kernels take
@@ -89,15 +90,6 @@ MODES = {
 }  # fmt: skip
 
 
-def parse_width(text: str) -> dict[str, int | None]:
-    """The options, by path, that a name such as W4A8 stands for; W4A32 and W4 leave activations in floating point."""
-    match = re.fullmatch(r"(?:W([2-8]|32))?(?:A([2-8]|32))?", str(text).upper())
-    if not match or not text:
-        raise ValueError(f"width {text!r}: allowed are names such as W4A8, 2 to 8 bits each, and 32 for floating point")
-    weight_bits, act_bits = (None if bits in (None, "32") else int(bits) for bits in match.groups())
-    return {"quant.weight_bits": weight_bits, "quant.act_bits": act_bits}
-
-
 def changes_of(tree: type, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Changes of a recipe as a user writes them, by path; a `width` among them becomes two. As `qncd.options.resolve`."""
     width = parse_width(changes["width"]) if "width" in changes else {}
@@ -131,6 +123,8 @@ def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection
         usual = {path: value for path, value in usual.items() if path not in ("quant.gptq", "quant.rank")}
     if act_bits is None:
         usual.pop("quant.smoothing_search", None)
+    elif given.get("quant.act_granularity", TENSOR) != TENSOR:  # there are no ranges to calibrate
+        usual = {path: value for path, value in usual.items() if path.partition(".")[2] not in CALIBRATED}
     asked = {**usual, **given}
     if asked.get("quant.gptq"):
         asked["quant.bias_correction"] = given.get("quant.bias_correction", True)
@@ -153,7 +147,10 @@ def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection
 
 
 def _check_effects(section: str, options: Mapping[str, Option], asked: Mapping[str, Any], watched: Collection[str]) -> None:
-    idle = {"act_bits": "is about quantized activations: they are in floating point here"}
+    idle = {
+        "act_bits": "is about quantized activations: they are in floating point here",
+        "weight_bits": "is about quantized weights: they are in floating point here",
+    }
     for name, option in options.items():
         path = f"{section}.{name}"
         if path not in watched or option.needs is None or asked[path] == option.default:

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qncd.modes import CHANNEL, DEFAULT_MODE, GGUF, MODES, WIDEST, changes_of, compose, parse_width
+from qncd.granularity import ACTIVATIONS, TENSOR, WEIGHTS
+from qncd.modes import CHANNEL, DEFAULT_MODE, GGUF, MODES, WIDEST, changes_of, compose
 from qncd.options import Limits, RecipeError, check_options, option, options_of, read_options, read_tree, section, sections_of
 from qncd.options import OptionError as OptionError
 from qncd.options import check_choice as check_choice
 from qncd.options import check_int as check_int
+from qncd.reconstruction import ACT_ITERATIONS as ACT_ITERATIONS
+from qncd.reconstruction import ReconstructionConfig as ReconstructionConfig
 from qncd.steps import SamplerConfig as SamplerConfig
+from qncd.widths import FORMATS, FP8, INTEGER, check_numbers, label_of, parse_width
 
 WEIGHT_RANGES = ("mse", "max")
 WEIGHT_GRIDS = (CHANNEL, GGUF)
@@ -24,8 +28,6 @@ GGUF_BITS, GGUF_GROUP = (4, 8), 32  # of q4_0 and q8_0, and inputs that share a 
 ACT_RANGES = ("mse", "max", "running")
 TARGETS = ("consistent", "paper")
 STATISTICS = ("sample", "batch", "channel")
-CACHES = ("fp16", "bf16", "fp32")
-ACT_ITERATIONS = 500  # of --recon_act, where --cali_iters_a does not say
 QUANTIZATION = "quantization"
 R = TypeVar("R", bound="Recipe")
 
@@ -35,10 +37,9 @@ class QuantConfig:
     """How weights and activations are quantized (uniform affine, section 3.1 of Q-Diffusion, arXiv 2302.04304).
 
     Attributes:
-        weight_bits: 2 to 8, or None to leave weights in floating point. Symmetric, one scale an output channel,
-            codes in [-2^(b-1), 2^(b-1)-1].
-        act_bits: 2 to 8, or None. One scale a tensor (two where a skip concatenation is split), codes in [0, 2^b-1]
-            with a zero point, or [-2^(b-1), 2^(b-1)-1] without one where `act_symmetric`.
+        weight_bits: 2 to 8, or None to leave weights in floating point. Symmetric, codes in [-2^(b-1), 2^(b-1)-1].
+        act_bits: 2 to 8, or None. Codes in [0, 2^b-1] with a zero point, or [-2^(b-1), 2^(b-1)-1] without one where
+            `act_symmetric`. Where a skip concatenation is split, its halves have ranges apart.
         softmax_bits: 2 to 16: attention probabilities, never a zero point. Used where `act_bits` is not None.
         edge_bits: weights and activations of the first and the last layer; None for the same as in all other layers.
         weight_range: "mse" (the clip ratio that minimises the L2.4 error) or "max".
@@ -67,6 +68,11 @@ class QuantConfig:
         rotation: rotate the inputs of all layers but the first and last by Hadamard matrices (`qncd.ptq.stages.rotation`).
         rank: the largest, of 16-bit branches beside the weights of the same layers (`qncd.ptq.stages.low_rank`); 0 for none.
         branch_bits: of a branch for each weight of its layer, at most: small layers have smaller ranks, or none.
+        weight_granularity: "channel" (one scale for each output channel), or "group32" and the like (one for each 32 inputs of a
+            row, a float16 number): a name in `qncd.granularity.WEIGHTS`.
+        act_granularity: "tensor" (one scale, calibrated), or found at run time: "token" (one for each token of a linear layer's
+            input, each sample of a convolution's) or "group32" and the like (one for each 32 channels of those).
+        weight_format, act_format: "int", or "fp8": 8 bits of floating point, e4m3, without zero points.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
     """
@@ -121,6 +127,19 @@ class QuantConfig:
     branch_bits: float = option(
         1.0, flag="branch_bits", limits=Limits(above=0), needs="rank", help="their bits for each weight of a layer at most"
     )
+    weight_granularity: str = option(
+        CHANNEL, flag="weight_granularity", choices=tuple(WEIGHTS), needs="weight_bits",
+        help="one scale for each output channel of a weight, or for each group of so many inputs of a row",
+    )  # fmt: skip
+    act_granularity: str = option(
+        TENSOR, flag="act_granularity", choices=tuple(ACTIVATIONS), needs="act_bits",
+        help="tensor: one calibrated range; token: one for each token (of a convolution: sample), found at run time; "
+        "group: one for each group of so many of its channels, likewise",
+    )  # fmt: skip
+    weight_format: str = option(
+        INTEGER, flag="weight_format", choices=FORMATS, needs="weight_bits", help="integers, or fp8: e4m3, 8 bits"
+    )
+    act_format: str = option(INTEGER, flag="act_format", choices=FORMATS, needs="act_bits", help="the same of activations")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -141,11 +160,15 @@ class QuantConfig:
             raise RecipeError("{quant.weight_grid} gguf: no reader of such files rotates inputs or adds branches")
         if self.weight_grid == GGUF and (self.act_bits is not None or self.weight_bits not in GGUF_BITS):
             raise RecipeError(f"{{quant.weight_grid}} gguf with {self.label}: allowed are W8A32 and W4A32 (--weight_only)")
+        if self.weight_grid == GGUF and (self.weight_granularity, self.weight_format) != (CHANNEL, INTEGER):
+            other = f"{{quant.weight_granularity}} {self.weight_granularity}, {{quant.weight_format}} {self.weight_format}"
+            raise RecipeError(f"{{quant.weight_grid}} gguf has groups of {GGUF_GROUP} integers, not {other}")
+        check_numbers(self)
 
     @property
     def label(self) -> str:
-        """W8A8, W4A32 and so on."""
-        return f"W{self.weight_bits or 32}A{self.act_bits or 32}"
+        """W8A8, W4A32, FP8 and so on, with the granularities that are not the usual ones."""
+        return label_of(self)
 
 
 @dataclass(frozen=True)
@@ -159,52 +182,6 @@ class SmoothingConfig:
 
     floor: float = option(1.0, limits=Limits(above=0, high=1))
     strength: float = option(1.0, limits=Limits(above=0, high=1))
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-
-@dataclass(frozen=True)
-class ReconstructionConfig:
-    """BRECQ: rounding of the weights learned block by block (arXiv 2102.05426; AdaRound, arXiv 2004.10568).
-
-    Attributes:
-        iterations: optimizer steps of each block.
-        batch_size: inputs a step.
-        lr: of Adam on the rounding variables.
-        inputs: calibration inputs used, evenly spread over the set; None for all.
-        memory_gb: cached activations of a block above this go to a file; of each process where there are several.
-        cache: how they are kept, "fp16", "bf16" (8 bits of precision, any size) or "fp32".
-        seed: of the order in which inputs are drawn.
-        act_iterations: optimizer steps of each block's activation scales, after all weights and ranges (LSQ, arXiv
-            1902.08153, as the second phase of BRECQ and Q-Diffusion); 0 leaves the scales as calibrated.
-        act_lr: of Adam on the logarithms of the scales; falls to 0 over the steps as a cosine. 0.01 is the best of 0.001 to
-            0.03 on blocks of the bundled latent model.
-    """
-
-    iterations: int = option(
-        2000, flag="cali_iters", limits=Limits(1), help="iterations a block (default {default}; the papers: 20000)"
-    )  # fmt: skip
-    batch_size: int = option(32, limits=Limits(1))
-    lr: float = option(
-        1e-2, flag="recon_lr", limits=Limits(above=0), help="Adam's learning rate (default {default}; the papers: 0.001)"
-    )
-    inputs: int | None = option(512, flag="recon_inputs", limits=Limits(1), optional=True, help="calibration inputs used")
-    memory_gb: float = option(
-        4.0, flag="recon_memory", limits=Limits(0), help="GB of activations in memory, the rest in files (default {default})"
-    )
-    cache: str = option(
-        "fp16", flag="recon_cache", choices=CACHES,
-        help="how activations are kept (default {default}); bf16 where one is too large for fp16",
-    )  # fmt: skip
-    seed: int = option(0, limits=Limits(0))
-    act_iterations: int = option(
-        0, flag="cali_iters_a", limits=Limits(0),
-        help=f"iterations a block for the activation scales (default {ACT_ITERATIONS}; the papers: 5000)",
-    )  # fmt: skip
-    act_lr: float = option(
-        1e-2, flag="cali_lr", limits=Limits(above=0), needs="act_iterations", help="their relative learning rate"
-    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -299,12 +276,19 @@ class Recipe:
             raise RecipeError(
                 f"{{reconstruction}} with GPTQ ({{quant.gptq}}, or {{mode}} {self.mode}): both round the weights, allowed is one"
             )
+        if self.reconstruction and self.quant.weight_format == FP8:
+            raise RecipeError("{reconstruction} learns to round integers up or down: not with {quant.weight_format} fp8")
         if self.reconstruction and self.quant.weight_bits is None:
             raise RecipeError("{reconstruction} rounds weights: they are in floating point here")
         if self.reconstruction and self.reconstruction.act_iterations and self.quant.act_bits is None:
             raise RecipeError(
                 "{reconstruction.act_iterations} learns scales of quantized activations: they are in floating point here"
             )
+        if self.reconstruction and self.reconstruction.act_iterations:
+            for name, only in (("act_granularity", TENSOR), ("act_format", INTEGER)):
+                if (asked := getattr(self.quant, name)) != only:
+                    text = f"learns calibrated steps of integers: not with {{quant.{name}}} {asked}"
+                    raise RecipeError(f"{{reconstruction.act_iterations}} {text}")
         if self.smoothing and self.quant.weight_grid == GGUF:
             raise RecipeError("{smoothing} divides the inputs of convolutions, which {quant.weight_grid} gguf leaves as they are")
         if self.quant.step_weights and not self.reconstruction and (self.quant.gptq or not self.quant.bias_correction):
@@ -319,7 +303,7 @@ class Recipe:
 
         Args:
             mode: a name in MODES.
-            width: such as W4A8; W4A32 or W4 leave activations in floating point.
+            width: such as W4A8 or FP8; W4A16, W4A32 and W4 leave activations in floating point.
             changes: options by name (`gptq=True`, `interval=5`, `samples=64`), and `smoothing`, `reconstruction`,
                 `correction` and `tracking`: True or False, the first three also with a dict of their options.
 

@@ -17,9 +17,8 @@ from qncd.models.loading import state_dict_hash
 from qncd.models.network import Network, network_of
 from qncd.models.pipelines import INDEX
 from qncd.ptq.checkpoint import QuantizedInfo, content_of, load_quantized_, save_quantized
-from qncd.ptq.data import CalibrationSet
-from qncd.ptq.pipeline import calibrate_
 from qncd.ptq.stages.prepare import quantize_
+from qncd.ptq.stages.ranges import round_
 from qncd.quant.adapters import BEFORE, check_no_adapters
 from qncd.recipe import CalibrationConfig, QuantConfig, Recipe
 from qncd.sampling.corrector import Record
@@ -200,19 +199,11 @@ def _materialize(module: nn.Module) -> None:
                 parameter.requires_grad_(False)
 
 
-def quantize_weights(module: Any, bits: int) -> None:
-    """Round a network's weights to the nearest of `bits` bits, in place; activations stay in floating point.
-
-    Raises:
-        ValueError: the network's family does not say what it is called with.
-    """
+def quantize_at_once(module: Any, quant: QuantConfig) -> None:
+    """Round a network's weights to the nearest codes, in place, and its activations where their scales are found at run time."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    network, base_hash = network_of(module), state_dict_hash(module)
-    quant = QuantConfig(weight_bits=bits, act_bits=None)
-    quantize_(network, quant)
-    example = network.example(1)
-    x, t = example.pop(network.sample_name), example.pop(network.time_name)
-    calibrate_(network, CalibrationSet(x, t, example), quant)
+    base_hash = state_dict_hash(module)
+    round_(quantize_(network_of(module), quant))
     recipe = Recipe(mode="linear", quant=quant, smoothing=None, correction=None, calibration=CalibrationConfig())
     State(recipe, base_hash, None).keep(module)

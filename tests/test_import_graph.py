@@ -21,7 +21,7 @@ MAX_SCRIPT_LINES = 60
 LAYERS = (
     ("registration", "corrected", "cluster", "distributed", "launchers", "progress", "workers"),
     ("io",),
-    ("recipe", "modes", "options", "rng", "steps"),
+    ("recipe", "modes", "options", "rng", "steps", "granularity", "reconstruction", "widths"),
     ("models", "metrics"),
     ("quant",),
     ("sampling",),
@@ -40,9 +40,9 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ONLY = {
     "models": {"recipe", "rng", "io"},
     "metrics": {"recipe", "distributed", "rng", "io"},
-    "quant": {"recipe", "rng"},
+    "quant": {"recipe", "rng", "granularity"},
     "sampling": {"recipe", "rng", "models"},
-    "engines": {"recipe", "io", "models", "quant"},
+    "engines": {"recipe", "io", "models", "quant", "granularity"},
 }
 
 # Modules that meet in a protocol only.

@@ -80,7 +80,8 @@ def test_defaults_and_order_of_fields_stay() -> None:
             weight_bits=8, act_bits=8, softmax_bits=8, edge_bits=8, weight_range="mse", act_range="max", act_symmetric=False,
             split=True, softmax_range=None, quantize_attention=True, quantize_embedding=True, stepwise_embedding=False,
             stepwise_activations=False, gptq=False, smoothing_search=False, bit_allocation=False, bias_correction=True,
-            step_weights=False, weight_grid="channel", rotation=False, rank=0, branch_bits=1.0,
+            step_weights=False, weight_grid="channel", rotation=False, rank=0, branch_bits=1.0, weight_granularity="channel",
+            act_granularity="tensor", weight_format="int", act_format="int",
         ),
         SmoothingConfig: dict(floor=1.0, strength=1.0),
         ReconstructionConfig: dict(
@@ -141,11 +142,26 @@ def test_what_a_mode_sets_gives_way() -> None:
     weights_in_floating_point = Recipe.of("qncd+", "W32A8")
     assert not weights_in_floating_point.quant.gptq and weights_in_floating_point.quant.weight_bits is None
     assert Recipe.of("qncd", "W4").quant == Recipe.of("qncd", "W4A32").quant == Recipe.of("qncd", "W4", act_bits=None).quant
+    assert Recipe.of("qncd", "W4A16") == Recipe.of("qncd", "W4A32")
+    tokens = Recipe.of("qncd+", "W4A4", act_granularity="token").quant  # there are no ranges to calibrate
+    assert (tokens.act_range, tokens.stepwise_activations, tokens.bit_allocation) == ("max", False, False)
+    assert tokens.gptq and tokens.smoothing_search
+
+
+def test_names_of_widths_formats_and_granularities() -> None:
+    fp8 = Recipe.of("linear", "FP8").quant
+    assert (
+        fp8 == Recipe.of("linear", "WFP8AFP8").quant == Recipe.of("linear", "W8A8", weight_format="fp8", act_format="fp8").quant
+    )
+    assert (fp8.weight_bits, fp8.act_bits, fp8.weight_format, fp8.act_format, fp8.label) == (8, 8, "fp8", "fp8", "FP8")
+    assert Recipe.of("linear", "W4AFP8").quant.label == "W4AFP8" and Recipe.of("linear", "WFP8A16").quant.label == "WFP8A32"
+    grouped = Recipe.of("linear", "W4A8", weight_granularity="group64", act_granularity="token")
+    assert grouped.label == "W4A8 (weights group64, activations token) linear"
 
 
 REFUSED = [
-    ("qncd", "W9A8", {}, "width 'W9A8': allowed are names such as W4A8, 2 to 8 bits each, and 32 for floating point"),
-    ("qncd", "", {}, "width '': allowed are names such as W4A8, 2 to 8 bits each, and 32 for floating point"),
+    ("qncd", "W9A8", {}, "width 'W9A8': allowed are names such as W4A8 and FP8, 2 to 8 bits or FP8 each, and 16 or 32"),
+    ("qncd", "", {}, "width '': allowed are names such as W4A8 and FP8, 2 to 8 bits or FP8 each, and 16 or 32"),
     ("qdrop", "W8A8", {}, "mode 'qdrop': allowed are linear, qdiff, ptqd, tfmq, d2dpm, qncd, svdquant, hadamard, qncd+"),
     ("qncd", "W8A8", {"sampels": 3}, "unknown option 'sampels': did you mean samples?"),
     ("qncd", "W8A8", {"correction": {"intervall": 3}}, "correction: unknown option 'intervall': did you mean interval?"),
@@ -173,6 +189,20 @@ REFUSED = [
     ("qncd", "W4A32", {"softmax_bits": 16}, "softmax_bits is about quantized activations: they are in floating point here"),
     ("qncd+", "W4A6", {"bias_correction": False}, "gptq rounds about the inputs' means, whose errors go into the bias: it"),
     ("qncd", "W32A32", {}, "weight_bits and act_bits are both None: nothing would be quantized"),
+    ("qncd", "W4A8", {"weight_granularity": "group7"}, "weight_granularity 'group7': allowed are channel, group16, group32, "),
+    ("qncd", "W4A8", {"act_granularity": "channel"}, "act_granularity 'channel': allowed are tensor, token, group16, group32, "),
+    ("qncd", "W4A32", {"act_granularity": "token"}, "act_granularity is about quantized activations: they are in floating point"),
+    ("qncd", "W32A8", {"weight_format": "fp8"}, "weight_format is about quantized weights: they are in floating point here"),
+    ("qncd", "W8A8", {"act_granularity": "token", "act_range": "mse"}, "act_range is about calibrated ranges: with act_gran"),
+    ("tfmq", "W8A8", {"act_granularity": "token", "stepwise_activations": True}, "stepwise_activations is about calibrated"),
+    ("qncd+", "W4A6", {"act_granularity": "group64", "bit_allocation": True}, "bit_allocation is about calibrated ranges: "),
+    ("qdiff", "W4A8", {"act_granularity": "token", "act_iterations": 5}, "act_iterations learns calibrated steps of integers: "),
+    ("qdiff", "W4AFP8", {"act_iterations": 5}, "act_iterations learns calibrated steps of integers: not with act_format fp8"),
+    ("qncd", "FP8", {"weight_bits": 4}, "weight_format fp8 with weight_bits 4: allowed is 8"),
+    ("qncd", "FP8", {"softmax_bits": 16}, "act_format fp8 with softmax_bits 16: allowed is 8"),
+    ("qncd", "FP8", {"act_symmetric": True}, "act_format fp8 with act_symmetric True: allowed is False"),
+    ("qncd", "FP8", {"reconstruction": True}, "reconstruction learns to round integers up or down: not with weight_format fp8"),
+    ("linear", "W4A32", {"weight_grid": "gguf", "weight_granularity": "group64"}, "weight_grid gguf has groups of 32 integers"),
 ]
 
 

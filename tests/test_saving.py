@@ -24,14 +24,14 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, torch.Tensor]]:
-    """folder(kind, mode, width): what `qncd.save` wrote, and the images of what was saved; made once."""
-    there: dict[tuple[str, ...], tuple[Path, torch.Tensor]] = {}
+    """folder(kind, mode, width, **options): what `qncd.save` wrote, and the images of what was saved; made once."""
+    there: dict[tuple[Any, ...], tuple[Path, torch.Tensor]] = {}
 
-    def make(kind: str, mode: str, width: str) -> tuple[Path, torch.Tensor]:
-        key = (kind, mode, width)
+    def make(kind: str, mode: str, width: str, **options: Any) -> tuple[Path, torch.Tensor]:
+        key = (kind, mode, width, *options.items())
         if key not in there:
             pipe, path = made(kind), tmp_path_factory.mktemp("saved") / "model"
-            options = {"interval": 2} if mode == "qncd" else {}
+            options |= {"interval": 2} if mode == "qncd" else {}
             qncd.quantize(pipe, width, mode, calls=[KINDS[kind].call] * 2, steps=STEPS, **options)
             assert qncd.save(pipe, path) == path
             there[key] = path, run(pipe, kind)
@@ -41,20 +41,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode", "width"),
+    ("kind", "mode", "width", "options"),
     [
-        ("SD1", "linear", "W8A8"),
-        ("SD1", "qncd", "W8A8"),
-        ("SD2, v-prediction", "qncd", "W8A8"),
-        ("DDPM", "ptqd", "W8A8"),
-        ("LCM", "linear", "W4A32"),
-        ("PixArt alpha", "svdquant", "W4A4"),
-        ("FLUX", "hadamard", "W4A4"),
-        pytest.param("SDXL", "qncd+", "W4A6", marks=pytest.mark.slow),
+        ("SD1", "linear", "W8A8", {}),
+        ("SD1", "qncd", "W8A8", {}),
+        ("SD2, v-prediction", "qncd", "W8A8", {}),
+        ("DDPM", "ptqd", "W8A8", {}),
+        ("LCM", "linear", "W4A32", {}),
+        ("PixArt alpha", "svdquant", "W4A4", {}),
+        ("FLUX", "hadamard", "W4A4", {}),
+        ("SD1", "qncd+", "W4A8", {"weight_granularity": "group32", "act_granularity": "token"}),
+        ("PixArt alpha", "linear", "FP8", {"act_granularity": "token"}),
+        ("PixArt alpha", "linear", "W4A16", {"weight_granularity": "group16"}),
+        pytest.param("SDXL", "qncd+", "W4A6", {}, marks=pytest.mark.slow),
     ],
 )
-def test_round_trips(kind: str, mode: str, width: str, folder: Any, tmp_path: Path) -> None:
-    path, images = folder(kind, mode, width)
+def test_round_trips(kind: str, mode: str, width: str, options: dict[str, Any], folder: Any, tmp_path: Path) -> None:
+    path, images = folder(kind, mode, width, **options)
     again = diffusers.DiffusionPipeline.from_pretrained(path)
     assert torch.equal(run(again, kind), images)
     assert torch.equal(run(again, kind), images)  # nothing of the first run is left
@@ -133,23 +136,34 @@ def test_compiled(folder: Any) -> None:
     assert torch.allclose(run(pipe, "SD1"), images, atol=1e-2)
 
 
-def test_weights_alone_are_quantized_while_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({"weight_bits": 4}, 0.35),
+        ({"weight_bits": 4, "weight_granularity": "group32"}, 0.35),
+        ({"weight_format": "fp8", "act_bits": 8, "act_format": "fp8", "act_granularity": "token"}, 0.5),
+    ],
+    ids=["W4", "W4, groups", "FP8, tokens"],
+)
+def test_what_needs_no_calibration_is_quantized_while_loading(settings: dict[str, Any], size: float, tmp_path: Path) -> None:
     made("SD1").save_pretrained(tmp_path / "float")
-    mapping = diffusers.PipelineQuantizationConfig(quant_mapping={"unet": qncd.QNCDConfig(weight_bits=4)})
+    mapping = diffusers.PipelineQuantizationConfig(quant_mapping={"unet": qncd.QNCDConfig(**settings)})
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "float", quantization_config=mapping)
     images, exact = run(pipe, "SD1"), run(made("SD1"), "SD1")
     assert 0 < float((images - exact).norm() / exact.norm()) < 0.2
     pipe.save_pretrained(tmp_path / "quantized")
     assert torch.equal(run(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "quantized"), "SD1"), images)
     sizes = [(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size for name in ("float", "quantized")]
-    assert sizes[1] < 0.35 * sizes[0]
+    assert sizes[1] < size * sizes[0]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight_bits": 9}, r"QNCDConfig: weight_bits 9: allowed are 2 to 8"),
-        ({"act_bits": 8}, r"QNCDConfig: act_bits: allowed is weight_bits; what needs calibration is for qncd\.quantize"),
+        ({"weight_bits": 9}, r"QNCDConfig: weight_bits 9: allowed are whole numbers, 2 to 8"),
+        ({"act_bits": 8}, r"QNCDConfig: act_bits needs an act_granularity such as token: .* need qncd\.quantize"),
+        ({"gptq": True}, r"QNCDConfig: gptq: allowed are weight_bits, .*; what needs calibration is for qncd\.quantize"),
+        ({"weight_granularity": "group7"}, r"QNCDConfig: weight_granularity 'group7': allowed are channel, group16, "),
     ],
 )
 def test_what_a_config_cannot_ask_for(settings: dict[str, Any], message: str) -> None:

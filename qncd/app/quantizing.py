@@ -29,6 +29,7 @@ from qncd.ptq.layer_record import LAYERS_FILE, NetworkRecord, what_layers_got
 from qncd.ptq.pipeline import Job, fitted_around, quantize_network, record_before, sample_calibration
 from qncd.ptq.pipeline_runs import Given, Sampler, runs_of
 from qncd.ptq.qdiffusion import check_qdiffusion, is_qdiffusion, load_qdiffusion_
+from qncd.ptq.stages.prepare import layer_config
 from qncd.recipe import QuantConfig, Recipe, ReconstructionConfig
 from qncd.sampling.corrector import Corrector, Record
 from qncd.sampling.correctors.registry import corrector_of, fits, kind_of
@@ -38,7 +39,7 @@ from qncd.sampling.guidance import Conditions
 log = logging.getLogger("qncd")
 WEIGHT_SETTINGS = (
     "weight_bits", "edge_bits", "weight_range", "gptq", "smoothing_search", "split", "quantize_embedding", "weight_grid",
-    "rotation", "rank", "branch_bits", "smoothed",
+    "rotation", "rank", "branch_bits", "weight_granularity", "weight_format", "smoothed",
 )  # fmt: skip
 
 
@@ -59,6 +60,8 @@ def check_engine_arguments(args: argparse.Namespace, recipe: Recipe | None) -> N
     if recipe is not None:
         kind_of(recipe)
     check_engine(args.backend, args.engine_precision)
+    if recipe is not None and args.backend != TORCH and (found := layer_config(recipe.quant).without_kernel) is not None:
+        raise ValueError(f"--backend {args.backend} has no form for {found}: allowed is {TORCH}")
     if args.onnx and args.backend not in file_engines():
         raise ValueError(f"--onnx needs --backend {' or '.join(file_engines())}: {args.backend} does not run it")
     if args.backend != TORCH and getattr(args, "precision", "full") != "full":

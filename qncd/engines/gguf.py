@@ -21,6 +21,7 @@ from torch import Tensor
 from qncd import __version__
 from qncd.engines.packages import require
 from qncd.engines.registry import GGUF_TYPES
+from qncd.granularity import PerGroup
 from qncd.io.files import whole_file
 from qncd.models.network import Network
 from qncd.models.original.unet_names import stable_diffusion_key_map
@@ -35,7 +36,7 @@ def type_of(config: QuantConfig) -> str:
     """The type that weights quantized so have in a file. Raises ValueError where they are on another grid."""
     if config.weight_grid != GGUF:
         raise ValueError(
-            f"{config.label} with one scale for each output channel: GGUF's blocks have one for each {GGUF_GROUP} inputs, "
+            f"{config.label}: GGUF has one scale for each {GGUF_GROUP} inputs of linear layers: "
             "quantize with --weight_grid gguf --weight_only"
         )
     return next(kind for kind, bits in GGUF_TYPES.items() if bits == config.weight_bits)
@@ -77,7 +78,7 @@ def blocks_of(name: str, layer: QuantLayer) -> tuple[np.ndarray, str]:
     """A weight's blocks, uint8 (O, bytes of a row), and the type of the tensor. Raises ValueError naming the layer."""
     if layer.smoothing is not None:
         raise ValueError(f"{name}: its input is divided by smoothing factors, which no reader of GGUF does")
-    if layer.weight_scale is None or layer.config.group != GGUF_GROUP or layer.config.weight_codes is None:
+    if layer.weight_scale is None or layer.config.weight_granularity != PerGroup(GGUF_GROUP) or layer.config.weight_codes is None:
         raise ValueError(f"{name}: not calibrated on GGUF's grid")
     codes = layer.weight_codes().cpu().unflatten(1, (-1, GGUF_GROUP))  # (O, G, 32)
     scale = layer.weight_scale.cpu().half()

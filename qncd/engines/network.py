@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qncd.models.calls import Call, rows_of
 from qncd.models.network import Network, without_memory
+from qncd.quant.inspection import quant_layers
 
 Session = Callable[[dict[str, Tensor]], Tensor]  # named inputs -> the network's output, on the inputs' device
 
@@ -173,6 +174,13 @@ def check_tensors(constants: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         empty = isinstance(value, (Mapping, list, tuple)) and not value
         if value is not defaults.get(name) and not isinstance(value, Tensor) and not empty:
             raise ValueError(f"{name}: a network on an engine takes tensors, this is {value!r:.80}")
+
+
+def check_kernels(network: Network, where: str) -> None:
+    """Raise ValueError naming the first layer that `where` has no form for."""
+    for name, layer in quant_layers(network.module).items():
+        if (found := layer.config.without_kernel) is not None:
+            raise ValueError(f"{name}: {where} has no form for {found}")
 
 
 def _plain(dtype: torch.dtype) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import hooked, run_over
 from qncd.quant.attention import AttentionProducts
 from qncd.quant.inspection import act_quantizers, quant_layers
-from qncd.quant.layers import LayerConfig
+from qncd.quant.layers import QuantLayer
 from qncd.quant.transforms import BRANCH_BITS
 
 FLOAT = 32  # bits of what stays in floating point
@@ -49,16 +50,18 @@ def mean_bits(network: Network, data: CalibrationSet) -> MeanBits:
         run_over(network, data.spread(1), 1)
     widths = {name: quantizer.codes.bits for name, quantizer in act_quantizers(network.module).items() if quantizer.codes}
     sizes = {layer: layer.weight.numel() for layer in quant_layers(network.module).values()}
-    stored = sum(size * _stored_bits(layer.config) + layer.branch_size * BRANCH_BITS for layer, size in sizes.items())
+    stored = sum(_stored_bits(layer) + layer.branch_size * BRANCH_BITS for layer in sizes)
     plain = sum(layer.weight.numel() for layer in network.layers().values())
     taken = sum(count * widths.get(name, FLOAT) for name, count in counts.items())
     return MeanBits((stored + FLOAT * plain) / (sum(sizes.values()) + plain), taken / sum(counts.values()))
 
 
-def _stored_bits(config: LayerConfig) -> float:
-    """Of one weight; a scale for a group has 16, those of channels are too few to count."""
-    codes = config.weight_codes
-    return FLOAT if codes is None else codes.bits + (16 / config.group if config.group else 0)
+def _stored_bits(layer: QuantLayer) -> int:
+    """Of a weight; a scale of a group has 16, those of channels are too few to count."""
+    codes, count = layer.config.weight_codes, layer.weight.numel()
+    if codes is None:
+        return FLOAT * count
+    return codes.bits * count + (16 * math.prod(layer.scale_shape) if layer.config.grouped else 0)
 
 
 @contextmanager

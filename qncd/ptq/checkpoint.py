@@ -1,11 +1,12 @@
 """The quantized checkpoint: one safetensors file with integer weights, scales, and all that made them.
 
 Layout, for a layer `L` of the UNet: `L.weight_codes` (int8, shape of the weight) or `L.weight_packed` (uint8, two
-4-bit codes a byte) with `L.weight_scale` (O, K) and, where codes are asymmetric, `L.weight_zero_point`; `L.bias`;
-`L.smoothing` (C,); `L.rotation` (1,), the channels of a block that is rotated; `L.down` (r, I, ...) and `L.up` (O, r), a low-rank
-branch in 16 bits; `Q.scale`, `Q.zero_point` (K,) for every activation quantizer Q, (S, K) with `Q.times` (S,) where there
-is a range for each of S time steps; all other parameters under their own names. `noise_table.*` is the full-precision control,
-`offline.*` the statistics of an offline correction, `tracking.*` the filters of trajectory tracking.
+4-bit codes a byte), or `L.weight_codes` (float8_e4m3fn) in fp8, with `L.weight_scale` (O, K), float16 where they are those of
+groups, and, where codes are asymmetric, `L.weight_zero_point`; `L.bias`; `L.smoothing` (C,); `L.rotation` (1,), the channels of a
+block that is rotated; `L.down` (r, I, ...) and `L.up` (O, r), a low-rank branch in 16 bits; `Q.scale`, `Q.zero_point` (K,) for
+every activation quantizer Q that is calibrated, (S, K) with `Q.times` (S,) where there is a range for each of S time steps; all
+other parameters under their own names. `noise_table.*` is the full-precision control, `offline.*` the statistics of an offline
+correction, `tracking.*` the filters of trajectory tracking.
 The header's metadata carries the configuration, the SHA-256 of the base model's weights, in mixed precision `act_bits`, the
 number of bits of each activation quantizer, and where it was measured `layers`, what each layer got (`layer_record`).
 """
@@ -36,7 +37,14 @@ from qncd.ptq.checkpoint_schema import (
 from qncd.ptq.heap import trim_heap
 from qncd.ptq.layer_record import NetworkRecord
 from qncd.ptq.stages.prepare import quantize_
-from qncd.quant.inspection import act_quantizers, quant_layers, replace_quantizers_, set_act_bits_, set_stage
+from qncd.quant.inspection import (
+    act_quantizers,
+    calibrated_quantizers,
+    quant_layers,
+    replace_quantizers_,
+    set_act_bits_,
+    set_stage,
+)
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer, make_stepwise, select_steps_on_call
@@ -88,10 +96,10 @@ def pack4(codes: Tensor) -> Tensor:
 def _weight_tensors(name: str, layer: QuantLayer) -> dict[str, Tensor]:
     if layer.codes is None or layer.weight_scale is None or layer.config.weight_codes is None:
         return {f"{name}.weight": layer.weight.detach()}
-    codes = layer.weight_codes()
-    packed = layer.config.weight_codes.bits <= 4
-    key, value = ("weight_packed", pack4(codes)) if packed else ("weight_codes", codes)
-    tensors = {f"{name}.{key}": value, f"{name}.weight_scale": layer.weight_scale}
+    codes, form = layer.weight_codes(), layer.config.weight_codes
+    key, value = ("weight_packed", pack4(codes)) if form.bits <= 4 else ("weight_codes", codes.view(form.file_dtype))
+    scale = layer.weight_scale.half() if layer.config.grouped else layer.weight_scale  # which holds the same numbers
+    tensors = {f"{name}.{key}": value, f"{name}.weight_scale": scale}
     return tensors if layer.weight_zero_point is None else tensors | {f"{name}.weight_zero_point": layer.weight_zero_point}
 
 
@@ -140,7 +148,7 @@ def content_of(
             tensors[f"{name}.rotation"] = torch.tensor([layer.rotation])
         if layer.down is not None and layer.up is not None:
             tensors |= {f"{name}.down": layer.down.to(layer.branch_dtype), f"{name}.up": layer.up.to(layer.branch_dtype)}
-    for name, quantizer in quantizers.items():
+    for name, quantizer in calibrated_quantizers(module).items():
         tensors |= {f"{name}.scale": quantizer.scale, f"{name}.zero_point": quantizer.zero_point}
         if isinstance(quantizer, StepwiseActQuantizer):
             tensors[f"{name}.times"] = quantizer.times
@@ -305,7 +313,7 @@ def _take_over(network: Network, tensors: dict[str, Tensor], info: QuantizedInfo
     if config is None:
         set_act_bits_(module, info.act_bits or {})
         _make_stepwise_(network, tensors)
-        for name, quantizer in act_quantizers(module).items():
+        for name, quantizer in calibrated_quantizers(module).items():
             quantizer.set_qparams(tensors[f"{name}.scale"], tensors[f"{name}.zero_point"])
     for name, layer in quant_layers(module).items():
         if layer.bias is None and f"{name}.bias" in tensors:  # made by bias correction
@@ -342,5 +350,5 @@ def _load_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> Non
     if layer.config.weight_codes.bits <= 4:
         codes = unpack4(tensors[f"{name}.weight_packed"], layer.weight.shape)
     else:
-        codes = tensors[f"{name}.weight_codes"]
+        codes = tensors[f"{name}.weight_codes"].view(torch.int8)
     layer.set_weight_codes(codes, tensors[f"{name}.weight_scale"], tensors.get(f"{name}.weight_zero_point"))

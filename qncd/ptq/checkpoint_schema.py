@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qncd.ptq.layer_record import NetworkRecord
-from qncd.quant.affine import IntegerRange
-from qncd.quant.inspection import act_quantizers, quant_layers
+from qncd.quant.affine import Codes, IntegerRange
+from qncd.quant.inspection import calibrated_quantizers, quant_layers
 from qncd.quant.layers import QuantLayer
 from qncd.recipe import QuantConfig, Recipe
 
@@ -28,7 +28,7 @@ class Rule:
 
     Attributes:
         shape: exactly; (1,) does not stand for (C,).
-        dtype: exactly, None for any floating point number, which is finite.
+        dtype: exactly, None for any floating point number. What is floating point is finite.
         low, high: of the values, both included.
         positive, nonzero, whole: every value is.
     """
@@ -50,7 +50,8 @@ class Rule:
             raise ValueError(f"{name}: {tensor.dtype}, expected {self.dtype or 'floating point numbers'}")
         if not tensor.numel():
             return
-        if self.dtype is None and not bool(torch.isfinite(tensor).all()):
+        tensor = tensor.float() if tensor.dtype is torch.float8_e4m3fn else tensor  # torch does not compare them
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name}: holds NaN or infinity")
         low, high = float(tensor.min()), float(tensor.max())
         if low < self.low or high > self.high:
@@ -79,7 +80,7 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], ranges: bool
     rules: dict[str, Rule] = {}
     for name, layer in quant_layers(module).items():
         rules |= _layer_rules(name, layer, tensors)
-    for name, quantizer in act_quantizers(module).items():
+    for name, quantizer in calibrated_quantizers(module).items():
         if ranges:
             assert quantizer.codes is not None
             rules |= _range_rules(name, quantizer.codes, quantizer.scale.numel(), tensors)
@@ -120,9 +121,9 @@ def _layer_rules(name: str, layer: QuantLayer, tensors: Mapping[str, Tensor]) ->
     if codes.bits <= 4:
         rules[f"{name}.weight_packed"] = Rule(((math.prod(shape) + 1) // 2,), torch.uint8)
     else:
-        rules[f"{name}.weight_codes"] = Rule(shape, torch.int8, codes.qmin, codes.qmax)
+        rules[f"{name}.weight_codes"] = Rule(shape, codes.file_dtype, codes.qmin, codes.qmax)
     rules[f"{name}.weight_scale"] = scale_rule(layer)
-    if f"{name}.weight_zero_point" in tensors:
+    if f"{name}.weight_zero_point" in tensors and isinstance(codes, IntegerRange):
         # Those of Q-Diffusion's searched ranges lie beyond the codes where all weights of a channel have one sign.
         rules[f"{name}.weight_zero_point"] = Rule(layer.scale_shape, low=-_EXACT, high=_EXACT, whole=True)
     return rules
@@ -130,11 +131,11 @@ def _layer_rules(name: str, layer: QuantLayer, tensors: Mapping[str, Tensor]) ->
 
 def scale_rule(layer: QuantLayer) -> Rule:
     """What its weight's scales have to be."""
-    grouped = layer.config.group is not None  # whose scales may be negative
+    grouped = layer.config.grouped  # whose scales may be negative
     return Rule(layer.scale_shape, positive=not grouped, nonzero=grouped)
 
 
-def _range_rules(name: str, codes: IntegerRange, segments: int, tensors: Mapping[str, Tensor]) -> dict[str, Rule]:
+def _range_rules(name: str, codes: Codes, segments: int, tensors: Mapping[str, Tensor]) -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
     shape: tuple[int, ...] = (segments,)
     if f"{name}.times" in tensors:

@@ -142,6 +142,8 @@ def _kind(layer: QuantLayer) -> str:
 def _entry(name: str, kind: str, weights: int, weight_bits: int | None, quantizer: ActQuantizer | None) -> LayerRecord:
     if quantizer is None or quantizer.codes is None:
         return LayerRecord(name, kind, weights, weight_bits, None, None, None, 1)
+    if not quantizer.calibrated:  # the range is found at run time
+        return LayerRecord(name, kind, weights, weight_bits, quantizer.codes.bits, None, None, 1)
     low = (quantizer.codes.qmin - quantizer.zero_point) * quantizer.scale
     high = (quantizer.codes.qmax - quantizer.zero_point) * quantizer.scale
     ranges = len(quantizer.times) if isinstance(quantizer, StepwiseActQuantizer) else 1

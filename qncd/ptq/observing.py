@@ -13,7 +13,7 @@ from qncd.io.files import first_line
 from qncd.models.network import Network
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.heap import trim_heap
-from qncd.quant.inspection import act_quantizers, observing, quant_layers
+from qncd.quant.inspection import calibrated_quantizers, observing, quant_layers
 from qncd.quant.quantizers import ActQuantizer
 
 T = TypeVar("T")
@@ -32,8 +32,8 @@ def find_ranges_(network: Network, data: CalibrationSet, batch_size: int, progre
         progress: called with (inputs done, inputs in all).
 
     Returns:
-        names of the activation quantizers that never ran, which have no range: parts that the network does not use, such as
-        the projections that an attention processor has its own in the place of.
+        names of the calibrated activation quantizers that never ran, which have no range: parts that the network does not use,
+        such as the projections that an attention processor has its own in the place of.
 
     Raises:
         ValueError: a weight or an activation is NaN or infinite; the layer or quantizer is named.
@@ -47,18 +47,18 @@ def find_ranges_(network: Network, data: CalibrationSet, batch_size: int, progre
     observed = observe_(network, data, batch_size, progress)
     for name, quantizer in observed.items():
         named(name, quantizer.finish_observing)
-    return [name for name in act_quantizers(network.module) if name not in observed]
+    return [name for name in calibrated_quantizers(network.module) if name not in observed]
 
 
 @torch.no_grad()
 def observe_(
     network: Network, data: CalibrationSet, batch_size: int, progress: Progress | None = None
 ) -> dict[str, ActQuantizer]:
-    """Show every activation quantizer the whole set in floating point. Returns those that ran by name, in their order.
+    """Show every calibrated activation quantizer the whole set in floating point. Returns those that ran by name, in order.
 
     The observers stay in the quantizers, until `finish_observing` makes ranges of them.
     """
-    quantizers = act_quantizers(network.module)
+    quantizers = calibrated_quantizers(network.module)
     if not quantizers:
         return {}
     # A moving average forgets: over a set in the order of its time steps it would hold the last ones' extremes alone.

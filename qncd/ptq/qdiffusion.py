@@ -34,6 +34,7 @@ from qncd.recipe import QuantConfig
 
 _QUANTIZER = re.compile(r"(.+)\.(weight_quantizer|act_quantizer)(_0)?\.(delta|zero_point|alpha)")
 _OPERAND = re.compile(r"(.+?)(\.attention\.[^.]+)?\.act_quantizer_([qkvw])\.(delta|zero_point)")
+ONLY_DEFAULT = ("weight_granularity", "act_granularity", "weight_format", "act_format", "weight_grid")  # of QuantConfig's options
 _SAME = 1e-5  # largest difference between the file's weights and the base model's, relative to the largest weight
 
 
@@ -52,6 +53,9 @@ def check_qdiffusion(network: Network, content: Mapping[str, Tensor], table: Map
     _check_base(network.module, plain, table)
     if config.weight_bits is None:
         raise ValueError("--weight_bit 32: the file's weights are quantized")
+    for name in ONLY_DEFAULT:
+        if (asked := getattr(config, name)) != (only := getattr(QuantConfig, name)):
+            raise ValueError(f"--{name} {asked}: a file of Q-Diffusion has {only}")
     if not config.split and any(len(parts) > 1 for parts in weights.values()):
         raise ValueError("--no-split: the file's skip concatenations are split")
     boundaries = network.splits()

@@ -7,9 +7,12 @@ Rounding is half to even. Zero is always exactly representable, so that zero pad
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from qncd.quant.float8 import Float8Codes
 
 # Q-Diffusion's range search: 80 clip ratios 1.00, 0.99, ... 0.21, error |x - x^|^2.4.
 SEARCH_RATIOS = tuple(1.0 - 0.01 * i for i in range(80))
@@ -25,6 +28,7 @@ class IntegerRange:
 
     bits: int
     signed: bool
+    file_dtype: ClassVar[torch.dtype] = torch.int8
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 16:
@@ -42,10 +46,30 @@ class IntegerRange:
     def qmax(self) -> int:
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
+    @property
+    def ceiling(self) -> int:
+        """A power of two that no code exceeds in magnitude."""
+        return 2 ** (self.bits - self.signed)
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, codes: IntegerRange) -> Tensor:
+    def round_(self, steps: Tensor) -> Tensor:
+        """The nearest whole numbers, in place, of any size."""
+        return steps.round_()
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Codes of at most 8 bits as int8, of the same shape."""
+        return values.to(torch.int8)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The inverse of `pack`, float32."""
+        return packed.to(torch.float32)
+
+
+Codes = IntegerRange | Float8Codes  # what x / scale is rounded to
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, codes: Codes) -> Tensor:
     """Integer codes of `x`, as floats, same shape; `scale` and `zero_point` broadcast against `x`."""
-    return torch.clamp(torch.round(x / scale) + zero_point, codes.qmin, codes.qmax)
+    return torch.clamp(codes.round_(x / scale) + zero_point, codes.qmin, codes.qmax)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -53,18 +77,18 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (q - zero_point) * scale
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, codes: IntegerRange) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, codes: Codes) -> Tensor:
     """`x` rounded to the grid of its codes: dequantize(quantize(x))."""
     return dequantize(quantize(x, scale, zero_point, codes), scale, zero_point)
 
 
-def _usable(scale: Tensor, codes: IntegerRange) -> Tensor:
+def _usable(scale: Tensor, codes: Codes) -> Tensor:
     """Scales by which every value can be divided, and with which every code stands for a finite one.
 
     0, of a range of zeros, becomes SMALLEST_SCALE; what float32 holds with few digits its smallest normal number.
     """
     scale = torch.where(scale == 0, SMALLEST_SCALE, scale)
-    return scale.clamp(min=_TINY, max=_HUGE / 2 ** (codes.bits - codes.signed))
+    return scale.clamp(min=_TINY, max=_HUGE / codes.ceiling)
 
 
 def ordinary_factor(largest: Tensor) -> Tensor:
@@ -74,12 +98,12 @@ def ordinary_factor(largest: Tensor) -> Tensor:
     return torch.where(extreme, torch.ldexp(torch.ones_like(largest), (-exponent).clamp(-126, 126)), 1.0)
 
 
-def symmetric_scale(largest: Tensor, codes: IntegerRange) -> Tensor:
+def symmetric_scale(largest: Tensor, codes: Codes) -> Tensor:
     """Scale that maps the largest magnitude to the largest code: max|x| / qmax."""
     return _usable(largest / codes.qmax, codes)
 
 
-def affine_qparams(low: Tensor, high: Tensor, codes: IntegerRange) -> tuple[Tensor, Tensor]:
+def affine_qparams(low: Tensor, high: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the range [low, high], widened to hold 0.
 
     Signed codes get a symmetric range and zero point 0; unsigned ones s = (high-low)/(2^b-1), z = round(-low/s).
@@ -94,7 +118,7 @@ def affine_qparams(low: Tensor, high: Tensor, codes: IntegerRange) -> tuple[Tens
     return scale, torch.round(-low / scale).clamp(codes.qmin, codes.qmax)
 
 
-def shared_zero_qparams(low: Tensor, high: Tensor, codes: IntegerRange) -> tuple[Tensor, Tensor]:
+def shared_zero_qparams(low: Tensor, high: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
     """Scales of S ranges each, with one zero point for all: what an integer kernel needs, whose padding is that code.
 
     The zero point is the one with the least product of scales; each scale is the smallest that covers its range.
@@ -117,7 +141,7 @@ def shared_zero_qparams(low: Tensor, high: Tensor, codes: IntegerRange) -> tuple
     return scales.gather(0, best.expand(1, *low.shape))[0], zeros[best].expand_as(low).clone()
 
 
-def search_weight_scale(weight: Tensor, codes: IntegerRange, chunk_elements: int = 1 << 18) -> Tensor:
+def search_weight_scale(weight: Tensor, codes: Codes, chunk_elements: int = 1 << 18) -> Tensor:
     """The clip ratio of each output channel that minimises the L2.4 error of symmetric quantization.
 
     Args:
@@ -138,7 +162,7 @@ def search_weight_scale(weight: Tensor, codes: IntegerRange, chunk_elements: int
         scale = torch.empty_like(peak)
         for ratio in SEARCH_RATIOS:
             candidate = symmetric_scale(peak * ratio, codes)
-            error = torch.div(part, candidate).round_().clamp_(codes.qmin, codes.qmax).mul_(candidate).sub_(part)
+            error = codes.round_(part / candidate).clamp_(codes.qmin, codes.qmax).mul_(candidate).sub_(part)
             error = error.abs_().pow_(SEARCH_NORM).mean(1, keepdim=True)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
@@ -154,7 +178,7 @@ def float16_scale(scale: Tensor) -> Tensor:
     return torch.copysign(magnitude, scale).half().to(scale.dtype)
 
 
-def group_scale(weight: Tensor, codes: IntegerRange, clip: bool) -> Tensor:
+def group_scale(weight: Tensor, codes: Codes, clip: bool) -> Tensor:
     """The scale of each group of a row, a float16 number of either sign.
 
     The smallest code has no counterpart above 0: the sign puts the weight of largest magnitude on its side, which takes 12% off
@@ -177,7 +201,7 @@ def group_scale(weight: Tensor, codes: IntegerRange, clip: bool) -> Tensor:
 
 
 def search_qparams(
-    values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, codes: IntegerRange, chunk_elements: int = 1 << 18
+    values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, codes: Codes, chunk_elements: int = 1 << 18
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the clip ratio that minimises the L2.4 error over weighted values.
 

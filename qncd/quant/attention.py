@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qncd.quant.affine import IntegerRange
-from qncd.quant.quantizers import ActQuantizer
+from qncd.granularity import PER_TENSOR, Granularity
+from qncd.quant.affine import Codes
+from qncd.quant.dynamic import make_quantizer
 
 SCORE_ELEMENTS = 1 << 18  # attention scores computed at a time: 1 MiB, a core's second-level cache; one head's where it has more
 
@@ -19,17 +20,23 @@ class AttentionProducts(nn.Module):
     """The two matrix products of attention with a quantizer at each operand.
 
     q and k are quantized before the product and before the scale head_dim^-1/2, as in Q-Diffusion. The softmax
-    output is never negative, so it gets unsigned codes and zero point 0.
+    output is never negative, so its integers are unsigned, with zero point 0. The products sum over the last axis of each operand
+    but v, whose tokens they sum over.
     """
 
     def __init__(
-        self, codes: IntegerRange | None, softmax_codes: IntegerRange | None, act_range: str, softmax_range: str | None = None
+        self,
+        codes: Codes | None,
+        softmax_codes: Codes | None,
+        act_range: str,
+        softmax_range: str | None = None,
+        granularity: Granularity = PER_TENSOR,
     ) -> None:
         super().__init__()
-        self.q = ActQuantizer(codes, act_range)
-        self.k = ActQuantizer(codes, act_range)
-        self.v = ActQuantizer(codes, act_range)
-        self.softmax = ActQuantizer(softmax_codes, softmax_range or act_range)
+        self.q = make_quantizer(codes, act_range, granularity)
+        self.k = make_quantizer(codes, act_range, granularity)
+        self.v = make_quantizer(codes, act_range, granularity, summed=(-2,))
+        self.softmax = make_quantizer(softmax_codes, softmax_range or act_range, granularity)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, upcast: bool) -> Tensor:
         """softmax(scale q k^T + mask) v, (N, heads, L, D), in parts: at 64x64 one image's scores with 8 heads take 512 MiB."""
@@ -110,12 +117,13 @@ class QuantizedProducts(AttentionProducts):
     def __init__(
         self,
         inner: Any,
-        codes: IntegerRange | None,
-        softmax_codes: IntegerRange | None,
+        codes: Codes | None,
+        softmax_codes: Codes | None,
         act_range: str,
         softmax_range: str | None = None,
+        granularity: Granularity = PER_TENSOR,
     ) -> None:
-        super().__init__(codes, softmax_codes, act_range, softmax_range)
+        super().__init__(codes, softmax_codes, act_range, softmax_range, granularity)
         self.inner = inner
         # diffusers looks at the signature of an instance's __call__ to see which arguments a processor takes.
         self.__dict__["__call__"] = inner.__call__

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qncd.quant.affine import IntegerRange
+from qncd.quant.affine import Codes
 
 BLOCK = 128  # inputs whose errors are passed on together
 ROWS = 1024  # of a matrix that are looked at together: beside matrices of gigabytes, no second one for a moment
@@ -31,7 +31,7 @@ RIDGES = 16  # each ten times the one before: those that are tried
 def solve_rounding(
     weight: Tensor,
     scale: Tensor,
-    codes: IntegerRange,
+    codes: Codes,
     gram: Tensor,
     cross: Tensor | None = None,
     damping: float = DAMPING,
@@ -54,7 +54,7 @@ def solve_rounding(
     Takes memory for one more matrix of (n, n), and some ten of (O, n).
 
     Returns:
-        codes int8 (O, n) of the weights, and the factor of each row's grid (O,), of the dtype of `gram`: the weights are
+        codes (O, n) of the weights, packed, and the factor of each row's grid (O,), of the dtype of `gram`: the weights are
         codes * stored(scale * factor).
 
     Raises:
@@ -116,11 +116,11 @@ def _damped_factor(gram: Tensor, order: Tensor, damping: float) -> tuple[Tensor,
     raise ValueError("the Gram matrix of its inputs is not positive definite")
 
 
-def _round_backwards(target: Tensor, scale: Tensor, codes: IntegerRange, factor: Tensor) -> tuple[Tensor, Tensor]:
+def _round_backwards(target: Tensor, scale: Tensor, codes: Codes, factor: Tensor) -> tuple[Tensor, Tensor]:
     """GPTQ from the last column to the first: target and scale (O, n), factor (n, n) lower triangular.
 
     Returns:
-        int8 codes (O, n), and what they cost: of what they leave of the target, E, the squares of E L, summed (O,) in float64.
+        codes (O, n), packed, and what they cost: of what they leave of the target, E, the squares of E L, summed (O,) in float64.
     """
     found = torch.zeros_like(target, dtype=torch.int8)
     errors = torch.zeros_like(target)  # E, of the columns done
@@ -133,8 +133,8 @@ def _round_backwards(target: Tensor, scale: Tensor, codes: IntegerRange, factor:
         for j in range(stop - 1, start - 1, -1):
             inside = j - start
             aim = target[:, j] + passed_on[:, inside] / diagonal[j]
-            code = (aim / scale[:, j]).round_().clamp_(codes.qmin, codes.qmax)
-            found[:, j] = code.to(torch.int8)
+            code = codes.round_(aim / scale[:, j]).clamp_(codes.qmin, codes.qmax)
+            found[:, j] = codes.pack(code)
             rounded = code.mul_(scale[:, j])
             errors[:, j] = target[:, j] - rounded
             missed[:, inside] = aim.sub_(rounded)

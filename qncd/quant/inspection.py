@@ -21,6 +21,11 @@ def act_quantizers(module: nn.Module) -> dict[str, ActQuantizer]:
     return {name: m for name, m in module.named_modules() if isinstance(m, ActQuantizer) and m.codes is not None}
 
 
+def calibrated_quantizers(module: nn.Module) -> dict[str, ActQuantizer]:
+    """Those of them whose ranges a calibration set gives, by name."""
+    return {name: quantizer for name, quantizer in act_quantizers(module).items() if quantizer.calibrated}
+
+
 def set_act_bits_(module: nn.Module, bits: Mapping[str, int]) -> None:
     """Set the number of bits of each activation quantizer, in place, before they are calibrated.
 

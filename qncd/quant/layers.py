@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qncd.quant.affine import IntegerRange, float16_scale, group_scale, search_weight_scale, symmetric_scale
-from qncd.quant.quantizers import ActQuantizer, Stage
+from qncd.granularity import PER_ROW, PER_TENSOR, ROW, Granularity, PerGroup
+from qncd.quant.affine import Codes, float16_scale, group_scale, search_weight_scale, symmetric_scale
+from qncd.quant.dynamic import make_quantizer
+from qncd.quant.float8 import Float8Codes
+from qncd.quant.quantizers import Stage
 from qncd.quant.transforms import Transforms
 
 ERROR_INPUTS = 4  # inputs that rounding_error looks at together: it holds two outputs at a time
@@ -23,17 +26,33 @@ class LayerConfig:
 
     Attributes:
         segments: sizes of consecutive groups of input channels, each with its own ranges of weights and activations.
-        group: inputs of a row of the weight, (O, n) once flattened, that share a scale; None: all of a segment do.
+        weight_granularity: which inputs of a segment of a row share a scale, the weight being (O, n) once flattened.
+        act_granularity: which values of the input share a scale; per tensor it is calibrated, else found at run time.
         new_bias: corrections may give the layer a bias where it has none.
     """
 
-    weight_codes: IntegerRange | None
-    act_codes: IntegerRange | None
+    weight_codes: Codes | None
+    act_codes: Codes | None
     weight_range: str
     act_range: str
     segments: tuple[int, ...] | None = None
-    group: int | None = None
+    weight_granularity: Granularity = PER_ROW
+    act_granularity: Granularity = PER_TENSOR
     new_bias: bool = True
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the weight has scales of groups: float16 numbers, which may be negative."""
+        return isinstance(self.weight_granularity, PerGroup)
+
+    @property
+    def without_kernel(self) -> str | None:
+        """What of it engines that compute in integers have no kernel for, in words."""
+        if self.weight_codes is not None and isinstance(self.weight_granularity, PerGroup):
+            return f"weights with one scale for each {self.weight_granularity.size} inputs"
+        if self.act_codes is not None and self.act_granularity != PER_TENSOR:
+            return "activations whose scales are found at run time"
+        return "fp8" if any(isinstance(codes, Float8Codes) for codes in (self.weight_codes, self.act_codes)) else None
 
 
 class QuantLayer(Transforms):
@@ -41,11 +60,15 @@ class QuantLayer(Transforms):
 
     The weight stays a float tensor, on the integer grid once it is rounded, so a forward pass pays nothing for it; the codes
     that it was rounded to are kept beside it. Layout of the scales: (O, K), one for each output channel and segment of input
-    channels; with `LayerConfig.group`, one for each group of a row, K = n / group, a float16 number that may be negative. Our own
-    weights are symmetric; those of Q-Diffusion's checkpoints have zero points, counted from the smallest code.
+    channels, or for each group of a segment of the row, then a float16 number that may be negative. Our own weights are
+    symmetric; those of Q-Diffusion's checkpoints have zero points, counted from the smallest code.
+
+    Attributes:
+        summed: axes of the input that a product sums over.
 
     Buffers:
-        codes: int8, shape of the weight; None until the weight is rounded. No part of the state dict: it holds the weight.
+        codes: int8, shape of the weight, packed (`config.weight_codes.pack`); None until the weight is rounded. No part of the
+            state dict: it holds the weight.
         weight_scale, weight_zero_point: (O, K) float32 or None.
         smoothing, down, up: as `Transforms` has them.
     """
@@ -54,13 +77,14 @@ class QuantLayer(Transforms):
     config: LayerConfig
     weight_zero_point: Tensor | None
     codes: Tensor | None
+    summed: ClassVar[tuple[int, ...]]
 
     def _prepare(self, source: nn.Conv2d | nn.Linear, config: LayerConfig) -> None:
         self.weight, self.bias = source.weight, source.bias
-        if config.group is not None and (config.segments or source.weight[0].numel() % config.group):
-            raise ValueError(f"a scale for each {config.group} inputs of rows of {source.weight[0].numel()}, or with segments")
         self.config = config
-        self.act = ActQuantizer(config.act_codes, config.act_range, config.segments).to(source.weight.device)
+        self.act = make_quantizer(
+            config.act_codes, config.act_range, config.act_granularity, self.summed, config.segments
+        ).to(source.weight.device)  # fmt: skip
         self.register_buffer("weight_scale", None)
         self.register_buffer("weight_zero_point", None)
         self.register_buffer("codes", None, persistent=False)
@@ -78,12 +102,16 @@ class QuantLayer(Transforms):
     @property
     def scale_shape(self) -> tuple[int, int]:
         """(O, K)."""
-        group = self.config.group
-        return len(self.weight), len(self.parts()) if group is None else self.weight[0].numel() // group
+        return len(self.weight), sum(map(len, self._group_sizes()))
+
+    def _group_sizes(self) -> list[list[int]]:
+        """How many inputs of the flattened row share a scale, one after another, for each segment."""
+        taps = self.weight[0, 0].numel()
+        return [self.config.weight_granularity.sizes((part.stop - part.start) * taps) for part in self.parts()]
 
     def stored_scale(self, scale: Tensor) -> Tensor:
-        """Scales as the layer can have them: any where there is no group, else float16 numbers."""
-        return scale if self.config.group is None else float16_scale(scale)
+        """Scales as the layer can have them: float16 numbers where they are those of groups, else any."""
+        return float16_scale(scale) if self.config.grouped else scale
 
     @property
     def takes_shift(self) -> bool:
@@ -110,23 +138,25 @@ class QuantLayer(Transforms):
         if not bool(torch.isfinite(self.weight).all()):
             raise ValueError("a weight is NaN or infinite")
         clip = self.config.weight_range == "mse"
-        if self.config.group is not None:
-            groups = self.weight.float().reshape(*self.scale_shape, self.config.group)
-            self.weight_scale = group_scale(groups, codes, clip)
-            return
         scales = []
-        for part in self.parts():
+        for part, sizes in zip(self.parts(), self._group_sizes(), strict=True):
             rows = self.weight[:, part].flatten(1).float()  # (O, n)
-            scales.append(search_weight_scale(rows, codes) if clip else symmetric_scale(rows.abs().amax(1, keepdim=True), codes))
+            if self.config.grouped:
+                filled = F.pad(rows, (0, len(sizes) * sizes[0] - rows.shape[1]))  # zeros move no range
+                scales.append(group_scale(filled.unflatten(1, (len(sizes), sizes[0])), codes, clip))
+            elif clip:
+                scales.append(search_weight_scale(rows, codes))
+            else:
+                scales.append(symmetric_scale(rows.abs().amax(1, keepdim=True), codes))
         self.weight_scale = torch.cat(scales, 1)
 
     @torch.no_grad()
     def nearest_codes(self) -> Tensor:
-        """Codes of the weight rounded to nearest, floats of the weight's shape. Raises ValueError before the ranges are known."""
+        """The weight's nearest codes as numbers, floats of its shape. Raises ValueError before the ranges are known."""
         codes = self.config.weight_codes
         if codes is None or self.weight_scale is None:
             raise ValueError("the weights have no range yet")
-        return torch.div(self.weight, self.expanded_scale()).round_().clamp_(codes.qmin, codes.qmax)
+        return codes.round_(torch.div(self.weight, self.expanded_scale())).clamp_(codes.qmin, codes.qmax)
 
     @torch.no_grad()
     def rounded_weight(self) -> Tensor:
@@ -172,22 +202,23 @@ class QuantLayer(Transforms):
         self.bias = nn.Parameter(bias, requires_grad=False)
 
     def weight_codes(self) -> Tensor:
-        """The weight's integer codes, int8, shape of the weight. Raises ValueError before the weight is rounded."""
+        """The weight's codes, int8, shape of the weight, packed. Raises ValueError before the weight is rounded."""
         if self.codes is None:
             raise ValueError("the weights are not quantized yet")
         return self.codes
 
     @torch.no_grad()
     def set_weight_codes(self, codes: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> None:
-        """Take over integer `codes` (shape of the weight), `weight_scale` and `weight_zero_point` (O, K)."""
-        if scale is None or codes.shape != self.weight.shape or scale.shape != self.scale_shape:
+        """Take over codes, packed (int8) or as numbers (floats), `weight_scale` and `weight_zero_point` (O, K)."""
+        form = self.config.weight_codes
+        if form is None or scale is None or codes.shape != self.weight.shape or scale.shape != self.scale_shape:
             shape = None if scale is None else tuple(scale.shape)
             raise ValueError(f"codes {tuple(codes.shape)} and scales {shape} for a weight {tuple(self.weight.shape)}")
         device, dtype = self.weight.device, self.weight.dtype
-        self.weight_scale = scale.to(device)
+        self.weight_scale = scale.to(device, torch.float32)
         self.weight_zero_point = None if zero_point is None else zero_point.to(device)
-        self.codes = codes.to(device, torch.int8)
-        steps = self.codes.to(torch.float32) - self._shift()
+        self.codes = (form.pack(codes) if codes.is_floating_point() else codes).to(device, torch.int8)
+        steps = form.unpack(self.codes) - self._shift()
         self.weight = nn.Parameter((steps * self.expanded_scale()).to(dtype), requires_grad=False)
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -195,7 +226,7 @@ class QuantLayer(Transforms):
         if self.codes is not None and f"{prefix}weight" in state:  # they follow the weight that was loaded
             codes, shift = self.config.weight_codes, self._shift()
             assert codes is not None
-            found = torch.div(self.weight.detach().float(), self.expanded_scale()).add_(shift).round_()
+            found = codes.round_(torch.div(self.weight.detach().float(), self.expanded_scale()).add_(shift))
             self.set_weight_codes(found.clamp_(codes.qmin, codes.qmax), self.weight_scale, self.weight_zero_point)
 
     def expanded_scale(self) -> Tensor:
@@ -210,8 +241,9 @@ class QuantLayer(Transforms):
         return self._expanded(self.weight_zero_point) + self.config.weight_codes.qmin
 
     def _expanded(self, values: Tensor) -> Tensor:
-        if self.config.group is not None:
-            return values.repeat_interleave(self.config.group, 1).view(self.weight.shape)
+        if self.config.grouped:
+            widths = torch.tensor([size for sizes in self._group_sizes() for size in sizes], device=values.device)
+            return values.repeat_interleave(widths, 1, output_size=self.weight[0].numel()).view(self.weight.shape)
         sizes = torch.tensor([s.stop - s.start for s in self.parts()], device=values.device)
         expanded = values.repeat_interleave(sizes, 1, output_size=self.weight.shape[1])  # (O, I)
         return expanded.view(*expanded.shape, *[1] * (self.weight.ndim - 2))
@@ -225,6 +257,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     """
 
     channel_dim = 1
+    summed = (-3, -2, -1)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return nn.Conv2d(*args, **kwargs) if args or kwargs else super().__new__(cls)
@@ -252,6 +285,7 @@ class QuantLinear(QuantLayer, nn.Linear):
     """A Linear whose input and weight lie on integer grids."""
 
     channel_dim = -1
+    summed = ROW
 
     @classmethod
     def from_float(cls, source: nn.Linear, config: LayerConfig) -> QuantLinear:

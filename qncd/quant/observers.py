@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qncd.quant.affine import IntegerRange, affine_qparams, ordinary_factor, search_qparams
+from qncd.quant.affine import Codes, affine_qparams, ordinary_factor, search_qparams
 
 
 class Observer(Protocol):
@@ -21,7 +21,7 @@ class Observer(Protocol):
     def observe(self, x: Tensor, more: bool = False) -> None:
         """Take in one batch, any shape, or a part of one: `more` of the same batch follows."""
 
-    def qparams(self, codes: IntegerRange) -> tuple[Tensor, Tensor]:
+    def qparams(self, codes: Codes) -> tuple[Tensor, Tensor]:
         """Scale and zero point, 0-dim."""
 
 
@@ -55,7 +55,7 @@ class MinMaxObserver:
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
-    def qparams(self, codes: IntegerRange) -> tuple[Tensor, Tensor]:
+    def qparams(self, codes: Codes) -> tuple[Tensor, Tensor]:
         return affine_qparams(*self.extremes(), codes)
 
 
@@ -119,7 +119,7 @@ class HistogramObserver(MinMaxObserver):
         self.counts[self.bins // 4 : self.bins // 4 + self.bins // 2] = merged
         self.limit *= 2
 
-    def qparams(self, codes: IntegerRange) -> tuple[Tensor, Tensor]:
+    def qparams(self, codes: Codes) -> tuple[Tensor, Tensor]:
         low, high = self.extremes()
         if codes.bits > 8:  # finer than a bin: clipping can't win there, and the histogram could not tell
             return affine_qparams(low, high, codes)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qncd.quant.affine import IntegerRange
+from qncd.quant.affine import Codes
 from qncd.quant.observers import Observer, make_observer
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -26,7 +26,7 @@ class ActQuantizer(nn.Module):
     """Per-tensor fake quantization of one activation, or of each half of a skip concatenation.
 
     Args:
-        codes: the integer codes, or None to leave activations in floating point.
+        codes: what values are rounded to, or None to leave activations in floating point.
         act_range: "mse", "max" or "running".
         segments: sizes of consecutive channel groups (dimension 1), each with its own range.
 
@@ -34,10 +34,11 @@ class ActQuantizer(nn.Module):
         scale (K,) float32 and zero_point (K,) float32 holding whole numbers, K the number of segments.
     """
 
+    calibrated = True  # its ranges are found on a calibration set, and are part of a checkpoint
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, codes: IntegerRange | None, act_range: str, segments: Sequence[int] | None = None) -> None:
+    def __init__(self, codes: Codes | None, act_range: str, segments: Sequence[int] | None = None) -> None:
         super().__init__()
         self.codes = codes
         self.act_range = act_range
@@ -139,16 +140,15 @@ class ActQuantizer(nn.Module):
         """With scales (K,) and bounds of each segment."""
         # clamp(round(x/s) + z, qmin, qmax) - z = clamp(round(x/s), qmin - z, qmax - z): one pass over memory fewer.
         if x.dtype in HALVES:  # codes of more than 8 bits, and the quotients, need more digits
-            wide = self._to_grid(x.float(), None if smoothing is None else smoothing.float(), True, scales, bounds)
-            largest = torch.finfo(x.dtype).max  # the grid's last step may lie beyond it
-            return wide.clamp_(-largest, largest).to(x.dtype)
+            return narrowed(self._to_grid(x.float(), None if smoothing is None else smoothing.float(), True, scales, bounds), x)
+        assert self.codes is not None
         if self.segments is None:
             scale = scales[0]
             divisor = scale if smoothing is None else smoothing * scale
             divided = x.div_(divisor) if owned and not x.requires_grad else torch.div(x, divisor)
-            return divided.round_().clamp_(*bounds[0]).mul_(scale)
+            return self.codes.round_(divided).clamp_(*bounds[0]).mul_(scale)
         scale = self._expanded(scales, x)
-        out = torch.div(x, scale if smoothing is None else smoothing * scale).round_()
+        out = self.codes.round_(torch.div(x, scale if smoothing is None else smoothing * scale))
         if out.requires_grad:  # gradients do not flow through parts that are changed in place
             return torch.cat([part.clamp(*limits) for part, limits in zip(self._split(out), bounds, strict=True)], 1) * scale
         for part, limits in zip(self._split(out), bounds, strict=True):
@@ -176,3 +176,9 @@ class ActQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.codes.bits if self.codes else None}, segments={self.segments}, stage={self.stage.value}"
+
+
+def narrowed(wide: Tensor, like: Tensor) -> Tensor:
+    """Values on a grid in the dtype of `like`, beyond which the grid's last step may lie. Overwrites them."""
+    largest = torch.finfo(like.dtype).max
+    return wide.clamp_(-largest, largest).to(like.dtype)

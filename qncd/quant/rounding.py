@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qncd.quant.affine import IntegerRange
 from qncd.quant.layers import QuantLayer
 from qncd.recipe import check_int
 
@@ -86,8 +87,8 @@ class LearnedRounding:
     def __init__(self, layer: QuantLayer) -> None:
         layer.search_weight_range_()
         codes = layer.config.weight_codes
-        if codes is None:
-            raise ValueError("a layer without weight codes has no rounding to learn")
+        if not isinstance(codes, IntegerRange):
+            raise ValueError("a layer without integer codes of its weights has no rounding to learn")
         self.codes = codes
         self.scale = layer.expanded_scale().detach()
         weight = layer.weight.detach()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qncd.quant.affine import IntegerRange, fake_quantize, shared_zero_qparams
+from qncd.quant.affine import Codes, fake_quantize, shared_zero_qparams
 from qncd.quant.quantizers import ActQuantizer, Stage
 
 
@@ -24,7 +24,7 @@ class StepwiseActQuantizer(ActQuantizer):
     Which step each row belongs to is told by `select`, which a hook on the UNet calls (`select_steps_on_call`).
 
     Args:
-        codes: the integer codes.
+        codes: what values are rounded to.
         times: (S,) int64, the time steps that have a range.
         act_range, segments: as for ActQuantizer.
 
@@ -34,7 +34,7 @@ class StepwiseActQuantizer(ActQuantizer):
 
     times: Tensor
 
-    def __init__(self, codes: IntegerRange, times: Tensor, act_range: str = "max", segments: Sequence[int] | None = None) -> None:
+    def __init__(self, codes: Codes, times: Tensor, act_range: str = "max", segments: Sequence[int] | None = None) -> None:
         super().__init__(codes, act_range, segments)
         shape = (len(times), len(self.scale))
         self.register_buffer("times", times.clone())
@@ -45,7 +45,7 @@ class StepwiseActQuantizer(ActQuantizer):
         self._refresh_bounds()
 
     @classmethod
-    def from_values(cls, codes: IntegerRange, times: Tensor, values: Tensor) -> StepwiseActQuantizer:
+    def from_values(cls, codes: Codes, times: Tensor, values: Tensor) -> StepwiseActQuantizer:
         """With the ranges of `values` (S, C), one row a step: all that the layer will ever see; one zero point for all steps."""
         quantizer, values = cls(codes, times).to(values.device), values.float()
         quantizer.set_qparams(*shared_zero_qparams(values.amin(1, keepdim=True), values.amax(1, keepdim=True), codes))

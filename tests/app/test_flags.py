@@ -15,6 +15,7 @@ import pytest
 import qncd
 from qncd.app import flags
 from qncd.app import parser as cli
+from qncd.app.quantizing import check_engine_arguments
 from qncd.modes import DEFAULT_MODE
 from qncd.options import MAX_SEED, Limits, option, section
 from qncd.recipe import QUANTIZATION, CorrectionConfig, QuantConfig, Recipe, ReconstructionConfig
@@ -22,6 +23,7 @@ from qncd.recipe import QUANTIZATION, CorrectionConfig, QuantConfig, Recipe, Rec
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("sample_diffusion_ddim", "sample_diffusion_ldm", "txt2img")
 MODES = "linear|qdiff|ptqd|tfmq|d2dpm|qncd|svdquant|hadamard|qncd+"
+GROUPS = "group16|group32|group64|group128|group256"
 ACT_STEPS = Recipe.of("qdiff", reconstruction=True, act_iterations=7, act_lr=0.1)
 # A flag, what it takes (a type, choices, nothing, or on and off), and the default that help shows. Written down from the
 # hand-written parser, before flags came from the recipe; new are --recipe, and `running` of --act_range.
@@ -35,6 +37,8 @@ FLAGS = {
         ("stepwise_act", "on/off", ""), ("step_weights", "on/off", ""), ("tracking", "on/off", ""), ("weight_only", "", ""),
         ("weight_grid", "channel|gguf", "channel"), ("rotation", "on/off", ""), ("rank", "int", "0"),
         ("branch_bits", "float", "1"),
+        ("weight_granularity", f"channel|{GROUPS}", "channel"), ("act_granularity", f"tensor|token|{GROUPS}", "tensor"),
+        ("weight_format", "int|fp8", "int"), ("act_format", "int|fp8", "int"),
     ),
     "reconstruction (BRECQ)": (
         ("recon", "on/off", ""), ("cali_iters", "int", "2000"), ("recon_lr", "float", "0.01"), ("recon_inputs", "int", "512"),
@@ -139,6 +143,12 @@ def open_batch(made: Recipe) -> Recipe:
         ("--quant_mode qdiff --recon --recon_act --cali_iters_a 7 --cali_lr 0.1", ACT_STEPS),
         ("--weight_bit 4 --no-recon", Recipe.of("qncd", "W4A8", reconstruction=False)),
         ("--weight_bit 4 --weight_grid gguf --weight_only", Recipe.of("qncd", "W4A32", weight_grid="gguf")),
+        (
+            "--weight_bit 4 --weight_granularity group64 --weight_only",
+            Recipe.of("qncd", "W4A16", weight_granularity="group64"),
+        ),
+        ("--weight_format fp8 --act_format fp8", Recipe.of("qncd", "FP8")),
+        ("--act_bit 6 --act_granularity token", Recipe.of("qncd", "W8A6", act_granularity="token")),
         ("--quant_mode qdiff --weight_bit 4 --gptq", Recipe.of("qdiff", "W4A8", gptq=True)),
         ("--quant_mode qdiff --weight_bit 4 --resume_w", Recipe.of("qdiff", "W4A8", reconstruction=False)),
         ("--cali_n 7 --cali_st 3 --cali_seed 4", Recipe.of("qncd", samples=7, steps=3, calibration={"seed": 4})),
@@ -191,6 +201,11 @@ def test_what_narrow_activations_get(words: str, expected: tuple[str, bool, bool
         ("--cali_iters_a 3", "--cali_iters_a needs --recon"),
         ("--weight_bit 4 --cali_iters_a 3", "--cali_iters_a needs --recon_act"),
         ("--weight_bit 4 --cali_lr 0.01", "--cali_lr needs --recon_act"),
+        (
+            "--act_granularity token --stepwise_act",
+            "--stepwise_act is about calibrated ranges: with --act_granularity token they are found at run time",
+        ),
+        ("--act_format fp8 --act_bit 6", "--act_format fp8 with --act_bit 6: allowed is 8"),
         ("--weight_grid gguf", "--weight_grid gguf with W8A8: allowed are W8A32 and W4A32 (--weight_only)"),
         (
             "--weight_grid gguf --weight_only --scale_split_static",
@@ -201,6 +216,21 @@ def test_what_narrow_activations_get(words: str, expected: tuple[str, bool, bool
 def test_refusals_name_the_flag(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
         recipe("--quant_mode", "qncd", *words.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("--act_granularity token", "activations whose scales are found at run time"),
+        ("--weight_granularity group64", "weights with one scale for each 64 inputs"),
+        ("--act_format fp8", "fp8"),
+    ],
+)
+def test_engines_without_kernels_are_refused_first(words: str, found: str) -> None:
+    asked = recipe("--quant_mode", "qncd", *words.split())
+    engine = argparse.Namespace(backend="onnxruntime", engine_precision="fp32", onnx=None)
+    with pytest.raises(ValueError, match=rf"^--backend onnxruntime has no form for {found}: allowed is torch$"):
+        check_engine_arguments(engine, asked)
 
 
 @pytest.mark.parametrize(

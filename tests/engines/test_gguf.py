@@ -17,6 +17,7 @@ from torch import Tensor
 
 import qncd
 from qncd.engines.gguf import PREFIX, blocks_of, write_gguf
+from qncd.granularity import PerGroup
 from qncd.models.network import Network, network_of
 from qncd.models.original.unet_names import stable_diffusion_key_map
 from qncd.ptq.checkpoint import load_quantized_, save_quantized
@@ -168,7 +169,7 @@ def test_the_nearest_codes_are_those_of_ggml(form: str, bits: int) -> None:
 def grouped(bits: int, weight_range: str) -> QuantLinear:
     """A layer whose scales are known, 96 inputs to 50 outputs, and codes still to be rounded."""
     torch.manual_seed(0)
-    config = LayerConfig(IntegerRange(bits, True), None, weight_range, "max", group=32, new_bias=False)
+    config = LayerConfig(IntegerRange(bits, True), None, weight_range, "max", weight_granularity=PerGroup(32), new_bias=False)
     layer = QuantLinear.from_float(torch.nn.Linear(96, 50).requires_grad_(False), config)
     layer.search_weight_range_()
     return layer

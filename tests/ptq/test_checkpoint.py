@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qncd.models.files import safetensors_files
 from qncd.models.network import network_of
+from qncd.ptq.bits import mean_bits
 from qncd.ptq.checkpoint import load_quantized_, pack4, peek_quantized, save_quantized, unpack4
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import calibrate_
@@ -86,6 +87,9 @@ CONFIGS = [
     (QuantConfig(None, 8, split=False), True),
     (QuantConfig(8, 6, quantize_attention=False, weight_range="max", act_range="max"), False),
     (QuantConfig(4, 4, rotation=True, rank=4, branch_bits=4.0), True),
+    (QuantConfig(4, 8, weight_granularity="group32", act_granularity="token"), True),
+    (QuantConfig(8, 8, weight_format="fp8", act_format="fp8"), True),
+    (QuantConfig(8, 6, weight_format="fp8", weight_granularity="group64", act_granularity="group16"), False),
 ]
 
 
@@ -340,6 +344,32 @@ def test_rotations_and_branches_that_do_not_do(
         load_quantized_(network_of(unet), path)
     assert str(caught.value) == f"{path}: does not fit this model: {message.format(key)}"
     assert not quant_layers(unet)
+
+
+def test_fp8_codes_are_in_the_file_as_numbers(make_unet: Any, tmp_path: Path) -> None:
+    path, config, name = tmp_path / "q.safetensors", QuantConfig(8, None, weight_format="fp8"), f"{CONV}.weight_codes"
+    source = calibrated(make_unet(), config)
+    save_quantized(network_of(source), path, config, HASH, SETTINGS)
+    codes, scale = load_file(path)[name], load_file(path)[f"{CONV}.weight_scale"]
+    assert codes.dtype == torch.float8_e4m3fn
+    assert torch.equal(codes.float() * scale[..., None, None], quant_layers(source)[CONV].weight)
+    rewrite(path, tmp_path / "bad", {name: at(codes.view(torch.int8), 127).view(torch.float8_e4m3fn)})
+    with pytest.raises(ValueError, match=rf"{name}: holds NaN or infinity$"):
+        load_quantized_(network_of(make_unet()), tmp_path / "bad")
+
+
+def test_scales_of_groups_take_two_bytes(make_unet: Any, tmp_path: Path) -> None:
+    """Codes and scales of 4-bit weights in groups are as large in the file as the mean bits say."""
+    config = QuantConfig(4, None, edge_bits=None, weight_granularity="group32")
+    source = calibrated(make_unet(block_out_channels=(32, 96)), config)
+    save_quantized(network_of(source), tmp_path / "q", config, HASH, SETTINGS)
+    parts = {
+        name: value for name, value in load_file(tmp_path / "q").items() if name.endswith((".weight_packed", ".weight_scale"))
+    }
+    assert {value.dtype for name, value in parts.items() if name.endswith(".weight_scale")} == {torch.float16}
+    size, weights = sum(value.nbytes for value in parts.values()), sum(m.weight.numel() for m in quant_layers(source).values())
+    found = mean_bits(network_of(source), CalibrationSet(torch.zeros(1, 3, 8, 8), torch.tensor([1]))).weight_bits
+    assert 8 * size / weights == pytest.approx(found, rel=1e-3) and 4.5 < found < 4.6
 
 
 @pytest.mark.parametrize("bits", [2, 3])

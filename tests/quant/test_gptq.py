@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qncd.quant.affine import IntegerRange
+from qncd.quant.affine import Codes, IntegerRange, fake_quantize
+from qncd.quant.float8 import Float8Codes
 from qncd.quant.gptq import solve_rounding
 
 CODES = IntegerRange(4, True)
@@ -70,6 +71,21 @@ def test_the_output_is_nearer_than_with_nearest_weights() -> None:
     codes = found / scale
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-9)
     assert codes.min() >= CODES.qmin and codes.max() <= CODES.qmax
+
+
+@pytest.mark.parametrize("codes", [CODES, Float8Codes()], ids=["int4", "fp8"])
+def test_errors_are_made_up_for_across_groups(codes: Codes) -> None:
+    """Groups of 64 inputs, the last one smaller, have scales of their own, whatever the order in which inputs are rounded."""
+    weight, _, x = problem()
+    weight = weight * torch.linspace(0.2, 5, 300)
+    scale = torch.cat([part.abs().amax(1, keepdim=True).expand_as(part) for part in weight.split(64, 1)], 1) / codes.qmax
+    found, _ = solve_rounding(weight, scale, codes, x.T @ x / len(x))
+    rounded = codes.unpack(found).double() * scale
+
+    def error(rounded: Tensor) -> float:
+        return float((x @ (weight - rounded).T).square().mean())
+
+    assert error(rounded) < 0.5 * error(fake_quantize(weight, scale, torch.zeros(()), codes))
 
 
 def test_rounded_inputs_are_made_up_for() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qncd.quant.affine import IntegerRange, fake_quantize
+from qncd.granularity import PerGroup
+from qncd.quant.affine import Codes, IntegerRange, fake_quantize
+from qncd.quant.float8 import Float8Codes
 from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
 from qncd.quant.quantizers import Stage
 from qncd.quant.stepwise import StepwiseActQuantizer
@@ -326,7 +329,7 @@ def test_groups_of_a_row_have_scales_of_their_own(kind: str) -> None:
     weight = torch.randn_like(source.requires_grad_(False).weight).flatten(1)
     weight[0, :32] = 0  # a group of zeros
     source.weight = nn.Parameter(weight.view_as(source.weight), requires_grad=False)
-    layer = wrap(source, layer_config(4, None, weight_range="mse", group=32, new_bias=False))
+    layer = wrap(source, layer_config(4, None, weight_range="mse", weight_granularity=PerGroup(32), new_bias=False))
     layer.quantize_weight_()
     groups, scale = weight.view(6, -1, 32), layer.weight_scale
     assert scale is not None and layer.scale_shape == scale.shape == groups.shape[:2]
@@ -342,8 +345,34 @@ def test_groups_of_a_row_have_scales_of_their_own(kind: str) -> None:
     assert layer.bias is None and not layer.takes_shift
 
 
-def test_groups_that_do_not_fit_a_row_are_refused() -> None:
-    with pytest.raises(ValueError, match="32 inputs of rows of 48"):
-        wrap(nn.Linear(48, 6), layer_config(4, None, group=32))
-    with pytest.raises(ValueError, match="or with segments"):
-        wrap(nn.Linear(64, 6), layer_config(4, None, group=32, segments=(32, 32)))
+@pytest.mark.parametrize("codes", [IntegerRange(4, True), Float8Codes()], ids=["int4", "fp8"])
+def test_the_last_group_of_a_segment_may_be_smaller(codes: Codes) -> None:
+    torch.manual_seed(0)
+    source = nn.Conv2d(10, 3, 3).requires_grad_(False)
+    whole = layer_config(None, None, weight_codes=codes, weight_granularity=PerGroup(32), segments=(6, 4))
+    layer = wrap(source, whole)
+    weight = source.weight.flatten(1).clone()
+    layer.quantize_weight_()
+    assert layer.scale_shape == (3, 4)  # 54 and 36 inputs
+    for column, (start, stop) in enumerate(((0, 32), (32, 54), (54, 86), (86, 90))):
+        alone = wrap(nn.Linear(stop - start, 3).requires_grad_(False), dataclasses.replace(whole, segments=None))
+        alone.weight.copy_(weight[:, start:stop])
+        alone.quantize_weight_()
+        assert alone.weight_scale is not None and layer.weight_scale is not None
+        assert torch.equal(alone.weight_scale[:, 0], layer.weight_scale[:, column])
+        assert torch.equal(alone.weight, layer.weight.flatten(1)[:, start:stop])
+
+
+def test_weights_in_fp8_are_numbers_of_e4m3_times_their_scales() -> None:
+    torch.manual_seed(0)
+    source = nn.Linear(40, 6).requires_grad_(False)
+    layer = wrap(source, layer_config(None, None, weight_codes=Float8Codes()))
+    weight, again = source.weight.clone(), copy.deepcopy(layer)
+    layer.quantize_weight_()
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    assert torch.equal(layer.weight, (weight / scale).to(torch.float8_e4m3fn).float() * scale)
+    assert layer.weight_codes().dtype == torch.int8
+    again.set_weight_codes(layer.weight_codes(), layer.weight_scale)
+    assert torch.equal(again.weight, layer.weight)
+    again.load_state_dict(layer.half().state_dict())
+    assert torch.equal(again.weight_codes(), layer.weight_codes())

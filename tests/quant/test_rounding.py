@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from qncd.granularity import PerGroup
 from qncd.quant.affine import IntegerRange
 from qncd.quant.layers import LayerConfig, QuantLinear
 from qncd.quant.rounding import (
@@ -80,7 +81,7 @@ def test_a_layers_rounding_starts_at_its_weight_and_ends_on_its_grid(segments: t
 
 def test_a_layer_in_floating_point_is_refused() -> None:
     layer = QuantLinear.from_float(nn.Linear(4, 4), LayerConfig(None, IntegerRange(8, False), "max", "max"))
-    with pytest.raises(ValueError, match=r"^a layer without weight codes has no rounding to learn$"):
+    with pytest.raises(ValueError, match=r"^a layer without integer codes of its weights has no rounding to learn$"):
         LearnedRounding(layer)
 
 
@@ -89,7 +90,8 @@ def test_scales_of_either_sign_are_learned_on() -> None:
     torch.manual_seed(0)
     source = nn.Linear(64, 6).requires_grad_(False)
     weight = source.weight.clone()
-    rounding = LearnedRounding(QuantLinear.from_float(source, LayerConfig(IntegerRange(4, True), None, "max", "max", group=32)))
+    config = LayerConfig(IntegerRange(4, True), None, "max", "max", weight_granularity=PerGroup(32))
+    rounding = LearnedRounding(QuantLinear.from_float(source, config))
     assert bool((rounding.scale < 0).any())
     inside = ((weight / rounding.scale) > -8) & ((weight / rounding.scale) < 7)
     torch.testing.assert_close(rounding.soft().detach()[inside], weight[inside], rtol=0, atol=1e-5)

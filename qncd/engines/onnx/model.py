@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qncd import __version__
-from qncd.engines.network import InputSpec
+from qncd.engines.network import InputSpec, check_kernels
 from qncd.engines.packages import require
 from qncd.io.files import reading, regular_file, whole_file
 from qncd.models.loading import state_dict_hash
@@ -100,9 +100,7 @@ def build_onnx(network: Network, info: OnnxInfo | None = None, shape: Sequence[i
         layer.config.weight_codes is not None and layer.weight_scale is None for layer in quant_layers(network.module).values()
     ):
         raise ValueError("only a calibrated model can be exported: its weights are not rounded yet")
-    groups = {layer.config.group for layer in quant_layers(network.module).values()} - {None}
-    if groups:
-        raise ValueError(f"weights with one scale for each {groups.pop()} inputs are exported to FILE.gguf, not to an ONNX model")
+    check_kernels(network, "an ONNX model")
     require("onnxscript")
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 

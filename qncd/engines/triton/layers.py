@@ -64,8 +64,8 @@ class IntegerLayer(nn.Module):
         self.dtype, self.bias = dtype, None if layer.bias is None else layer.bias.detach().float()
         if layer.weight_scale is None or layer.config.weight_codes is None:
             raise ValueError(f"{name}: its weights are in floating point; backend triton runs integers only")
-        if layer.weight_zero_point is not None or layer.config.weight_codes.bits > 8 or layer.config.group is not None:
-            raise ValueError(f"{name}: weights with zero points, groups or more than 8 bits have no kernel in backend triton")
+        if layer.weight_zero_point is not None or layer.config.weight_codes.bits > 8:
+            raise ValueError(f"{name}: weights with zero points or more than 8 bits have no kernel in backend triton")
         if layer.rotation is not None or layer.up is not None:
             what = "rotated inputs have" if layer.rotation is not None else "a low-rank branch has"
             raise ValueError(f"{name}: {what} no kernel in backend triton")

@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from qncd.engines.network import check_kernels
 from qncd.engines.triton.layers import (
     ChannelsLastGroupNorm,
     IntegerAttnProcessor,
@@ -71,6 +72,7 @@ class IntegerNetwork:
     def __init__(self, network: Network, dtype: torch.dtype = torch.float32) -> None:
         if network.channel_dim != 1:
             raise ValueError(f"{type(network.module).__name__}: the Triton kernels are for UNets, not for transformers")
+        check_kernels(network, "backend triton")
         self.steps, self.dtype = Steps(network.device), dtype
         self.network = copy.copy(network)
         self.network.module = self._converted(network.module)

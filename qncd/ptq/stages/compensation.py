@@ -104,7 +104,7 @@ class Solution:
     """A layer's weights on their grid.
 
     Attributes:
-        codes: int8, shape of the weight.
+        codes: packed, int8, shape of the weight.
         scale: (O, K).
         shift: (O,), what the bias gains where there may be one.
         misfit: mean square error of the layer's output less the exact output's mean square, both about their means where
@@ -242,7 +242,7 @@ def _solved(layer: QuantLayer, moments: Moments, grids: Sequence[float], judged:
     else:
         whole, factors = layer.nearest_codes().flatten(1), torch.ones(len(weight), device=weight.device)
     steps = layer.stored_scale(scale.double() * factors.double()[:, None])
-    solved = (whole.double() * steps).to(weight.dtype)
+    solved = (codes.unpack(whole).double() * steps).to(weight.dtype)
     shift = weight.double() @ exact_mean - solved.double() @ rounded_mean
     misfit = 0.0
     if judged:

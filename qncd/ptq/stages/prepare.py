@@ -8,14 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from qncd.granularity import ACTIVATIONS, WEIGHTS, PerGroup
 from qncd.models.families.attentions import PLAIN_PROCESSORS
 from qncd.models.network import Network, network_of
 from qncd.ptq.context import Context
 from qncd.quant.adapters import BEFORE, check_adapted, check_no_adapters, refuse_to_fuse
-from qncd.quant.affine import IntegerRange
+from qncd.quant.affine import Codes, IntegerRange
 from qncd.quant.attention import AttentionProducts, QuantAttnProcessor, QuantizedProducts
+from qncd.quant.float8 import Float8Codes
 from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
 from qncd.recipe import GGUF, GGUF_GROUP, QuantConfig, Recipe
+from qncd.widths import FP8
 
 
 def quantize_(network: Network | nn.Module, config: QuantConfig) -> Network:
@@ -50,16 +53,16 @@ def quantize_(network: Network | nn.Module, config: QuantConfig) -> Network:
         if name in left:
             continue
         parent, _, child = name.rpartition(".")
-        wrapped: QuantLayer
-        if isinstance(layer, nn.Conv2d):
-            wrapped = QuantConv2d.from_float(layer, _layer_config(config, name in edges, layer.in_channels, splits.get(name)))
-        else:
-            wrapped = QuantLinear.from_float(layer, _layer_config(config, name in edges, layer.in_features, splits.get(name)))
+        boundary, channels = splits.get(name), layer.weight.shape[1]
+        new = layer_config(config, name in edges, (boundary, channels - boundary) if boundary else None)
+        wrapped = QuantConv2d.from_float(layer, new) if isinstance(layer, nn.Conv2d) else QuantLinear.from_float(layer, new)
         setattr(module.get_submodule(parent), child, wrapped)
     if config.quantize_attention and config.act_bits is not None:
-        codes, softmax_codes = IntegerRange(config.act_bits, config.act_symmetric), IntegerRange(config.softmax_bits, False)
+        codes = _codes(config.act_bits, config.act_format, config.act_symmetric)
+        softmax_codes = _codes(config.softmax_bits, config.act_format, False)
         for attention in attentions.values():
-            own, settings = attention.processor, (codes, softmax_codes, config.act_range, config.softmax_range)
+            own = attention.processor
+            settings = codes, softmax_codes, config.act_range, config.softmax_range, ACTIVATIONS[config.act_granularity]
             plain = type(own).__name__ in PLAIN_PROCESSORS
             processor = QuantAttnProcessor(*settings) if plain else QuantizedProducts(own, *settings)
             attention.set_processor(processor.to(network.device))
@@ -72,18 +75,27 @@ def _has_blocks(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) and layer.in_features % GGUF_GROUP == 0
 
 
-def _layer_config(config: QuantConfig, edge: bool, channels: int, boundary: int | None) -> LayerConfig:
+def layer_config(config: QuantConfig, edge: bool = False, segments: tuple[int, ...] | None = None) -> LayerConfig:
+    """What a layer gets; `edge`: the first or the last one."""
     weight_bits = config.edge_bits if edge and config.weight_bits is not None else config.weight_bits
     act_bits = config.edge_bits if edge and config.act_bits is not None else config.act_bits
     return LayerConfig(
-        weight_codes=IntegerRange(weight_bits, True) if weight_bits is not None else None,
-        act_codes=IntegerRange(act_bits, config.act_symmetric) if act_bits is not None else None,
+        weight_codes=_codes(weight_bits, config.weight_format, True),
+        act_codes=_codes(act_bits, config.act_format, config.act_symmetric),
         weight_range=config.weight_range,
         act_range=config.act_range,
-        segments=(boundary, channels - boundary) if boundary else None,
-        group=GGUF_GROUP if config.weight_grid == GGUF else None,
+        segments=segments,
+        weight_granularity=PerGroup(GGUF_GROUP) if config.weight_grid == GGUF else WEIGHTS[config.weight_granularity],
+        act_granularity=ACTIVATIONS[config.act_granularity],
         new_bias=config.weight_grid != GGUF,  # no reader has a place for it
     )
+
+
+def _codes(bits: int | None, form: str, signed: bool) -> Codes | None:
+    """What a width and a number format come to; None leaves values in floating point."""
+    if bits is None:
+        return None
+    return Float8Codes() if form == FP8 else IntegerRange(bits, signed)
 
 
 def watch_(network: Network) -> None:

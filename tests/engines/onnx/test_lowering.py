@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from qncd.engines.onnx.lowering import lower_
+from qncd.engines.onnx.model import build_onnx
 from qncd.engines.onnx.tracing import DOMAIN, LAYER, OPSET
+from qncd.granularity import PER_ROW, PerGroup
 from qncd.models.network import network_of
 from qncd.quant.affine import IntegerRange
-from qncd.quant.layers import LayerConfig, QuantConv2d
+from qncd.quant.float8 import Float8Codes
+from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
 from qncd.quant.quantizers import Stage
 
 
@@ -31,7 +35,7 @@ def quantized(conv: nn.Conv2d, x: Tensor) -> QuantConv2d:
 class Denoiser(nn.Module):
     """A network of one layer."""
 
-    def __init__(self, layer: QuantConv2d) -> None:
+    def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
         self.layer = layer
 
@@ -75,3 +79,20 @@ def test_a_convolution_of_any_shape(shape: dict[str, Any]) -> None:
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"])
     found = session.run(None, {"x": np.ascontiguousarray(x.numpy())})[0]
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"act_granularity": PER_ROW}, "activations whose scales are found at run time"),
+        ({"weight_granularity": PerGroup(64)}, "weights with one scale for each 64 inputs"),
+        ({"weight_codes": Float8Codes()}, "fp8"),
+    ],
+)
+def test_what_has_no_form(changes: dict[str, Any], found: str) -> None:
+    config = LayerConfig(IntegerRange(8, True), IntegerRange(8, False), "max", "max")
+    layer = QuantLinear.from_float(nn.Linear(64, 4).requires_grad_(False), dataclasses.replace(config, **changes))
+    layer.quantize_weight_()
+    layer.act.set_stage(Stage.QUANTIZE)
+    with pytest.raises(ValueError, match=f"^layer: an ONNX model has no form for {found}$"):
+        build_onnx(network_of(Denoiser(layer)))

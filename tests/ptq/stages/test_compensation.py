@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qncd.models.network import network_of
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import calibrate_
+from qncd.ptq.positions import input_rows, is_matrix, some_positions
 from qncd.ptq.stages import compensation
 from qncd.ptq.stages.bias_correction import correct_biases_
 from qncd.ptq.stages.prepare import quantize_
@@ -98,18 +99,18 @@ def layer_of(source: nn.Conv2d | nn.Linear) -> QuantConv2d | QuantLinear:
 )
 def test_rows_are_what_the_weight_meets(source: Any, shape: tuple[int, ...]) -> None:
     layer, x = layer_of(source), torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    positions = compensation._positions(layer, x, 10**6, torch.Generator().manual_seed(0)).sort().values
-    rows = compensation._rows(layer, x, positions)
+    positions = some_positions(layer, x, 10**6, torch.Generator().manual_seed(0)).sort().values
+    rows = input_rows(layer, x, positions)
     out = source(x)
     expected = out.flatten(2).transpose(1, 2).reshape(-1, 5) if x.ndim == 4 else out.reshape(-1, 5)
     torch.testing.assert_close(rows @ layer.weight.flatten(1).T + layer.bias, expected)
-    few = compensation._positions(layer, x, 2, torch.Generator().manual_seed(0))
+    few = some_positions(layer, x, 2, torch.Generator().manual_seed(0))
     assert len(few) == min(2, len(positions))
 
 
 def test_a_grouped_convolution_is_left_to_rounding() -> None:
-    assert not compensation._fits(layer_of(nn.Conv2d(4, 4, 3, groups=2)))
-    assert compensation._fits(layer_of(nn.Conv2d(4, 4, 3)))
+    assert not is_matrix(layer_of(nn.Conv2d(4, 4, 3, groups=2)))
+    assert is_matrix(layer_of(nn.Conv2d(4, 4, 3)))
 
 
 def test_a_layer_without_finite_inputs_is_named(make_unet: Any) -> None:
