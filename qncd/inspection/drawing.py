@@ -104,7 +104,9 @@ def noise_figure(noise: Mapping[str, Mapping[int, NoiseAt]]) -> Any:
 def layer_figure(layer: LayerRounding) -> Any:
     """Histograms of a layer's weights and of the error of their rounding, and the curves of its range searches."""
     figure = new_figure(10, 6.4)
-    figure.suptitle(f"{layer.name}, {f'{layer.bits}-bit weights' if layer.bits else 'weights in floating point'}", fontsize="medium")
+    figure.suptitle(
+        f"{layer.name}, {f'{layer.bits}-bit weights' if layer.bits else 'weights in floating point'}", fontsize="medium"
+    )
     panels = figure.subplots(2, 2)
     _weights(panels[0, 0], layer)
     _errors(panels[0, 1], layer)
@@ -116,21 +118,20 @@ def layer_figure(layer: LayerRounding) -> Any:
 
 
 def _in_steps(layer: LayerRounding) -> tuple[Any, Any]:
-    """Weights and rounded weights in steps of their grids, (O, K, n), where there is one; else as they are."""
-    exact, rounded = layer.exact.numpy(), layer.rounded.numpy()
-    if layer.scale is None or layer.scale.shape[1] != 1:
-        return exact, rounded
-    return exact / layer.scale.numpy(), rounded / layer.scale.numpy()
+    """Weights and rounded weights (O, n) in steps of their grids, where there is one; else as they are."""
+    scale = 1.0 if layer.scale is None else layer.scale.numpy()
+    return layer.exact.numpy() / scale, layer.rounded.numpy() / scale
 
 
 def _weights(panel: Any, layer: LayerRounding) -> None:
     exact, rounded = _in_steps(layer)
     edges = np.linspace(min(exact.min(), rounded.min()) - 0.5, max(exact.max(), rounded.max()) + 0.5, BINS)
     panel.hist(exact.ravel(), edges, color="tab:gray", alpha=0.6, label="in full precision")
-    values, counts = np.unique(np.round(rounded, 4), return_counts=True)
-    if layer.scale is not None and layer.scale.shape[1] == 1:
+    if layer.scale is not None:
+        values, counts = np.unique(rounded.round(), return_counts=True)
         panel.vlines(values, 0.5, counts, color="tab:blue", linewidth=1.2, label="on the grid")
-    panel.set(yscale="log", ylabel="weights", xlabel="weight, in steps of its channel's grid")
+    unit = "" if layer.scale is None else ", in steps of its channel's grid"
+    panel.set(yscale="log", ylabel="weights", xlabel=f"weight{unit}")
     panel.legend(fontsize="small")
 
 

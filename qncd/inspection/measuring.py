@@ -222,10 +222,10 @@ class Inspection:
         """Quantize, and measure everything."""
         data, record = sample_calibration(self.runs, self.recipe)
         module, factors, ranges = self.runs.network.module, self._factors(data.inputs), ChannelRanges()
-        kept = LayerKept(module.get_submodule(self.layer)) if self.layer else None
+        kept = LayerKept(self.runs.network, self.layer) if self.layer else None
         with ExitStack() as stack:
             stack.enter_context(hooked(ranges.watch(module, list(factors))))
-            stack.enter_context(hooked([kept.handle] if kept else []))
+            stack.enter_context(hooked(kept.handles if kept else []))
             exact = self.held_out.predictions()
         noise = {CONTROL: self._control()}
         outcome = quantize_network(self.runs, self.recipe, data, record, self.job)

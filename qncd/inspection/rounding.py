@@ -8,33 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qncd.models.network import Network
 from qncd.quant.affine import SEARCH_RATIOS, searched_errors, symmetric_scale, weight_error
 from qncd.quant.layers import QuantLayer
+from qncd.quant.stepwise import StepwiseActQuantizer
 
-KEPT = 512  # positions of a call whose inputs are kept
-MOST = 1 << 14  # positions in all
+KEPT = 1 << 16  # numbers of its input that are kept for each time step
+SEARCHED = 1 << 20  # numbers that one search is repeated on, at most
 
 
 class LayerKept:
-    """The weights of a layer in full precision, and inputs of it at some positions, which its hook keeps.
+    """The weights of a layer in full precision, and inputs of it at some positions, which its hooks keep.
 
     Attributes:
         weight: (O, I, ...), a copy.
-        rows: (M, C) inputs, so many for each call.
-        handle: of the hook.
+        rows: (M, C) inputs, call after call, by the time step.
+        handles: of the hooks.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, network: Network, name: str) -> None:
+        layer: Any = network.module.get_submodule(name)
         self.weight: Tensor = layer.weight.detach().float().clone()
-        self.rows: list[Tensor] = []
+        self.rows: dict[float, list[Tensor]] = {}
+        self._network, self._time = network, 0.0
         self._generator = torch.Generator().manual_seed(0)
-        self.handle = layer.register_forward_pre_hook(self._keep)
+        self.handles = [
+            network.module.register_forward_pre_hook(self._at, with_kwargs=True),
+            layer.register_forward_pre_hook(self._keep),
+        ]
+
+    def _at(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self._time = float(self._network.times_of(args, kwargs).flatten()[0])
 
     def _keep(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach()
-        rows = (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2).float().cpu()
-        if sum(map(len, self.rows)) < MOST:
-            self.rows.append(rows[torch.randperm(len(rows), generator=self._generator)[:KEPT]])
+        rows = (x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2)
+        kept = self.rows.setdefault(self._time, [])
+        free = max(1, KEPT // rows.shape[1]) - sum(map(len, kept))
+        if free > 0:
+            kept.append(rows[torch.randperm(len(rows), generator=self._generator)[:free]].float().cpu())
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class LayerRounding:
         bits: of its weights, None in floating point.
         exact: its weights as they were to be rounded, smoothing multiplied in, (O, n).
         rounded: what they became.
-        scale: (O, K) of the grid; None in floating point.
+        scale: (O, n) of the grid; None in floating point.
         searches: of the weights' ranges and of the input's, where they are quantized.
     """
 
@@ -81,12 +93,10 @@ class LayerRounding:
         smoothing = layer.smoothing
         exact = kept.weight if smoothing is None else kept.weight * smoothing.to(kept.weight)
         searches = [search for search in (_of_weights(layer, exact), _of_inputs(layer, kept)) if search is not None]
-        codes = layer.config.weight_codes
-        rounded, scale = layer.weight.detach().float().cpu().flatten(1), layer.weight_scale
-        return cls(
-            name, codes.bits if codes else None, exact.cpu().flatten(1), rounded, None if scale is None else scale.cpu(),
-            tuple(searches),
-        )  # fmt: skip
+        codes, rounded = layer.config.weight_codes, layer.weight.detach().float()
+        scale = layer.expanded_scale().expand_as(rounded).flatten(1).cpu() if codes else None
+        bits = codes.bits if codes else None
+        return cls(name, bits, exact.cpu().flatten(1), rounded.cpu().flatten(1), scale, tuple(searches))
 
 
 def _of_weights(layer: QuantLayer, exact: Tensor) -> Search | None:
@@ -104,23 +114,30 @@ def _of_weights(layer: QuantLayer, exact: Tensor) -> Search | None:
 
 
 def _of_inputs(layer: QuantLayer, kept: LayerKept) -> Search | None:
-    codes = layer.act.codes
+    """A search for each segment of channels, and for each time step that has a range of its own."""
+    act, codes = layer.act, layer.act.codes
     if codes is None or not kept.rows:
         return None
-    rows = torch.cat(kept.rows)
-    if layer.smoothing is not None:
-        rows = rows / layer.smoothing.flatten().cpu()
-    segments = len(layer.act.segments or (0,))
-    widths = (codes.qmax - codes.qmin) * layer.act.scale.cpu().view(-1, segments)  # (S, K): a row for each time step
+    stepwise = isinstance(act, StepwiseActQuantizer)
+    times = [[float(t)] for t in act.times] if isinstance(act, StepwiseActQuantizer) else [list(kept.rows)]
+    scales = act.scale.cpu().view(len(times), -1)  # (S, K)
     errors, chosen = [], []
-    for place, part in enumerate(layer.parts() if segments > 1 else [slice(None)]):
-        values = rows[:, part].flatten()
-        low, high = values.min(), values.max()
-        found, scales, _ = searched_errors(values, None, low, high, codes)
-        errors.append(found)
-        chosen.append(widths[:, place] / ((codes.qmax - codes.qmin) * scales[0]))
-    title = f"input, {codes.bits} bits" + (", a range for each time step" if len(widths) > 1 else "")
-    return Search(title, _relative(torch.stack(errors, 1)), torch.cat(chosen))
+    for row, seen in enumerate(times):
+        found = [rows for t in seen for rows in kept.rows.get(t, [])]
+        inputs = torch.cat(found) if found else torch.empty(0, layer.weight.shape[1])
+        if layer.smoothing is not None:
+            inputs = inputs / layer.smoothing.flatten().cpu()
+        for segment, part in enumerate(inputs.split(act.segments, 1) if act.segments else [inputs]):
+            values = part.flatten()
+            values = values[:: max(1, len(values) // SEARCHED)]
+            if len(values):
+                found_errors, whole, _ = searched_errors(values, None, values.min(), values.max(), codes)
+                errors.append(found_errors)
+                chosen.append(scales[row, segment] / whole[0])
+    if not errors:
+        return None
+    title = f"input, {codes.bits} bits" + (", by time step" if stepwise else "")
+    return Search(title, _relative(torch.stack(errors, 1)), torch.stack(chosen))
 
 
 def _relative(errors: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +15,6 @@ from qncd.quant.affine import IntegerRange
 from qncd.report.folders import read_layers
 
 UNKNOWN = "layer"  # its kind, where the weights' shape is not in the file
-log = logging.getLogger("qncd")
 
 
 def is_run(path: Path) -> bool:
@@ -43,16 +41,13 @@ def record_of_run(folder: Path) -> NetworkRecord:
 
 
 def record_of_checkpoint(path: Path) -> NetworkRecord:
-    """What its header says, else bits and ranges as far as its tensors tell; a line says so.
+    """What its header says, else bits and ranges as far as its tensors tell: without time steps then.
 
     Raises:
         ValueError: it is damaged.
     """
     info = peek_quantized(path)
-    if info.layers is not None:
-        return info.layers
-    log.warning("%s: has no record of layers (an older version wrote it): bits and ranges alone, no errors", path)
-    return NetworkRecord(tuple(_by_tensors(info, read_safetensors(path))))
+    return info.layers or NetworkRecord(tuple(_by_tensors(info, read_safetensors(path))))
 
 
 def _by_tensors(info: QuantizedInfo, tensors: dict[str, Tensor]) -> list[LayerRecord]:
@@ -69,9 +64,7 @@ def _by_tensors(info: QuantizedInfo, tensors: dict[str, Tensor]) -> list[LayerRe
             found[name] = _with_range(info, tensors, name, shape, tensor.numel(), bits)
     products = [key.removesuffix(".scale") for key in tensors if key.endswith(".scale")]
     operands = sorted(name for name in products if name.removesuffix(".act") not in found)
-    return [found[name] for name in sorted(found)] + [
-        _with_range(info, tensors, name, PRODUCT, 0, None) for name in operands
-    ]
+    return [found[name] for name in sorted(found)] + [_with_range(info, tensors, name, PRODUCT, 0, None) for name in operands]
 
 
 def _code_bits(info: QuantizedInfo) -> int | None:

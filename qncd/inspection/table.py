@@ -62,7 +62,7 @@ def closing_line(record: NetworkRecord) -> str:
     parts = [f"{len(layers)} layers, {weights:,} weights"]
     if known:
         bits = sum(layer.weights * (layer.weight_bits or 0) for layer in known) / sum(layer.weights for layer in known)
-        parts.append(f"{bits:.3g} bits a weight" + ("" if len(known) == len(layers) else f" in {len(known)} of the layers"))
+        parts.append(f"{bits:.4g} bits a weight" + ("" if len(known) == len(layers) else f" in {len(known)} of the layers"))
     if inputs:
         parts.append(f"{sum(inputs) / len(inputs):.3g} bits an input")
     figures: dict[str, Sequence[Any]] = {

@@ -2,7 +2,7 @@
 
     qncd inspect out/w4a8 --sort own --top 20
     qncd inspect out/w4a8.safetensors --out out/pictures
-    qncd inspect configs/fashion_mnist.yml --steps 20 --width W4A8 --mode qncd --out out/pictures --layer mid_block.resnets.0.conv1
+    qncd inspect configs/fashion_mnist.yml --width W8A8 --mode qncd --layer mid_block.resnets.0.conv2 --out out/pictures
 
 SOURCE is the folder of a run, a quantized checkpoint (--cali_ckpt), or a model: a yaml, a folder of diffusers or what else
 `qncd.load` takes. A model is quantized first, on a few calibration images, and measured before and after. --out writes pictures
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qncd.ptq.layer_record import NetworkRecord
     from qncd.recipe import Recipe
 
+log = logging.getLogger("qncd")
 SORTS = ("own", "gathered", "bits", "weights")
 SAMPLES = 16
 OF_MODELS = ("width", "mode", "samples", "steps", "prompt", "layer")  # flags that no other source takes
@@ -35,7 +37,7 @@ NEAREST = 3  # names that are offered instead of an unknown one
 def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     parser = cli.make_parser(description)
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of a run, quantized checkpoint, or model")
-    parser.add_argument("--sort", choices=SORTS, help="order of the layers: largest first, of bits the fewest (default: as they run)")
+    parser.add_argument("--sort", choices=SORTS, help="order of layers: largest first, of bits the fewest (default: as they run)")
     parser.add_argument("--top", type=int, metavar="N", help="so many of the layers (default: all)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for pictures, PNG and SVG")
     group = parser.add_argument_group("of a model")
@@ -60,13 +62,15 @@ def main(args: argparse.Namespace) -> None:
     from qncd.inspection.table import closing_line, lines_of, ordered
 
     label, record, found = _opened(args)
+    if not record.times:
+        lack = f"{args.source}: has no record of its layers' errors, as older versions wrote none: bits and ranges alone"
+        if args.out is not None:
+            raise ValueError(f"{lack}, nothing that --out {args.out} could hold")
+        log.warning(lack)
     for line in [*lines_of(ordered(record.layers, args.sort, args.top)), closing_line(record)]:
         print(line)
     if args.out is not None:
-        figures = draw_all(record, label, found)
-        if not figures:
-            raise ValueError(f"--out {args.out}: {args.source} has bits and ranges alone, there is nothing to draw")
-        write_all(figures, args.out)
+        write_all(draw_all(record, label, found), args.out)
 
 
 def _opened(args: argparse.Namespace) -> tuple[str, NetworkRecord, Inspected | None]:
