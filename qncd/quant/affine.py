@@ -226,7 +226,7 @@ def search_qparams(
 
 
 def searched_errors(
-    values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, codes: IntegerRange, chunk_elements: int = 1 << 18
+    values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, codes: Codes, chunk_elements: int = 1 << 18
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `search_qparams` compares: the L2.4 error of each of SEARCH_RATIOS, float64, with its scale and zero point.
 

@@ -195,7 +195,7 @@ def test_rounding_of_a_smoothed_layer(make_unet: Any) -> None:
             network_of(unet).predict(x[t == time], t[t == time])
     for handle in kept.handles:
         handle.remove()
-    prepared(unet, QuantConfig(8, 8, bias_correction=False), set_all_stepwise_)
+    prepared(unet, QuantConfig(8, 8, bias_correction=False, weight_range="max"), set_all_stepwise_)
     layer = quant_layers(unet)[LAYER]
     found = LayerRounding.of(LAYER, kept, layer)
     assert found.scale is not None and bool(((found.rounded - found.exact).abs() <= 0.5001 * found.scale).all())
