@@ -31,6 +31,7 @@ LAYERS = (
     ("app",),
     ("benchmark",),
     ("report",),
+    ("inspection",),
     ("commands",),
 )
 COMMANDS = ("qncd.app.commands", "qncd.app.console")  # the top of the app, above the benchmarks that they run

@@ -237,50 +237,18 @@ def sample(pipe: Any, images: int) -> Any:
 
 def smoothing(out: Path, images: int = LANE) -> Path:
     """Largest |value| of each channel in front of the second convolution of the block that the embedding stretches most."""
-    import torch
-
+    from qncd.inspection.drawing import smoothing_figure
+    from qncd.inspection.measuring import ChannelRanges, Smoothed
     from qncd.models.network import network_of
+    from qncd.ptq.observing import hooked
     from qncd.ptq.stages.smoothing import smoothing_factors
 
     pipe = load_pipe()
     pipe.scheduler.set_timesteps(STEPS)
-    factors = smoothing_factors(network_of(pipe.unet), pipe.scheduler.timesteps.tolist())
-    largest: dict[str, Any] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def seen(module: Any, args: tuple[Any, ...]) -> None:
-            found = args[0].detach().abs().amax((0, 2, 3))
-            largest[name] = torch.maximum(largest.get(name, found), found)
-
-        return seen
-
-    hooks = [pipe.unet.get_submodule(name).register_forward_pre_hook(watch(name)) for name in factors]
-    sample(pipe, images)
-    for hook in hooks:
-        hook.remove()
-    ranges = {name: (float(value.max()), float((value / factors[name]).max())) for name, value in largest.items()}
-    name = max(ranges, key=lambda name: ranges[name][0] / ranges[name][1])
-    figure = make_figure(11, 3.4)
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    order = largest[name].argsort(descending=True)
-    before, after = largest[name][order].numpy(), (largest[name] / factors[name])[order].numpy()
-    left.bar(range(len(before)), before, color=MUTED, width=0.85, label="before")
-    left.bar(range(len(after)), after, color=ACCENT, width=0.85, label="divided by S, which goes into the weights")
-    for value, color in ((before.max(), MUTED), (after.max(), ACCENT)):
-        left.axhline(value, color=color, linestyle=":", linewidth=1)
-    left.set(title=f"input of {name}", xlabel="channel, by its range", ylabel="largest |activation|", xlim=(-1, len(before)))
-    left.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.72))
-    for place, (wide, narrow) in enumerate(ranges.values()):
-        right.plot([wide, narrow], [place, place], color=PALE, linewidth=3, zorder=1, solid_capstyle="round")
-    right.scatter([wide for wide, _ in ranges.values()], range(len(ranges)), color=MUTED, s=22, zorder=2)
-    right.scatter([narrow for _, narrow in ranges.values()], range(len(ranges)), color=ACCENT, s=22, zorder=2)
-    short = [part.replace("_blocks", "").replace(".resnets", "").replace(".conv2", "") for part in ranges]
-    right.set_yticks(range(len(ranges)), short, fontsize=7.5)
-    right.set(title="range of the whole tensor, every block", xlabel="largest |activation|", ylim=(len(ranges) - 0.5, -0.5))
-    for axes in (left, right):
-        axes.title.set_fontsize(10)
-        bare(axes)
-    return save(figure, out / "smoothing.png")
+    factors, ranges = smoothing_factors(network_of(pipe.unet), pipe.scheduler.timesteps.tolist()), ChannelRanges()
+    with hooked(ranges.watch(pipe.unet, list(factors))):
+        sample(pipe, images)
+    return save(smoothing_figure(Smoothed(ranges.largest, factors)), out / "smoothing.png")
 
 
 def noise(out: Path, modes: Sequence[str] = tuple(MODES), images: int = IMAGES) -> Path:

@@ -40,6 +40,7 @@ COMMANDS = {
         },
     ),
     "report": Command("write one HTML file about runs: settings, layers, figures, images to flip between", "report"),
+    "inspect": Command("show what each layer of a quantized model got, and where its error comes from", "inspect"),
     "reproduce": Command("repeat a published evaluation, and put its figures beside the published ones", "reproduce"),
     "prompts": Command("draw prompts from the captions of MS-COCO", "prompts"),
 }

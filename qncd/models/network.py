@@ -262,7 +262,7 @@ class Network:
         """Attention layers whose operands can be quantized, by name."""
         return {}
 
-    def stretch(self, times: Sequence[int], inputs: Inputs | None = None) -> dict[str, Tensor]:
+    def stretch(self, times: Sequence[float], inputs: Inputs | None = None) -> dict[str, Tensor]:
         """How much the embedding stretches the input channels of a layer: mean size of the factor over `times`, (C,) by layer.
 
         Args:

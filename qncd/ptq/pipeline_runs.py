@@ -203,7 +203,7 @@ class PipelineRuns:
         self._find_diffusion(first)
         return self._collected(kept, model_hash)
 
-    def record(self, recorder: Recorder) -> None:
+    def record(self, recorder: Corrector) -> None:
         correction = PipelineCorrection.of(self.network, recorder, calls_network=True)
         try:
             self._run("full-precision noise table", self.calls, correction, CALIBRATION_SEED_BASE)

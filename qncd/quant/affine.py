@@ -141,6 +141,12 @@ def shared_zero_qparams(low: Tensor, high: Tensor, codes: Codes) -> tuple[Tensor
     return scales.gather(0, best.expand(1, *low.shape))[0], zeros[best].expand_as(low).clone()
 
 
+def weight_error(rows: Tensor, scale: Tensor, codes: Codes) -> Tensor:
+    """What the range search compares: the mean L2.4 error (O, 1) of rows (O, K) that are rounded with scales (O, 1)."""
+    error = codes.round_(rows / scale).clamp_(codes.qmin, codes.qmax).mul_(scale).sub_(rows)
+    return error.abs_().pow_(SEARCH_NORM).mean(1, keepdim=True)
+
+
 def search_weight_scale(weight: Tensor, codes: Codes, chunk_elements: int = 1 << 18) -> Tensor:
     """The clip ratio of each output channel that minimises the L2.4 error of symmetric quantization.
 
@@ -162,8 +168,7 @@ def search_weight_scale(weight: Tensor, codes: Codes, chunk_elements: int = 1 <<
         scale = torch.empty_like(peak)
         for ratio in SEARCH_RATIOS:
             candidate = symmetric_scale(peak * ratio, codes)
-            error = codes.round_(part / candidate).clamp_(codes.qmin, codes.qmax).mul_(candidate).sub_(part)
-            error = error.abs_().pow_(SEARCH_NORM).mean(1, keepdim=True)
+            error = weight_error(part, candidate, codes)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             scale = torch.where(better, candidate, scale)
@@ -215,7 +220,18 @@ def search_qparams(
         scale and zero point, 0-dim. The first of equal candidates wins, as in Q-Diffusion.
     """
     factor = ordinary_factor(torch.maximum(-low, high))
-    values, low, high = values * factor, low * factor, high * factor
+    errors, scales, zero_points = searched_errors(values * factor, counts, low * factor, high * factor, codes, chunk_elements)
+    best = int(errors.cpu().numpy().argmin())  # torch's own does not say which of equal ones it gives
+    return _usable(scales[best] / factor, codes), zero_points[best]
+
+
+def searched_errors(
+    values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, codes: Codes, chunk_elements: int = 1 << 18
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `search_qparams` compares: the L2.4 error of each of SEARCH_RATIOS, float64, with its scale and zero point.
+
+    Arguments as there, of ordinary magnitudes. Errors are means over the values, or with `counts` sums.
+    """
     ratios = torch.tensor(SEARCH_RATIOS, dtype=low.dtype, device=low.device)
     scales, zero_points = affine_qparams(low * ratios, high * ratios, codes)
     errors = []
@@ -224,5 +240,4 @@ def search_qparams(
         scale, zero = scale.view(-1, 1), zero.view(-1, 1)
         error = (fake_quantize(values, scale, zero, codes) - values).abs_().pow_(SEARCH_NORM).double()
         errors.append(error.mean(1) if counts is None else error.mul_(counts).sum(1))
-    best = int(torch.cat(errors).cpu().numpy().argmin())  # torch's own does not say which of equal ones it gives
-    return _usable(scales[best] / factor, codes), zero_points[best]
+    return torch.cat(errors), scales, zero_points

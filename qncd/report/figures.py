@@ -156,17 +156,16 @@ def map_figure(record: NetworkRecord) -> Any | None:
     return figure
 
 
-def steps_figure(runs: Sequence[SampledRun]) -> Any | None:
-    """Error of the whole network's prediction at each time step, a line for each run."""
-    shown = [run for run in runs if run.layers is not None and run.layers.times]
+def steps_figure(records: Sequence[tuple[str, NetworkRecord]]) -> Any | None:
+    """Error of the whole network's prediction at each time step, a line for each record under its title."""
+    shown = [(title, record) for title, record in records if record.times]
     if not shown:
         return None
     figure = new_figure(8, 3.4)
     panel = figure.subplots()
-    for run in shown:
-        assert run.layers is not None
-        times, errors = run.layers.times, [np.nan if v is None else v for v in run.layers.prediction]
-        panel.plot(times, errors, "o-", markersize=4, label=f"{run.label}: {run.how}")
+    for title, record in shown:
+        errors = [np.nan if v is None else v for v in record.prediction]
+        panel.plot(record.times, errors, "o-", markersize=4, label=title)
     panel.set(yscale="log", xlabel="time step (the noisiest on the left)", ylabel="relative squared error")
     panel.invert_xaxis()
     panel.grid(alpha=0.3)

@@ -80,6 +80,11 @@ class SampledRun:
         found = self.settings.get("quantization")
         return f"W{found['weight_bits'] or 32}A{found['act_bits'] or 32} {found['mode']}" if found else "full precision"
 
+    @property
+    def title(self) -> str:
+        """Label and how."""
+        return f"{self.label}: {self.how}"
+
     def pictured(self) -> Pictured:
         """Its images; runs with the same names and full-precision images on the sheet are one group."""
         first = (self.pairs.paired or self.pairs.names)[:SHEET_IMAGES]
@@ -162,7 +167,7 @@ def _opened(path: Path, label: str) -> SampledRun | BenchmarkRun:
     if "model" not in settings or "sampler" not in settings:
         raise ValueError(f"{path}: neither a run of a sampling command nor a quality benchmark: {KINDS}")
     _check_run(path / RUN_FILE, record)
-    return SampledRun(path, label, record, _layers(path / LAYERS_FILE), Pairs.open(path / IMAGES, path / FULL_IMAGES))
+    return SampledRun(path, label, record, read_layers(path / LAYERS_FILE), Pairs.open(path / IMAGES, path / FULL_IMAGES))
 
 
 def _check_run(file: Path, record: dict[str, Any]) -> None:
@@ -175,7 +180,8 @@ def _check_run(file: Path, record: dict[str, Any]) -> None:
         raise ValueError(f"{file}: damaged (no {wrong} in it): {KINDS}")
 
 
-def _layers(file: Path) -> NetworkRecord | None:
+def read_layers(file: Path) -> NetworkRecord | None:
+    """What a layers.json says; None where there is none. Raises ValueError where it is damaged."""
     if not file.is_file():
         return None
     try:

@@ -122,8 +122,9 @@ class Steps:
     key, title = "steps", "Error by time step"
 
     def content(self, report: Report) -> dict[str, Any] | None:
-        plot = figures.svg(figures.steps_figure, report.runs, "steps", "Error of the prediction by time step")
-        return {"drawing": plot, "inputs": max(run.layers.inputs for run in report.runs if run.layers)} if plot else None
+        records = [(run.title, run.layers) for run in report.runs if run.layers]
+        plot = figures.svg(figures.steps_figure, records, "steps", "Error of the prediction by time step")
+        return {"drawing": plot, "inputs": max(record.inputs for _, record in records)} if plot else None
 
 
 class Layers:

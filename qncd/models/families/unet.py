@@ -81,7 +81,7 @@ class UNet(Network):
     # The time embedding.
 
     @torch.no_grad()
-    def embeddings(self, times: Sequence[int], inputs: Inputs | None = None) -> Tensor:
+    def embeddings(self, times: Sequence[float], inputs: Inputs | None = None) -> Tensor:
         """The embedding that every residual block receives: (T, E), times the number of classes or of calibration inputs.
 
         Raises:
@@ -128,7 +128,7 @@ class UNet(Network):
         return module.class_embedding(labels)
 
     @torch.no_grad()
-    def stretch(self, times: Sequence[int], inputs: Inputs | None = None) -> dict[str, Tensor]:
+    def stretch(self, times: Sequence[float], inputs: Inputs | None = None) -> dict[str, Tensor]:
         """Of the second convolution of every residual block, by the block's own structure (QNCD, arXiv 2403.19140, 3.2)."""
         emb = self.embeddings(times, inputs)
         factors = {}

@@ -21,7 +21,7 @@ from qncd.recipe import Recipe, SmoothingConfig
 
 
 def smoothing_factors(
-    network: Network, times: Sequence[int], config: SmoothingConfig | None = None, inputs: Inputs | None = None
+    network: Network, times: Sequence[float], config: SmoothingConfig | None = None, inputs: Inputs | None = None
 ) -> dict[str, Tensor]:
     """S (C,) by the name of the layer whose input is divided by it.
 
