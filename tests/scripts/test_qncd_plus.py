@@ -93,7 +93,6 @@ def test_a_recipe_in_a_file_gives_the_images_of_its_flags(common: list[str], tmp
     [
         (("--recon",), "--recon with GPTQ"),
         (("--no-bias_correction",), "needs bias_correction"),
-        (("--no-gptq", "--smooth_search"), "--smooth_search compares the errors that GPTQ leaves: it needs --gptq"),
         (("--weight_only", "--smooth_search"), "--smooth_search is about quantized activations"),
         (("--weight_only", "--allocate_bits"), "--allocate_bits is about quantized activations"),
         (("--act_bit", "8", "--allocate_bits"), "more than act_bits 8: allowed with it are 2 to 7"),

@@ -68,6 +68,7 @@ TOOLS = {
     },
     "tools/train_first_stage.py --config scenes.yaml --out out": TRAINING | {"--images": WRONG_COUNTS},
     "tools/train_latent_diffusion.py --config scenes.yaml --out out": TRAINING | {"--first_stage": "{m}/missing {m}/other"},
+    "tools/train_transformer.py --config fashion_mnist_dit.yaml --out out": TRAINING,
     "tools/train_scene_classifier.py --out out": CLASSIFIERS | {"--images": WRONG_COUNTS, "--test_images": WRONG_COUNTS},
     "tools/train_fashion_mnist_classifier.py --out out": CLASSIFIERS | {"--data": "{m}/missing {m}/other"},
     "tools/score_scenes.py --write_captions out.txt": {"-n": "0 -1 5000 x", "--seed": "-1 x"},
