@@ -12,10 +12,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from qncd.io.files import read_json, whole_folder, write_json
+from qncd.models.configs import INDEX
 from qncd.models.files.diffusers_folders import check_replaceable
 from qncd.models.loading import state_dict_hash
 from qncd.models.network import Network, network_of
-from qncd.models.pipelines import INDEX
 from qncd.ptq.checkpoint import QuantizedInfo, content_of, load_quantized_, save_quantized
 from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.ranges import round_

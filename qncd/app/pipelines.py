@@ -21,7 +21,7 @@ from qncd.distributed import Processes
 from qncd.io.files import first_line
 from qncd.io.images import to_uint8
 from qncd.io.runs import Run
-from qncd.models.configs import HUB_ID, names_pipeline
+from qncd.models.configs import HUB_ID, INDEX, names_pipeline
 from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES
 from qncd.models.files.registry import check_sha256
 from qncd.models.loading import load_config, state_dict_hash
@@ -29,7 +29,7 @@ from qncd.models.pipelines import from_config, load_pipeline
 from qncd.models.safety import image_finisher
 from qncd.models.schedulers import scheduler_named
 from qncd.models.schema import DIFFUSERS, layout_of
-from qncd.models.single_files import INDEX, is_pipeline_file
+from qncd.models.single_files import is_pipeline_file
 from qncd.recipe import Recipe
 from qncd.sampling.correctors.registry import kind_of
 from qncd.sampling.pipeline import PipelineSampler, Row, denoiser_of, parameters_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from qncd.io.yaml_files import read_yaml
 _PACKAGE = Path(__file__).resolve().parents[1]
 # An installed wheel has the files inside the package, a checkout in the folder beside it.
 CONFIGS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), _PACKAGE / "configs")
+
+ASSETS = _PACKAGE / "assets"
+INDEX = "model_index.json"  # of a pipeline of diffusers, in its folder
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 YAML = (".yml", ".yaml")
@@ -34,6 +38,15 @@ def find_config(name: str | Path) -> Path:
     if path.parts in ((path.name,), ("configs", path.name)) and (CONFIGS / path.name).is_file():
         return CONFIGS / path.name
     raise FileNotFoundError(f"{name}: no such config file")
+
+
+def bundled_folder(config: Mapping[str, Any]) -> Path:
+    """The folder of a bundled pipeline that a yaml names. Raises ValueError where there is none."""
+    name = config["model"]["weights"]
+    if not (ASSETS / name / INDEX).is_file():
+        bundled = sorted(path.parent.name for path in ASSETS.glob(f"*/{INDEX}"))
+        raise ValueError(f"model.weights {name!r} is no bundled pipeline: allowed are {', '.join(bundled) or '(none)'}")
+    return ASSETS / name
 
 
 def read_config(path: Path) -> dict[str, Any]:

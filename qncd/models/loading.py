@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from qncd.models.configs import find_config, read_config
+from qncd.models.configs import ASSETS, find_config, read_config
 from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, check_told, load_unet_folder, local_path
 from qncd.models.files.folder_settings import (
     check_architecture,
@@ -30,8 +30,6 @@ from qncd.models.original.key_tables import network_with_weights
 from qncd.models.schema import COMPVIS, DDIM, DIFFUSION, Name, Section, check, layout_of
 
 __all__ = ["load_config", "load_ddim", "load_unet_folder", "save_ddim", "state_dict_hash"]
-
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
 def load_config(path: str | Path) -> dict[str, Any]:

@@ -15,14 +15,13 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.import_utils import is_accelerate_available
 from torch import nn
 
-from qncd.models import loading
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
-from qncd.models.configs import HUB_ID, YAML, names_pipeline
+from qncd.models.configs import HUB_ID, INDEX, YAML, bundled_folder, names_pipeline
 from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, read_settings
 from qncd.models.latent import latent_pipeline, load_latent_model
 from qncd.models.loading import ddim_pipeline, load_config, load_ddim
 from qncd.models.schema import COMPVIS, DIFFUSERS, PIPELINE, layout_of, shown
-from qncd.models.single_files import INDEX, SingleFile, configs_folder, find_single_file, parts_of, yaml_of
+from qncd.models.single_files import SingleFile, configs_folder, find_single_file, parts_of, yaml_of
 
 __all__ = ["load_pipeline"]
 
@@ -138,15 +137,6 @@ def _set_prediction(pipe: Any, file: SingleFile, folder: Path) -> None:
     )
     snr = ", zero terminal SNR" if pipe.scheduler.config.get("rescale_betas_zero_snr") else ""
     logger.info("%s: %s, predicts %s %s%s", file.path, file.kind, pipe.scheduler.config.prediction_type, told, snr)
-
-
-def bundled_folder(config: Mapping[str, Any]) -> Path:
-    """The folder of a bundled pipeline that a yaml names. Raises ValueError where there is none."""
-    name = config["model"]["weights"]
-    if not (loading.ASSETS / name / INDEX).is_file():
-        bundled = sorted(path.parent.name for path in loading.ASSETS.glob(f"*/{INDEX}"))
-        raise ValueError(f"model.weights {name!r} is no bundled pipeline: allowed are {', '.join(bundled) or '(none)'}")
-    return loading.ASSETS / name
 
 
 def _from_folder(folder: Path, wanted: str | None = None, parts: Mapping[str, Any] | None = None) -> DiffusionPipeline:

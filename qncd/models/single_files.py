@@ -20,7 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from qncd.io.files import first_line
-from qncd.models.configs import CONFIGS, config_beside
+from qncd.models.configs import CONFIGS, INDEX, config_beside
 from qncd.models.files.diffusers_folders import network_builder, read_settings
 from qncd.models.files.file_kinds import PREDICTION_KEYS, is_whole, newer_kind, refuse_part, stated_prediction
 from qncd.models.files.unpickle import load_checkpoint
@@ -31,7 +31,6 @@ from qncd.models.schema import TEXT_CONFIG
 
 logger = logging.getLogger(__name__)
 
-INDEX = "model_index.json"
 _UNET = "model.diffusion_model."
 _CONDITIONS = ("cond_stage_model.", "conditioner.")
 # Where the text models of a pipeline are: in the layout of transformers, and in that of open_clip (ending in "model.").

@@ -173,6 +173,8 @@ class RectifiedFlow(nn.Module):
         first, second: its two text encoders with projections.
     """
 
+    nothing: Tensor
+
     def __init__(
         self, network: nn.Module, first: nn.Module, second: nn.Module, nothing: Sequence[Tensor], condition_dropout: float
     ) -> None:
@@ -190,7 +192,6 @@ class RectifiedFlow(nn.Module):
         noise = torch.randn_like(x0)
         sigma = torch.randn(len(x0), device=x0.device).sigmoid()
         share = sigma.view(-1, 1, 1, 1)
-        assert isinstance(self.nothing, Tensor)
         one, two = dropped(torch.stack(tokens, 1), self.nothing, self.condition_dropout).unbind(1)
         context, pooled = self._texts(one, two)
         velocity = self.network(

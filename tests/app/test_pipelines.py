@@ -17,7 +17,7 @@ from script_runs import run_in_process
 from small_pipelines import KINDS, PROMPTS, made, picture, run, unet, write_lora
 
 import qncd
-from qncd.models import loading
+from qncd.models import configs
 from qncd.sampling.pipeline import PipelineSampler
 
 QUICK = {("SD1", "own", 8), ("SD1", "DDIM, trailing", 30), ("SD1", "Euler", 8), ("SDXL turbo", "own", 8), ("LCM", "own", 8)}
@@ -236,7 +236,7 @@ def test_other_flags_that_are_refused(folder: Callable[[str], Path], tmp_path: P
 
 def test_a_yaml_names_a_bundled_pipeline(folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It recommends steps and guidance; its folder may also be given."""
-    monkeypatch.setattr(loading, "ASSETS", folder("SDXL turbo").parent)
+    monkeypatch.setattr(configs, "ASSETS", folder("SDXL turbo").parent)
     config = tmp_path / "small.yaml"
     target = "diffusers.StableDiffusionXLPipeline"
 

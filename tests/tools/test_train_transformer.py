@@ -53,8 +53,8 @@ def test_train_resume_and_load(name: str, call: dict[str, Any], monkeypatch: pyt
         assert torch.load(out / "run" / "last.ckpt", weights_only=True)["global_step"] == int(steps)
         written.add((out / "latents.safetensors").stat().st_mtime_ns)
     assert len(written) == 1, "the second run took the first one's latents"
-    assert not torch.equal(found[0]["proj_out.weight" if "mm" in name else "proj_out_2.weight"],
-                           found[1]["proj_out.weight" if "mm" in name else "proj_out_2.weight"])  # fmt: skip
+    last = "proj_out.weight" if "mm" in name else "proj_out_2.weight"
+    assert not torch.equal(found[0][last], found[1][last])
     image = pipe(**call, num_inference_steps=2, output_type="np").images
     assert image.shape[0] == 1 and np.isfinite(image).all()
     assert class_labels(pipe) == (None if "mm" in name else list(range(len(CLASS_NAMES))))

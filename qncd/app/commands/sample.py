@@ -11,7 +11,7 @@ from typing import Any
 
 from qncd.app import parser as cli
 from qncd.io.files import read_json
-from qncd.models.configs import CONFIGS, find_config, names_pipeline, read_config
+from qncd.models.configs import CONFIGS, INDEX, bundled_folder, find_config, names_pipeline, read_config
 from qncd.models.schema import COMPVIS, DIFFUSERS, PIPELINE, Section, check, layout_of
 
 DEFAULT_CONFIG = CONFIGS / "fashion_mnist.yml"
@@ -59,8 +59,6 @@ def kind_of_config(path: Path) -> str:
     if layout is not None:
         _check(path, content, layout)
     if layout is DIFFUSERS:
-        from qncd.models.pipelines import bundled_folder
-
         return kind_of_checkpoint(str(bundled_folder(content)))
     if layout is not COMPVIS:
         return "ddim"
@@ -86,7 +84,7 @@ def kind_of_folder(index: Mapping[str, Any]) -> str:
 def kind_of_checkpoint(name: str) -> str:
     """The kind of model in a diffusers folder or a checkpoint with its yaml beside it; what is neither counts as latent."""
     path = Path(name)
-    listing = path / "model_index.json"
+    listing = path / INDEX
     if listing.exists():
         index = read_json(listing)
         _check(listing, index, PIPELINE)
