@@ -41,7 +41,8 @@ FLAGS = {
         ("weight_format", "int|fp8", "int"), ("act_format", "int|fp8", "int"),
     ),
     "reconstruction (BRECQ)": (
-        ("recon", "on/off", ""), ("cali_iters", "int", "2000"), ("recon_lr", "float", "0.01"), ("recon_inputs", "int", "512"),
+        ("recon", "on/off", ""), ("cali_iters", "int", "2000"), ("recon_batch", "int", "32"), ("recon_lr", "float", "0.01"),
+        ("recon_inputs", "int", "512"),
         ("recon_memory", "float", "4"), ("recon_cache", "fp16|bf16|fp32", "fp16"), ("recon_act", "", ""),
         ("cali_iters_a", "int", "500"), ("cali_lr", "float", "0.01"),
     ),

@@ -69,6 +69,9 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     group.add_argument(
         "--cali_iters", type=int, help=f"of modes that reconstruct, a block (default {ReconstructionConfig().iterations})"
     )
+    group.add_argument(
+        "--recon_batch", type=int, help=f"inputs an iteration of theirs (default {ReconstructionConfig().batch_size})"
+    )
     group.add_argument("--interval", type=int, default=CorrectionConfig().interval, help="steps between two noise estimates")
     group = parser.add_argument_group("running")
     group.add_argument("--out", type=Path, default=Path("runs/quality"), help="output folder (default runs/quality)")
@@ -90,7 +93,9 @@ def command_line() -> str:
 
 def main(args: argparse.Namespace) -> None:
     messages.show("info")
-    cli.check_counts(args, ("images", "seeds", "batch_size", "cali_n", "cali_st", "cali_iters", "interval", "jobs"))
+    cli.check_counts(
+        args, ("images", "seeds", "batch_size", "cali_n", "cali_st", "cali_iters", "recon_batch", "interval", "jobs")
+    )
     cli.check_scale(args.scale)
     if not args.report:
         flags.check_output_folder("--out", args.out)
@@ -138,7 +143,8 @@ def make_plan(args: argparse.Namespace, cells: Sequence[Cell]) -> tuple[Plan, Wo
         raise ValueError(f"--seed {args.seed}: allowed are whole numbers, 0 or more")
     calibration = CalibrationConfig(args.cali_n, args.cali_st)
     correction, controlled = CorrectionConfig(interval=args.interval), any(map(corrects, cells))
-    reconstruction = ReconstructionConfig() if args.cali_iters is None else ReconstructionConfig(args.cali_iters)
+    asked = {"iterations": args.cali_iters, "batch_size": args.recon_batch}
+    reconstruction = ReconstructionConfig(**{name: value for name, value in asked.items() if value is not None})
 
     from qncd.app.pipelines import recommended
     from qncd.models.loading import load_config
