@@ -16,8 +16,7 @@ class ReconstructionConfig:
 
     Attributes:
         iterations: optimizer steps of each block.
-        batch_size: inputs a step. On blocks of the bundled DDIM model 4,000 steps of 8 inputs leave 0 to 2 % more error than
-            4,000 of 32, in half the time.
+        batch_size: inputs a step.
         lr: of Adam on the rounding variables.
         inputs: calibration inputs used, evenly spread over the set; None for all.
         memory_gb: cached activations of a block above this go to a file; of each process where there are several.
@@ -33,7 +32,8 @@ class ReconstructionConfig:
         2000, flag="cali_iters", limits=Limits(1), help="iterations a block (default {default}; the papers: 20000)"
     )  # fmt: skip
     batch_size: int = option(
-        32, flag="recon_batch", limits=Limits(1), help="inputs an iteration (default {default}; 8 takes half the time)"
+        32, flag="recon_batch", limits=Limits(1),
+        help="inputs an iteration (default {default}; fewer are faster and a little worse)",
     )  # fmt: skip
     lr: float = option(
         1e-2, flag="recon_lr", limits=Limits(above=0), help="Adam's learning rate (default {default}; the papers: 0.001)"

@@ -139,6 +139,7 @@ def open_batch(made: Recipe) -> Recipe:
         ("--quant_mode linear --reverse_target consistent", Recipe.of("linear", "W8A32", correction={"target": "consistent"})),
         ("--quant_mode qncd+ --sample_reverse 2", Recipe.of("qncd+", correction={"interval": 2})),
         ("--tracking", Recipe.of("qncd", tracking=True)),
+        ("--recon --recon_batch 4", Recipe.of("qncd", reconstruction={"batch_size": 4})),
         ("--recon --cali_iters 5", Recipe.of("qncd", reconstruction={"iterations": 5})),
         ("--quant_mode qdiff --weight_bit 4 --recon_act", Recipe.of("qdiff", "W4A8", act_iterations=500)),
         ("--quant_mode qdiff --recon --recon_act --cali_iters_a 7 --cali_lr 0.1", ACT_STEPS),

@@ -66,12 +66,11 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     group = parser.add_argument_group("calibration and correction")
     group.add_argument("--cali_n", type=int, default=64, help="inputs at each calibration time step (default 64)")
     group.add_argument("--cali_st", type=int, default=10, help="calibration time steps (default 10)")
+    iterations, inputs = ReconstructionConfig().iterations, ReconstructionConfig().batch_size
     group.add_argument(
-        "--cali_iters", type=int, help=f"of modes that reconstruct, a block (default {ReconstructionConfig().iterations})"
+        "--cali_iters", type=int, default=iterations, help=f"of modes that reconstruct, a block (default {iterations})"
     )
-    group.add_argument(
-        "--recon_batch", type=int, help=f"inputs an iteration of theirs (default {ReconstructionConfig().batch_size})"
-    )
+    group.add_argument("--recon_batch", type=int, default=inputs, help=f"inputs an iteration of theirs (default {inputs})")
     group.add_argument("--interval", type=int, default=CorrectionConfig().interval, help="steps between two noise estimates")
     group = parser.add_argument_group("running")
     group.add_argument("--out", type=Path, default=Path("runs/quality"), help="output folder (default runs/quality)")
@@ -143,8 +142,7 @@ def make_plan(args: argparse.Namespace, cells: Sequence[Cell]) -> tuple[Plan, Wo
         raise ValueError(f"--seed {args.seed}: allowed are whole numbers, 0 or more")
     calibration = CalibrationConfig(args.cali_n, args.cali_st)
     correction, controlled = CorrectionConfig(interval=args.interval), any(map(corrects, cells))
-    asked = {"iterations": args.cali_iters, "batch_size": args.recon_batch}
-    reconstruction = ReconstructionConfig(**{name: value for name, value in asked.items() if value is not None})
+    reconstruction = ReconstructionConfig(args.cali_iters, args.recon_batch)
 
     from qncd.app.pipelines import recommended
     from qncd.models.loading import load_config
