@@ -30,6 +30,8 @@ CONFIG, STEPS, WIDTH = "configs/fashion_mnist.yml", 10, "W4A8"
 IMAGES, CALIBRATION, LANE = 32, 32, 16  # images measured, images calibrated with, images of a call
 FIRST_SEED = 1234
 INK, MUTED, PALE = "#1f2430", "#8a919e", "#e8ebf0"
+STYLE: Any = {"font.size": 9, "mathtext.fontset": "cm", "axes.edgecolor": MUTED}
+STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 ACCENT, WARM, COOL = "#c2255c", "#e8890c", "#1c7ed6"
 MODES = {  # name of a line -> mode, options, colour; "nearest": weights rounded to nearest instead of reconstructed
     "linear": ("linear", {}, MUTED),
@@ -53,21 +55,21 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    from matplotlib import rc_context
+
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in dict.fromkeys(args.names):
-        print(FIGURES[name](args.out))
+    with rc_context(STYLE):
+        for name in dict.fromkeys(args.names):
+            print(FIGURES[name](args.out))
 
 
 # Drawing.
 
 
 def make_figure(width: float, height: float) -> Any:
-    from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rcParams.update({"font.size": 9, "axes.edgecolor": MUTED, "text.color": INK, "axes.labelcolor": INK})
-    rcParams.update({"xtick.color": INK, "ytick.color": INK, "mathtext.fontset": "cm"})
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

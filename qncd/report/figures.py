@@ -22,24 +22,24 @@ _INK = "#000000"  # what matplotlib draws in black takes the colour of the page'
 
 
 def svg(draw: Callable[[Any], Any | None], given: Any, key: str, title: str) -> Markup | None:
-    """A figure as SVG: text stays text, the background is the page's.
+    """A figure as SVG: text stays text, the background is the page's, whatever matplotlib is set to otherwise.
 
     Args:
         draw: makes the matplotlib figure of what is given; None where there is nothing to draw, which gives None.
         key: of this figure on the page, for its names within it.
         title: what it shows, for readers that do not see it.
     """
-    from matplotlib import rc_context
+    from matplotlib.style import context
 
-    style: dict[Any, Any] = {
+    style = {
         "figure.facecolor": "none",
         "axes.facecolor": "none",
         "legend.frameon": False,
         "svg.fonttype": "none",
+        "svg.hashsalt": key,
     }
-    style |= {"svg.hashsalt": key, "font.family": "sans-serif"}
     stream = io.StringIO()
-    with rc_context(style):
+    with context(["default", style]):
         figure = draw(given)
         if figure is None:
             return None

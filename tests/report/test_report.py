@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 
 from qncd.app import console
-from qncd.report import pictures, sections
+from qncd.report import figures, pictures, sections
 from qncd.report.folders import open_folders
 from qncd.report.page import LARGEST, render
 from qncd.report.sections import SECTIONS, Report
@@ -150,6 +151,15 @@ def test_sections_without_content_are_left_out(folders: dict[str, Path], monkeyp
     assert found == ["overview", "samples", "settings"]
     page = Page(render(Report(runs, benchmarks), "", [sections.Settings()]))
     assert [a["id"] for a in page.of("section")] == ["settings"]
+
+
+def test_plots_do_not_take_the_readers_settings_of_matplotlib(folders: dict[str, Path]) -> None:
+    """Colours of the page alone, whatever a matplotlibrc or another module has set."""
+    runs = open_folders([folders["good"]])[0]
+    plain = figures.svg(figures.psnr_figure, runs, "psnr", "PSNR")
+    assert plain is not None and "currentColor" in plain
+    with rc_context({"text.color": "#123456", "xtick.color": "#123456", "axes.facecolor": "#123456", "font.size": 20}):
+        assert figures.svg(figures.psnr_figure, runs, "psnr", "PSNR") == plain
 
 
 def test_old_runs_say_what_they_lack(tmp_path: Path) -> None:
