@@ -74,7 +74,7 @@ def load(source: str | Path, **options: Any) -> Any:
 
     Args:
         source: such as configs/scenes.yaml.
-        options: `config`, `ckpt` and `use_pretrained`, as for `qncd.models.pipelines.load_pipeline`.
+        options: `config`, `ckpt`, `use_pretrained` and `scheduler`, as for `qncd.models.pipelines.load_pipeline`.
 
     Raises:
         ValueError, FileNotFoundError: there is no such model, or it is damaged.

@@ -25,9 +25,8 @@ from qncd.models.configs import HUB_ID, INDEX, names_pipeline
 from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES
 from qncd.models.files.registry import check_sha256
 from qncd.models.loading import load_config, state_dict_hash
-from qncd.models.pipelines import from_config, load_pipeline
+from qncd.models.pipelines import load_pipeline
 from qncd.models.safety import image_finisher
-from qncd.models.schedulers import scheduler_named
 from qncd.models.schema import DIFFUSERS, layout_of
 from qncd.models.single_files import is_pipeline_file
 from qncd.recipe import Recipe
@@ -85,7 +84,7 @@ class Request:
     Attributes:
         arguments: of the call by name, each with the flag that gives it; those of None are the pipeline's own.
         refused: flags of original models that are given, and why no pipeline does what they say.
-        scheduler: another scheduler than the pipeline's own: the words that ask for it, and its name.
+        scheduler: the name of another scheduler than the pipeline's own.
         count: images.
         seed_of: the seed of image i.
         batch_size: images at a time.
@@ -100,7 +99,7 @@ class Request:
 
     arguments: Mapping[str, tuple[str, Any]]
     refused: Mapping[str, str]
-    scheduler: tuple[str, str] | None
+    scheduler: str | None
     count: int
     seed_of: Callable[[int], int]
     batch_size: int
@@ -205,12 +204,9 @@ def load(args: argparse.Namespace, request: Request, device: str) -> Any:
             raise ValueError(f"--{flag}: allowed with original checkpoints; {source_name(args)} is a pipeline of diffusers")
     if args.sha256:
         check_sha256(Path(args.ckpt), args.sha256)
-    pipe = opened(args, config)
+    pipe = opened(args, config, request.scheduler)
     if "num_frames" in parameters_of(pipe):
         raise ValueError(f"{type(pipe).__name__} makes videos, which no command saves: sample it from Python (qncd.quantize)")
-    if request.scheduler is not None:
-        words, name = request.scheduler
-        pipe.scheduler = scheduler_named(pipe, name, words)
     adapters.take_in(args, pipe)
     pipe = pipe.to(device)
     for part in pipe.components.values():
@@ -219,22 +215,17 @@ def load(args: argparse.Namespace, request: Request, device: str) -> Any:
     return pipe
 
 
-def opened(args: argparse.Namespace, config: Mapping[str, Any] | None) -> Any:
-    """The pipeline that --config and --ckpt name, as it is stored; `config` is that of `pipeline_config`."""
+def opened(args: argparse.Namespace, config: Mapping[str, Any] | None, scheduler: str | None = None) -> Any:
+    """The pipeline that --config and --ckpt name; `config` is that of `pipeline_config`, `scheduler` the name of another one."""
     messages.hide_loading_bars()
     if config is not None:
-        return from_config(config, args.ckpt, args.use_pretrained)
-    return load_pipeline(args.ckpt, config=args.config)
+        return load_pipeline(args.config, ckpt=args.ckpt, use_pretrained=args.use_pretrained, scheduler=scheduler)
+    return load_pipeline(args.ckpt, config=args.config, scheduler=scheduler)
 
 
 def source_name(args: argparse.Namespace) -> str:
     """What the flags call the pipeline."""
     return str(args.ckpt or args.config)
-
-
-def named_scheduler(args: argparse.Namespace) -> tuple[str, str] | None:
-    """The scheduler of --scheduler, for `Request.scheduler`."""
-    return (f"--scheduler {args.scheduler}", args.scheduler) if args.scheduler else None
 
 
 def check_takes(pipe: Any, argument: str, what: str, instead: str) -> None:

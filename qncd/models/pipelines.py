@@ -20,6 +20,7 @@ from qncd.models.configs import HUB_ID, INDEX, YAML, bundled_folder, names_pipel
 from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, read_settings
 from qncd.models.latent import latent_pipeline, load_latent_model
 from qncd.models.loading import ddim_pipeline, load_config, load_ddim
+from qncd.models.schedulers import scheduler_named
 from qncd.models.schema import COMPVIS, DIFFUSERS, PIPELINE, layout_of, shown
 from qncd.models.single_files import SingleFile, configs_folder, find_single_file, parts_of, yaml_of
 
@@ -39,6 +40,7 @@ def load_pipeline(
     config: str | Path | Mapping[str, Any] | None = None,
     ckpt: str | Path | None = None,
     use_pretrained: bool = False,
+    scheduler: str | None = None,
 ) -> DiffusionPipeline:
     """A model as a pipeline of diffusers, on the CPU: call it, quantize its UNet, or save it as a folder.
 
@@ -63,36 +65,46 @@ def load_pipeline(
             diffusers that says how the parts of such a model are made; by default the hub id that diffusers has for it.
         ckpt: the weights, where `source` is a yaml: all that `load_ddim` and `load_latent_model` take.
         use_pretrained: where `source` is a yaml, download the published weights for it.
+        scheduler: another scheduler of diffusers with the settings of the model's: DDIM, EulerDiscrete, DPMSolverMultistep, ...
 
     Raises:
-        ValueError: weights and config do not fit, or the arguments do not go together; one line that says which.
+        ValueError: weights and config do not fit, the scheduler lacks a setting of the model's, or the arguments do not go
+            together; one line that says which.
         FileNotFoundError: there is no such file, or the hub does not have or give the model.
     """
     path = Path(source)
     is_yaml = path.suffix.lower() in YAML and not path.is_dir()
+    file: SingleFile | None = None
     if config is not None:
         if is_yaml or ckpt is not None or use_pretrained:
             raise ValueError(
                 f"{source}: config= is the yaml of a checkpoint that is the source: leave out ckpt= and use_pretrained="
             )
         if isinstance(config, Mapping) or not names_pipeline(config):
-            return from_config(config if isinstance(config, Mapping) else load_config(config), source, False)
-        if not path.is_file():
+            pipe = from_config(config if isinstance(config, Mapping) else load_config(config), source, False)
+        elif path.is_file():
+            pipe, file = _from_file(path, config)
+        else:
             raise ValueError(
                 f"{source}: config={config} names a pipeline, which says how the parts of a checkpoint file are made"
             )
-        return _from_file(path, config)
-    if is_yaml:
-        return from_config(load_config(path), ckpt, use_pretrained)
-    if ckpt is not None or use_pretrained:
+    elif is_yaml:
+        pipe = from_config(load_config(path), ckpt, use_pretrained)
+    elif ckpt is not None or use_pretrained:
         raise ValueError(f"{source}: ckpt= and use_pretrained= are for a yaml as the source, and this is none")
-    if path.is_dir():
-        return _from_folder(path)
-    if path.is_file():
-        return _from_file(path, None)
-    if HUB_ID.fullmatch(str(source)) and path.suffix not in CHECKPOINT_SUFFIXES:
-        return _from_hub(str(source))
-    raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (OWNER/NAME)")
+    elif path.is_dir():
+        pipe = _from_folder(path)
+    elif path.is_file():
+        pipe, file = _from_file(path, None)
+    elif HUB_ID.fullmatch(str(source)) and path.suffix not in CHECKPOINT_SUFFIXES:
+        pipe = _from_hub(str(source))
+    else:
+        raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (OWNER/NAME)")
+    if scheduler is not None:
+        pipe.scheduler = scheduler_named(pipe, scheduler)
+    if file is not None:
+        _set_prediction(pipe, file)
+    return pipe
 
 
 def from_config(config: Mapping[str, Any], ckpt: str | Path | None, use_pretrained: bool = False) -> DiffusionPipeline:
@@ -107,10 +119,11 @@ def from_config(config: Mapping[str, Any], ckpt: str | Path | None, use_pretrain
     return ddim_pipeline(load_ddim(config, ckpt, use_pretrained), config)
 
 
-def _from_file(path: Path, config: str | Path | None) -> DiffusionPipeline:
+def _from_file(path: Path, config: str | Path | None) -> tuple[DiffusionPipeline, SingleFile | None]:
+    """The pipeline of a checkpoint file, and the file where it may say how its network predicts."""
     file = find_single_file(path)
     if config is None and (file is None or file.is_original):
-        return from_config(load_config(yaml_of(path)), path, False)
+        return from_config(load_config(yaml_of(path)), path, False), None
     if file is None:
         raise ValueError(f"{path}: not a checkpoint of Stable Diffusion, and config={config} is for one; others need their yaml")
     folder = configs_folder(file, config)
@@ -118,20 +131,21 @@ def _from_file(path: Path, config: str | Path | None) -> DiffusionPipeline:
     parts: dict[str, Any] = dict(parts_of(file, folder, index))
     if "safety_checker" in index:  # as diffusers' `from_single_file`
         parts |= {"safety_checker": None, "requires_safety_checker": False}
-    pipe = _from_folder(folder, parts=parts)
-    _set_prediction(pipe, file, folder)
-    return pipe
+    return _from_folder(folder, parts=parts), file
 
 
-def _set_prediction(pipe: Any, file: SingleFile, folder: Path) -> None:
+def _set_prediction(pipe: Any, file: SingleFile) -> None:
     """Give the scheduler what the file says about the network's predictions, and tell what is assumed."""
     settings, where = file.prediction()
-    own, kind = pipe.scheduler, type(pipe.scheduler)
+    kind, folder = type(pipe.scheduler), pipe.name_or_path
     for setting in settings:
         if setting not in inspect.signature(kind.__init__).parameters:
-            raise ValueError(f"{file.path}: asks for {setting} ({where}), which {kind.__name__} of {folder} does not have")
+            raise ValueError(
+                f"{file.path}: asks for {setting} ({where}), which {kind.__name__} does not have: "
+                "choose another scheduler, such as DDIM"
+            )
     if settings:
-        pipe.scheduler = kind.from_config(own.config, **settings)
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
     told = (
         f"by {where} of the file" if "prediction_type" in settings else f"as {folder} says (the file does not: else name another)"
     )

@@ -21,12 +21,11 @@ def names_for(pipe: Any) -> list[str]:
     return sorted(kind.__name__.removesuffix("Scheduler") for kind in pipe.scheduler.compatibles if "_backends" not in vars(kind))
 
 
-def scheduler_named(pipe: Any, name: str, flag: str) -> Any:
+def scheduler_named(pipe: Any, name: str) -> Any:
     """A scheduler of that name with the settings of the pipeline's own.
 
     Args:
         name: such as DDIM, EulerDiscrete or DPMSolverMultistepScheduler, in letters of any size.
-        flag: that asks for it, for what is wrong with it.
 
     Raises:
         ValueError: there is none such, or it does not know a setting that the pipeline's scheduler has.
@@ -35,13 +34,15 @@ def scheduler_named(pipe: Any, name: str, flag: str) -> Any:
     wanted = _SHORT.get(name.lower(), name).lower().removesuffix("scheduler")
     found = next((kind for kind in known if kind.lower() == wanted), None)
     if found is None:
-        raise ValueError(f"{flag}: with {type(own).__name__} in the folder, allowed are {', '.join(known)}")
+        raise ValueError(f"scheduler {name}: with {type(own).__name__} in the folder, allowed are {', '.join(known)}")
     kind = getattr(diffusers, f"{found}Scheduler")
     parameters, defaults = (inspect.signature(cls.__init__).parameters for cls in (kind, type(own)))
     for setting in _MEANING:
         value = own.config.get(setting)
         default = defaults[setting].default if setting in defaults else None
         if setting not in parameters and value not in (None, False, default):
-            raise ValueError(f"{flag}: {kind.__name__} has no {setting}, and the folder's {type(own).__name__} has {value!r}")
+            raise ValueError(
+                f"scheduler {name}: {kind.__name__} has no {setting}, and the folder's {type(own).__name__} has {value!r}"
+            )
     extra = {"skip_prk_steps": True} if found == "PNDM" else {}  # PLMS, as Stable Diffusion has it
     return kind.from_config(own.config, **extra)

@@ -24,9 +24,17 @@ from qncd.models.configs import CONFIGS, INDEX, config_beside
 from qncd.models.files.diffusers_folders import network_builder, read_settings
 from qncd.models.files.file_kinds import PREDICTION_KEYS, is_whole, newer_kind, refuse_part, stated_prediction
 from qncd.models.files.unpickle import load_checkpoint
-from qncd.models.original.compvis import first_stage_part, state_dict_of, tell_unused
+from qncd.models.original.compvis import (
+    AVERAGED_ALONE,
+    averaged_key,
+    first_stage_part,
+    state_dict_of,
+    take_averaged,
+    tell_unused,
+)
 from qncd.models.original.conditioning import text_model_with_weights
 from qncd.models.original.key_tables import network_with_weights, refuse_in, take_part
+from qncd.models.original.unet_names import stable_diffusion_key_map
 from qncd.models.schema import TEXT_CONFIG
 
 logger = logging.getLogger(__name__)
@@ -61,8 +69,8 @@ class SingleFile:
     state: dict[str, Any]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of a tensor; empty where there is none of this name."""
-        value = self.state.get(key)
+        """Of a tensor; of the averaged one where the file has no other, and empty where it has none of this name."""
+        value = self.state.get(key, self.state.get(averaged_key(key.removeprefix(_UNET))))
         return tuple(value.shape) if isinstance(value, Tensor) else ()
 
     @property
@@ -140,6 +148,11 @@ def configs_folder(file: SingleFile, config: str | Path | None) -> Path:
         FileNotFoundError: the hub does not have or give it.
         ValueError: it is not the folder of a pipeline.
     """
+    if config is None and not any(key.startswith(_UNET) for key in file.state):  # diffusers would take them all for v1
+        raise ValueError(
+            f"{file.path}: {file.kind}, with averaged weights alone (model_ema.*), of which no hub id is known: "
+            "name a diffusers folder of such a model with --config (the weights in it are not needed)"
+        )
     source = str(config or conversion.fetch_diffusers_config(file.state)["pretrained_model_name_or_path"])
     folder = Path(source)
     if not folder.is_dir():
@@ -173,11 +186,9 @@ def parts_of(file: SingleFile, folder: Path, index: Mapping[str, Any]) -> dict[s
     """
     state, source = dict(file.state), str(file.path)
     wanted = {name: kind for name in ("unet", "vae", *_TEXTS) if (kind := _class_of(index, name)) is not None}
-    found = {"unet": take_part(state, _UNET), "vae": first_stage_part(state)}
-    if not found["unet"]:
-        raise ValueError(f"{source}: has averaged weights alone (model_ema.*), and they are read of Stable Diffusion 1 only")
     if "unet" not in wanted:
         raise ValueError(f"{folder}: a pipeline without a UNet, and {source} needs that of {file.kind}")
+    found = {"unet": take_part(state, _UNET) or _averaged(state, folder / "unet", source), "vae": first_stage_part(state)}
     parts: dict[str, nn.Module] = {}
     for name, convert in (("unet", conversion.convert_ldm_unet_checkpoint), ("vae", conversion.convert_ldm_vae_checkpoint)):
         if name in wanted and found[name]:
@@ -200,6 +211,14 @@ def _class_of(index: Mapping[str, Any], name: str) -> str | None:
     """The class of a pipeline's component, None where it has none."""
     value = index.get(name)
     return str(value[1]) if isinstance(value, list) and len(value) == 2 and value[1] is not None else None
+
+
+def _averaged(state: dict[str, Any], root: Path, source: str) -> dict[str, Any]:
+    """Take the averaged UNet of a file that has no other, by the original names of the UNet that the folder `root` describes."""
+    with torch.device("meta"):
+        network = network_builder(root, _NETWORKS[root.name])()
+    logger.info(AVERAGED_ALONE, source)
+    return take_averaged(state, stable_diffusion_key_map(network), source, f"the network of {root}")
 
 
 def _converted(part: dict[str, Any], convert: Callable[..., dict[str, Tensor]], root: Path, source: str) -> nn.Module:

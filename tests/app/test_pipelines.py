@@ -181,9 +181,9 @@ def test_an_adapter_is_merged(folder: Callable[[str], Path], tmp_path: Path) -> 
 
 
 REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
-    ("SD1", ("--scheduler", "FlowX"), "--scheduler FlowX: with DDIMScheduler in the folder, allowed are DDIM, DDPM"),
+    ("SD1", ("--scheduler", "FlowX"), "scheduler FlowX: with DDIMScheduler in the folder, allowed are DDIM, DDPM"),
     ("SD1", ("--scheduler", "DDIM", "--plms"), "--scheduler DDIM: excludes --plms and --dpm"),
-    ("SD2, zero terminal SNR", ("--plms",), "--plms: PNDMScheduler has no rescale_betas_zero_snr, and the folder's"),
+    ("SD2, zero terminal SNR", ("--plms",), "scheduler PNDM: PNDMScheduler has no rescale_betas_zero_snr, and the folder's"),
     ("SDXL", ("--ddim_eta", 0.5), "--ddim_eta 0.5: EulerDiscreteScheduler has no eta"),
     ("SD1", ("--argument", "colour=3"), "--argument colour=3: allowed with StableDiffusionPipeline are"),
     ("SD1", ("--argument", "strength"), "--argument strength: expected NAME=VALUE"),
@@ -199,7 +199,7 @@ REFUSED: list[tuple[str, tuple[Any, ...], str]] = [
     ("LDM, classes", (), "ClassConditionalLDMPipeline takes no text: scripts/sample_diffusion_ldm.py"),
     ("Kandinsky 2.2", (), "KandinskyV22Pipeline takes no text"),
     ("Wan", (), "WanPipeline makes videos, which no command saves"),
-    ("SD3", ("--scheduler", "DDIM"), "--scheduler DDIM: with FlowMatchEulerDiscreteScheduler in the folder, allowed are"),
+    ("SD3", ("--scheduler", "DDIM"), "scheduler DDIM: with FlowMatchEulerDiscreteScheduler in the folder, allowed are"),
 ]
 
 

@@ -65,6 +65,25 @@ def test_it_is_what_diffusers_makes_of_the_file(model: Callable[[str], Model], t
     assert {key: found.config[key] for key in expected.config} == dict(expected.config)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_averaged_weights_alone(model: Callable[[str], Model], kind: str, tmp_path: Path, caplog: Any) -> None:
+    """As LitEma names them, without dots; beside raw weights they are not used, as in diffusers."""
+    caplog.set_level("INFO", logger="qncd")
+    pipe, state, folder = model(kind)
+    unet = "model.diffusion_model."
+    averaged = {
+        f"model_ema.diffusion_model{key.removeprefix(unet).replace('.', '')}" if key.startswith(unet) else key: value
+        for key, value in state.items()
+    }
+    path = tmp_path / "m.safetensors"
+    save_file(averaged, path)
+    assert is_pipeline_file(path) == (kind != "SD1")
+    assert hashes(qncd.load(path, config=folder)) == hashes(pipe)
+    assert "averaged weights alone (model_ema.*): they are used" in caplog.text
+    save_file({**state, **{key: value + 1 for key, value in averaged.items() if key.startswith("model_ema.")}}, path)
+    assert hashes(qncd.load(path, config=folder)) == hashes(pipe)
+
+
 class Callback:
     """What a trainer leaves in its checkpoints."""
 
@@ -128,7 +147,10 @@ def test_a_scheduler_that_does_not_know_zero_terminal_snr(model: Callable[[str],
     own, pipe.scheduler = pipe.scheduler, diffusers.PNDMScheduler(skip_prk_steps=True)
     other = configs_alone(pipe, tmp_path / "other")
     pipe.scheduler = own
-    refused(r"asks for rescale_betas_zero_snr \(v_pred, ztsnr\), which PNDMScheduler of ", tmp_path / "m.safetensors", other)
+    refused(r"rescale_betas_zero_snr \(v_pred, ztsnr\), which PNDMScheduler does not have", tmp_path / "m.safetensors", other)
+    scheduler = qncd.load(tmp_path / "m.safetensors", config=other, scheduler="DDIM").scheduler
+    assert type(scheduler) is diffusers.DDIMScheduler and float(scheduler.alphas_cumprod[-1]) == 0
+    assert scheduler.config.prediction_type == "v_prediction"
 
 
 def test_velocities_of_stable_diffusion_1_are_a_pipelines(model: Callable[[str], Model], tmp_path: Path) -> None:
@@ -176,8 +198,11 @@ def test_what_does_not_fit_is_named(model: Callable[[str], Model], tmp_path: Pat
     save_file(state, path, {"modelspec.prediction_type": "x0"})
     refused(r"modelspec\.prediction_type 'x0': allowed are epsilon, v$", path, folder)
     averaged = {"model_ema.diffusion_modelinput_blocks00weight": torch.zeros(16, 4, 3, 3)}
-    save_file(averaged | {key: value for key, value in state.items() if not key.startswith("model.")}, path)
-    refused(r"has averaged weights alone \(model_ema\.\*\)", path, folder)
+    write(averaged, "model.")
+    refused(r"unet: is another network than that of ", path, folder)
+    refused(r"averaged weights alone \(model_ema\.\*\), of which no hub id is known: name a diffusers folder", path)
+    write({**averaged, "model_ema.diffusion_modelx": torch.zeros(1)}, "model.")
+    refused(r"1 averaged weights that the network of .*unet lacks: model_ema\.diffusion_modelx$", path, folder)
     save_file({"conv_in.weight": torch.zeros(1)}, path)
     refused("not a checkpoint of Stable Diffusion, and config=", path, folder)
     with pytest.raises(ValueError, match="names a pipeline, which says how the parts of a checkpoint file are made"):

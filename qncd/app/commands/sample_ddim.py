@@ -81,7 +81,7 @@ def sample_pipeline(args: argparse.Namespace, recipe: Recipe | None, processes: 
     if args.skip_type != "uniform":
         refused["skip_type"] = "a pipeline's scheduler spaces its time steps; give --config for DDIM's own sampler"
     request = pipelines.Request(
-        names, refused, pipelines.named_scheduler(args), args.max_images, lambda i: args.seed + i,
+        names, refused, args.scheduler, args.max_images, lambda i: args.seed + i,
         args.batch_size or 64, args.logdir, rows,
     )  # fmt: skip
     pipelines.sample(request, args, recipe, processes)

@@ -151,7 +151,7 @@ def sample_pipeline(args: argparse.Namespace, recipe: Recipe | None, processes: 
         refused["skip_type"] = "a pipeline's scheduler spaces its time steps"
     if args.dpm and args.scheduler:
         raise ValueError(f"--scheduler {args.scheduler}: excludes --dpm, which names another one")
-    scheduler = ("--dpm", "DPMSolverMultistep") if args.dpm else pipelines.named_scheduler(args)
+    scheduler = "DPMSolverMultistep" if args.dpm else args.scheduler
     names = {
         "num_inference_steps": ("custom_steps", args.custom_steps),
         "eta": ("eta", args.eta),

@@ -225,7 +225,7 @@ def sample_pipeline(prompts: Sequence[str], args: argparse.Namespace, recipe: Re
     names = {
         "num_inference_steps": "ddim_steps", "eta": "ddim_eta", "guidance_scale": "scale", "height": "H", "width": "W",
     }  # fmt: skip
-    named = ("--plms", "PNDM") if args.plms else ("--dpm", "DPMSolverMultistep") if args.dpm else pipelines.named_scheduler(args)
+    named = "PNDM" if args.plms else "DPMSolverMultistep" if args.dpm else args.scheduler
     request = pipelines.Request(
         arguments={name: (flag, getattr(args, flag)) for name, flag in names.items()},
         refused={name: "the pipeline knows its own" for name in ("C", "f") if getattr(args, name) is not None},

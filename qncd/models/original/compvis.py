@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +51,7 @@ Conditioner = ClassConditioner | TextConditioner
 Network = TypeVar("Network", bound=nn.Module)
 
 _UNET, _EMA, _FIRST_STAGE, _CONDITION = "model.diffusion_model.", "model_ema.", "first_stage_model.", "cond_stage_model."
+_EMA_UNET = f"{_EMA}diffusion_model"
 _TEXT = "transformer."  # below cond_stage_model., in front of the text model's keys
 _UNCONDITIONAL = "__is_unconditional__"
 
@@ -73,6 +74,7 @@ _UNUSED_PREFIXES = (
     "embedding_manager.",  # of textual inversion's code, whose checkpoints hold the text model once more
 )
 CONDITIONERS = {"ClassEmbedder": CLASSES, "FrozenCLIPEmbedder": Section({}, {"text_config": TEXT_CONFIG})}
+AVERAGED_ALONE = "%s has averaged weights alone (model_ema.*): they are used"  # of a file, for the log
 _TOLD = 20  # keys of those that are not used
 _NO_WEIGHTS = "position_ids"  # 0, 1, 2, ..., which transformers saved before 4.31
 _UNUSED_TEXT = ("text_projection", "text_projection.weight", "logit_scale")  # what in CLIP compares texts with images
@@ -135,18 +137,35 @@ def _network(build: Callable[[], Network], part: dict[str, Any], table: KeyTable
 
 def _unet(state: dict[str, Any], config: Mapping[str, Any], source: str) -> LdmUNet:
     table = ldm_unet_key_map(config)
-    averaged = {key: f"{_EMA}diffusion_model{key.replace('.', '')}" for key in table}  # as LitEma names its buffers
     raw, prefix = take_part(state, _UNET), _UNET
-    there = any(key in state for key in averaged.values())
+    there = any(key.startswith(_EMA_UNET) for key in state)
     if there and not raw and not uses_ema(config):
-        logger.info("%s has averaged weights alone (model_ema.*): they are used", source)
+        logger.info(AVERAGED_ALONE, source)
     if there and (uses_ema(config) or not raw):
-        raw, prefix = {key: state.pop(name) for key, name in averaged.items() if name in state}, _EMA
-        extra = [key for key in state if key.startswith(f"{_EMA}diffusion_model")]
-        refuse_in(source, "averaged weights that a model of this config lacks", extra)
+        raw, prefix = take_averaged(state, table, source, "a model of this config"), _EMA
     elif uses_ema(config):
         logger.info("%s has no averaged weights (model_ema.*): the raw ones are used", source)
     return _network(lambda: build_ldm_unet(config), raw, table, prefix, source)
+
+
+def averaged_key(name: str) -> str:
+    """What LitEma calls the average of a UNet's weight: its original name without dots."""
+    return _EMA_UNET + name.replace(".", "")
+
+
+def take_averaged(state: dict[str, Any], names: Iterable[str], source: str, kind: str) -> dict[str, Any]:
+    """Take a UNet's averaged weights out of the state dict, by their original names.
+
+    Args:
+        names: of the UNet's weights in the original's layout.
+        source, kind: for messages: the file, and what the UNet is.
+
+    Raises:
+        ValueError: the file has averaged weights of other names.
+    """
+    found = {name: state.pop(key) for name in names if (key := averaged_key(name)) in state}
+    refuse_in(source, f"averaged weights that {kind} lacks", [key for key in state if key.startswith(_EMA_UNET)])
+    return found
 
 
 def first_stage_part(state: dict[str, Any]) -> dict[str, Any]:
