@@ -240,7 +240,8 @@ def sample(pipe: Any, images: int) -> Any:
 def smoothing(out: Path, images: int = LANE) -> Path:
     """Largest |value| of each channel in front of the second convolution of the block that the embedding stretches most."""
     from qncd.inspection.drawing import smoothing_figure
-    from qncd.inspection.measuring import ChannelRanges, Smoothed
+    from qncd.inspection.measuring import ChannelRanges
+    from qncd.inspection.record import Smoothed
     from qncd.models.network import network_of
     from qncd.ptq.observing import hooked
     from qncd.ptq.stages.smoothing import smoothing_factors

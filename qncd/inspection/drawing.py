@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from qncd.benchmark.plots import new_figure, save_figure
-from qncd.inspection.measuring import CONTROL, Inspected, NoiseAt, Smoothed
-from qncd.inspection.rounding import LayerRounding, Search
-from qncd.ptq.layer_record import NetworkRecord
+from qncd.inspection.record import CONTROL, Histogram, Inspected, LayerRounding, NoiseAt, Search, Smoothed
 from qncd.quant.affine import SEARCH_RATIOS
 from qncd.report.figures import layers_figure, map_figure, steps_figure
 
@@ -23,20 +21,18 @@ PANELS = {  # of the picture of the noise: what of a NoiseAt, its title, and its
     "std": ("standard deviation of the error", "log"),
     "correlation": ("correlation with the exact prediction", "linear"),
 }
-BINS = 101
 
 
-def draw_all(record: NetworkRecord, label: str, found: Inspected | None = None) -> dict[str, Any]:
+def draw_all(found: Inspected) -> dict[str, Any]:
     """Figures by name, of what is known."""
     figures = {
-        "layers": layers_figure(record),
-        "map": map_figure(record),
-        "steps": steps_figure([(label, record)]),
+        "layers": layers_figure(found.record),
+        "map": map_figure(found.record),
+        "steps": steps_figure([(found.label, found.record)]),
+        "smoothing": smoothing_figure(found.smoothed),
+        "noise": noise_figure(found.noise),
+        "layer": layer_figure(found.layer),
     }
-    if found is not None:
-        figures["smoothing"] = smoothing_figure(found.smoothed) if found.smoothed else None
-        figures["noise"] = noise_figure(found.noise)
-        figures["layer"] = layer_figure(found.layer) if found.layer else None
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
@@ -48,8 +44,10 @@ def write_all(figures: Mapping[str, Any], folder: Path) -> None:
             save_figure(figure, folder / f"{name}{suffix}")
 
 
-def smoothing_figure(smoothed: Smoothed) -> Any:
+def smoothing_figure(smoothed: Smoothed | None) -> Any | None:
     """Range of each channel in front of the layer whose range shrinks most, beside the factor; and the range in front of all."""
+    if smoothed is None:
+        return None
     name, ranges = smoothed.most, smoothed.ranges
     largest = smoothed.largest[name]
     order = largest.argsort(descending=True)
@@ -79,8 +77,10 @@ def smoothing_figure(smoothed: Smoothed) -> Any:
     return figure
 
 
-def noise_figure(noise: Mapping[str, Mapping[int, NoiseAt]]) -> Any:
+def noise_figure(noise: Mapping[str, Mapping[int, NoiseAt]]) -> Any | None:
     """Four panels over the steps, a line for each of what was measured."""
+    if not noise:
+        return None
     figure = new_figure(10, 6)
     for panel, (key, (title, scale)) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS.items(), strict=True):
         smallest = np.inf
@@ -101,8 +101,10 @@ def noise_figure(noise: Mapping[str, Mapping[int, NoiseAt]]) -> Any:
     return figure
 
 
-def layer_figure(layer: LayerRounding) -> Any:
+def layer_figure(layer: LayerRounding | None) -> Any | None:
     """Histograms of a layer's weights and of the error of their rounding, and the curves of its range searches."""
+    if layer is None:
+        return None
     figure = new_figure(10, 6.4)
     figure.suptitle(
         f"{layer.name}, {f'{layer.bits}-bit weights' if layer.bits else 'weights in floating point'}", fontsize="medium"
@@ -117,32 +119,25 @@ def layer_figure(layer: LayerRounding) -> Any:
     return figure
 
 
-def _in_steps(layer: LayerRounding) -> tuple[Any, Any]:
-    """Weights and rounded weights (O, n) in steps of their grids, where there is one; else as they are."""
-    scale = 1.0 if layer.scale is None else layer.scale.numpy()
-    return layer.exact.numpy() / scale, layer.rounded.numpy() / scale
+def _bars(panel: Any, found: Histogram, **options: Any) -> None:
+    panel.stairs(found.counts.numpy(), found.edges.numpy(), fill=True, **options)
 
 
 def _weights(panel: Any, layer: LayerRounding) -> None:
-    exact, rounded = _in_steps(layer)
-    edges = np.linspace(min(exact.min(), rounded.min()) - 0.5, max(exact.max(), rounded.max()) + 0.5, BINS)
-    panel.hist(exact.ravel(), edges, color="tab:gray", alpha=0.6, label="in full precision")
-    if layer.scale is not None:
-        values, counts = np.unique(rounded.round(), return_counts=True)
+    _bars(panel, layer.exact, color="tab:gray", alpha=0.6, label="in full precision")
+    if layer.codes is not None:
+        values, counts = layer.codes.numpy()
         panel.vlines(values, 0.5, counts, color="tab:blue", linewidth=1.2, label="on the grid")
-    unit = "" if layer.scale is None else ", in steps of its channel's grid"
+    unit = "" if layer.codes is None else ", in steps of its channel's grid"
     panel.set(yscale="log", ylabel="weights", xlabel=f"weight{unit}")
     panel.legend(fontsize="small")
 
 
 def _errors(panel: Any, layer: LayerRounding) -> None:
-    exact, rounded = _in_steps(layer)
-    panel.hist((rounded - exact).ravel(), BINS, color="tab:blue")
-    error, size = layer.rounded - layer.exact, layer.exact
-    share = float(error.square().sum() / size.square().sum().clamp(min=1e-30))
+    _bars(panel, layer.errors, color="tab:blue")
     panel.axvline(-0.5, color="gray", linestyle=":")
     panel.axvline(0.5, color="gray", linestyle=":")
-    panel.set(title=f"squared error {100 * share:.3g} % of the squared weights", ylabel="weights", yscale="log")
+    panel.set(title=f"squared error {100 * layer.share:.3g} % of the squared weights", ylabel="weights", yscale="log")
     panel.set_xlabel("error of rounding, in steps (dotted: half a step)")
     panel.title.set_fontsize(9)
 

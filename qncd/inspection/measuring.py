@@ -9,15 +9,14 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qncd.inspection.rounding import LayerKept, LayerRounding
+from qncd.inspection.record import CONTROL, CORRECTED, PLAIN, Inspected, NoiseAt, Smoothed
+from qncd.inspection.rounding import LayerKept, rounding_of
 from qncd.ptq.context import Monitor, silent
-from qncd.ptq.layer_record import NetworkRecord
 from qncd.ptq.observing import hooked
 from qncd.ptq.pipeline import Job, quantize_network, sample_calibration
 from qncd.ptq.pipeline_runs import PipelineRuns
@@ -56,51 +55,6 @@ class ChannelRanges:
             self.largest[name] = torch.maximum(self.largest.get(name, found), found)
 
         return seen
-
-
-@dataclass(frozen=True)
-class Smoothed:
-    """What smoothing by the embedding does to the inputs of the layers that it stretches.
-
-    Attributes:
-        largest: |value| of each channel before smoothing, (C,) by layer.
-        factors: S, (C,) by layer.
-        used: the recipe smooths by them.
-    """
-
-    largest: Mapping[str, Tensor]
-    factors: Mapping[str, Tensor]
-    used: bool = True
-
-    def after(self, name: str) -> Tensor:
-        """Largest |value| of each channel once it is divided by S."""
-        return self.largest[name] / self.factors[name].cpu()
-
-    @property
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        """Of the whole input, before and after, by layer."""
-        return {name: (float(value.max()), float(self.after(name).max())) for name, value in self.largest.items()}
-
-    @property
-    def most(self) -> str:
-        """The layer whose range shrinks most."""
-        return max(self.ranges, key=lambda name: self.ranges[name][0] / max(self.ranges[name][1], 1e-30))
-
-
-@dataclass(frozen=True)
-class NoiseAt:
-    """The error of a prediction at one step, over all images and pixels.
-
-    Attributes:
-        snr: mean square of the exact prediction over that of the error, in dB; infinite where there is no error.
-        mean, std: of the error.
-        correlation: of the error with the exact prediction; 0 where one of them is constant.
-    """
-
-    snr: float
-    mean: float
-    std: float
-    correlation: float
 
 
 class NoiseSums:
@@ -166,30 +120,11 @@ class Control:
         return Corrected(eps)
 
 
-@dataclass(frozen=True)
-class Inspected:
-    """What was measured while a model was quantized.
-
-    Attributes:
-        record: of its layers.
-        smoothed: ranges around smoothing; None where the network's family knows no layer that its embedding stretches.
-        noise: errors of predictions by step, by what was measured: PLAIN, CORRECTED, CONTROL.
-        layer: the layer that was asked for.
-    """
-
-    record: NetworkRecord
-    smoothed: Smoothed | None = None
-    noise: Mapping[str, Mapping[int, NoiseAt]] = dataclasses.field(default_factory=dict)
-    layer: LayerRounding | None = None
-
-
-PLAIN, CORRECTED, CONTROL = "quantized", "quantized, corrected", "full-precision control: what the paper's estimator reports"
-
-
 class Inspection:
     """A pipeline that is quantized once, and measured before and after. `look` is called once.
 
     Args:
+        label: of what is found.
         pipe: in full precision; its network is quantized in place.
         recipe: how.
         calls: arguments of the calibration calls.
@@ -201,22 +136,22 @@ class Inspection:
     """
 
     def __init__(
-        self, pipe: Any, recipe: Recipe, calls: Sequence[Mapping[str, Any]], steps: int | None = None, layer: str | None = None,
-        monitor: Monitor = silent,
+        self, label: str, pipe: Any, recipe: Recipe, calls: Sequence[Mapping[str, Any]], steps: int | None = None,
+        layer: str | None = None, monitor: Monitor = silent,
     ) -> None:  # fmt: skip
         self.runs = PipelineRuns(pipe, calls, recipe.calibration, steps, monitor)
         self.recipe = recipe.with_calibration(samples=self.runs.samples).with_batch_size(8)
         next_seed = dataclasses.replace(recipe.calibration, seed=recipe.calibration.seed + 1)
         self.held_out = PipelineRuns(pipe, calls, next_seed, steps, monitor)
-        self.layer, self.job = layer, Job(monitor, measured=True)
+        self.label, self.layer, self.job = label, layer, Job(monitor, measured=True)
         check_no_adapters(self.runs.network.module, BEFORE)
 
-    def table(self) -> NetworkRecord:
+    def table(self) -> Inspected:
         """Quantize, and measure the layers alone."""
         data, record = sample_calibration(self.runs, self.recipe)
         found = quantize_network(self.runs, self.recipe, data, record, self.job).layers
         assert found is not None
-        return found
+        return Inspected(self.label, found)
 
     def look(self) -> Inspected:
         """Quantize, and measure everything."""
@@ -236,8 +171,8 @@ class Inspection:
         self.held_out.compare(exact, meter)
         noise = {PLAIN: meter.plain.steps(), CORRECTED: meter.corrected.steps(), **noise}
         smoothed = Smoothed(ranges.largest, factors, self.recipe.smoothing is not None) if factors else None
-        layer = LayerRounding.of(str(self.layer), kept, module.get_submodule(str(self.layer))) if kept else None
-        return Inspected(outcome.layers, smoothed, {name: steps for name, steps in noise.items() if steps}, layer)
+        layer = rounding_of(str(self.layer), kept, module.get_submodule(str(self.layer))) if kept else None
+        return Inspected(self.label, outcome.layers, smoothed, {name: steps for name, steps in noise.items() if steps}, layer)
 
     def _factors(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the embedding, none where the family knows none."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qncd.inspection.record import Histogram, LayerRounding, Search
 from qncd.models.network import Network
 from qncd.quant.affine import SEARCH_RATIOS, searched_errors, symmetric_scale, weight_error
 from qncd.quant.layers import QuantLayer
 from qncd.quant.stepwise import StepwiseActQuantizer
 
 KEPT = 1 << 16  # numbers of its input that are kept for each time step
+BINS = 100  # of a histogram
 SEARCHED = 1 << 20  # numbers that one search is repeated on, at most
 
 
@@ -49,54 +50,23 @@ class LayerKept:
             kept.append(rows[torch.randperm(len(rows), generator=self._generator)[:free]].float().cpu())
 
 
-@dataclass(frozen=True)
-class Search:
-    """Error of the range search against the clip ratio, relative to that of the whole range.
-
-    Attributes:
-        title: what is searched.
-        errors: (80, n) by SEARCH_RATIOS, a column for each range that has a search of its own.
-        chosen: ratios that the layer's ranges have in the end, any number.
-    """
-
-    title: str
-    errors: Tensor
-    chosen: Tensor
-
-
-@dataclass(frozen=True)
-class LayerRounding:
-    """What became of one layer.
-
-    Attributes:
-        name: of the layer.
-        bits: of its weights, None in floating point.
-        exact: its weights as they were to be rounded, smoothing multiplied in, (O, n).
-        rounded: what they became.
-        scale: (O, n) of the grid; None in floating point.
-        searches: of the weights' ranges and of the input's, where they are quantized.
-    """
-
-    name: str
-    bits: int | None
-    exact: Tensor
-    rounded: Tensor
-    scale: Tensor | None
-    searches: tuple[Search, ...]
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, name: str, kept: LayerKept, layer: nn.Module) -> LayerRounding:
-        """Of a layer that is quantized by now. Raises ValueError where it is not."""
-        if not isinstance(layer, QuantLayer):
-            raise ValueError(f"--layer {name}: this recipe does not quantize it")
-        smoothing = layer.smoothing
-        exact = kept.weight if smoothing is None else kept.weight * smoothing.to(kept.weight)
-        searches = [search for search in (_of_weights(layer, exact), _of_inputs(layer, kept)) if search is not None]
-        codes, rounded = layer.config.weight_codes, layer.weight.detach().float()
-        scale = layer.expanded_scale().expand_as(rounded).flatten(1).cpu() if codes else None
-        bits = codes.bits if codes else None
-        return cls(name, bits, exact.cpu().flatten(1), rounded.cpu().flatten(1), scale, tuple(searches))
+@torch.no_grad()
+def rounding_of(name: str, kept: LayerKept, layer: nn.Module) -> LayerRounding:
+    """What became of a layer that is quantized by now. Raises ValueError where it is not."""
+    if not isinstance(layer, QuantLayer):
+        raise ValueError(f"--layer {name}: this recipe does not quantize it")
+    smoothing, codes = layer.smoothing, layer.config.weight_codes
+    exact = kept.weight if smoothing is None else kept.weight * smoothing.to(kept.weight)
+    rounded = layer.weight.detach().float()
+    share = float((rounded - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
+    searches = [search for search in (_of_weights(layer, exact), _of_inputs(layer, kept)) if search is not None]
+    steps = None
+    if codes is not None:
+        exact, rounded = exact / layer.expanded_scale(), rounded / layer.expanded_scale()
+        steps = torch.stack(rounded.round().unique(return_counts=True)).cpu()
+    error, exact, both = (rounded - exact).cpu(), exact.cpu(), torch.stack([exact, rounded]).cpu()
+    among = Histogram.of(exact, BINS, float(both.min()) - 0.5, float(both.max()) + 0.5)
+    return LayerRounding(name, codes.bits if codes else None, among, Histogram.of(error, BINS), steps, share, tuple(searches))
 
 
 def _of_weights(layer: QuantLayer, exact: Tensor) -> Search | None:

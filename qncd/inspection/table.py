@@ -61,7 +61,7 @@ def closing_line(record: NetworkRecord) -> str:
     inputs = [layer.act_bits for layer in record.layers if layer.act_bits]
     parts = [f"{len(layers)} layers, {weights:,} weights"]
     if known:
-        bits = sum(layer.weights * (layer.weight_bits or 0) for layer in known) / sum(layer.weights for layer in known)
+        bits = sum(layer.stored for layer in known) / sum(layer.weights for layer in known)
         parts.append(f"{bits:.4g} bits a weight" + ("" if len(known) == len(layers) else f" in {len(known)} of the layers"))
     if inputs:
         parts.append(f"{sum(inputs) / len(inputs):.3g} bits an input")

@@ -50,18 +50,22 @@ def mean_bits(network: Network, data: CalibrationSet) -> MeanBits:
         run_over(network, data.spread(1), 1)
     widths = {name: quantizer.codes.bits for name, quantizer in act_quantizers(network.module).items() if quantizer.codes}
     sizes = {layer: layer.weight.numel() for layer in quant_layers(network.module).values()}
-    stored = sum(_stored_bits(layer) + layer.branch_size * BRANCH_BITS for layer in sizes)
+    stored = sum(weight_bits(layer) * size + bits_beside(layer) for layer, size in sizes.items())
     plain = sum(layer.weight.numel() for layer in network.layers().values())
     taken = sum(count * widths.get(name, FLOAT) for name, count in counts.items())
     return MeanBits((stored + FLOAT * plain) / (sum(sizes.values()) + plain), taken / sum(counts.values()))
 
 
-def _stored_bits(layer: QuantLayer) -> int:
-    """Of a weight; a scale of a group has 16, those of channels are too few to count."""
-    codes, count = layer.config.weight_codes, layer.weight.numel()
-    if codes is None:
-        return FLOAT * count
-    return codes.bits * count + (16 * math.prod(layer.scale_shape) if layer.config.grouped else 0)
+def weight_bits(layer: QuantLayer) -> int:
+    """Of each weight itself."""
+    codes = layer.config.weight_codes
+    return codes.bits if codes is not None else FLOAT
+
+
+def bits_beside(layer: QuantLayer) -> int:
+    """Of what is stored beside the weights: the scales of groups, 16 each (those of channels are too few to count), a branch."""
+    scales = math.prod(layer.scale_shape) if layer.config.weight_codes is not None and layer.config.grouped else 0
+    return 16 * scales + BRANCH_BITS * layer.branch_size
 
 
 @contextmanager

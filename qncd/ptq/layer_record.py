@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qncd.models.network import Network
+from qncd.ptq.bits import FLOAT, bits_beside
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import call_on, hooked
 from qncd.ptq.positions import input_rows, is_matrix, output_rows, some_positions
@@ -50,6 +51,7 @@ class LayerRecord:
             was not measured, or is not finite.
         own_weights: the same of rounded weights alone, with the input in floating point, over all time steps.
         gathered: squared error of the output in the quantized network, by time step.
+        beside: bits that are stored beside the weights: scales of groups, a low-rank branch.
     """
 
     name: str
@@ -63,6 +65,12 @@ class LayerRecord:
     own: tuple[float | None, ...] | None = None
     own_weights: float | None = None
     gathered: tuple[float | None, ...] | None = None
+    beside: int = 0
+
+    @property
+    def stored(self) -> int:
+        """Bits of the weights and what is beside them; weights in floating point have 32."""
+        return self.weights * (self.weight_bits or FLOAT) + self.beside
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,8 @@ class NetworkRecord:
         for layer in self.layers:
             if not isinstance(layer.name, str) or not isinstance(layer.kind, str):
                 raise ValueError("no record of layers: a name is no text")
-            whole += [value for value in (layer.weights, layer.weight_bits, layer.act_bits, layer.ranges) if value is not None]
+            counts = (layer.weights, layer.weight_bits, layer.act_bits, layer.ranges, layer.beside)
+            whole += [value for value in counts if value is not None]
             numbers += [layer.low, layer.high, layer.own_weights]
             lists += [values for values in (layer.own, layer.gathered) if values is not None]
         if any(type(value) is not int for value in whole):
@@ -130,7 +139,8 @@ def what_layers_got(network: Network) -> NetworkRecord:
     for name, layer in layers.items():
         codes = layer.config.weight_codes
         bits, quantizer = codes.bits if codes else None, quantizers.pop(f"{name}.act", None)
-        found.append(_entry(name, _kind(layer), layer.weight.numel(), bits, quantizer))
+        entry = _entry(name, _kind(layer), layer.weight.numel(), bits, quantizer)
+        found.append(replace(entry, beside=bits_beside(layer)))
     found += [_entry(name, PRODUCT, 0, None, quantizer) for name, quantizer in quantizers.items()]
     return NetworkRecord(tuple(found))
 

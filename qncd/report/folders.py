@@ -1,24 +1,31 @@
-"""The folders that a report is made of: runs of the sampling commands, and quality benchmarks."""
+"""The folders that a report is made of: runs of the sampling commands, quality benchmarks, and what `qncd inspect` wrote."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from qncd.benchmark.plan import FULL, SAMPLES, Cell
 from qncd.benchmark.table import heads, table_lines
+from qncd.inspection.record import INSPECTION_FILE, Inspected
 from qncd.io.files import read_json
 from qncd.io.runs import RUN_FILE, Run
 from qncd.metrics.statistics.paired import worst_and_median
 from qncd.ptq.layer_record import LAYERS_FILE, NetworkRecord
+from qncd.recipe import QuantConfig
 from qncd.report.pairs import Pairs
+from qncd.widths import label_of
 
 QUALITY_FILE = "quality.json"
 IMAGES, FULL_IMAGES = "images", "fp"  # in the folder of a sampling run
-KINDS = "allowed are folders of the sampling commands (images/, run.json) and of `qncd benchmark quality` (cells/, quality.json)"
+KINDS = (
+    "allowed are folders of the sampling commands (images/, run.json), of `qncd benchmark quality` (cells/, quality.json) and of "
+    f"`qncd inspect --out` ({INSPECTION_FILE})"
+)
 SHOWN_FIGURES = ("calibration_seconds", "fp_per_second", "images_per_second")  # of run.json
 SHEET_IMAGES = 16
 CHOSEN = 3  # worst images of a run, and as many around the median
@@ -78,7 +85,7 @@ class SampledRun:
     def how(self) -> str:
         """W4A8 qncd+ and so on."""
         found = self.settings.get("quantization")
-        return f"W{found['weight_bits'] or 32}A{found['act_bits'] or 32} {found['mode']}" if found else "full precision"
+        return f"{label_of(numbers_of(found))} {found['mode']}" if found else "full precision"
 
     @property
     def title(self) -> str:
@@ -128,16 +135,51 @@ class BenchmarkRun:
         return found
 
 
-def open_folders(paths: Sequence[Path]) -> tuple[list[SampledRun], list[BenchmarkRun]]:
-    """The runs and the benchmarks among some folders, each kind in their order.
+@dataclass(frozen=True)
+class InspectedModel:
+    """A folder that `qncd inspect --out` has filled.
+
+    Attributes:
+        label: what the report calls it.
+        found: what was measured.
+    """
+
+    folder: Path
+    label: str
+    found: Inspected
+
+    @property
+    def layers(self) -> NetworkRecord:
+        """What each layer got."""
+        return self.found.record
+
+    @property
+    def how(self) -> str:
+        """The model, W4A8 qncd+ and so on."""
+        return self.found.label
+
+    @property
+    def title(self) -> str:
+        """Label and how."""
+        return f"{self.label}: {self.how}"
+
+
+def numbers_of(quantization: Mapping[str, Any]) -> Any:
+    """What a run.json says of the numbers that weights and activations became; defaults where an older one says less."""
+    return SimpleNamespace(**{**asdict(QuantConfig()), **quantization})
+
+
+def open_folders(paths: Sequence[Path]) -> tuple[list[SampledRun], list[BenchmarkRun], list[InspectedModel]]:
+    """The runs, the benchmarks and what was inspected among some folders, each kind in their order.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is of neither kind, or damaged; a folder is named twice.
+        ValueError: it is of no kind, or damaged; a folder is named twice.
     """
     opened = [_opened(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
     runs = [one for one in opened if isinstance(one, SampledRun)]
-    return runs, [one for one in opened if isinstance(one, BenchmarkRun)]
+    benchmarks = [one for one in opened if isinstance(one, BenchmarkRun)]
+    return runs, benchmarks, [one for one in opened if isinstance(one, InspectedModel)]
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -151,9 +193,11 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     return ["/".join(parts[-size:]) for parts in whole]
 
 
-def _opened(path: Path, label: str) -> SampledRun | BenchmarkRun:
+def _opened(path: Path, label: str) -> SampledRun | BenchmarkRun | InspectedModel:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such folder")
+    if (path / INSPECTION_FILE).is_file():
+        return InspectedModel(path, label, Inspected.open(path))
     if not (path / RUN_FILE).is_file():
         raise ValueError(f"{path}: neither a run nor a benchmark, it has no {RUN_FILE}: {KINDS}")
     record = Run(path).record

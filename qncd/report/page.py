@@ -32,9 +32,10 @@ def render(report: Report, command: str, sections: Sequence[Section] = SECTIONS)
     bodies = [
         (section, Markup(environment.get_template(f"{section.key}.html").render(**content))) for section, content in found.items()
     ]
-    labels = [run.label for run in report.runs] + [benchmark.label for benchmark in report.benchmarks]
     page = environment.get_template("page.html")
-    return page.render(bodies=bodies, title=f"Report: {', '.join(labels)}", command=command, version=__version__, **_assets())
+    return page.render(
+        bodies=bodies, title=f"Report: {', '.join(report.labels)}", command=command, version=__version__, **_assets()
+    )
 
 
 def _assets() -> dict[str, Markup]:

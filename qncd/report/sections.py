@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 from qncd.benchmark.plots import bars_figure, errors_figure, pareto_figure
 from qncd.benchmark.table import heads, seeds, shown_columns
+from qncd.inspection.drawing import layer_figure, noise_figure, smoothing_figure
 from qncd.ptq.layer_record import NetworkRecord
 from qncd.report import figures
-from qncd.report.folders import BenchmarkRun, SampledRun
+from qncd.report.folders import BenchmarkRun, InspectedModel, SampledRun
 from qncd.report.sheets import Sheets, make_sheets
 from qncd.report.tables import Cell, Table, flat, number, percent, text
 
@@ -20,8 +21,19 @@ from qncd.report.tables import Cell, Table, flat, number, percent, text
 class Report:
     """What a report is about."""
 
-    runs: Sequence[SampledRun]
-    benchmarks: Sequence[BenchmarkRun]
+    runs: Sequence[SampledRun] = ()
+    benchmarks: Sequence[BenchmarkRun] = ()
+    models: Sequence[InspectedModel] = ()
+
+    @property
+    def labels(self) -> list[str]:
+        """What the report calls them."""
+        return [*(one.label for one in self.layered), *(one.label for one in self.benchmarks)]
+
+    @property
+    def layered(self) -> list[SampledRun | InspectedModel]:
+        """Those that may say what each layer got."""
+        return [*self.runs, *self.models]
 
     @cached_property
     def sheets(self) -> Sheets:
@@ -93,9 +105,9 @@ class Overview:
 
 
 def mean_weight_bits(record: NetworkRecord) -> float | None:
-    """Over all weights of quantized layers; those in floating point count 32."""
+    """Over all weights of quantized layers, with the scales of groups and the branches beside them; 32 in floating point."""
     weights = sum(layer.weights for layer in record.layers)
-    return sum(layer.weights * (layer.weight_bits or 32) for layer in record.layers) / weights if weights else None
+    return sum(layer.stored for layer in record.layers) / weights if weights else None
 
 
 class Samples:
@@ -122,7 +134,7 @@ class Steps:
     key, title = "steps", "Error by time step"
 
     def content(self, report: Report) -> dict[str, Any] | None:
-        records = [(run.title, run.layers) for run in report.runs if run.layers]
+        records = [(run.title, run.layers) for run in report.layered if run.layers]
         plot = figures.svg(figures.steps_figure, records, "steps", "Error of the prediction by time step")
         return {"drawing": plot, "inputs": max(record.inputs for _, record in records)} if plot else None
 
@@ -134,7 +146,7 @@ class Layers:
 
     def content(self, report: Report) -> dict[str, Any] | None:
         parts = []
-        for place, run in enumerate(report.runs):
+        for place, run in enumerate(report.layered):
             if run.layers is None:
                 continue
             record = run.layers
@@ -166,6 +178,25 @@ class Layers:
                 number(max(known)[1] if known else None),
             ])  # fmt: skip
         return Table(f"Layers of {label}", columns, rows)
+
+
+class Inspected:
+    """What `qncd inspect` measured of a model: smoothing, noise step by step, the rounding of a layer."""
+
+    key, title = "inspected", "Smoothing, noise and rounding"
+
+    def content(self, report: Report) -> dict[str, Any] | None:
+        parts = []
+        for place, model in enumerate(report.models):
+            found, of = model.found, f"of {model.title}"
+            part = {
+                "smoothing": figures.svg(smoothing_figure, found.smoothed, f"smoothing{place}", f"Smoothed ranges {of}"),
+                "noise": figures.svg(noise_figure, found.noise, f"noise{place}", f"Noise of the prediction by step {of}"),
+                "layer": figures.svg(layer_figure, found.layer, f"layer{place}", f"Rounding of a layer {of}"),
+            }
+            if any(part.values()):
+                parts.append({"model": model, **part})
+        return {"parts": parts} if parts else None
 
 
 class Benchmarks:
@@ -218,6 +249,8 @@ class Settings:
                 "git_commits": content.get("git_commits"),
             }
             columns[benchmark.label] = flat(content["settings"]) | flat(around)
+        if not columns:
+            return None
         keys = list(dict.fromkeys(key for column in columns.values() for key in column))
         rows = [(key, [column.get(key, "–") for column in columns.values()]) for key in keys]
         return {
@@ -235,4 +268,4 @@ class Settings:
         }  # fmt: skip
 
 
-SECTIONS: list[Section] = [Overview(), Samples(), WorstAndMedian(), Benchmarks(), Steps(), Layers(), Settings()]
+SECTIONS: list[Section] = [Overview(), Samples(), WorstAndMedian(), Benchmarks(), Inspected(), Steps(), Layers(), Settings()]

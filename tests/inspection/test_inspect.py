@@ -16,8 +16,9 @@ from quantized_networks import inputs, prepared
 from qncd.app import console
 from qncd.app.commands import inspect
 from qncd.inspection import measuring, table
-from qncd.inspection.measuring import CONTROL, CORRECTED, PLAIN, ChannelRanges, Inspected, NoiseMeter, NoiseSums, Smoothed
-from qncd.inspection.rounding import LayerKept, LayerRounding
+from qncd.inspection.measuring import ChannelRanges, NoiseMeter, NoiseSums
+from qncd.inspection.record import CONTROL, CORRECTED, INSPECTION_FILE, PLAIN, Inspected, NoiseAt, Smoothed
+from qncd.inspection.rounding import LayerKept, rounding_of
 from qncd.inspection.sources import record_of_checkpoint
 from qncd.models.network import network_of
 from qncd.ptq.checkpoint import save_quantized
@@ -88,8 +89,9 @@ def test_a_run_as_aligned_text_and_pictures(folder: Path, capsys: pytest.Capture
         "in the mean: 2 layers, 400 weights, 5 bits a weight, 7.33 bits an input, own error 11 %, gathered 21 %, prediction 20 %"
     )
     assert {p.name for p in (folder / "pictures").iterdir()} == {
-        f"{n}.{s}" for n in ("layers", "map", "steps") for s in ("png", "svg")
-    }
+        INSPECTION_FILE, *(f"{n}.{s}" for n in ("layers", "map", "steps") for s in ("png", "svg")),
+    }  # fmt: skip
+    assert Inspected.open(folder / "pictures") == Inspected("run", RECORD)
 
 
 def test_a_checkpoint_without_a_record_says_what_its_tensors_tell(
@@ -127,7 +129,7 @@ def test_a_model_is_quantized_and_measured(
     text = capsys.readouterr().out
     assert LAYER in text and "in the mean:" in text
     names = ("layers", "map", "steps", "smoothing", "noise", "layer")
-    assert {p.name for p in out.iterdir()} == {f"{n}.{s}" for n in names for s in ("png", "svg")}
+    assert {p.name for p in out.iterdir()} == {INSPECTION_FILE, *(f"{n}.{s}" for n in names for s in ("png", "svg"))}
     for path in out.glob("*.png"):
         with Image.open(path) as picture:
             assert picture.width > 500 and np.asarray(picture.convert("L")).std() > 5
@@ -135,9 +137,44 @@ def test_a_model_is_quantized_and_measured(
     assert set(found.noise) == {PLAIN, CORRECTED, CONTROL} and all(list(steps) == [0, 1, 2] for steps in found.noise.values())
     assert found.layer is not None and found.layer.bits == 8 and found.smoothed is not None and not found.smoothed.used
     weights, acts = found.layer.searches
-    assert weights.errors.shape == (len(SEARCH_RATIOS), len(found.layer.exact)) and acts.errors.shape[1] == 1
+    assert weights.errors.shape == (len(SEARCH_RATIOS), 32) and acts.errors.shape[1] == 1
     picked = torch.tensor(SEARCH_RATIOS)[weights.errors.argmin(0)]
     assert torch.allclose(weights.chosen, picked, atol=1e-4), "what the search chose is where its curve is lowest"
+    again = Inspected.open(out)
+    assert (again.label, again.record) == ("ddim: W8A8 ptqd", found.record) and again.smoothed is not None
+    assert again.smoothed.ranges.keys() == found.smoothed.ranges.keys() and again.smoothed.most == found.smoothed.most
+    assert again.noise[PLAIN][1].snr == pytest.approx(found.noise[PLAIN][1].snr, rel=1e-4)
+    assert again.layer is not None and torch.equal(again.layer.exact.counts, found.layer.exact.counts.double())
+    assert torch.allclose(again.layer.searches[0].errors, weights.errors.double(), rtol=1e-4)
+    console.main(["report", str(out), "--out", str(tmp_path / "report.html")])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for heading in ("Smoothing, noise and rounding", "out: ddim: W8A8 ptqd", "Error by time step", f"Layers of {out.name}"):
+        assert heading in page
+    for label in ("Smoothed ranges", "Noise of the prediction by step", "Rounding of a layer"):
+        assert f'aria-label="{label} of out: ddim: W8A8 ptqd"' in page
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda values: values.pop("record"),
+        lambda values: values["noise"]["quantized"]["0"].update(mean="x"),
+        lambda values: values["smoothed"]["factors"].update(a=[1.0]),
+        lambda values: values["record"]["layers"][0].update(beside=0.5),
+    ],
+)
+def test_a_damaged_file_is_refused(damage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = {PLAIN: {0: NoiseAt(float("inf"), 0.0, 0.0, 0.0)}}
+    smoothed = Smoothed({"a": torch.ones(2)}, {"a": torch.ones(2)})
+    Inspected("m", RECORD, smoothed, noise).save(tmp_path)
+    assert Inspected.open(tmp_path).noise == noise
+    values = json.loads((tmp_path / INSPECTION_FILE).read_text())
+    damage(values)
+    (tmp_path / INSPECTION_FILE).write_text(json.dumps(values))
+    with pytest.raises(SystemExit) as stop:
+        console.main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and f"{tmp_path / INSPECTION_FILE}: damaged (" in line
 
 
 def test_noise_is_told_by_its_moments() -> None:
@@ -197,8 +234,9 @@ def test_rounding_of_a_smoothed_layer(make_unet: Any) -> None:
         handle.remove()
     prepared(unet, QuantConfig(8, 8, bias_correction=False, weight_range="max"), set_all_stepwise_)
     layer = quant_layers(unet)[LAYER]
-    found = LayerRounding.of(LAYER, kept, layer)
-    assert found.scale is not None and bool(((found.rounded - found.exact).abs() <= 0.5001 * found.scale).all())
+    found = rounding_of(LAYER, kept, layer)
+    assert found.codes is not None and int(found.codes[1].sum()) == int(found.exact.counts.sum()) == layer.weight.numel()
+    assert float(found.errors.edges.abs().max()) <= 0.5001 and int(found.errors.counts.sum()) == layer.weight.numel()
     assert found.searches[1].errors.shape[1] == len(data.t.unique()) == len(found.searches[1].chosen)
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from qncd.inspection.record import CONTROL, PLAIN, Histogram, Inspected, LayerRounding, NoiseAt, Search, Smoothed
 from qncd.io.images import image_name, save_png
 from qncd.io.runs import open_run
 from qncd.ptq.layer_record import LAYERS_FILE, PRODUCT, LayerRecord, NetworkRecord
+from qncd.quant.affine import SEARCH_RATIOS
 
 COUNT = 6
 
@@ -78,13 +81,29 @@ def write_benchmark(folder: Path, sizes: bool = True) -> Path:
     return folder
 
 
+def write_inspection(folder: Path) -> Path:
+    """What `qncd inspect` leaves of a model."""
+    folder.mkdir()
+    noise = {name: {i: NoiseAt(20.0 - i, 1e-3, 0.1, -0.2) for i in range(3)} for name in (PLAIN, CONTROL)}
+    smoothed = Smoothed({"block.0": torch.tensor([1.0, 8.0])}, {"block.0": torch.tensor([1.0, 3.0])})
+    values = torch.linspace(-8, 7, 64)
+    search = Search("weights", torch.rand(len(SEARCH_RATIOS), 2), torch.ones(2))
+    codes = torch.stack(values.round().unique(return_counts=True))
+    layer = LayerRounding(
+        "block.0", 4, Histogram.of(values, 10), Histogram.of(values - values.round(), 10), codes, 0.01, (search,)
+    )
+    Inspected("m: W4A6 qncd+", layers(), smoothed, noise, layer).save(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two runs of the same full-precision images, one in full precision, and a benchmark."""
+    """Two runs of the same full-precision images, one in full precision, a benchmark, and a model that was inspected."""
     root = tmp_path_factory.mktemp("report")
     return {
         "good": write_run(root / "good", "qncd+", 1),
         "poor": write_run(root / "poor", "linear", 6),
         "full": write_run(root / "full", None, compared=False),
         "bench": write_benchmark(root / "bench"),
+        "model": write_inspection(root / "model"),
     }

@@ -65,7 +65,7 @@ def seen(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     if CHROMIUM is None:
         pytest.skip("no Chromium")
     folder = tmp_path_factory.mktemp("browser")
-    page = render(Report(*open_folders([folders["good"], folders["poor"], folders["bench"]])), "")
+    page = render(Report(*open_folders([folders["good"], folders["poor"], folders["bench"], folders["model"]])), "")
     (folder / "report.html").write_text(page.replace("</body>", f"{ACT}</body>"), encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", "--window-size=500,900"]
     command = [CHROMIUM, *flags, "--dump-dom", (folder / "report.html").as_uri()]

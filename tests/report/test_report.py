@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from matplotlib import rc_context
 
 from qncd.app import console
+from qncd.ptq.layer_record import NetworkRecord
 from qncd.report import figures, pictures, sections
 from qncd.report.folders import open_folders
 from qncd.report.page import LARGEST, render
@@ -89,7 +92,7 @@ def test_headings_links_and_names(page: Page) -> None:
 
 def test_tables_can_be_sorted_by_keyboard(page: Page, text: str) -> None:
     tables = re.findall(r'<table class="sortable">.*?</table>', text, re.DOTALL)
-    assert len(tables) == 4  # runs, two records of layers, one benchmark
+    assert len(tables) == 5  # runs, three records of layers, one benchmark
     for table in tables:
         head, body = table.split("</thead>")
         columns = head.count("<th ")
@@ -107,7 +110,7 @@ def test_runs_side_by_side(page: Page) -> None:
 
 
 def test_sheets_flip_between_the_same_seeds(folders: dict[str, Path]) -> None:
-    runs, benchmarks = open_folders(list(folders.values()))
+    runs, benchmarks, _ = open_folders(list(folders.values()))
     sheets = make_sheets([*(run.pictured() for run in runs), *(one for b in benchmarks for one in b.pictured())])
     both, alone, cells = sheets.sheets
     assert both.views[:3] == ("full precision", "good: W4A6 qncd+", "poor: W4A6 linear")
@@ -146,11 +149,24 @@ def test_many_large_images_are_shrunk() -> None:
 
 def test_sections_without_content_are_left_out(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A run in full precision has no layers; a section is a line in a list."""
-    runs, benchmarks = open_folders([folders["full"]])
-    found = [a["id"] for a in Page(render(Report(runs, benchmarks), "")).of("section")]
+    report = Report(*open_folders([folders["full"]]))
+    found = [a["id"] for a in Page(render(report, "")).of("section")]
     assert found == ["overview", "samples", "settings"]
-    page = Page(render(Report(runs, benchmarks), "", [sections.Settings()]))
+    page = Page(render(report, "", [sections.Settings()]))
     assert [a["id"] for a in page.of("section")] == ["settings"]
+
+
+def test_widths_and_bits_are_named_whole(tmp_path: Path) -> None:
+    """Formats, granularities, and what is stored beside the weights."""
+    run = write_run(tmp_path / "run", "svdquant", compared=False)
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["quantization"] |= {"weight_format": "fp8", "act_granularity": "token"}
+    (run / "run.json").write_text(json.dumps(record))
+    ((found,), _, _) = open_folders([run])
+    assert found.how == "WFP8A6 (activations token) svdquant"
+    assert found.layers is not None and sections.mean_weight_bits(found.layers) == 4
+    layers = [dataclasses.replace(layer, beside=2 * layer.weights) for layer in found.layers.layers]
+    assert sections.mean_weight_bits(NetworkRecord(tuple(layers))) == 6
 
 
 def test_plots_do_not_take_the_readers_settings_of_matplotlib(folders: dict[str, Path]) -> None:

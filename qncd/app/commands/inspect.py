@@ -7,6 +7,7 @@
 SOURCE is the folder of a run, a quantized checkpoint (--cali_ckpt), or a model: a yaml, a folder of diffusers or what else
 `qncd.load` takes. A model is quantized first, on a few calibration images, and measured before and after. --out writes pictures
 as PNG and SVG: layers, map and steps of any source; of a model also smoothing, noise and with --layer the rounding of one layer.
+`qncd report` takes that folder, too.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from qncd.app import parser as cli
 from qncd.modes import DEFAULT_MODE, MODES
 
 if TYPE_CHECKING:
-    from qncd.inspection.measuring import Inspected, Inspection
-    from qncd.ptq.layer_record import NetworkRecord
+    from qncd.inspection.measuring import Inspection
+    from qncd.inspection.record import Inspected
     from qncd.recipe import Recipe
 
 log = logging.getLogger("qncd")
@@ -61,7 +62,8 @@ def main(args: argparse.Namespace) -> None:
     from qncd.inspection.drawing import draw_all, write_all
     from qncd.inspection.table import closing_line, lines_of, ordered
 
-    label, record, found = _opened(args)
+    found = _opened(args)
+    record = found.record
     if not record.times:
         lack = f"{args.source}: has no record of its layers' errors, as older versions wrote none: bits and ranges alone"
         if args.out is not None:
@@ -70,11 +72,13 @@ def main(args: argparse.Namespace) -> None:
     for line in [*lines_of(ordered(record.layers, args.sort, args.top)), closing_line(record)]:
         print(line)
     if args.out is not None:
-        write_all(draw_all(record, label, found), args.out)
+        write_all(draw_all(found), args.out)
+        found.save(args.out)
 
 
-def _opened(args: argparse.Namespace) -> tuple[str, NetworkRecord, Inspected | None]:
-    """A title, what the layers got, and what else was measured."""
+def _opened(args: argparse.Namespace) -> Inspected:
+    """What the layers got, and what else was measured."""
+    from qncd.inspection.record import Inspected
     from qncd.inspection.sources import is_checkpoint, is_run, record_of_checkpoint, record_of_run
 
     source: Path = args.source
@@ -85,7 +89,7 @@ def _opened(args: argparse.Namespace) -> tuple[str, NetworkRecord, Inspected | N
             given = next((name for name in OF_MODELS if getattr(args, name) is not None), None)
             if given:
                 raise ValueError(f"--{given} is for a model, and {source} is {kind}")
-            return source.name, read(source), None
+            return Inspected(source.name, read(source))
     if args.width is None:
         raise ValueError(
             f"{source}: neither the folder of a run (run.json) nor a quantized checkpoint; a model needs --width, such as W4A8"
@@ -93,7 +97,7 @@ def _opened(args: argparse.Namespace) -> tuple[str, NetworkRecord, Inspected | N
     return _measured(args)
 
 
-def _measured(args: argparse.Namespace) -> tuple[str, NetworkRecord, Inspected | None]:
+def _measured(args: argparse.Namespace) -> Inspected:
     """A model, quantized and measured."""
     from qncd.recipe import Recipe
 
@@ -104,11 +108,7 @@ def _measured(args: argparse.Namespace) -> tuple[str, NetworkRecord, Inspected |
     except ValueError as error:
         raise ValueError(f"--width {args.width}: {error}") from None
     inspection = _inspection(args, recipe)
-    label = f"{args.source.stem}: {recipe.label}"
-    if args.out is None:
-        return label, inspection.table(), None
-    found = inspection.look()
-    return label, found.record, found
+    return inspection.table() if args.out is None else inspection.look()
 
 
 def _inspection(args: argparse.Namespace, recipe: Recipe) -> Inspection:
@@ -125,7 +125,7 @@ def _inspection(args: argparse.Namespace, recipe: Recipe) -> Inspection:
     if args.layer is not None:
         _check_layer(args.layer, list(network_of(denoiser_of(pipe)[1]).layers()))
     calls = _calls(args, pipe, recipe.calibration.samples)
-    return Inspection(pipe, recipe, calls, args.steps, args.layer, bars)
+    return Inspection(f"{args.source.stem}: {recipe.label}", pipe, recipe, calls, args.steps, args.layer, bars)
 
 
 def _check_layer(name: str, names: Sequence[str]) -> None:

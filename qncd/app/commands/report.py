@@ -4,8 +4,8 @@
     qncd report out/w4a8 out/w4a6 out/linear --out report.html
     qncd report runs/quality --out quality.html --pareto pareto.svg
 
-RUN is a folder of `qncd sample` (with --compare_fp it holds the images to compare with), or of `qncd benchmark quality`.
-Several of them stand side by side. The file needs no network and no other file.
+RUN is a folder of `qncd sample` (with --compare_fp it holds the images to compare with), of `qncd benchmark quality`, or one that
+`qncd inspect --out` has filled. Several of them stand side by side. The file needs no network and no other file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ PICTURES = (".png", ".svg")
 
 def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     parser = cli.make_parser(description)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a sampling run or of a quality benchmark")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a sampling run, of a quality benchmark or of `qncd inspect`"
+    )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the report (default report.html)")
     parser.add_argument(
         "--pareto",
@@ -52,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
     from qncd.report.page import write_report
     from qncd.report.sections import Report
 
-    runs, benchmarks = open_folders(args.runs)
+    runs, benchmarks, models = open_folders(args.runs)
     if args.pareto is not None:
         if len(benchmarks) != 1:
             raise ValueError(f"--pareto {args.pareto}: {len(benchmarks)} of the folders are quality benchmarks: name one")
@@ -60,4 +62,4 @@ def main(args: argparse.Namespace) -> None:
         if figure is None:
             raise ValueError(f"--pareto {args.pareto}: {benchmarks[0].folder} has neither sizes of files nor speeds of engines")
         save_figure(figure, args.pareto)
-    write_report(Report(runs, benchmarks), args.out, command_line(args))
+    write_report(Report(runs, benchmarks, models), args.out, command_line(args))
