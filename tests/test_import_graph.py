@@ -30,8 +30,8 @@ LAYERS = (
     ("api", "saving", "corrected_scheduler", "diffusers_quantizer"),
     ("app",),
     ("benchmark",),
-    ("report",),
     ("inspection",),
+    ("report",),
     ("commands",),
 )
 COMMANDS = ("qncd.app.commands", "qncd.app.console")  # the top of the app, above the benchmarks that they run

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from qncd.benchmark.plots import new_figure, save_figure
+from qncd.inspection.layers import layers_figure, map_figure, steps_figure
 from qncd.inspection.record import CONTROL, Histogram, Inspected, LayerRounding, NoiseAt, Search, Smoothed
 from qncd.quant.affine import SEARCH_RATIOS
-from qncd.report.figures import layers_figure, map_figure, steps_figure
 
 SUFFIXES = (".png", ".svg")
 BEFORE, AFTER, FACTOR = "tab:gray", "tab:pink", "tab:blue"

@@ -12,7 +12,6 @@ from qncd.models.files.safetensors_files import read_metadata, read_safetensors
 from qncd.ptq.checkpoint import QuantizedInfo, peek_quantized
 from qncd.ptq.layer_record import LAYERS_FILE, PRODUCT, LayerRecord, NetworkRecord
 from qncd.quant.affine import IntegerRange
-from qncd.report.folders import read_layers
 
 UNKNOWN = "layer"  # its kind, where the weights' shape is not in the file
 
@@ -34,7 +33,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def record_of_run(folder: Path) -> NetworkRecord:
     """What its layers.json says. Raises ValueError where there is none, or it is damaged."""
-    record = read_layers(folder / LAYERS_FILE)
+    record = NetworkRecord.open(folder / LAYERS_FILE)
     if record is None:
         raise ValueError(f"{folder}: has no {LAYERS_FILE}: a run in full precision, or of an older version")
     return record

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qncd.io.files import read_json
 from qncd.models.network import Network
 from qncd.ptq.bits import FLOAT, bits_beside
 from qncd.ptq.data import CalibrationSet
@@ -105,6 +107,16 @@ class NetworkRecord:
             raise ValueError(f"no record of layers: {error}") from None
         return record
 
+    @classmethod
+    def open(cls, file: Path) -> NetworkRecord | None:
+        """What a layers.json says; None where there is none. Raises ValueError where it is damaged."""
+        if not file.is_file():
+            return None
+        try:
+            return cls.from_json(read_json(file))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+
     def _check(self) -> None:
         """Raise ValueError where a value has another type than it should, or lists differ in length."""
         steps, whole = len(self.times), [self.inputs]
@@ -124,6 +136,12 @@ class NetworkRecord:
         for value in (*numbers, *(value for values in lists for value in values)):
             if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
                 raise ValueError(f"no record of layers: expected numbers, not {str(value)[:40]}")
+
+
+def mean_of(values: Sequence[float | None] | None) -> float | None:
+    """Of the values that are known; None for none."""
+    known = [value for value in values or () if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _lists(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

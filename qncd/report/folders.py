@@ -211,7 +211,8 @@ def _opened(path: Path, label: str) -> SampledRun | BenchmarkRun | InspectedMode
     if "model" not in settings or "sampler" not in settings:
         raise ValueError(f"{path}: neither a run of a sampling command nor a quality benchmark: {KINDS}")
     _check_run(path / RUN_FILE, record)
-    return SampledRun(path, label, record, read_layers(path / LAYERS_FILE), Pairs.open(path / IMAGES, path / FULL_IMAGES))
+    layers, pairs = NetworkRecord.open(path / LAYERS_FILE), Pairs.open(path / IMAGES, path / FULL_IMAGES)
+    return SampledRun(path, label, record, layers, pairs)
 
 
 def _check_run(file: Path, record: dict[str, Any]) -> None:
@@ -222,16 +223,6 @@ def _check_run(file: Path, record: dict[str, Any]) -> None:
         wrong = "quantization"
     if wrong:
         raise ValueError(f"{file}: damaged (no {wrong} in it): {KINDS}")
-
-
-def read_layers(file: Path) -> NetworkRecord | None:
-    """What a layers.json says; None where there is none. Raises ValueError where it is damaged."""
-    if not file.is_file():
-        return None
-    try:
-        return NetworkRecord.from_json(read_json(file))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
 
 
 def _check_benchmark(file: Path, content: Any) -> None:

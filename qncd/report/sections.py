@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from qncd.benchmark.plots import bars_figure, errors_figure, pareto_figure
 from qncd.benchmark.table import heads, seeds, shown_columns
 from qncd.inspection.drawing import layer_figure, noise_figure, smoothing_figure
-from qncd.ptq.layer_record import NetworkRecord
+from qncd.inspection.layers import layers_figure, map_figure, steps_figure
+from qncd.ptq.layer_record import NetworkRecord, mean_of
 from qncd.report import figures
 from qncd.report.folders import BenchmarkRun, InspectedModel, SampledRun
 from qncd.report.sheets import Sheets, make_sheets
@@ -135,7 +136,7 @@ class Steps:
 
     def content(self, report: Report) -> dict[str, Any] | None:
         records = [(run.title, run.layers) for run in report.layered if run.layers]
-        plot = figures.svg(figures.steps_figure, records, "steps", "Error of the prediction by time step")
+        plot = figures.svg(steps_figure, records, "steps", "Error of the prediction by time step")
         return {"drawing": plot, "inputs": max(record.inputs for _, record in records)} if plot else None
 
 
@@ -152,9 +153,9 @@ class Layers:
             record = run.layers
             parts.append({
                 "run": run, "table": self._table(run.label, record), "measured": bool(record.times), "record": record,
-                "depth": figures.svg(figures.layers_figure, record, f"depth{place}", f"Error by layer of {run.label}"
+                "depth": figures.svg(layers_figure, record, f"depth{place}", f"Error by layer of {run.label}"
                 ),
-                "map": figures.svg(figures.map_figure, record, f"map{place}", f"Error by layer and time step of {run.label}"
+                "map": figures.svg(map_figure, record, f"map{place}", f"Error by layer and time step of {run.label}"
                 ),
             })  # fmt: skip
         missing = [run.label for run in report.runs if run.layers is None and run.settings.get("quantization")]
@@ -174,7 +175,7 @@ class Layers:
                 number(layer.weight_bits) if layer.weight_bits or not layer.weights else Cell("float", 32.0),
                 number(layer.act_bits) if layer.act_bits else Cell("float", 32.0),
                 number(layer.low, ".3g"), number(layer.high, ".3g"), number(layer.ranges),
-                percent(figures.mean_of(layer.own)), percent(layer.own_weights), percent(figures.mean_of(layer.gathered)),
+                percent(mean_of(layer.own)), percent(layer.own_weights), percent(mean_of(layer.gathered)),
                 number(max(known)[1] if known else None),
             ])  # fmt: skip
         return Table(f"Layers of {label}", columns, rows)

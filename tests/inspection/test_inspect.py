@@ -15,7 +15,7 @@ from quantized_networks import inputs, prepared
 
 from qncd.app import console
 from qncd.app.commands import inspect
-from qncd.inspection import measuring, table
+from qncd.inspection import measuring
 from qncd.inspection.measuring import ChannelRanges, NoiseMeter, NoiseSums
 from qncd.inspection.record import CONTROL, CORRECTED, INSPECTION_FILE, PLAIN, Inspected, NoiseAt, Smoothed
 from qncd.inspection.rounding import LayerKept, rounding_of
@@ -26,6 +26,7 @@ from qncd.ptq.layer_record import PRODUCT, LayerRecord, NetworkRecord, what_laye
 from qncd.quant.affine import SEARCH_RATIOS
 from qncd.quant.inspection import quant_layers
 from qncd.recipe import QuantConfig
+from qncd.report import terminal
 from qncd.sampling.corrector import Corrected
 from qncd.sampling.schedule import Step
 
@@ -72,12 +73,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_layers_are_sorted_and_those_without_a_figure_come_last() -> None:
     def names(by: str | None, top: int | None = None) -> list[str]:
-        return [layer.name for layer in table.ordered(RECORD.layers, by, top)]
+        return [layer.name for layer in terminal.ordered(RECORD.layers, by, top)]
 
     assert names(None) == ["first", "second", "second.q"]
     assert names("own") == names("gathered") == names("bits") == ["second", "first", "second.q"]
     assert names("weights", 1) == ["second"]
-    assert tuple(table.SORTS) == inspect.SORTS
+    assert tuple(terminal.SORTS) == inspect.SORTS
 
 
 def test_a_run_as_aligned_text_and_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

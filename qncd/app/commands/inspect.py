@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         flags.check_output_folder("--out", args.out)
 
     from qncd.inspection.drawing import draw_all, write_all
-    from qncd.inspection.table import closing_line, lines_of, ordered
+    from qncd.report.terminal import closing_line, lines_of, ordered
 
     found = _opened(args)
     record = found.record

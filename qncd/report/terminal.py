@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qncd.ptq.layer_record import LayerRecord, NetworkRecord
-from qncd.report.figures import mean_of
+from qncd.ptq.layer_record import LayerRecord, NetworkRecord, mean_of
 from qncd.report.tables import number, percent
 
 COLUMNS = ("layer", "kind", "weights", "bits", "input bits", "input from", "to", "own error", "gathered")
