@@ -6,6 +6,7 @@ This is imported while diffusers is: beside the two base classes, everything tha
 from __future__ import annotations
 
 import importlib
+import re
 import weakref
 from enum import Enum
 from pathlib import Path
@@ -21,6 +22,9 @@ from qncd.widths import INTEGER
 
 _SAVING = "qncd.saving"  # which imports this module, to hand networks to it
 _SETTINGS = ("weight_bits", "act_bits", "weight_granularity", "act_granularity", "weight_format", "act_format")
+
+
+_PART = re.compile(r"(?P<stem>[^.]+?)(?P<variant>\.\w+)?-\d+-of-\d+\.safetensors")  # of weights in several files
 
 
 class _Method(str, Enum):
@@ -111,9 +115,9 @@ class QNCDQuantizer(DiffusersQuantizer):
         """Remember the file: its tensors are not those of the network in floating point."""
         if not self.pre_quantized:
             return loaded_keys
-        if len(checkpoint_files) != 1:
-            raise ValueError(f"{len(checkpoint_files)} files of weights: a network that qncd quantized has one")
         self.file = Path(checkpoint_files[0])
+        if match := _PART.fullmatch(self.file.name):
+            self.file = self.file.with_name(f"{match['stem']}.safetensors.index{match['variant'] or ''}.json")
         return []
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:

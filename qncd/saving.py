@@ -144,9 +144,8 @@ def _file_in(folder: Path, model: Any) -> Path:
     """The quantized network in what `save` or --cali_ckpt wrote."""
     if folder.suffix == ".safetensors":
         return folder
-    places = [folder / FILE, folder / WEIGHTS]
-    if not isinstance(model, nn.Module):
-        places.insert(0, folder / denoiser_of(model)[0] / WEIGHTS)
+    below = [] if isinstance(model, nn.Module) else [folder / denoiser_of(model)[0]]
+    places = [folder / FILE, *(place / name for place in (*below, folder) for name in (f"{WEIGHTS}.index.json", WEIGHTS))]
     return next((place for place in places if place.is_file()), places[0])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pytest
 import torch
 from child_processes import python
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from script_runs import run_in_process
 from small_pipelines import KINDS, PROMPTS, made, run
 
@@ -77,6 +80,32 @@ def test_what_lies_in_the_folder(folder: Any) -> None:
     with safe_open(path / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         codes = [file.get_tensor(name) for name in file.keys() if name.endswith(".weight_codes")]  # noqa: SIM118
     assert len(codes) > 30 and all(value.dtype == torch.int8 for value in codes)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_parts(variant: str | None, folder: Any, tmp_path: Path) -> None:
+    """As diffusers writes a network of more than 10 GB."""
+    path, images = folder("SD1", "qncd", "W8A8")
+    parts = tmp_path / "parts"
+    shutil.copytree(path, parts)
+    (parts / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    unet = diffusers.DiffusionPipeline.from_pretrained(path).unet
+    unet.save_pretrained(parts / "unet", max_shard_size="50KB", variant=variant)
+    files = sorted((parts / "unet").glob("*.safetensors"))
+    assert len(files) > 2
+    assert torch.equal(run(diffusers.DiffusionPipeline.from_pretrained(parts, variant=variant), "SD1"), images)
+    assert torch.equal(run(qncd.load(parts), "SD1"), images)
+    if variant is None:
+        fresh = made("SD1")
+        qncd.load_quantized(fresh, parts)
+        assert torch.equal(run(fresh, "SD1"), images)
+    tensors = load_file(files[1])
+    save_file(tensors, files[1], {"format": "qncd-1"})
+    with pytest.raises(ValueError, match="its parts are of different checkpoints"):
+        qncd.load(parts)
+    files[1].unlink()
+    with pytest.raises(ValueError, match=re.escape(files[1].name)):
+        qncd.load(parts)
 
 
 @pytest.mark.parametrize("order", ["import qncd, diffusers", "import diffusers; diffusers.DiffusionPipeline; import qncd"])

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qncd.models.files.safetensors_files import read_safetensors, read_safetensors_part, write_safetensors
+from qncd.models.files.diffusers_folders import parts_of, read_parts
+from qncd.models.files.safetensors_files import read_metadata, read_safetensors, read_safetensors_part, write_safetensors
 from qncd.models.network import Network, seen_inputs, set_seen_inputs, without_memory
 from qncd.ptq.checkpoint_schema import (
     check_tensors,
@@ -181,15 +182,17 @@ def checkpoint_bytes(network: Network, config: QuantConfig, record: Record | Non
 def peek_quantized(path: Path) -> QuantizedInfo:
     """What a quantized checkpoint says of itself, without reading its weights.
 
+    Args:
+        path: the file, or the *.index.json of one that diffusers wrote in parts.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is cut off or of another kind.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such quantized checkpoint")
-    prefixes = tuple(f"{prefix}." for prefix in record_kinds())
     try:
-        fields, names, metadata = read_safetensors_part(path, prefixes)
+        fields, names, metadata = _content(path)
     except ValueError as error:
         raise ValueError(f"{path}: not a whole quantized checkpoint (cut off or of another kind): {error}") from None
     if metadata.get("format") != FORMAT:
@@ -205,6 +208,22 @@ def peek_quantized(path: Path) -> QuantizedInfo:
         return QuantizedInfo(config, smoothed, metadata["base_hash"], settings, records, bits, seen, layers)
     except KeyError as error:
         raise ValueError(f"{path}: damaged header: {error}") from None
+
+
+def _content(path: Path) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
+    """What corrections know, the names of all tensors, and the header, which is that of every part of a file in parts."""
+    prefixes = tuple(f"{prefix}." for prefix in record_kinds())
+    if path.suffix != ".json":
+        return read_safetensors_part(path, prefixes)
+    first, *others = map(read_metadata, parts_of(path))
+    if any(other != first for other in others):
+        raise ValueError("its parts are of different checkpoints")
+    tensors = _tensors(path)
+    return {name: value for name, value in tensors.items() if name.startswith(prefixes)}, list(tensors), first
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return read_parts(path, read_safetensors) if path.suffix == ".json" else read_safetensors(path)
 
 
 def _records(path: Path, fields: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Record]:
@@ -280,7 +299,7 @@ def _checked(
         raise ValueError(
             f"{path}: made from a base model with weights {shortened(info.base_hash[:12])}, this one has {base_hash[:12]}"
         )
-    tensors = {name: value for name, value in read_safetensors(path).items() if not _is_record(name)}
+    tensors = {name: value for name, value in _tensors(path).items() if not _is_record(name)}
     twin = without_memory(network)  # a file that does not fit leaves the network as it was
     try:
         quantize_(twin, config or info.config)

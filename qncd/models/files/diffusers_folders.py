@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -21,6 +21,7 @@ from qncd.models.original.key_tables import network_with_weights, refuse_in
 from qncd.models.schema import NETWORK, WEIGHT_INDEX, Section, check, one_line, shown
 
 logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
 
 KINDS: Mapping[str, type[nn.Module]] = {
     kind.__name__: kind for kind in (UNet2DModel, UNet2DConditionModel, VQModel, AutoencoderKL)
@@ -65,7 +66,8 @@ def read_weights(root: Path, stem: str = _STEMS[0]) -> tuple[str, dict[str, Any]
     for name in weight_files(stem):
         base, suffix = name.removesuffix(f".{name.rpartition('.')[2]}"), name.rpartition(".")[2]
         variant = base.removeprefix(stem)
-        ways = [(root / f"{stem}.{suffix}.index{variant}.json", _read_parts), (root / name, _state_dict)]
+        index, file = root / f"{stem}.{suffix}.index{variant}.json", root / name
+        ways: list[tuple[Path, Callable[[Path], dict[str, Any]]]] = [(index, _parts_together), (file, _state_dict)]
         for path, read in ways if stem == _STEMS[0] else reversed(ways):
             if path.exists():
                 return str(path), read(path)
@@ -74,22 +76,39 @@ def read_weights(root: Path, stem: str = _STEMS[0]) -> tuple[str, dict[str, Any]
     raise ValueError(f"{root}: no weights (looked for {', '.join(weight_files(stem))}{found})")
 
 
-def _read_parts(index: Path) -> dict[str, Any]:
-    """The tensors of a *.index.json, each from the file that it names and only there."""
-    places: dict[str, str] = read_settings(index, WEIGHT_INDEX)["weight_map"]
-    for key, part in places.items():
+def _parts_together(index: Path) -> dict[str, Any]:
+    return read_parts(index, _state_dict)
+
+
+def parts_of(index: Path) -> dict[Path, set[str]]:
+    """The files that a *.index.json names, and what each is said to hold.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: the index is damaged.
+    """
+    found: dict[Path, set[str]] = {}
+    for key, part in read_settings(index, WEIGHT_INDEX)["weight_map"].items():
         if Path(part).name != part or not part.endswith((".safetensors", ".bin")):
             raise ValueError(f"{index}: weight_map.{one_line(key)} {shown(part)}: allowed are names of files of this folder")
-    parts = sorted(set(places.values()))
-    if missing := [part for part in parts if not (index.parent / part).is_file()]:
-        raise FileNotFoundError(f"{index}: {len(missing)} of {len(parts)} files are missing, {missing[0]} first")
-    state: dict[str, Any] = {}
-    for part in parts:
-        tensors = _state_dict(index.parent / part)
-        wanted = {key for key, place in places.items() if place == part}
-        refuse_in(str(index), f"keys are in {part} and the index says otherwise", tensors.keys() - wanted)
-        refuse_in(str(index), f"keys are not in {part}, where the index has them", wanted - tensors.keys())
-        state |= tensors
+        found.setdefault(index.parent / part, set()).add(key)
+    if missing := sorted(part.name for part in found if not part.is_file()):
+        raise FileNotFoundError(f"{index}: {len(missing)} of {len(found)} files are missing, {missing[0]} first")
+    return found
+
+
+def read_parts(index: Path, read: Callable[[Path], Mapping[str, Value]]) -> dict[str, Value]:
+    """What a function reads of the files of a *.index.json by the names in it, each from the file that it names and only there.
+
+    Raises:
+        FileNotFoundError, ValueError: as `parts_of`; a file holds something else than the index says.
+    """
+    state: dict[str, Value] = {}
+    for part, wanted in sorted(parts_of(index).items()):
+        found = read(part)
+        refuse_in(str(index), f"keys are in {part.name} and the index says otherwise", found.keys() - wanted)
+        refuse_in(str(index), f"keys are not in {part.name}, where the index has them", wanted - found.keys())
+        state |= found
     return state
 
 
