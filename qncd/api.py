@@ -20,10 +20,10 @@ from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import CalibrationRuns, Job, Outcome, quantize_network, sample_calibration
 from qncd.ptq.pipeline_runs import PipelineRuns, calls_for
 from qncd.ptq.runs import BareRuns
-from qncd.quant.adapters import BEFORE, check_no_adapters
+from qncd.quant.adapters import check_quantizable
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.recipe import Recipe
-from qncd.sampling.pipeline import with_denoiser
+from qncd.sampling.pipeline import denoiser_of, with_denoiser
 from qncd.sampling.scheduler_levels import prediction_of
 from qncd.saving import State, correct, network_and_state
 
@@ -95,7 +95,7 @@ def quantize(
     steps: int | None = None,
     **options: Any,
 ) -> Report:
-    """Quantize the denoiser of a diffusers pipeline, or a bare denoiser, in place.
+    """Quantize the denoiser of a diffusers pipeline, or a bare denoiser, in place; it is in evaluation mode then.
 
     A pipeline is calibrated by calling it in full precision; afterwards its calls are quantized and corrected.
 
@@ -122,6 +122,9 @@ def quantize(
     scheduler = options.pop("scheduler", None)
     recipe = _recipe(options.pop("recipe", None), mode, width, options)
     given = frozenset(options)
+    module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
+    check_quantizable(module)
+    module.eval()
     if isinstance(model, nn.Module):
         if prompts is not None or calls is not None:
             raise ValueError("prompts and calls are for pipelines: a bare denoiser takes calibration=CalibrationSet(...)")
@@ -137,7 +140,6 @@ def quantize(
         pipeline = PipelineRuns(model, chosen, recipe.calibration, steps, monitor)
         runs, left_out = pipeline, []
         recipe = recipe.with_calibration(samples=pipeline.samples)
-    check_no_adapters(runs.network.module, BEFORE)
     recipe = recipe.with_batch_size(8)
     base_hash = state_dict_hash(runs.network.module)
     data, record = sample_calibration(runs, recipe, base_hash)

@@ -19,7 +19,7 @@ from qncd.models.network import Network, network_of
 from qncd.ptq.checkpoint import QuantizedInfo, content_of, load_quantized_, save_quantized
 from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.ranges import round_
-from qncd.quant.adapters import BEFORE, check_no_adapters
+from qncd.quant.adapters import check_no_adapters, check_quantizable
 from qncd.recipe import CalibrationConfig, QuantConfig, Recipe
 from qncd.sampling.corrector import Record
 from qncd.sampling.correctors.registry import corrector_of, kind_of
@@ -161,7 +161,7 @@ def load_quantized(model: Any, folder: str | Path) -> Recipe:
     """
     path = _file_in(Path(folder), model)
     module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
-    check_no_adapters(module, BEFORE)
+    check_quantizable(module)
     scheduler = getattr(model, "scheduler", None)
     network = network_of(module, prediction_of(scheduler) if scheduler is not None else None)
     state = State.read(load_quantized_(network, path, state_dict_hash(module)), path)

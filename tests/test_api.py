@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
+from torch.nn.utils.parametrizations import weight_norm
 
 import qncd
 from qncd.models.original.conditioning import build_text_model, clip_tokenizer
@@ -77,6 +78,33 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.fixture(scope="module")
 def base() -> StableDiffusionPipeline:
     return small_pipeline()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (torch.compile, r"OptimizedModule wraps a network: quantize the network itself, and wrap or compile it afterwards"),
+        (torch.nn.DataParallel, "DataParallel wraps a network"),
+        (lambda unet: unet.to("meta"), r"UNet2DConditionModel: conv_in\.weight is on the meta device, without values"),
+        (lambda unet: weight_norm(unet.conv_in) and unet, "conv_in has a parametrized weight: remove_parametrizations first"),
+        (lambda unet: unet.fuse_qkv_projections() or unet, "attention with fused projections is not supported; unfuse it first"),
+        (lambda unet: unet.mid_block.half() and unet, r"mid_block\..*: (mixed dtype|.* same dtype|expected)"),
+    ],
+)
+def test_what_cannot_be_quantized_is_named(spoil: Any, message: str) -> None:
+    pipe = small_pipeline()
+    object.__setattr__(pipe, "unet", spoil(pipe.unet))
+    with pytest.raises(ValueError, match=message) as caught:
+        qncd.quantize(pipe, "W8A8", "linear", prompts=["x"], samples=2, steps=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_in_training_mode_is_calibrated_for_use() -> None:
+    pipe = small_pipeline()
+    pipe.unet.train()
+    qncd.quantize(pipe, "W8A8", "linear", prompts=["x"], samples=2, steps=2)
+    dropouts = [part for part in pipe.unet.modules() if isinstance(part, torch.nn.Dropout)]
+    assert dropouts and not any(part.training for part in (pipe.unet, *dropouts))
 
 
 @pytest.mark.parametrize("mode", MODES)

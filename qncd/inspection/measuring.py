@@ -21,12 +21,13 @@ from qncd.ptq.observing import hooked
 from qncd.ptq.pipeline import Job, quantize_network, sample_calibration
 from qncd.ptq.pipeline_runs import PipelineRuns
 from qncd.ptq.stages.smoothing import smoothing_factors
-from qncd.quant.adapters import BEFORE, check_no_adapters
+from qncd.quant.adapters import check_quantizable
 from qncd.recipe import CorrectionConfig, Recipe
 from qncd.rng import CORRECTOR_STREAM, ImageNoise
 from qncd.sampling.corrector import Advance, Corrected, Corrector, Denoiser
 from qncd.sampling.correctors.registry import corrector_of, kind_of
 from qncd.sampling.correctors.runtime import estimate_noise
+from qncd.sampling.pipeline import denoiser_of
 from qncd.sampling.schedule import Step
 
 log = logging.getLogger("qncd")
@@ -139,12 +140,12 @@ class Inspection:
         self, label: str, pipe: Any, recipe: Recipe, calls: Sequence[Mapping[str, Any]], steps: int | None = None,
         layer: str | None = None, monitor: Monitor = silent,
     ) -> None:  # fmt: skip
+        check_quantizable(denoiser_of(pipe)[1])
         self.runs = PipelineRuns(pipe, calls, recipe.calibration, steps, monitor)
         self.recipe = recipe.with_calibration(samples=self.runs.samples).with_batch_size(8)
         next_seed = dataclasses.replace(recipe.calibration, seed=recipe.calibration.seed + 1)
         self.held_out = PipelineRuns(pipe, calls, next_seed, steps, monitor)
         self.label, self.layer, self.job = label, layer, Job(monitor, measured=True)
-        check_no_adapters(self.runs.network.module, BEFORE)
 
     def table(self) -> Inspected:
         """Quantize, and measure the layers alone."""

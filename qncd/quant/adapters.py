@@ -1,13 +1,15 @@
-"""Adapters (LoRA) that peft puts beside a network's layers: the layer stays what it is, the adapter is in floating point."""
+"""What stands around or beside a network's layers: wrappers, and adapters (LoRA), which stay in floating point beside a layer."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from qncd.quant.layers import QuantLayer
 
+_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # the one child of what torch.compile and parallel classes return
 MERGED = "load the pipeline again: an adapter was merged into integer weights, which cannot hold it"
 FUSED = (
     "fuse_lora: the weights are quantized, and the adapter stays in floating point beside them (set_adapters scales it); "
@@ -29,6 +31,23 @@ def check_no_adapters(module: nn.Module, instead: str) -> None:
     """Raise ValueError where adapters are beside a network's layers; `instead` says what to do."""
     if names := adapters_of(module):
         raise ValueError(f"{type(module).__name__} has adapters beside its layers ({', '.join(names)}): {instead}")
+
+
+def check_quantizable(module: nn.Module) -> None:
+    """Raise ValueError where a network cannot be quantized as it is, or not yet; the message says what to do."""
+    kind = type(module).__name__
+    children = [name for name, _ in module.named_children()]
+    if len(children) == 1 and children[0] in _WRAPPED:
+        raise ValueError(f"{kind} wraps a network: quantize the network itself, and wrap or compile it afterwards")
+    check_no_adapters(module, BEFORE)
+    for name, part in module.named_modules():
+        if is_parametrized(part):
+            raise ValueError(f"{kind}: {name} has a parametrized weight: remove_parametrizations first")
+    for name, weight in module.named_parameters():
+        if weight.is_meta:
+            raise ValueError(
+                f"{kind}: {name} is on the meta device, without values: load the weights, and offload them afterwards"
+            )
 
 
 def check_adapted(module: nn.Module) -> None:
