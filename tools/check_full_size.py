@@ -5,10 +5,12 @@
     python tools/check_full_size.py --model sdxl --size 256 --cali_n 2 --scale 1 --weight_range max --json sdxl.json
 
 `--model sd` takes Stable Diffusion v1's UNet (860 M parameters) in float32 and `qncd` with its noise table; allowed is twice the
-memory of its weights. `--model sdxl` takes SDXL's (2.57 B) in bfloat16 and all parts of `qncd+`; allowed are 20 GB. Weights and
-texts are random, the same each time. A tiny calibration set along the model's own trajectory, 2 PLMS steps. Quantizing and using
-the checkpoint are one process each. A peak is that of the resident set, interpreter and libraries included; above what is allowed
-the exit status is 1. A quantized network keeps int8 codes beside its weights. Linux only.
+memory of its weights. `--model sdxl` takes SDXL's (2.57 B) and `--model sd3` the transformer of Stable Diffusion 3 medium (2.03
+B), in bfloat16 and with all parts of `qncd+`; allowed are 20 GB. Weights and texts are random, the same each time. A tiny
+calibration set along the model's own trajectory, 2 PLMS steps on the schedule of Stable Diffusion v1, which changes neither time
+nor memory of the others. Quantizing and using the checkpoint are one process each. A peak is that of the resident set,
+interpreter and libraries included; above what is allowed the exit status is 1. A quantized network keeps int8 codes beside its
+weights. Linux only.
 """
 
 from __future__ import annotations
@@ -43,9 +45,10 @@ LIMIT = 2.0  # times the float32 weights, where a model has no limit of its own
 CONTEXT = "encoder_hidden_states"  # what a network that takes text is conditioned on
 GB = 1e9
 TIMESTEPS = 1000  # of the models' schedules
-TOKENS = 77  # of a text
 AUTOENCODER = 8  # pixels of an image to a side of a latent, of models whose config is that of the UNet alone
+NETWORKS = ("UNet2DConditionModel", "SD3Transformer2DModel")  # of diffusers
 TEXT, SIZES = "added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids"  # what SDXL takes beside the context
+POOLED = "pooled_projections"  # and what SD3 does
 
 
 @dataclass(frozen=True)
@@ -53,28 +56,31 @@ class Model:
     """What `--model` stands for.
 
     Attributes:
-        config: yaml of a latent model, or config.json of a UNet2DConditionModel.
+        config: yaml of a latent model, or config.json of a class in NETWORKS.
         dtype: of the weights.
         mode: how it is quantized.
         limit: GB that are allowed; None for LIMIT.
+        tokens: of a text.
     """
 
     config: Path
     dtype: str
     mode: str
     limit: float | None = None
+    tokens: int = 77
 
 
 MODELS = {
     "sd": Model(CONFIGS / "sd-v1-inference.yaml", "float32", "qncd"),
     "sdxl": Model(Path(__file__).with_name("sdxl_unet.json"), "bfloat16", "qncd+", 20.0),
+    "sd3": Model(Path(__file__).with_name("sd3_transformer.json"), "bfloat16", "qncd+", 20.0, 333),
 }
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--model", choices=tuple(MODELS), default="sd", help="default sd")
-    parser.add_argument("--config", type=Path, help="another yaml of a latent model, or config.json of a UNet2DConditionModel")
+    parser.add_argument("--config", type=Path, help="another yaml of a latent model, or config.json of a network")
     parser.add_argument("--size", type=int, default=512, help="side of the calibration images in pixels (default 512)")
     parser.add_argument("--sample_size", type=int, help="side of the image that is sampled at last (default: the same)")
     parser.add_argument("--steps", type=int, default=2, help="PLMS steps (default 2)")
@@ -120,9 +126,9 @@ def state_of(network: Network) -> list[str]:
 
 
 def build(args: argparse.Namespace) -> tuple[Diffusion, Diffusion]:
-    """The diffusion with a UNet of fresh weights, the same ones each time: at the calibration's size, and at the image's."""
+    """The diffusion with a network of fresh weights, the same ones each time: at the calibration's size, and at the image's."""
+    import diffusers
     import torch
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     from qncd.app.latent import latent_lane
     from qncd.models.loading import load_config
@@ -134,7 +140,9 @@ def build(args: argparse.Namespace) -> tuple[Diffusion, Diffusion]:
     path = config_of(args)
     if path.suffix == ".json":
         config, factor, betas = read_json(path), AUTOENCODER, ldm_betas(load_config(MODELS["sd"].config))
-        make = functools.partial(UNet2DConditionModel.from_config, config)
+        if not isinstance(config, dict) or (name := config.get("_class_name")) not in NETWORKS:
+            raise ValueError(f"--config {path}: allowed are networks of the class {' or '.join(NETWORKS)}")
+        make = functools.partial(getattr(diffusers, name).from_config, config)
     else:
         config = load_config(path)
         try:
@@ -180,6 +188,8 @@ def fill_(module: nn.Module) -> None:
                 parameter.uniform_(-bound, bound)
             else:
                 parameter.fill_(1.0 if name == "weight" else 0.0)
+        for buffer in part.buffers(recurse=False):  # sines of positions
+            buffer.uniform_(-1, 1)
 
 
 def sampler_of(args: argparse.Namespace) -> SamplerConfig:
@@ -196,7 +206,10 @@ def contexts(args: argparse.Namespace, diffusion: Diffusion) -> Conditions:
     from qncd.sampling.guidance import Conditions
 
     config, generator, count = diffusion.network.config, torch.Generator().manual_seed(1), args.cali_n + 1
-    inputs = {CONTEXT: torch.randn(count, TOKENS, config["cross_attention_dim"], generator=generator)}
+    joint = config.get("joint_attention_dim")
+    inputs = {CONTEXT: torch.randn(count, MODELS[args.model].tokens, joint or config["cross_attention_dim"], generator=generator)}
+    if joint:
+        inputs[POOLED] = torch.randn(count, config["pooled_projection_dim"], generator=generator)
     if config.get("addition_embed_type") == "text_time":
         sizes = torch.tensor([args.size, args.size, 0, 0, args.size, args.size], dtype=torch.float32)
         width = config["projection_class_embeddings_input_dim"] - len(sizes) * config["addition_time_embed_dim"]

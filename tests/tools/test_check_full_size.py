@@ -1,4 +1,4 @@
-"""tools/check_full_size.py, on a tiny UNet with all that SDXL's has."""
+"""tools/check_full_size.py, on a tiny UNet with all that SDXL's has, and on a tiny transformer of SD3's kind."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ TINY = {
     "layers_per_block": 1, "sample_size": 8,
 }  # fmt: skip
 
+TINY_SD3 = {
+    "attention_head_dim": 8, "caption_projection_dim": 16, "joint_attention_dim": 12, "num_attention_heads": 2, "num_layers": 2,
+    "pooled_projection_dim": 10, "pos_embed_max_size": 16, "sample_size": 8,
+}  # fmt: skip
+
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -33,10 +38,11 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def arguments(tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    def parsed(*given: object, **changes: Any) -> Any:
+    def parsed(*given: object, model: str = "sdxl", **changes: Any) -> Any:
         config = tmp_path / "config.json"
-        config.write_text(json.dumps({**json.loads((TOOLS / "sdxl_unet.json").read_text()), **TINY, **changes}))
-        words = ["--model", "sdxl", "--config", config, "--size", 64, "--cali_n", 2, "--weight_range", "max", *given]
+        file, tiny = ("sdxl_unet.json", TINY) if model == "sdxl" else ("sd3_transformer.json", TINY_SD3)
+        config.write_text(json.dumps({**json.loads((TOOLS / file).read_text()), **tiny, **changes}))
+        words = ["--model", model, "--config", config, "--size", 64, "--cali_n", 2, "--weight_range", "max", *given]
         monkeypatch.setattr(sys, "argv", ["check_full_size.py", *map(str, words)])
         return tool.parse_args()
 
@@ -56,6 +62,11 @@ def test_a_small_sdxl(
     assert out.endswith("allowed are 20.00 GB: ok\n")
 
 
+def test_a_small_sd3(tool: Any, arguments: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    tool.main(arguments("--scale", 1, model="sd3"))
+    assert "the loaded model holds the saved one's numbers" in capsys.readouterr().out
+
+
 def test_weights_are_in_half_precision_and_activations_near_1(tool: Any, arguments: Callable[..., Any]) -> None:
     import torch
 
@@ -70,12 +81,16 @@ def test_weights_are_in_half_precision_and_activations_near_1(tool: Any, argumen
 def test_a_config_that_describes_no_network_is_refused(tool: Any, arguments: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"config\.json: describes no network"):
         tool.main(arguments(down_block_types=["NoBlock"] * 3))
+    with pytest.raises(ValueError, match=r"config\.json: allowed are networks of the class UNet2DConditionModel or SD3"):
+        tool.main(arguments(_class_name="VQModel"))
 
 
-def test_sdxl_has_its_published_number_of_parameters(tool: Any) -> None:
+@pytest.mark.parametrize(("model", "parameters"), [("sdxl", 2_567_463_684), ("sd3", 2_028_328_000)])
+def test_models_have_their_published_numbers_of_parameters(model: str, parameters: int, tool: Any) -> None:
+    import diffusers
     import torch
-    from diffusers import UNet2DConditionModel
 
+    config = json.loads(tool.MODELS[model].config.read_text())
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads(tool.MODELS["sdxl"].config.read_text()))
-    assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
+        network = getattr(diffusers, config["_class_name"]).from_config(config)
+    assert sum(p.numel() for p in network.parameters()) == parameters
