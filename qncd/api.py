@@ -140,7 +140,7 @@ def quantize(
         pipeline = PipelineRuns(model, chosen, recipe.calibration, steps, monitor)
         runs, left_out = pipeline, []
         recipe = recipe.with_calibration(samples=pipeline.samples)
-    recipe = recipe.with_batch_size(8)
+    recipe = recipe.decided(8)
     base_hash = state_dict_hash(runs.network.module)
     data, record = sample_calibration(runs, recipe, base_hash)
     outcome = quantize_network(runs, recipe, calibration or data, record, Job(monitor))

@@ -223,12 +223,15 @@ class CalibrationConfig:
     Attributes:
         samples: images (trajectories); the set holds samples * steps inputs.
         steps: time steps, spread evenly over the sampler's.
-        batch_size: inputs a forward pass; None: not decided yet, see `Recipe.with_batch_size`.
+        batch_size: inputs a forward pass. This and `steps` may be None: not decided yet, see `Recipe.decided`.
         seed: of the trajectories' own seeds.
     """
 
     samples: int = option(64, flag="cali_n", limits=Limits(1), help="inputs at each calibration time step")
-    steps: int = option(10, flag="cali_st", limits=Limits(1), help="calibration time steps")
+    steps: int = option(
+        10, flag="cali_st", limits=Limits(1), optional=True,
+        help="calibration time steps, or all of a sampler with fewer (default {default})",
+    )  # fmt: skip
     batch_size: int = option(
         32, flag="cali_batch_size", limits=Limits(1), optional=True,
         help="inputs at a time (default {default}; 2 for large inputs)",
@@ -324,10 +327,15 @@ class Recipe:
         """The correction, if it needs the full-precision model's noise table."""
         return self.correction if self.correction and (self.correction.control or self.correction.shrink) else None
 
-    def with_batch_size(self: R, default: int) -> R:
-        """The same with `calibration.batch_size` decided: the default, where nobody asked for another one."""
-        size = self.calibration.batch_size or default
-        return dataclasses.replace(self, calibration=dataclasses.replace(self.calibration, batch_size=size))
+    def decided(self: R, batch_size: int, sampler_steps: int = CalibrationConfig.steps) -> R:
+        """The same with what of `calibration` nobody has asked for.
+
+        Args:
+            batch_size: inputs a forward pass.
+            sampler_steps: of the sampler, which may have fewer than calibration looks at by default.
+        """
+        steps = self.calibration.steps or min(CalibrationConfig.steps, sampler_steps)
+        return self.with_calibration(batch_size=self.calibration.batch_size or batch_size, steps=steps)
 
     def with_calibration(self: R, **changes: Any) -> R:
         """The same with other options of the calibration set."""

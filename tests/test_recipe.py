@@ -279,10 +279,14 @@ def test_settings_of_a_run() -> None:
     assert Recipe.of("qncd", act_range="running").settings()["calibration"]["batch_size"] == 32
 
 
-def test_the_batch_size_may_be_decided_later() -> None:
-    later = Recipe.of("qncd", **{"calibration.batch_size": None})
-    assert later.with_batch_size(2).calibration.batch_size == 2
-    assert Recipe.of("qncd").with_batch_size(2).calibration.batch_size == 32
+def test_calibration_may_be_decided_later() -> None:
+    later = Recipe.of("qncd", **{"calibration.batch_size": None, "calibration.steps": None})
+    for steps, expected in ((4, 4), (50, 10)):
+        found = later.decided(2, steps).calibration
+        assert (found.batch_size, found.steps) == (2, expected)
+    assert later.decided(2).calibration.steps == 10
+    asked = Recipe.of("qncd", **{"calibration.steps": 6}).decided(2, 4).calibration
+    assert (asked.batch_size, asked.steps) == (32, 6)
 
 
 def test_only_corrections_that_need_it_ask_for_the_noise_table() -> None:

@@ -16,7 +16,7 @@ from qncd.modes import MODES, TRACKING, changes_of, compose
 from qncd.options import MAX_SEED, Option, OptionError, RecipeError, check_seed, paths_of, read_options, sections_of
 from qncd.recipe import QUANTIZATION, Recipe
 
-_UNDECIDED = {"calibration.batch_size": None}  # follows from the size of the model's inputs, which is not known yet
+_UNDECIDED = {"calibration.batch_size": None, "calibration.steps": None}  # follow from the model and the sampler, not known yet
 
 
 def seed(text: str, high: int = MAX_SEED) -> int:
@@ -111,7 +111,7 @@ def _is_on(path: str, options: Mapping[str, Any], default: bool) -> bool:
 def recipe_of(args: argparse.Namespace, recipe_type: type[Recipe] = Recipe) -> Recipe | None:
     """The recipe that the flags ask for, and the file of --recipe; None without --ptq.
 
-    Where nothing says a calibration batch size it is None, for `Recipe.with_batch_size`.
+    Calibration batch size and time steps are None where nothing says them, for `Recipe.decided`.
 
     Raises:
         ValueError: naming the flag: flags contradict one another, are out of range, have no effect, or need --ptq.

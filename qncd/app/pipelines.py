@@ -278,7 +278,7 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
     precision = getattr(args, "precision", "full")
     sampler = PipelineSampler(pipe, call, 1, bool(kind and kind.calls_network), precision)
     sampler = dataclasses.replace(sampler, lane=args.lane or default_lane(pipe, max(sampler.shape[1:])))
-    recipe = recipe.with_batch_size(cli.default_calibration_batch(4 * max(sampler.shape[1:]))) if recipe else None
+    recipe = recipe.decided(cli.default_calibration_batch(4 * max(sampler.shape[1:])), sampler.step_count) if recipe else None
     factor = int(getattr(pipe, "vae_scale_factor", 1))
     base_hash = state_dict_hash(sampler.network.module)
     own = denoiser_of(pipe)[0]

@@ -142,7 +142,7 @@ class Inspection:
     ) -> None:  # fmt: skip
         check_quantizable(denoiser_of(pipe)[1])
         self.runs = PipelineRuns(pipe, calls, recipe.calibration, steps, monitor)
-        self.recipe = recipe.with_calibration(samples=self.runs.samples).with_batch_size(8)
+        self.recipe = recipe.with_calibration(samples=self.runs.samples).decided(8)
         next_seed = dataclasses.replace(recipe.calibration, seed=recipe.calibration.seed + 1)
         self.held_out = PipelineRuns(pipe, calls, next_seed, steps, monitor)
         self.label, self.layer, self.job = label, layer, Job(monitor, measured=True)

@@ -50,7 +50,7 @@ class LayerRecord:
         low, high: what the input's codes reach, over all segments and time steps; None in floating point.
         ranges: how many the input has: 1, or one for each of so many time steps.
         own: squared error of the output for full-precision inputs, relative to the output's square, by time step; None where it
-            was not measured, or is not finite.
+            was not measured, is not finite, or the output is 0.
         own_weights: the same of rounded weights alone, with the input in floating point, over all time steps.
         gathered: squared error of the output in the quantized network, by time step.
         beside: bits that are stored beside the weights: scales of groups, a low-rank branch.
@@ -275,8 +275,7 @@ class _Errors:
         """The record with the errors, where there are some of all time steps."""
         if len(self.own) != steps or len(self.gathered) != steps:
             return layer
-        squared, expected = self.weights.tolist()
-        share = _short(squared / max(expected, 1e-30))
+        share = _share(*self.weights.tolist())
         return LayerRecord(**{**asdict(layer), "own": tuple(self.own), "own_weights": share, "gathered": tuple(self.gathered)})
 
 
@@ -310,5 +309,9 @@ def _prediction(network: Network, data: CalibrationSet) -> Tensor:
 
 def _relative(found: Tensor, exact: Tensor) -> float | None:
     """Squared error over the square of what is exact."""
-    error = float((found - exact).double().square().sum() / exact.double().square().sum().clamp(min=1e-30))
-    return _short(error)
+    return _share(float((found - exact).double().square().sum()), float(exact.double().square().sum()))
+
+
+def _share(error: float, whole: float) -> float | None:
+    """Of squares; None where nothing is there to have a share of, as behind a layer whose weights are 0."""
+    return _short(error / whole) if whole > 0 else 0.0 if error == 0 else None

@@ -18,7 +18,7 @@ from qncd.app import parser as cli
 from qncd.app.quantizing import check_engine_arguments
 from qncd.modes import DEFAULT_MODE
 from qncd.options import MAX_SEED, Limits, option, section
-from qncd.recipe import QUANTIZATION, CorrectionConfig, QuantConfig, Recipe, ReconstructionConfig
+from qncd.recipe import QUANTIZATION, CalibrationConfig, CorrectionConfig, QuantConfig, Recipe, ReconstructionConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("sample_diffusion_ddim", "sample_diffusion_ldm", "txt2img")
@@ -114,9 +114,10 @@ def recipe(*words: str) -> Recipe:
     return found
 
 
-def open_batch(made: Recipe) -> Recipe:
-    """As flags leave it: how many inputs a forward pass takes follows from the model."""
-    return dataclasses.replace(made, calibration=dataclasses.replace(made.calibration, batch_size=None))
+def undecided(made: Recipe) -> Recipe:
+    """As flags leave it: inputs a forward pass follow from the model, time steps that nobody asked for from the sampler."""
+    steps = None if made.calibration.steps == CalibrationConfig.steps else made.calibration.steps
+    return made.with_calibration(batch_size=None, steps=steps)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +158,11 @@ def open_batch(made: Recipe) -> Recipe:
     ],
 )
 def test_what_flags_stand_for(words: str, expected: Recipe) -> None:
-    assert recipe("--quant_mode", "qncd", *words.split()) == open_batch(expected)
+    assert recipe("--quant_mode", "qncd", *words.split()) == undecided(expected)
 
 
 def test_the_mode_that_nobody_has_to_name() -> None:
-    assert recipe("--weight_bit", "4") == open_batch(Recipe.of("qncd+", "W4A8")) == open_batch(Recipe.of(width="W4A8"))
+    assert recipe("--weight_bit", "4") == undecided(Recipe.of("qncd+", "W4A8")) == undecided(Recipe.of(width="W4A8"))
     assert inspect.signature(qncd.quantize).parameters["mode"].default == DEFAULT_MODE == "qncd+"
 
 
@@ -268,9 +269,9 @@ def test_a_recipe_in_a_file_and_flags_over_it(tmp_path: Path) -> None:
         return recipe("--recipe", str(path), *words.split())
 
     content = {"mode": "qdiff", "width": "W4A6", "reconstruction": {"iterations": 40}, "samples": 12}
-    expected = open_batch(Recipe.of("qdiff", "W4A6", iterations=40, samples=12))
+    expected = undecided(Recipe.of("qdiff", "W4A6", iterations=40, samples=12))
     assert given(content) == expected
-    assert given(content, "--cali_iters 50 --act_bit 8") == open_batch(Recipe.of("qdiff", "W4A8", iterations=50, samples=12))
+    assert given(content, "--cali_iters 50 --act_bit 8") == undecided(Recipe.of("qdiff", "W4A8", iterations=50, samples=12))
     assert given(content, "--no-recon").reconstruction is None
     assert given(content, "--resume_w").reconstruction is None
     assert given(content, "--quant_mode ptqd").offline == "ptqd"
@@ -279,7 +280,7 @@ def test_a_recipe_in_a_file_and_flags_over_it(tmp_path: Path) -> None:
     assert given({"width": "W4A6", "bit_allocation": False}, "--weight_only").quant.act_bits is None
     assert given({"tracking": True}, "--sample_reverse 3").correction == CorrectionConfig(3)
     assert given({"correction": {"interval": 3}}, "--tracking").offline == "tracking"
-    assert given({"calibration": {"batch_size": 3}}).with_batch_size(2).calibration.batch_size == 3
+    assert given({"calibration": {"batch_size": 3}}).decided(2).calibration.batch_size == 3
     whole = Recipe.of("qncd+", "W4A4").to_json()
     assert given(whole) == Recipe.of("qncd+", "W4A4")
     assert given(whole, "--sample_reverse 2").offline is None
@@ -318,7 +319,7 @@ def test_a_new_option_is_one_field(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert made("--ptq").settings()["quantization"]["outlier_channels"] == 2
     changed = made("--ptq", "--outliers", "3", "--rotate", "--damping", "0.1")
-    assert changed == open_batch(WiderRecipe.of("qncd+", outlier_channels=3, rotate=True, damping=0.1))
+    assert changed == undecided(WiderRecipe.of("qncd+", outlier_channels=3, rotate=True, damping=0.1))
     assert {"outlier_channels": 3, "rotate": True, "damping": 0.1}.items() <= changed.settings()["quantization"].items()
     stored = json.loads(json.dumps(changed.to_json()))
     assert stored["quant"]["outlier_channels"] == 3 and WiderRecipe.from_json(stored) == changed

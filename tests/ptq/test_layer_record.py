@@ -72,6 +72,18 @@ def test_errors_are_those_of_whole_outputs(measured: tuple[Any, Any, NetworkReco
         assert record.prediction[place] == pytest.approx(relative(call(unet, part), call(full, part)), rel=0.01)
 
 
+def test_an_output_of_zeros_has_no_relative_error(make_unet: Any) -> None:
+    """A layer that gives nothing in full precision, as zero-initialized ones do, has no share of anything."""
+    unet = make_unet()
+    layer = unet.mid_block.resnets[0].conv2
+    layer.weight.zero_(), layer.bias.zero_()
+    meter = ErrorMeter(network_of(unet), inputs(unet))
+    prepared(unet, CONFIG)
+    quant_layers(unet)["mid_block.resnets.0.conv2"].bias.add_(1e-3)
+    found = {record.name: record for record in meter.record(network_of(unet)).layers}["mid_block.resnets.0.conv2"]
+    assert found.own is not None and set(found.own) == {None} and found.own_weights is None
+
+
 def test_weights_alone(measured: tuple[Any, Any, NetworkRecord]) -> None:
     """With activations in floating point, what is left of an error is that of the weights."""
     full, unet, record = measured

@@ -112,11 +112,11 @@ def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes
     unet = load_ddim(model_config, args.ckpt, args.use_pretrained, args.sample_type, args.sha256)
     unet = unet.to(device)  # type: ignore[arg-type]
     size, channels = int(model_config["data"]["image_size"]), int(model_config["model"]["in_channels"])
-    recipe = recipe.with_batch_size(cli.default_calibration_batch(size)) if recipe else None
     lane, process = args.lane or cli.default_lane(size), Process.from_betas(betas)
     diffusion = Diffusion(network_of(unet), process, sampler, (channels, size, size), lane)
     with cli.naming_flags(timesteps="timesteps"):
-        log.debug("%d steps: %s", len(diffusion.steps), diffusion.times)
+        log.debug("%d steps: %s", diffusion.step_count, diffusion.times)
+    recipe = recipe.decided(cli.default_calibration_batch(size), diffusion.step_count) if recipe else None
     base_hash = state_dict_hash(unet)
     batch_size = args.batch_size or int(model_config.get("sampling", {}).get("batch_size", 64))
     settings = {

@@ -178,12 +178,12 @@ def sample(args: argparse.Namespace, recipe: Recipe | None, processes: Processes
         raise ValueError(f"{model.source} takes prompts: scripts/txt2img.py samples it")
     if model.conditioner is None and (args.cond or args.classes):
         raise ValueError(f"{model.source} is unconditional: allowed without --cond and --classes")
-    # Latents have more channels and attention than images: a quarter of the side for the same memory.
-    recipe = recipe.with_batch_size(cli.default_calibration_batch(4 * model.latent_shape[1])) if recipe else None
     scale = latent.check_guidance(model, args.scale, latent.recommended_scale(config, GUIDANCE))
     sampler = sampler_config(args, len(model.betas))
     with cli.naming_flags(timesteps="custom_steps"):
         diffusion = latent.build_diffusion(model, sampler, model.latent_shape, args.lane, scale != 1, "full")
+    # Latents have more channels and attention than images: a quarter of the side for the same memory.
+    recipe = recipe.decided(cli.default_calibration_batch(4 * model.latent_shape[1]), diffusion.step_count) if recipe else None
     classes: list[int] = []
     conditions = calibration_conditions = None
     columns = 8

@@ -262,10 +262,10 @@ def sample(prompts: Sequence[str], args: argparse.Namespace, recipe: Recipe | No
     scale = latent.check_guidance(model, args.scale, latent.recommended_scale(config, GUIDANCE))
     encode = latent.PromptEncoder(model, scale)
     shape = latent_shape(args, model)
-    # Latents have more channels and attention than images: a quarter of the side for the same memory.
-    recipe = recipe.with_batch_size(cli.default_calibration_batch(4 * max(shape[1:]))) if recipe else None
     with cli.naming_flags(timesteps="ddim_steps"):
         diffusion = latent.build_diffusion(model, sampler, shape, args.lane, scale != 1, args.precision)
+    # Latents have more channels and attention than images: a quarter of the side for the same memory.
+    recipe = recipe.decided(cli.default_calibration_batch(4 * max(shape[1:])), diffusion.step_count) if recipe else None
     chosen = PromptPlan(prompts, args)
 
     def conditions(indices: Sequence[int]) -> Conditions:
