@@ -95,9 +95,10 @@ def quantize(
     steps: int | None = None,
     **options: Any,
 ) -> Report:
-    """Quantize the denoiser of a diffusers pipeline, or a bare denoiser, in place; it is in evaluation mode then.
+    """Quantize the denoiser of a diffusers pipeline, or a bare denoiser, in place.
 
-    A pipeline is calibrated by calling it in full precision; afterwards its calls are quantized and corrected.
+    A pipeline is calibrated by calling it in full precision; afterwards its calls are quantized and corrected. The denoiser is
+    put into evaluation mode.
 
     Args:
         model: a DiffusionPipeline, or a network such as a UNet2DModel.
