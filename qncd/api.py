@@ -121,7 +121,7 @@ def quantize(
     """
     monitor = options.pop("monitor", silent)
     scheduler = options.pop("scheduler", None)
-    recipe = _recipe(options.pop("recipe", None), mode, width, options)
+    recipe = _recipe(options.pop("recipe", None), mode, width, options).decided(8)
     given = frozenset(options)
     module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
     check_quantizable(module)
@@ -141,7 +141,6 @@ def quantize(
         pipeline = PipelineRuns(model, chosen, recipe.calibration, steps, monitor)
         runs, left_out = pipeline, []
         recipe = recipe.with_calibration(samples=pipeline.samples)
-    recipe = recipe.decided(8)
     base_hash = state_dict_hash(runs.network.module)
     data, record = sample_calibration(runs, recipe, base_hash)
     outcome = quantize_network(runs, recipe, calibration or data, record, Job(monitor))

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import qncd
 from qncd.models.original.conditioning import build_text_model, clip_tokenizer
 from qncd.quant.inspection import quant_layers
-from qncd.recipe import MODES
+from qncd.recipe import MODES, Recipe
 
 PROMPTS = ["a large red circle above a small blue square", "a small green square left of a large blue circle"]
 FEW = {"prompts": PROMPTS, "steps": 4, "samples": 4}
@@ -97,6 +97,14 @@ def test_what_cannot_be_quantized_is_named(spoil: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         qncd.quantize(pipe, "W8A8", "linear", prompts=["x"], samples=2, steps=2)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_recipe_leaves_open_is_decided() -> None:
+    """Inputs at a time, and as many calibration time steps as the sampler has."""
+    open_recipe = Recipe.of("linear", **{"calibration.batch_size": None, "calibration.steps": None})
+    report = qncd.quantize(small_pipeline(), recipe=open_recipe, prompts=["x"], steps=2)
+    assert (report.recipe.calibration.batch_size, report.recipe.calibration.steps) == (8, 10)
+    assert report.inputs == 2 * 2 * open_recipe.calibration.samples  # with and without the text
 
 
 def test_a_network_in_training_mode_is_calibrated_for_use() -> None:

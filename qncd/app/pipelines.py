@@ -204,7 +204,7 @@ def load(args: argparse.Namespace, request: Request, device: str) -> Any:
             raise ValueError(f"--{flag}: allowed with original checkpoints; {source_name(args)} is a pipeline of diffusers")
     if args.sha256:
         check_sha256(Path(args.ckpt), args.sha256)
-    pipe = opened(args, config, request.scheduler)
+    pipe = opened(args, config is not None, request.scheduler)
     if "num_frames" in parameters_of(pipe):
         raise ValueError(f"{type(pipe).__name__} makes videos, which no command saves: sample it from Python (qncd.quantize)")
     adapters.take_in(args, pipe)
@@ -215,10 +215,15 @@ def load(args: argparse.Namespace, request: Request, device: str) -> Any:
     return pipe
 
 
-def opened(args: argparse.Namespace, config: Mapping[str, Any] | None, scheduler: str | None = None) -> Any:
-    """The pipeline that --config and --ckpt name; `config` is that of `pipeline_config`, `scheduler` the name of another one."""
+def opened(args: argparse.Namespace, of_yaml: bool, scheduler: str | None = None) -> Any:
+    """The pipeline that --config and --ckpt name.
+
+    Args:
+        of_yaml: --config is the yaml of a pipeline (`pipeline_config`).
+        scheduler: the name of another one than its own.
+    """
     messages.hide_loading_bars()
-    if config is not None:
+    if of_yaml:
         return load_pipeline(args.config, ckpt=args.ckpt, use_pretrained=args.use_pretrained, scheduler=scheduler)
     return load_pipeline(args.ckpt, config=args.config, scheduler=scheduler)
 

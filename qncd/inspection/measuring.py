@@ -141,8 +141,9 @@ class Inspection:
         layer: str | None = None, monitor: Monitor = silent,
     ) -> None:  # fmt: skip
         check_quantizable(denoiser_of(pipe)[1])
+        recipe = recipe.decided(8)
         self.runs = PipelineRuns(pipe, calls, recipe.calibration, steps, monitor)
-        self.recipe = recipe.with_calibration(samples=self.runs.samples).decided(8)
+        self.recipe = recipe.with_calibration(samples=self.runs.samples)
         next_seed = dataclasses.replace(recipe.calibration, seed=recipe.calibration.seed + 1)
         self.held_out = PipelineRuns(pipe, calls, next_seed, steps, monitor)
         self.label, self.layer, self.job = label, layer, Job(monitor, measured=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qncd.io.files import read_json, write_text
-from qncd.ptq.layer_record import NetworkRecord
+from qncd.ptq.layer_record import NetworkRecord, short
 from qncd.quant.affine import SEARCH_RATIOS
 
 INSPECTION_FILE = "inspection.json"  # beside the pictures
@@ -142,15 +142,7 @@ class Inspected:
 
     def save(self, folder: Path) -> None:
         """Write it into the folder, which is there."""
-        smoothed, layer = self.smoothed, self.layer
-        values = {
-            "label": self.label,
-            "record": self.record.to_json(),
-            "smoothed": smoothed and {**asdict(smoothed), "factors": {name: s.cpu() for name, s in smoothed.factors.items()}},
-            "noise": {name: {str(index): asdict(at) for index, at in steps.items()} for name, steps in self.noise.items()},
-            "layer": layer and asdict(layer),
-        }
-        write_text(folder / INSPECTION_FILE, json.dumps(_plain(values), allow_nan=False))
+        write_text(folder / INSPECTION_FILE, json.dumps(_plain(asdict(self)), allow_nan=False))
 
     @classmethod
     def open(cls, folder: Path) -> Inspected:
@@ -179,7 +171,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+        return short(value, DIGITS)
     return value
 
 

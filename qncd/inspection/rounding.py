@@ -62,11 +62,12 @@ def rounding_of(name: str, kept: LayerKept, layer: nn.Module) -> LayerRounding:
     searches = [search for search in (_of_weights(layer, exact), _of_inputs(layer, kept)) if search is not None]
     steps = None
     if codes is not None:
-        exact, rounded = exact / layer.expanded_scale(), rounded / layer.expanded_scale()
+        scale = layer.expanded_scale()
+        exact, rounded = exact / scale, rounded / scale
         steps = torch.stack(rounded.round().unique(return_counts=True)).cpu()
-    error, exact, both = (rounded - exact).cpu(), exact.cpu(), torch.stack([exact, rounded]).cpu()
-    among = Histogram.of(exact, BINS, float(both.min()) - 0.5, float(both.max()) + 0.5)
-    return LayerRounding(name, codes.bits if codes else None, among, Histogram.of(error, BINS), steps, share, tuple(searches))
+    low, high = float(min(exact.min(), rounded.min())) - 0.5, float(max(exact.max(), rounded.max())) + 0.5
+    among, errors = Histogram.of(exact.cpu(), BINS, low, high), Histogram.of((rounded - exact).cpu(), BINS)
+    return LayerRounding(name, codes.bits if codes else None, among, errors, steps, share, tuple(searches))
 
 
 def _of_weights(layer: QuantLayer, exact: Tensor) -> Search | None:

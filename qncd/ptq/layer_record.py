@@ -176,12 +176,13 @@ def _entry(name: str, kind: str, weights: int, weight_bits: int | None, quantize
     high = (quantizer.codes.qmax - quantizer.zero_point) * quantizer.scale
     ranges = len(quantizer.times) if isinstance(quantizer, StepwiseActQuantizer) else 1
     return LayerRecord(
-        name, kind, weights, weight_bits, quantizer.codes.bits, _short(float(low.min())), _short(float(high.max())), ranges
+        name, kind, weights, weight_bits, quantizer.codes.bits, short(float(low.min())), short(float(high.max())), ranges
     )
 
 
-def _short(value: float) -> float | None:
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+def short(value: float, digits: int = DIGITS) -> float | None:
+    """With so many digits; None where it is not finite."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -314,4 +315,4 @@ def _relative(found: Tensor, exact: Tensor) -> float | None:
 
 def _share(error: float, whole: float) -> float | None:
     """Of squares; None where nothing is there to have a share of, as behind a layer whose weights are 0."""
-    return _short(error / whole) if whole > 0 else 0.0 if error == 0 else None
+    return short(error / whole) if whole > 0 else 0.0 if error == 0 else None

@@ -63,7 +63,7 @@ def load_unet(args: argparse.Namespace) -> nn.Module:
         raise ValueError("which model? Name it with --config, --ckpt or both")
     named, original = pipeline_config(args.config), args.config is not None and not names_pipeline(args.config)
     if named is not None or (not original and is_pipeline(args.ckpt, args.config)):
-        return denoiser_of(opened(args, named))[1]
+        return denoiser_of(opened(args, named is not None))[1]
     config = load_config(args.config) if args.config else None
     if config is not None and "target" not in config["model"]:
         return load_ddim(config, args.ckpt, args.use_pretrained, sha256=args.sha256)
