@@ -5,7 +5,7 @@ W x_f; what rounded weights Q can give is Q x_q. With G = E[x_q x_q^T] and C = E
 without rounding are T = W C G^-1 (least squares), and rounding them costs (T - Q) G (T - Q)^T more, which GPTQ (arXiv
 2210.17323) makes small input by input. That the target is W x_f and not W x_q is the idea of GPTAQ (arXiv 2504.02692).
 
-With G = L L^T the cost is |(T - Q) L|^2, and column j of that product holds errors of the inputs j and later alone: from
+With G = L L^T the cost is |L^T (T - Q)^T|^2, and row j of that product holds errors of the inputs j and later alone: from
 the last input to the first, each weight is rounded to where it cancels best what is there already. This is GPTQ's
 recursion without its inverse of G.
 
@@ -63,26 +63,26 @@ def solve_rounding(
     if not all(_is_finite(matrix) for matrix in (gram, gram if cross is None else cross)):
         raise ValueError("the layer's inputs hold NaN or infinity")
     order = gram.diagonal().argsort()  # the inputs that carry most are rounded first: all others can make up for them
-    work = weight[:, order].to(gram.dtype)
-    wanted = None if cross is None else work @ _ordered(cross.T, order).T
+    work = weight.T[order].to(gram.dtype)  # (n, O): an input's weights lie side by side, as they are rounded together
+    wanted = None if cross is None else _ordered(cross.T, order) @ work
     factor, ridge = _damped_factor(gram, order, damping)
     if wanted is not None:
         wanted += ridge * work
-        half_way = torch.linalg.solve_triangular(factor, wanted.T, upper=False)  # cholesky_solve copies the factor
-        work = torch.linalg.solve_triangular(factor.T, half_way, upper=True).T
-    steps = scale.expand_as(weight)[:, order].to(work)
-    chosen = torch.ones_like(work[:, 0])
+        half_way = torch.linalg.solve_triangular(factor, wanted, upper=False)  # cholesky_solve copies the factor
+        work = torch.linalg.solve_triangular(factor.T, half_way, upper=True).contiguous()
+    steps = scale.expand_as(weight).T[order].to(work)
+    chosen = torch.ones_like(work[0])
     best, least = torch.zeros_like(work, dtype=torch.int8), torch.full_like(chosen, torch.inf, dtype=torch.float64)
     for grid in grids:
         found, cost = _round_backwards(work, stored(steps * grid), codes, factor)
         better = cost < least
-        best = torch.where(better[:, None], found, best)
+        best = torch.where(better, found, best)
         least, chosen = torch.where(better, cost, least), torch.where(better, grid, chosen)
     if not bool(torch.isfinite(least).all()):
         raise ValueError("the error of its rounded weights is NaN or infinite")
     result = torch.empty_like(best)
-    result[:, order] = best
-    return result, chosen
+    result[order] = best
+    return result.T.contiguous(), chosen
 
 
 def _is_finite(matrix: Tensor) -> bool:
@@ -117,28 +117,26 @@ def _damped_factor(gram: Tensor, order: Tensor, damping: float) -> tuple[Tensor,
 
 
 def _round_backwards(target: Tensor, scale: Tensor, codes: Codes, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """GPTQ from the last column to the first: target and scale (O, n), factor (n, n) lower triangular.
+    """GPTQ from the last input to the first: target and scale (n, O), one row for each input, factor (n, n) lower triangular.
 
     Returns:
-        codes (O, n), packed, and what they cost: of what they leave of the target, E, the squares of E L, summed (O,) in float64.
+        codes (n, O), packed, and what they cost (O,), float64: of what they leave of the target, E, the squares of L^T E.
     """
     found = torch.zeros_like(target, dtype=torch.int8)
-    errors = torch.zeros_like(target)  # E, of the columns done
-    cost = torch.zeros_like(target[:, 0], dtype=torch.float64)
+    errors = torch.zeros_like(target)  # E, of the inputs done
+    cost = torch.zeros_like(target[0], dtype=torch.float64)
     diagonal = factor.diagonal()
-    for stop in range(target.shape[1], 0, -BLOCK):
+    for stop in range(len(target), 0, -BLOCK):
         start = max(0, stop - BLOCK)
-        passed_on = errors[:, stop:] @ factor[stop:, start:stop]
-        missed = torch.empty_like(passed_on)  # columns of E L over the diagonal of L: columns of E before them add nothing
+        passed_on = factor[stop:, start:stop].T @ errors[stop:]
         for j in range(stop - 1, start - 1, -1):
-            inside = j - start
-            aim = target[:, j] + passed_on[:, inside] / diagonal[j]
-            code = codes.round_(aim / scale[:, j]).clamp_(codes.qmin, codes.qmax)
-            found[:, j] = codes.pack(code)
-            rounded = code.mul_(scale[:, j])
-            errors[:, j] = target[:, j] - rounded
-            missed[:, inside] = aim.sub_(rounded)
-            if inside:
-                passed_on[:, :inside].addr_(errors[:, j], factor[j, start:j])
-        cost += missed.mul_(diagonal[start:stop]).square_().sum(1)
+            aim = passed_on[j - start].div_(diagonal[j]).add_(target[j])
+            code = codes.round_(aim / scale[j]).clamp_(codes.qmin, codes.qmax)
+            found[j] = codes.pack(code)
+            rounded = code.mul_(scale[j])
+            torch.sub(target[j], rounded, out=errors[j])
+            aim.sub_(rounded)  # what L^T E is here, over the diagonal of L: the inputs before add nothing
+            if j > start:
+                passed_on[: j - start].addr_(factor[j, start:j], errors[j])
+        cost += passed_on.mul_(diagonal[start:stop, None]).square_().sum(0)
     return found, cost
