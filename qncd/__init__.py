@@ -16,6 +16,8 @@ _PUBLIC = {
     "quantize": "qncd.api",
     "save": "qncd.saving",
     "load_quantized": "qncd.saving",
+    "pack_weights": "qncd.saving",
+    "unpack_weights": "qncd.saving",
     "export": "qncd.api",
     "export_gguf": "qncd.api",
     "open_engine": "qncd.api",

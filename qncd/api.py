@@ -110,6 +110,7 @@ def quantize(
         steps: of the sampler, in calibration and afterwards; by default the pipeline's own number.
         options: `recipe=` a Recipe or the path of a YAML file instead of mode and width; `samples=` images to calibrate with;
             `scheduler=` of a bare denoiser, a diffusers scheduler, for methods that need a sampler; `monitor=` for progress;
+            `packed=True` to keep weights as codes alone once they are rounded (`qncd.pack_weights`);
             any option of a recipe by its name (gptq=False, iterations=4000, tracking=False, ...).
 
     Returns:
@@ -119,7 +120,7 @@ def quantize(
         ValueError: a setting that is unknown, out of range, contradicts another, or has no effect here; a model that cannot be
             quantized.
     """
-    monitor = options.pop("monitor", silent)
+    monitor, packed = options.pop("monitor", silent), options.pop("packed", False)
     scheduler = options.pop("scheduler", None)
     recipe = _recipe(options.pop("recipe", None), mode, width, options).decided(8)
     given = frozenset(options)
@@ -143,7 +144,7 @@ def quantize(
         recipe = recipe.with_calibration(samples=pipeline.samples)
     base_hash = state_dict_hash(runs.network.module)
     data, record = sample_calibration(runs, recipe, base_hash)
-    outcome = quantize_network(runs, recipe, calibration or data, record, Job(monitor))
+    outcome = quantize_network(runs, recipe, calibration or data, record, Job(monitor, packed=packed))
     state = State(recipe, base_hash, outcome.record, tuple(runs.times), {"times": list(runs.times), "steps": steps})
     state.keep(runs.network.module)
     if isinstance(runs, PipelineRuns):

@@ -20,6 +20,8 @@ from qncd.ptq.checkpoint import QuantizedInfo, content_of, load_quantized_, save
 from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.ranges import round_
 from qncd.quant.adapters import check_no_adapters, check_quantizable
+from qncd.quant.inspection import quant_layers
+from qncd.quant.layers import QuantLayer
 from qncd.recipe import CalibrationConfig, QuantConfig, Recipe
 from qncd.sampling.corrector import Record
 from qncd.sampling.correctors.registry import corrector_of, kind_of
@@ -171,38 +173,69 @@ def load_quantized(model: Any, folder: str | Path) -> Recipe:
     return state.recipe
 
 
+def pack_weights(model: Any) -> None:
+    """Keep the weights of a quantized pipeline (or denoiser) as codes alone, in place: one byte each, half of one up to 4 bits.
+
+    Every call makes each layer's float weight anew, the same numbers, which takes a little longer; outputs stay the same bits.
+    A network that diffusers loads quantized is packed already.
+
+    Raises:
+        ValueError: nothing is quantized.
+    """
+    for layer in _layers_of(model):
+        layer.pack_weight_()
+
+
+def unpack_weights(model: Any) -> None:
+    """The inverse of `pack_weights`: float weights stand beside the codes again, which takes more memory and saves time."""
+    for layer in _layers_of(model):
+        layer.unpack_weight_()
+
+
+def _layers_of(model: Any) -> list[QuantLayer]:
+    module = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
+    layers = list(quant_layers(module).values())
+    if not layers:
+        raise ValueError(f"{type(module).__name__}: has no quantized layer")
+    return layers
+
+
 def read_quantized(module: Any, path: Path) -> None:
-    """Turn a network that has no weights yet into the one of a file, in place: what diffusers' loading ends with.
+    """Turn a network that has no weights yet into the one of a file, in place, packed: what diffusers' loading ends with.
 
     Raises:
         ValueError: the file holds another network.
     """
     from qncd.corrected_scheduler import Waiting
 
-    _materialize(module)
+    materialize_(module)
     network = network_of(module)
-    state = State.read(load_quantized_(network, path), path)
+    state = State.read(load_quantized_(network, path, packed=True), path)
     state.keep(module)
     kind, corrector = kind_of(state.recipe), corrector_of(state.recipe, state.record)
     if kind is not None and corrector is not None:
         object.__setattr__(module, "_qncd_waiting", Waiting(module, corrector, state.fitted_times, kind.calls_network))
 
 
-def _materialize(module: nn.Module) -> None:
-    """Give zeros to what has shapes alone."""
+def materialize_(module: nn.Module) -> None:
+    """Give zeros to what has shapes alone: one for each parameter, which takes no memory and is replaced, not written to."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.is_meta:
-                setattr(part, name, nn.Parameter(torch.zeros_like(parameter, device="cpu"), requires_grad=False))
+                zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                setattr(part, name, nn.Parameter(zeros, requires_grad=False))
             else:
                 parameter.requires_grad_(False)
 
 
 def quantize_at_once(module: Any, quant: QuantConfig) -> None:
-    """Round a network's weights to the nearest codes, in place, and its activations where their scales are found at run time."""
+    """Round a network's weights to the nearest codes, in place, and its activations where their scales are found at run time.
+
+    The codes alone are kept.
+    """
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     base_hash = state_dict_hash(module)
-    round_(quantize_(network_of(module), quant))
+    round_(quantize_(network_of(module), quant), packed=True)
     recipe = Recipe(mode="linear", quant=quant, smoothing=None, correction=None, calibration=CalibrationConfig())
     State(recipe, base_hash, None).keep(module)

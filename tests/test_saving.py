@@ -21,6 +21,7 @@ from script_runs import run_in_process
 from small_pipelines import KINDS, PROMPTS, made, run
 
 import qncd
+from qncd.quant.inspection import quant_layers
 
 STEPS = 4
 
@@ -69,6 +70,36 @@ def test_round_trips(kind: str, mode: str, width: str, options: dict[str, Any], 
     fresh = made(kind)
     qncd.load_quantized(fresh, path)
     assert torch.equal(run(fresh, kind), images)
+
+
+def test_codes_alone_are_kept(folder: Any, tmp_path: Path) -> None:
+    """From loading on, or while quantizing, or when asked for: the same images and the same files, in less memory."""
+    path, images = folder("SD1", "qncd+", "W4A8")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(path)
+    packed = kept_bytes(pipe.unet)
+    assert all(layer.packed for layer in quant_layers(pipe.unet).values())
+    qncd.unpack_weights(pipe)
+    assert not any(layer.packed for layer in quant_layers(pipe.unet).values())
+    assert packed < 0.25 * kept_bytes(pipe.unet)
+    assert torch.equal(run(pipe, "SD1"), images)
+    qncd.pack_weights(pipe)
+    assert kept_bytes(pipe.unet) == packed
+    assert torch.equal(run(pipe, "SD1"), images)
+    at_once = made("SD1")
+    qncd.quantize(at_once, "W4A8", "qncd+", calls=[KINDS["SD1"].call] * 2, steps=STEPS, packed=True)
+    assert kept_bytes(at_once.unet) == packed
+    assert torch.equal(run(at_once, "SD1"), images)
+    expected = load_file(path / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, model in {"unet": pipe.unet, "at_once": at_once.unet}.items():
+        qncd.save(model, tmp_path / name)
+        written = load_file(tmp_path / name / "diffusion_pytorch_model.safetensors")
+        assert written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in expected)
+    with pytest.raises(ValueError, match="UNet2DConditionModel: has no quantized layer"):
+        qncd.pack_weights(made("SD1"))
+
+
+def kept_bytes(module: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
 def test_what_lies_in_the_folder(folder: Any) -> None:

@@ -9,8 +9,8 @@ memory of its weights. `--model sdxl` takes SDXL's (2.57 B) and `--model sd3` th
 B), in bfloat16 and with all parts of `qncd+`; allowed are 20 GB. Weights and texts are random, the same each time. A tiny
 calibration set along the model's own trajectory, 2 PLMS steps on the schedule of Stable Diffusion v1, which changes neither time
 nor memory of the others. Quantizing and using the checkpoint are one process each. A peak is that of the resident set,
-interpreter and libraries included; above what is allowed the exit status is 1. A quantized network keeps int8 codes beside its
-weights. Linux only.
+interpreter and libraries included; above what is allowed the exit status is 1. Weights are packed once they are rounded, and the
+checkpoint is loaded as diffusers' `from_pretrained` loads it: without a base model. Linux only.
 """
 
 from __future__ import annotations
@@ -119,14 +119,20 @@ class Phases:
 
 
 def state_of(network: Network) -> list[str]:
-    """A digest of each tensor of the model. 0 is added, for rounding leaves zeros a sign that integer codes do not have."""
+    """A digest of each tensor of the model, weights as they multiply inputs."""
     from qncd.models.loading import state_dict_hash
+    from qncd.quant.inspection import quant_layers
 
-    return [state_dict_hash({name: tensor + 0}) for name, tensor in sorted(network.module.state_dict().items())]
+    digests = [state_dict_hash({name: tensor}) for name, tensor in sorted(network.module.state_dict().items())]
+    return digests + [state_dict_hash({name: layer.weight}) for name, layer in quant_layers(network.module).items()]
 
 
-def build(args: argparse.Namespace) -> tuple[Diffusion, Diffusion]:
-    """The diffusion with a network of fresh weights, the same ones each time: at the calibration's size, and at the image's."""
+def build(args: argparse.Namespace, weights: bool = True) -> tuple[Diffusion, Diffusion]:
+    """The diffusion with a network of fresh weights, the same ones each time: at the calibration's size, and at the image's.
+
+    Args:
+        weights: false leaves them without memory.
+    """
     import diffusers
     import torch
 
@@ -162,7 +168,10 @@ def build(args: argparse.Namespace) -> tuple[Diffusion, Diffusion]:
         size = getattr(args, flag)
         if size is not None and size % (8 * factor):
             raise ValueError(f"--{flag} {size}: allowed are multiples of {8 * factor}")
-    fill_(module.to(getattr(torch, MODELS[args.model].dtype)).to_empty(device="cpu"))
+    module.to(getattr(torch, MODELS[args.model].dtype))
+    if weights:
+        fill_(module.to_empty(device="cpu"))
+    fill_buffers_(module)
     side, sampled = (size // factor for size in (args.size, args.sample_size or args.size))
     shape = (network.config["in_channels"], side, side)
     diffusion = Diffusion(network, Process.from_betas(betas), sampler_of(args), shape, latent_lane(side, args.scale != 1))
@@ -188,8 +197,16 @@ def fill_(module: nn.Module) -> None:
                 parameter.uniform_(-bound, bound)
             else:
                 parameter.fill_(1.0 if name == "weight" else 0.0)
-        for buffer in part.buffers(recurse=False):  # sines of positions
-            buffer.uniform_(-1, 1)
+
+
+def fill_buffers_(module: nn.Module) -> None:
+    """Give values to what is no parameter: sines of positions."""
+    import torch
+
+    torch.manual_seed(1)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty_like(buffer, device="cpu").uniform_(-1, 1))
 
 
 def sampler_of(args: argparse.Namespace) -> SamplerConfig:
@@ -237,7 +254,7 @@ def quantize_and_save(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     """For a separate process: from random weights to the quantized checkpoint. Returns the figures."""
     from qncd.models.loading import state_dict_hash
     from qncd.ptq.checkpoint import save_quantized
-    from qncd.ptq.pipeline import quantize_network, sample_calibration
+    from qncd.ptq.pipeline import Job, quantize_network, sample_calibration
     from qncd.ptq.runs import DiffusionRuns
 
     phase, baseline = Phases(), memory("VmRSS")
@@ -251,7 +268,7 @@ def quantize_and_save(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     with phase("calibration set"):
         data, record = sample_calibration(runs, recipe, base_hash)
     with phase(f"quantize to {recipe.label}"):
-        outcome = quantize_network(runs, recipe, data, record)
+        outcome = quantize_network(runs, recipe, data, record, Job(packed=True))
     with phase("save"):
         settings = {"sampler": dataclasses.asdict(diffusion.config)}
         save_quantized(network, path, recipe.quant, base_hash, settings, outcome.record)
@@ -259,15 +276,16 @@ def quantize_and_save(args: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 
 def load_and_sample(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """For a separate process: a fresh base model takes the checkpoint and samples one image. Returns the figures."""
-    from qncd.models.loading import state_dict_hash
+    """For a separate process: load the checkpoint and sample one image. Returns the figures."""
     from qncd.ptq.checkpoint import load_quantized_
     from qncd.sampling.correctors.registry import corrector_of, kind_of
+    from qncd.saving import materialize_
 
     phase = Phases()
-    with phase("load into a fresh base model"):
-        diffusion, sampler = build(args)
-        info = load_quantized_(diffusion.network, path, state_dict_hash(diffusion.network.module))
+    with phase("load"):
+        diffusion, sampler = build(args, weights=False)
+        materialize_(diffusion.network.module)
+        info = load_quantized_(diffusion.network, path, packed=True)
     recipe = recipe_of(args, diffusion.lane)
     kind = kind_of(recipe)
     corrector = corrector_of(recipe, info.records[kind.prefix] if kind else None)

@@ -33,7 +33,6 @@ from qncd.ptq.checkpoint_schema import (
     read_layers,
     read_settings,
     shortened,
-    unpack4,
 )
 from qncd.ptq.heap import trim_heap
 from qncd.ptq.layer_record import NetworkRecord
@@ -47,6 +46,7 @@ from qncd.quant.inspection import (
     set_stage,
 )
 from qncd.quant.layers import QuantLayer
+from qncd.quant.packing import pack4, unpack4
 from qncd.quant.quantizers import ActQuantizer, Stage
 from qncd.quant.stepwise import StepwiseActQuantizer, make_stepwise, select_steps_on_call
 from qncd.recipe import QuantConfig
@@ -54,6 +54,7 @@ from qncd.sampling.corrector import Record
 from qncd.sampling.correctors.registry import CORRECTORS
 
 FORMAT = "qncd-1"
+_LAYER_TENSORS = ("smoothing", "rotation", "down", "up", "weight_packed", "weight_codes", "weight_scale", "weight_zero_point")
 
 
 def record_kinds() -> dict[str, type[Any]]:
@@ -84,14 +85,6 @@ class QuantizedInfo:
     act_bits: dict[str, int] | None = None
     inputs: dict[str, Any] | None = None
     layers: NetworkRecord | None = None
-
-
-def pack4(codes: Tensor) -> Tensor:
-    """Signed 4-bit codes, int8 any shape -> uint8 (ceil(n/2),): even elements in the low half of each byte."""
-    flat = codes.flatten().to(torch.int16) & 15
-    if len(flat) % 2:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    return (flat[0::2] | (flat[1::2] << 4)).to(torch.uint8)
 
 
 def _weight_tensors(name: str, layer: QuantLayer) -> dict[str, Tensor]:
@@ -247,18 +240,19 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_quantized_(network: Network, path: Path, base_hash: str | None = None) -> QuantizedInfo:
+def load_quantized_(network: Network, path: Path, base_hash: str | None = None, packed: bool = False) -> QuantizedInfo:
     """Turn a full-precision network into the saved quantized model, in place; images come out bit-identical.
 
     Args:
         network: the base model, in floating point.
         base_hash: of its weights; refused where the file was made from others.
+        packed: keep the codes of the weights alone (`QuantLayer.pack_weight_`).
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is cut off, of another kind, or was made from another base model. The network is then as before.
     """
-    return _load_(network, path, None, base_hash)
+    return _load_(network, path, None, base_hash, packed)
 
 
 @torch.no_grad()
@@ -281,11 +275,12 @@ def check_quantized(network: Network, path: Path, base_hash: str | None = None, 
     _checked(network, path, config, base_hash)
 
 
-def _load_(network: Network, path: Path, config: QuantConfig | None, base_hash: str | None) -> QuantizedInfo:
+def _load_(
+    network: Network, path: Path, config: QuantConfig | None, base_hash: str | None, packed: bool = False
+) -> QuantizedInfo:
     """Load everything, or with `config` the weights alone."""
     info, tensors = _checked(network, path, config, base_hash)
-    # Not the file's memory: codes are kept as they are, and the file may go.
-    _take_over(network, {name: value.clone() for name, value in tensors.items()}, info, config)
+    _take_over(network, tensors, info, config, packed)
     set_seen_inputs(network.module, info.inputs)
     return info
 
@@ -323,11 +318,15 @@ def _check_channels(network: Network, records: dict[str, Record]) -> None:
             raise ValueError(f"{prefix}: made for {channels} channels, the model has {min(known)}")
 
 
-def _take_over(network: Network, tensors: dict[str, Tensor], info: QuantizedInfo, config: QuantConfig | None) -> None:
-    """Put tensors that are checked into the network."""
+def _take_over(
+    network: Network, tensors: dict[str, Tensor], info: QuantizedInfo, config: QuantConfig | None, packed: bool
+) -> None:
+    """Put tensors that are checked into the network: copies, as theirs is the file's memory, and the file may go."""
     module = quantize_(network, config or info.config).module
     for name, layer in quant_layers(module).items():
         _load_layer(name, layer, tensors)
+        if packed:
+            layer.pack_weight_()
         trim_heap()
     if config is None:
         set_act_bits_(module, info.act_bits or {})
@@ -339,7 +338,7 @@ def _take_over(network: Network, tensors: dict[str, Tensor], info: QuantizedInfo
             layer.shift_bias_(torch.zeros(len(layer.weight)))
     for name, parameter in module.named_parameters():
         if not (name.endswith(".weight") and isinstance(module.get_submodule(name[:-7]), QuantLayer)):
-            parameter.copy_(tensors[name])
+            parameter.data = _copy(tensors[name], parameter)
     if config is None:
         set_stage(module, Stage.QUANTIZE)
 
@@ -349,25 +348,30 @@ def _make_stepwise_(network: Network, tensors: dict[str, Tensor]) -> None:
     times = {key.removesuffix(".times"): value for key, value in tensors.items() if key.endswith(".times")}
 
     def replaced(name: str, quantizer: ActQuantizer) -> ActQuantizer:
-        return make_stepwise(quantizer, times[name]) if name in times else quantizer
+        return make_stepwise(quantizer, times[name].clone()) if name in times else quantizer
 
     if times:
         replace_quantizers_(network.module, replaced)
         select_steps_on_call(network.module, network.times_of)
 
 
+def _copy(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(like.device, like.dtype, copy=True)
+
+
 def _load_layer(name: str, layer: QuantLayer, tensors: dict[str, Tensor]) -> None:
-    if f"{name}.smoothing" in tensors:
-        layer.smooth_(tensors[f"{name}.smoothing"])
-    if f"{name}.rotation" in tensors:
-        layer.rotate_(int(tensors[f"{name}.rotation"]))
-    if f"{name}.up" in tensors:
-        layer.split_off_(tensors[f"{name}.down"], tensors[f"{name}.up"])
+    own = {key: tensors[f"{name}.{key}"].clone() for key in _LAYER_TENSORS if f"{name}.{key}" in tensors}
+    if "smoothing" in own:
+        layer.smooth_(own["smoothing"])
+    if "rotation" in own:
+        layer.rotate_(int(own["rotation"]))
+    if "up" in own:
+        layer.split_off_(own["down"], own["up"])
     if layer.config.weight_codes is None:
-        layer.weight.copy_(tensors[f"{name}.weight"])
+        layer.weight.data = _copy(tensors[f"{name}.weight"], layer.weight)
         return
     if layer.config.weight_codes.bits <= 4:
-        codes = unpack4(tensors[f"{name}.weight_packed"], layer.weight.shape)
+        codes = unpack4(own["weight_packed"], layer.weight_shape)
     else:
-        codes = tensors[f"{name}.weight_codes"].view(torch.int8)
-    layer.set_weight_codes(codes, tensors[f"{name}.weight_scale"], tensors.get(f"{name}.weight_zero_point"))
+        codes = own["weight_codes"].view(torch.int8)
+    layer.set_weight_codes(codes, own["weight_scale"], own.get("weight_zero_point"))

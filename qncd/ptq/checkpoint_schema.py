@@ -16,6 +16,7 @@ from qncd.ptq.layer_record import NetworkRecord
 from qncd.quant.affine import Codes, IntegerRange
 from qncd.quant.inspection import calibrated_quantizers, quant_layers
 from qncd.quant.layers import QuantLayer
+from qncd.quant.packing import unpack4
 from qncd.recipe import QuantConfig, Recipe
 
 _LONGEST = 120  # characters of a value in a message
@@ -154,15 +155,6 @@ def _check_times(times: list[tuple[str, Tensor]]) -> None:
     for name, value in times:
         if not len(value) or bool((value.diff() <= 0).any()):
             raise ValueError(f"{name}: expected time steps in ascending order, each once")
-
-
-def unpack4(packed: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """The inverse of `pack4`: int8 codes of `shape`. Raises ValueError where the number of bytes does not fit."""
-    count = int(torch.Size(shape).numel())
-    if packed.numel() != (count + 1) // 2:
-        raise ValueError(f"{packed.numel()} bytes of packed codes for {count} weights")
-    both = torch.stack([packed & 15, packed >> 4], 1).flatten()[:count].to(torch.int8)
-    return torch.where(both > 7, both - 16, both).view(tuple(shape))
 
 
 def read_field(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Context:
         processes: who shares the work, all with the same arguments.
         reference: the network in floating point, prepared as `network` was before its weights were rounded; made on first use.
         found: what stages report, by their names.
+        packed: whoever rounds a weight keeps its codes alone.
     """
 
     network: Network
@@ -56,6 +57,7 @@ class Context:
     processes: Processes = field(default_factory=OneProcess)
     reference: Network | None = None
     found: dict[str, Any] = field(default_factory=dict)
+    packed: bool = False
 
     @property
     def batch_size(self) -> int:

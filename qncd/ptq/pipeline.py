@@ -62,6 +62,7 @@ class Job:
         processes: who shares the work.
         weights: prepares the network and gives it weights of a checkpoint; then no stage makes any.
         measured: measure the error of each layer, with a few more calls of the network (`qncd.ptq.layer_record`).
+        packed: keep the codes of a weight alone once it is rounded (`QuantLayer.pack_weight_`).
     """
 
     monitor: Monitor = silent
@@ -69,6 +70,7 @@ class Job:
     processes: Processes = field(default_factory=OneProcess)
     weights: Callable[[Network], None] | None = None
     measured: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,9 @@ def quantize_network(
         raise ValueError("weights of a checkpoint are taken as they are: no reconstruction with them")
     data.check_model(runs.network)
     context = Context(
-        runs.network, recipe, data, runs.network_times, runs.diffusion, runs.conditions, job.monitor, job.folder, job.processes
-    )
+        runs.network, recipe, data, runs.network_times, runs.diffusion, runs.conditions, job.monitor, job.folder, job.processes,
+        packed=job.packed,
+    )  # fmt: skip
     remember_inputs(runs.network, data.x, data.t, data.inputs, data.constants)
     meter = ErrorMeter(runs.network, data) if job.measured else None
 

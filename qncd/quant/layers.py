@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,9 +14,11 @@ from qncd.granularity import PER_ROW, PER_TENSOR, ROW, Granularity, PerGroup
 from qncd.quant.affine import Codes, float16_scale, group_scale, search_weight_scale, symmetric_scale
 from qncd.quant.dynamic import make_quantizer
 from qncd.quant.float8 import Float8Codes
+from qncd.quant.packing import pack4, unpack4
 from qncd.quant.quantizers import Stage
 from qncd.quant.transforms import Transforms
 
+CACHED = 1 << 17  # weights that a CPU makes of codes together: float32 numbers of its cache
 ERROR_INPUTS = 4  # inputs that rounding_error looks at together: it holds two outputs at a time
 
 
@@ -59,17 +61,19 @@ class QuantLayer(Transforms):
     """What quantized convolutions and linear layers share.
 
     The weight stays a float tensor, on the integer grid once it is rounded, so a forward pass pays nothing for it; the codes
-    that it was rounded to are kept beside it. Layout of the scales: (O, K), one for each output channel and segment of input
-    channels, or for each group of a segment of the row, then a float16 number that may be negative. Our own weights are
-    symmetric; those of Q-Diffusion's checkpoints have zero points, counted from the smallest code.
+    that it was rounded to are kept beside it. A packed layer (`pack_weight_`) keeps the codes alone. Layout of scales: (O, K),
+    one for each output channel and segment of input channels, or for each group of a segment of the row, then a float16 number
+    that may be negative. Our own weights are symmetric; those of Q-Diffusion's checkpoints have zero points, counted from the
+    smallest code.
 
     Attributes:
         summed: axes of the input that a product sums over.
+        weight_shape: (O, I, ...).
 
     Buffers:
         codes: int8, shape of the weight, packed (`config.weight_codes.pack`); None until the weight is rounded. No part of the
-            state dict: it holds the weight.
-        weight_scale, weight_zero_point: (O, K) float32 or None.
+            state dict: it holds the weight. Of a packed layer they are part of it, and up to 4 bits what `pack4` makes of them.
+        weight_scale, weight_zero_point: (O, K) float32, whatever the dtype of the network, or None.
         smoothing, down, up: as `Transforms` has them.
     """
 
@@ -77,10 +81,12 @@ class QuantLayer(Transforms):
     config: LayerConfig
     weight_zero_point: Tensor | None
     codes: Tensor | None
+    weight_shape: torch.Size
     summed: ClassVar[tuple[int, ...]]
 
     def _prepare(self, source: nn.Conv2d | nn.Linear, config: LayerConfig) -> None:
         self.weight, self.bias = source.weight, source.bias
+        self.weight_shape, self._weight_dtype = source.weight.shape, source.weight.dtype
         self.config = config
         self.act = make_quantizer(
             config.act_codes, config.act_range, config.act_granularity, self.summed, config.segments
@@ -94,7 +100,7 @@ class QuantLayer(Transforms):
     def parts(self) -> Sequence[slice]:
         """The input channels of each segment."""
         edges, start = [], 0
-        for size in self.config.segments or (self.weight.shape[1],):
+        for size in self.config.segments or (self.weight_shape[1],):
             edges.append(slice(start, start + size))
             start += size
         return edges
@@ -102,11 +108,11 @@ class QuantLayer(Transforms):
     @property
     def scale_shape(self) -> tuple[int, int]:
         """(O, K)."""
-        return len(self.weight), sum(map(len, self._group_sizes()))
+        return self.weight_shape[0], sum(map(len, self._group_sizes()))
 
     def _group_sizes(self) -> list[list[int]]:
         """How many inputs of the flattened row share a scale, one after another, for each segment."""
-        taps = self.weight[0, 0].numel()
+        taps = self.weight_shape[2:].numel()
         return [self.config.weight_granularity.sizes((part.stop - part.start) * taps) for part in self.parts()]
 
     def stored_scale(self, scale: Tensor) -> Tensor:
@@ -168,9 +174,9 @@ class QuantLayer(Transforms):
     @torch.no_grad()
     def rounding_error(self, x: Tensor) -> Tensor:
         """Mean error (O,) that quantizing the weight and the input x leaves in this layer's output, scales being known."""
-        stage, weight = self.act.stage, self.weight
-        rounded = nn.Parameter(self.rounded_weight(), requires_grad=False)
-        total = torch.zeros(len(weight), dtype=torch.float64, device=x.device)
+        stage, weight = self.act.stage, self._parameters["weight"]
+        rounded = weight if self.codes is not None else nn.Parameter(self.rounded_weight(), requires_grad=False)
+        total = torch.zeros(self.weight_shape[0], dtype=torch.float64, device=x.device)
         for start in range(0, len(x), ERROR_INPUTS):
             part = x[start : start + ERROR_INPUTS]
             exact = self(part)
@@ -205,21 +211,77 @@ class QuantLayer(Transforms):
         """The weight's codes, int8, shape of the weight, packed. Raises ValueError before the weight is rounded."""
         if self.codes is None:
             raise ValueError("the weights are not quantized yet")
-        return self.codes
+        return self.codes if self.codes.dtype == torch.int8 else unpack4(self.codes, self.weight_shape)
 
     @torch.no_grad()
     def set_weight_codes(self, codes: Tensor, scale: Tensor | None, zero_point: Tensor | None = None) -> None:
         """Take over codes, packed (int8) or as numbers (floats), `weight_scale` and `weight_zero_point` (O, K)."""
         form = self.config.weight_codes
-        if form is None or scale is None or codes.shape != self.weight.shape or scale.shape != self.scale_shape:
+        if form is None or scale is None or codes.shape != self.weight_shape or scale.shape != self.scale_shape:
             shape = None if scale is None else tuple(scale.shape)
-            raise ValueError(f"codes {tuple(codes.shape)} and scales {shape} for a weight {tuple(self.weight.shape)}")
-        device, dtype = self.weight.device, self.weight.dtype
+            raise ValueError(f"codes {tuple(codes.shape)} and scales {shape} for a weight {tuple(self.weight_shape)}")
+        device, self._weight_dtype = self.weight.device, self.weight.dtype
         self.weight_scale = scale.to(device, torch.float32)
         self.weight_zero_point = None if zero_point is None else zero_point.to(device)
         self.codes = (form.pack(codes) if codes.is_floating_point() else codes).to(device, torch.int8)
-        steps = form.unpack(self.codes) - self._shift()
-        self.weight = nn.Parameter((steps * self.expanded_scale()).to(dtype), requires_grad=False)
+        self.weight = nn.Parameter(self._weight_of_codes(), requires_grad=False)
+
+    def _weight_of_codes(self) -> Tensor:
+        codes, scale, shift = self.weight_codes(), self.weight_scale, self.weight_zero_point
+        form = self.config.weight_codes
+        assert form is not None and scale is not None
+        weight = torch.empty(self.weight_shape, dtype=self._weight_dtype, device=codes.device)
+        rows = max(1, CACHED // self.weight_shape[1:].numel()) if codes.device.type == "cpu" else len(weight)
+        for part in (slice(start, start + rows) for start in range(0, len(weight), rows)):
+            steps = form.unpack(codes[part])
+            if shift is not None:
+                steps -= self._expanded(shift[part]) + form.qmin
+            weight[part] = steps.mul_(self._expanded(scale[part]))
+        return weight
+
+    @property
+    def packed(self) -> bool:
+        """Whether the codes alone are kept."""
+        return self._parameters["weight"] is None
+
+    @torch.no_grad()
+    def pack_weight_(self) -> None:
+        """Keep the codes alone, at 4 bits and fewer two in a byte; `weight` is then made of them each time that it is asked for.
+
+        The numbers are the same. A layer whose weight is not rounded stays as it is.
+        """
+        form = self.config.weight_codes
+        if self.packed or self.codes is None or form is None:
+            return
+        self._weight_dtype = self.weight.dtype
+        codes = pack4(self.codes) if form.bits <= 4 else self.codes
+        self.weight = None
+        del self.codes  # a buffer is part of the state dict or not from its registration on
+        self.register_buffer("codes", codes)
+
+    @torch.no_grad()
+    def unpack_weight_(self) -> None:
+        """The inverse of `pack_weight_`."""
+        if not self.packed:
+            return
+        codes, weight = self.weight_codes(), self.weight
+        del self.codes
+        self.register_buffer("codes", codes, persistent=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return self._weight_of_codes() if value is None and name == "weight" else value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
+        """Of `to`, `half` and so on: scales keep their digits, and a packed layer remembers what its weight would have become."""
+        exact = {name: getattr(self, name) for name in ("weight_scale", "weight_zero_point")}
+        super()._apply(fn, recurse)
+        for name, values in exact.items():
+            if values is not None and getattr(self, name).dtype != values.dtype:
+                setattr(self, name, values.to(getattr(self, name).device))
+        self._weight_dtype = fn(torch.empty(0, dtype=self._weight_dtype)).dtype
+        return self
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state, prefix, *args)
@@ -230,7 +292,7 @@ class QuantLayer(Transforms):
             self.set_weight_codes(found.clamp_(codes.qmin, codes.qmax), self.weight_scale, self.weight_zero_point)
 
     def expanded_scale(self) -> Tensor:
-        """The scales as they broadcast against the weight: (O, I, 1, ...), or with groups in its own shape."""
+        """The scales as they broadcast against the weight: (O, 1, ...), (O, I, 1, ...) with segments, its shape with groups."""
         assert self.weight_scale is not None
         return self._expanded(self.weight_scale)
 
@@ -241,12 +303,14 @@ class QuantLayer(Transforms):
         return self._expanded(self.weight_zero_point) + self.config.weight_codes.qmin
 
     def _expanded(self, values: Tensor) -> Tensor:
+        shape, taps = self.weight_shape, [1] * (len(self.weight_shape) - 2)
         if self.config.grouped:
             widths = torch.tensor([size for sizes in self._group_sizes() for size in sizes], device=values.device)
-            return values.repeat_interleave(widths, 1, output_size=self.weight[0].numel()).view(self.weight.shape)
+            return values.repeat_interleave(widths, 1, output_size=shape[1:].numel()).view(-1, *shape[1:])
+        if self.config.segments is None:
+            return values.view(-1, 1, *taps)
         sizes = torch.tensor([s.stop - s.start for s in self.parts()], device=values.device)
-        expanded = values.repeat_interleave(sizes, 1, output_size=self.weight.shape[1])  # (O, I)
-        return expanded.view(*expanded.shape, *[1] * (self.weight.ndim - 2))
+        return values.repeat_interleave(sizes, 1, output_size=shape[1]).view(-1, shape[1], *taps)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):

@@ -17,12 +17,13 @@ from torch import Tensor
 from qncd.models.files import safetensors_files
 from qncd.models.network import network_of
 from qncd.ptq.bits import mean_bits
-from qncd.ptq.checkpoint import load_quantized_, pack4, peek_quantized, save_quantized, unpack4
+from qncd.ptq.checkpoint import load_quantized_, peek_quantized, save_quantized
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import calibrate_
 from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.smoothing import smooth_, smoothing_factors
 from qncd.quant.inspection import quant_layers
+from qncd.quant.packing import pack4, unpack4
 from qncd.recipe import QuantConfig, SamplerConfig
 from qncd.sampling.correctors.runtime import TABLE_TENSORS, NoiseTable
 from qncd.sampling.diffusion import Diffusion

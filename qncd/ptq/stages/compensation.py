@@ -119,8 +119,11 @@ class Solution:
 
 
 @torch.no_grad()
-def compensate_(network: Network, data: CalibrationSet, batch_size: int = 32) -> None:
+def compensate_(network: Network, data: CalibrationSet, batch_size: int = 32, packed: bool = False) -> None:
     """Put every layer's weights on their grid and its mean error into its bias, in place; ranges are known, weights still float.
+
+    Args:
+        packed: keep the codes of the weights alone.
 
     Raises:
         ValueError: a layer's inputs hold NaN or infinity, or its weights cannot be solved for; the layer is named.
@@ -129,6 +132,8 @@ def compensate_(network: Network, data: CalibrationSet, batch_size: int = 32) ->
     solved = dict(solutions(network, data.spread(INPUTS), batch_size))  # all of them: every pass is one in full precision
     for name, solution in solved.items():
         layers[name].set_weight_codes(solution.codes, solution.scale)
+        if packed:
+            layers[name].pack_weight_()
         named(name, functools.partial(layers[name].shift_bias_, solution.shift))
         trim_heap()
 
@@ -265,4 +270,4 @@ class Compensation:
         return recipe.quant.gptq
 
     def run(self, context: Context) -> None:
-        compensate_(context.network, context.data, context.batch_size)
+        compensate_(context.network, context.data, context.batch_size, context.packed)

@@ -15,10 +15,16 @@ from qncd.recipe import Recipe
 log = logging.getLogger("qncd")
 
 
-def round_(network: Network) -> None:
-    """Round all weights whose codes are not known yet and quantize activations from now on, in place; ranges are known."""
+def round_(network: Network, packed: bool = False) -> None:
+    """Round all weights whose codes are not known yet and quantize activations from now on, in place; ranges are known.
+
+    Args:
+        packed: keep the codes of the weights alone.
+    """
     for name, layer in quant_layers(network.module).items():
         named(name, layer.quantize_weight_)
+        if packed:
+            layer.pack_weight_()
         trim_heap()
     set_stage(network.module, QuantizerStage.QUANTIZE)
 
@@ -51,4 +57,4 @@ class Rounding:
         return True
 
     def run(self, context: Context) -> None:
-        round_(context.network)
+        round_(context.network, context.packed)
