@@ -96,6 +96,29 @@ def step_cost(make: Callable[[], Network], batch: int, rounds: int) -> tuple[flo
         return _ratio(lambda: quantized.predict(data.x, data.t), lambda: plain.predict(data.x, data.t), rounds)
 
 
+def packing_cost(make: Callable[[], Network], bits: int, batch: int, rounds: int) -> tuple[tuple[float, float, float], float]:
+    """A step with packed weights over one with float weights beside them, as `_ratio`; its memory over that of full precision.
+
+    The memory is that of parameters and buffers.
+    """
+    import torch
+
+    from qncd.saving import pack_weights
+
+    plain, packed = make(), make()
+    data, full = _inputs(plain, batch), _kept_bytes(plain)
+    for network in (plain, packed):
+        _quantized(network, bits)
+    pack_weights(packed.module)
+    with torch.no_grad():
+        ratio = _ratio(lambda: packed.predict(data.x, data.t), lambda: plain.predict(data.x, data.t), rounds)
+    return ratio, _kept_bytes(packed) / full
+
+
+def _kept_bytes(network: Network) -> int:
+    return sum(tensor.nbytes for tensor in [*network.module.parameters(), *network.module.buffers()])
+
+
 def calibration_run(kind: str, samples: int, threads: int | None, queue: Any) -> None:
     """For a separate process: a full-precision pass ("fp") or a calibration; puts seconds and MiB of peak growth.
 
@@ -166,6 +189,12 @@ def measure_simulation(rounds: int, samples: int, threads: int | None) -> dict[s
         ratio, quantized, plain = step_cost(make, batch, rounds)
         figures[key] = ratio
         print(f"{key} {ratio:.3f}   ({quantized * 1e3:.0f} ms against {plain * 1e3:.0f} ms, batch {batch})", flush=True)
+    for bits in (8, 4):
+        for suffix, make, batch in (("", _cifar, 4), ("_box", _bundled, 64)):
+            (ratio, packed, plain), kept = packing_cost(make, bits, batch, rounds)
+            figures |= {f"packed_w{bits}_over_unpacked{suffix}": ratio, f"packed_w{bits}_memory_over_fp32{suffix}": kept}
+            compared = f"{packed * 1e3:.0f} ms against {plain * 1e3:.0f} ms, batch {batch}; memory {kept:.3f} x full precision"
+            print(f"packed_w{bits}_over_unpacked{suffix} {ratio:.3f}   ({compared})", flush=True)
     cost = calibration_cost(samples, threads)
     figures["calibration_over_fp_pass"] = cost["calibration"][0] / cost["fp"][0]
     figures["calibration_peak_over_fp"] = cost["calibration"][1] / cost["fp"][1]
