@@ -14,8 +14,8 @@ from torch import nn
 from qncd.models.loading import state_dict_hash
 from qncd.models.network import network_of
 from qncd.modes import DEFAULT_MODE
+from qncd.progress import silent
 from qncd.ptq.bits import MeanBits
-from qncd.ptq.context import silent
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import CalibrationRuns, Job, Outcome, quantize_network, sample_calibration
 from qncd.ptq.pipeline_runs import PipelineRuns, calls_for

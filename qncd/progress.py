@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 LINE_SECONDS = 30.0  # between two lines
@@ -15,6 +17,15 @@ class Update(Protocol):
 
     def __call__(self, done: int, total: int, left: float | None = None) -> None:
         """`done` of `total`; `left` seconds, where the caller knows better than by counting."""
+
+
+Monitor = Callable[[str, str], AbstractContextManager[Update]]  # title and unit -> where progress is told
+
+
+@contextmanager
+def silent(title: str, unit: str) -> Iterator[Update]:
+    """A monitor that tells nobody."""
+    yield _nothing
 
 
 class progress_bar:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qncd.models.network import Network, network_of
-from qncd.ptq.context import Monitor, silent
+from qncd.progress import Monitor, silent
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import Progress, find_ranges_
 from qncd.ptq.pipeline import Job, Outcome, quantize_network

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qncd.inspection.record import CONTROL, CORRECTED, PLAIN, Inspected, NoiseAt, Smoothed
 from qncd.inspection.rounding import LayerKept, rounding_of
-from qncd.ptq.context import Monitor, silent
+from qncd.progress import Monitor, silent
 from qncd.ptq.observing import hooked
 from qncd.ptq.pipeline import Job, quantize_network, sample_calibration
 from qncd.ptq.pipeline_runs import PipelineRuns

@@ -10,7 +10,7 @@ from qncd.io.files import regular_file
 from qncd.io.runs import RUN_FILE
 from qncd.models.files.safetensors_files import read_metadata, read_safetensors
 from qncd.ptq.checkpoint import QuantizedInfo, peek_quantized
-from qncd.ptq.layer_record import LAYERS_FILE, PRODUCT, LayerRecord, NetworkRecord
+from qncd.ptq.layer_record import LAYERS_FILE, PRODUCT, LayerRecord, NetworkRecord, range_of
 from qncd.quant.affine import IntegerRange
 
 UNKNOWN = "layer"  # its kind, where the weights' shape is not in the file
@@ -89,7 +89,7 @@ def _with_range(
     act_bits, scale = _act_bits(info, quantizer), tensors.get(f"{quantizer}.scale")
     if scale is None or act_bits is None:
         return LayerRecord(name, kind, weights, bits, None, None, None, 1)
-    codes, zero = IntegerRange(act_bits, info.config.act_symmetric and kind != PRODUCT), tensors[f"{quantizer}.zero_point"]
-    low, high = float(((codes.qmin - zero) * scale).min()), float(((codes.qmax - zero) * scale).max())
+    codes = IntegerRange(act_bits, info.config.act_symmetric and kind != PRODUCT)
+    low, high = range_of(codes, scale, tensors[f"{quantizer}.zero_point"])
     ranges = len(scale) if f"{quantizer}.times" in tensors else 1
     return LayerRecord(name, kind, weights, bits, act_bits, low, high, ranges)

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from qncd.distributed import OneProcess, Processes
 from qncd.models.network import Network, network_of
+from qncd.progress import Monitor, silent
 from qncd.ptq.data import CalibrationSet
 from qncd.recipe import Recipe
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
-
-# (done, in all, seconds left where they are known better than by counting).
-Update = Callable[..., None]
-Monitor = Callable[[str, str], contextlib.AbstractContextManager[Update]]  # title and unit -> where progress is told
-
-
-@contextlib.contextmanager
-def silent(title: str, unit: str) -> Iterator[Update]:
-    """A monitor that tells nobody."""
-    yield lambda *_: None
 
 
 @dataclass

@@ -24,6 +24,7 @@ from qncd.ptq.bits import FLOAT, bits_beside
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import call_on, hooked
 from qncd.ptq.positions import input_rows, is_matrix, output_rows, some_positions
+from qncd.quant.affine import Codes
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import ActQuantizer, Stage
@@ -172,12 +173,15 @@ def _entry(name: str, kind: str, weights: int, weight_bits: int | None, quantize
         return LayerRecord(name, kind, weights, weight_bits, None, None, None, 1)
     if not quantizer.calibrated:  # the range is found at run time
         return LayerRecord(name, kind, weights, weight_bits, quantizer.codes.bits, None, None, 1)
-    low = (quantizer.codes.qmin - quantizer.zero_point) * quantizer.scale
-    high = (quantizer.codes.qmax - quantizer.zero_point) * quantizer.scale
+    low, high = range_of(quantizer.codes, quantizer.scale, quantizer.zero_point)
     ranges = len(quantizer.times) if isinstance(quantizer, StepwiseActQuantizer) else 1
-    return LayerRecord(
-        name, kind, weights, weight_bits, quantizer.codes.bits, short(float(low.min())), short(float(high.max())), ranges
-    )
+    return LayerRecord(name, kind, weights, weight_bits, quantizer.codes.bits, low, high, ranges)
+
+
+def range_of(codes: Codes, scale: Tensor, zero_point: Tensor) -> tuple[float | None, float | None]:
+    """The lowest and the highest value that codes stand for, of all ranges, as a record holds them."""
+    low, high = ((end - zero_point) * scale for end in (codes.qmin, codes.qmax))
+    return short(float(low.min())), short(float(high.max()))
 
 
 def short(value: float, digits: int = DIGITS) -> float | None:

@@ -12,8 +12,9 @@ from torch import nn
 
 from qncd.distributed import OneProcess, Processes
 from qncd.models.network import Network, network_of, remember_inputs
+from qncd.progress import Monitor, silent
 from qncd.ptq.bits import MeanBits, mean_bits
-from qncd.ptq.context import Context, Monitor, silent
+from qncd.ptq.context import Context
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.layer_record import ErrorMeter, NetworkRecord
 from qncd.ptq.observing import naming

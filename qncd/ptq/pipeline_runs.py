@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qncd.distributed import OneProcess, Processes
 from qncd.models.calls import Call, Inputs
 from qncd.models.network import Network, network_of
-from qncd.ptq.context import Monitor, silent
+from qncd.progress import Monitor, silent
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.runs import CALIBRATION_SEED_BASE, TRACKING_SEED_BASE, DiffusionRuns
 from qncd.recipe import CalibrationConfig, SamplerConfig

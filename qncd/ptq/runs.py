@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qncd.distributed import OneProcess, Processes, join_, part_of
 from qncd.models.network import Network
-from qncd.ptq.context import Monitor, silent
+from qncd.progress import Monitor, silent
 from qncd.ptq.data import CalibrationCollector, CalibrationSet
 from qncd.recipe import CalibrationConfig, SamplerConfig
 from qncd.sampling.corrector import Corrector, Denoiser, Kept, Predictions, Recorder, See

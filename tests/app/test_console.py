@@ -83,7 +83,7 @@ def test_python_m_qncd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         (("sample", "--config", "nowhere.yml"), "qncd: error: nowhere.yml: no such config file"),
         (("quantize",), "qncd: error: quantize writes the quantized network: name its file with --cali_ckpt"),
         (("export", "--out", "o"), "qncd: error: which model? Name it with --config, --ckpt or both"),
-        (("evaluate", "a", "b", "--bootstrap", "-1"), "qncd: error: --bootstrap -1: has to be at least 0"),
+        (("evaluate", "a", "b", "--bootstrap", "-1"), "qncd: error: --bootstrap -1: allowed are whole numbers, 0 or more"),
         (("benchmark", "speed", "--rounds", "0"), "qncd: error: --rounds 0: allowed are whole numbers, 1 or more"),
         (("report",), "qncd report: error: the following arguments are required: RUN"),
         (("prompts",), "qncd prompts: error: the following arguments are required: --annotations, --out"),

@@ -246,7 +246,7 @@ def test_bad_input_is_one_line(folder: Path, model: Path, tmp_path: Path, capsys
     (tmp_path / "plain" / "run.json").write_text("{}")
     (tmp_path / "broken.safetensors").write_bytes(b"x")
     expected: list[tuple[tuple[Any, ...], str]] = [
-        ((folder, "--top", "0"), "--top 0: allowed are numbers from 1"),
+        ((folder, "--top", "0"), "--top 0: allowed are whole numbers, 1 or more"),
         ((folder, "--width", "W4A8"), f"--width is for a model, and {folder} is the folder of a run"),
         ((tmp_path / "plain",), f"{tmp_path / 'plain'}: has no layers.json"),
         ((tmp_path / "broken.safetensors",), f"{tmp_path / 'broken.safetensors'}: header of"),

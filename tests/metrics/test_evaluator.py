@@ -302,7 +302,7 @@ def test_options_are_checked_first(capsys, folders, tmp_path):
     assert "--device nonsense" in fail(capsys, *folders, "--device", "nonsense")
     with pytest.raises(SystemExit):
         evaluator.main([*map(str, folders), "--is_splits", "0"])
-    assert "--is_splits 0: has to be at least 1" in capsys.readouterr().err
+    assert "--is_splits 0: allowed are whole numbers, 1 or more" in capsys.readouterr().err
 
 
 def test_flags_that_contradict_are_refused(capsys, folders, tmp_path):

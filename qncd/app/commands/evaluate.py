@@ -33,6 +33,7 @@ from qncd.metrics.report.conventions import (
     METRICS,
     PAIRED_METRICS,
 )
+from qncd.progress import silent
 
 # The names of EXTRACTORS and ANTONYMS in qncd.metrics.networks, repeated because these modules take seconds to import; a
 # test compares them.
@@ -123,14 +124,10 @@ def _check_output(path: Path, option: str, inputs: Sequence[str | None]) -> None
         raise ValueError(f"{option} {path}: its folder cannot be written")
 
 
-def _show_progress(label: str, done: int, total: int) -> None:
-    print(f"\r{label}: {done} of {total} images", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-
 def main(args: argparse.Namespace) -> None:
-    for name, least in (("batch_size", 1), ("is_splits", 1), ("devices", 1), ("num_nodes", 1), ("bootstrap", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)}: has to be at least {least}")
+    cli.check_counts(args, ("batch_size", "is_splits", "devices", "num_nodes"))
+    if args.bootstrap < 0:
+        raise ValueError(f"--bootstrap {args.bootstrap}: allowed are whole numbers, 0 or more")
     metrics = choose_metrics(args)
     inputs = (args.real, args.synth, args.compare, args.prompts, args.weights, args.lpips_weights, args.clip_weights)
     if args.json not in (None, "-"):
@@ -179,8 +176,8 @@ def main(args: argparse.Namespace) -> None:
         if "lpips" in metrics or (pairs and lpips_obstacle() is None):
             lpips = Lpips(args.lpips_weights, processes.device)
         cache = FeatureCache(None if args.no_cache else args.cache or default_cache())
-        progress = _show_progress if sys.stderr.isatty() else None
-        evaluator = Evaluator(real, extractor, settings, cache, processes, clip, lpips, progress)
+        monitor = cli.progress_bar if sys.stderr.isatty() else silent  # elsewhere stderr is for what is wrong
+        evaluator = Evaluator(real, extractor, settings, cache, processes, clip, lpips, monitor)
         if args.save_statistics is not None:
             evaluator.save_statistics(args.save_statistics)
         results = [evaluator.judge(synth) for synth in sets]

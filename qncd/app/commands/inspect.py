@@ -53,9 +53,7 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     messages.show("info")
-    for name in ("top", "samples", "steps"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name} {value}: allowed are numbers from 1")
+    cli.check_counts(args, ("top", "samples", "steps"))
     if args.out is not None:
         flags.check_output_folder("--out", args.out)
 

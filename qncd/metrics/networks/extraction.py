@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -17,10 +16,9 @@ from qncd.metrics.networks.store import FeatureCache, FeatureSet, Rows
 from qncd.metrics.report.sources import ImageSource
 from qncd.metrics.statistics.moments import FeatureStatistics, StatisticsAccumulator, features_to_statistics
 from qncd.metrics.statistics.saved_statistics import SavedStatistics
+from qncd.progress import Monitor, silent
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
 
 
 def check_images(source: ImageSource, extractor: FeatureExtractor) -> None:
@@ -46,7 +44,7 @@ def extract(
     cache: FeatureCache,
     batch_size: int = 50,
     processes: Processes | None = None,
-    progress: Progress | None = None,
+    monitor: Monitor = silent,
 ) -> FeatureSet | None:
     """Features of all images in their order; memory does not grow with their number.
 
@@ -56,7 +54,7 @@ def extract(
         cache: where the features are looked for and kept.
         batch_size: images in the network at once.
         processes: who shares the work; alone by default.
-        progress: called with a label, images done and images in all.
+        monitor: is told of progress, in the first process.
 
     Returns:
         The features in the first process, None in the others.
@@ -74,24 +72,27 @@ def extract(
         return found
     if processes.is_first:
         writer, scratch = cache.start(source.count)
+    else:
+        monitor = silent
     batches = prepared_batches(source, batch_size, extractor.channels, extractor.prepare, (processes.rank, processes.world))
     rounds = -(-source.count // (batch_size * processes.world))
     try:
-        for _ in range(rounds):
-            outputs, failure = None, None
-            try:
-                batch = next(batches, None)
-                if batch is not None:
-                    outputs = extractor(torch.from_numpy(batch))
-                    for name, rows in outputs.items():
-                        if not torch.isfinite(rows).all():
-                            raise ValueError(f"{source.path}: the {name} hold NaN or infinite values")
-            except (ValueError, OSError) as error:
-                failure = " ".join(str(error).split()) or type(error).__name__
-            for part in processes.gather(outputs, failure):
-                writer.append(part)
-            if processes.is_first and progress is not None:
-                progress(str(source.path), writer.done, source.count)
+        with monitor(str(source.path), "image") as update:
+            for _ in range(rounds):
+                outputs, failure = None, None
+                try:
+                    batch = next(batches, None)
+                    if batch is not None:
+                        outputs = extractor(torch.from_numpy(batch))
+                        for name, rows in outputs.items():
+                            if not torch.isfinite(rows).all():
+                                raise ValueError(f"{source.path}: the {name} hold NaN or infinite values")
+                except (ValueError, OSError) as error:
+                    failure = " ".join(str(error).split()) or type(error).__name__
+                for part in processes.gather(outputs, failure):
+                    writer.append(part)
+                if processes.is_first:
+                    update(writer.done, source.count)
         if not processes.is_first:
             return None
         writer.close({"identity": extractor.identity, "source": str(source.path)})

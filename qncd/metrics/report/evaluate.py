@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qncd.distributed import OneProcess, Processes
-from qncd.metrics.networks.extraction import Progress, Side, extract
+from qncd.metrics.networks.extraction import Side, extract
 from qncd.metrics.networks.features import FashionMnistFeatures, InceptionFeatures
 from qncd.metrics.networks.prefetch import prepared_batches
 from qncd.metrics.networks.store import FeatureCache
@@ -22,6 +22,7 @@ from qncd.metrics.statistics.distribution import Question, distribution_scores
 from qncd.metrics.statistics.moments import POOR, PairedQuality, mse_to_psnr, paired_mse
 from qncd.metrics.statistics.paired import LPIPS_SIZE, SSIM_WINDOW, Lpips, lpips_obstacle, paired_ssim
 from qncd.metrics.statistics.saved_statistics import SavedStatistics
+from qncd.progress import Monitor, silent
 
 METRIC_OF = dict.fromkeys(("psnr_of_mean", "psnr_p5", "poor", "mse"), "psnr")  # figures that come with another one
 
@@ -177,7 +178,7 @@ class Evaluator:
         processes: who shares the work.
         clip: the network of the CLIP metrics, None where none of these is wanted.
         lpips: the network of LPIPS, None where it is not wanted.
-        progress: called with a label, images done and images in all.
+        monitor: is told of progress.
     """
 
     def __init__(
@@ -189,11 +190,11 @@ class Evaluator:
         processes: Processes | None = None,
         clip: ClipFeatures | None = None,
         lpips: Lpips | None = None,
-        progress: Progress | None = None,
+        monitor: Monitor = silent,
     ) -> None:
         self.real, self.extractor, self.settings = real, extractor, settings
         self.cache, self.processes = cache or FeatureCache(None), processes or OneProcess()
-        self.clip, self.lpips, self.progress = clip, lpips, progress
+        self.clip, self.lpips, self.monitor = clip, lpips, monitor
         self.preset = extractor.preset if isinstance(extractor, InceptionFeatures) else None
         self._real_side: Side | None = None
 
@@ -206,7 +207,7 @@ class Evaluator:
                     f"the features {self.extractor.name} have {self.extractor.dimension}"
                 )
             return Side(source, None)
-        features = extract(source, self.extractor, self.cache, self.settings.batch_size, self.processes, self.progress)
+        features = extract(source, self.extractor, self.cache, self.settings.batch_size, self.processes, self.monitor)
         return Side(source, features)
 
     def real_side(self) -> Side:
@@ -301,7 +302,7 @@ class Evaluator:
         if self.clip is None or isinstance(synthetic, SavedStatistics):
             return []
         wanted = self.settings.metrics
-        features = extract(synthetic, self.clip, self.cache, self.settings.batch_size, self.processes, self.progress)
+        features = extract(synthetic, self.clip, self.cache, self.settings.batch_size, self.processes, self.monitor)
         if features is None:
             return []
         images = features.layers["embedding"].read()
