@@ -132,6 +132,7 @@ class Inspected:
             embedding stretches.
         noise: errors of predictions by step, by what was measured: PLAIN, CORRECTED, CONTROL.
         layer: the layer that was asked for.
+        settings: how it was made, as plain values by the names that a run.json has.
     """
 
     label: str
@@ -139,6 +140,7 @@ class Inspected:
     smoothed: Smoothed | None = None
     noise: Mapping[str, Mapping[int, NoiseAt]] = field(default_factory=dict)
     layer: LayerRounding | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write it into the folder, which is there."""
@@ -156,7 +158,7 @@ class Inspected:
             smoothed, layer = values["smoothed"], values["layer"]
             return cls(
                 str(values["label"]), NetworkRecord.from_json(values["record"]), smoothed and _smoothed(smoothed), noise,
-                layer and _layer(layer),
+                layer and _layer(layer), dict(values["settings"]),
             )  # fmt: skip
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise ValueError(f"{file}: damaged ({error}): make it again with `qncd inspect`") from None

@@ -250,6 +250,8 @@ class Settings:
                 "git_commits": content.get("git_commits"),
             }
             columns[benchmark.label] = flat(content["settings"]) | flat(around)
+        for model in report.models:
+            columns[model.label] = flat(dict(model.found.settings))
         if not columns:
             return None
         keys = list(dict.fromkeys(key for column in columns.values() for key in column))

@@ -92,7 +92,7 @@ def test_a_run_as_aligned_text_and_pictures(folder: Path, capsys: pytest.Capture
     assert {p.name for p in (folder / "pictures").iterdir()} == {
         INSPECTION_FILE, *(f"{n}.{s}" for n in ("layers", "map", "steps") for s in ("png", "svg")),
     }  # fmt: skip
-    assert Inspected.open(folder / "pictures") == Inspected("run", RECORD)
+    assert Inspected.open(folder / "pictures") == Inspected("run", RECORD, settings={"source": str(folder)})
 
 
 def test_a_checkpoint_without_a_record_says_what_its_tensors_tell(
@@ -147,9 +147,17 @@ def test_a_model_is_quantized_and_measured(
     assert again.noise[PLAIN][1].snr == pytest.approx(found.noise[PLAIN][1].snr, rel=1e-4)
     assert again.layer is not None and torch.equal(again.layer.exact.counts, found.layer.exact.counts.double())
     assert torch.allclose(again.layer.searches[0].errors, weights.errors.double(), rtol=1e-4)
+    assert again.settings["source"] == str(model) and again.settings["sampler"] == {"timesteps": 3}
+    assert again.settings["quantization"]["mode"] == "ptqd" and again.settings["calibration"]["samples"] == 4
     console.main(["report", str(out), "--out", str(tmp_path / "report.html")])
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for heading in ("Smoothing, noise and rounding", "out: ddim: W8A8 ptqd", "Error by time step", f"Layers of {out.name}"):
+    for heading in (
+        "Smoothing, noise and rounding",
+        "out: ddim: W8A8 ptqd",
+        "Error by time step",
+        f"Layers of {out.name}",
+        "Settings",
+    ):
         assert heading in page
     for label in ("Smoothed ranges", "Noise of the prediction by step", "Rounding of a layer"):
         assert f'aria-label="{label} of out: ddim: W8A8 ptqd"' in page

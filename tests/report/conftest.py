@@ -92,7 +92,7 @@ def write_inspection(folder: Path) -> Path:
     layer = LayerRounding(
         "block.0", 4, Histogram.of(values, 10), Histogram.of(values - values.round(), 10), codes, 0.01, (search,)
     )
-    Inspected("m: W4A6 qncd+", layers(), smoothed, noise, layer).save(folder)
+    Inspected("m: W4A6 qncd+", layers(), smoothed, noise, layer, {"quantization": {"act_bits": 6}}).save(folder)
     return folder
 
 

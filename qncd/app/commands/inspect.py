@@ -16,6 +16,7 @@ import argparse
 import difflib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ def _opened(args: argparse.Namespace) -> Inspected:
             given = next((name for name in OF_MODELS if getattr(args, name) is not None), None)
             if given:
                 raise ValueError(f"--{given} is for a model, and {source} is {kind}")
-            return Inspected(source.name, read(source))
+            return Inspected(source.name, read(source), settings={"source": str(source)})
     if args.width is None:
         raise ValueError(
             f"{source}: neither the folder of a run (run.json) nor a quantized checkpoint; a model needs --width, such as W4A8"
@@ -106,7 +107,9 @@ def _measured(args: argparse.Namespace) -> Inspected:
     except ValueError as error:
         raise ValueError(f"--width {args.width}: {error}") from None
     inspection = _inspection(args, recipe)
-    return inspection.table() if args.out is None else inspection.look()
+    found = inspection.table() if args.out is None else inspection.look()
+    around = {"source": str(args.source), "prompts": args.prompt, "sampler": {"timesteps": len(inspection.runs.times)}}
+    return replace(found, settings=inspection.recipe.settings() | around)
 
 
 def _inspection(args: argparse.Namespace, recipe: Recipe) -> Inspection:
