@@ -94,6 +94,12 @@ def test_codes_alone_are_kept(folder: Any, tmp_path: Path) -> None:
         qncd.save(model, tmp_path / name)
         written = load_file(tmp_path / name / "diffusion_pytorch_model.safetensors")
         assert written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in expected)
+    qncd.export(pipe, tmp_path / "onnx")
+    engines = [qncd.open_engine(pipe, tmp_path / "onnx")]
+    qncd.unpack_weights(pipe)
+    engines.append(qncd.open_engine(pipe, tmp_path / "onnx"))
+    found = [run(engine, "SD1") for engine in engines]
+    assert torch.equal(*found) and float((found[0] - images).norm() / images.norm()) < 0.05
     with pytest.raises(ValueError, match="UNet2DConditionModel: has no quantized layer"):
         qncd.pack_weights(made("SD1"))
 

@@ -119,12 +119,11 @@ class Phases:
 
 
 def state_of(network: Network) -> list[str]:
-    """A digest of each tensor of the model, weights as they multiply inputs."""
+    """A digest of each tensor of the model."""
     from qncd.models.loading import state_dict_hash
-    from qncd.quant.inspection import quant_layers
+    from qncd.quant.inspection import UnpackedState
 
-    digests = [state_dict_hash({name: tensor}) for name, tensor in sorted(network.module.state_dict().items())]
-    return digests + [state_dict_hash({name: layer.weight}) for name, layer in quant_layers(network.module).items()]
+    return [state_dict_hash({name: tensor}) for name, tensor in UnpackedState(network.module).items()]
 
 
 def build(args: argparse.Namespace, weights: bool = True) -> tuple[Diffusion, Diffusion]:

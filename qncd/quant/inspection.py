@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from qncd.quant.layers import QuantLayer
 from qncd.quant.quantizers import ActQuantizer, Stage
@@ -14,6 +14,24 @@ from qncd.quant.quantizers import ActQuantizer, Stage
 def quant_layers(module: nn.Module) -> dict[str, QuantLayer]:
     """Every quantized layer by name, in the order of the network's modules."""
     return {name: m for name, m in module.named_modules() if isinstance(m, QuantLayer)}
+
+
+class UnpackedState(Mapping[str, Tensor]):
+    """The state dict of a network as it is with no weight packed; packed weights are made of their codes one at a time."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.packed = {f"{name}.weight": layer for name, layer in quant_layers(module).items() if layer.packed}
+        codes = {f"{name.removesuffix('.weight')}.codes" for name in self.packed}
+        self.others = {name: value for name, value in module.state_dict().items() if name not in codes}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.packed[name].weight if name in self.packed else self.others[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.packed, *self.others])
+
+    def __len__(self) -> int:
+        return len(self.packed) + len(self.others)
 
 
 def act_quantizers(module: nn.Module) -> dict[str, ActQuantizer]:

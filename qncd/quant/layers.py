@@ -68,7 +68,7 @@ class QuantLayer(Transforms):
 
     Attributes:
         summed: axes of the input that a product sums over.
-        weight_shape: (O, I, ...).
+        weight_shape, weight_dtype: (O, I, ...) and dtype of the weight, packed or not.
 
     Buffers:
         codes: int8, shape of the weight, packed (`config.weight_codes.pack`); None until the weight is rounded. No part of the
@@ -82,11 +82,12 @@ class QuantLayer(Transforms):
     weight_zero_point: Tensor | None
     codes: Tensor | None
     weight_shape: torch.Size
+    weight_dtype: torch.dtype
     summed: ClassVar[tuple[int, ...]]
 
     def _prepare(self, source: nn.Conv2d | nn.Linear, config: LayerConfig) -> None:
         self.weight, self.bias = source.weight, source.bias
-        self.weight_shape, self._weight_dtype = source.weight.shape, source.weight.dtype
+        self.weight_shape, self.weight_dtype = source.weight.shape, source.weight.dtype
         self.config = config
         self.act = make_quantizer(
             config.act_codes, config.act_range, config.act_granularity, self.summed, config.segments
@@ -220,7 +221,7 @@ class QuantLayer(Transforms):
         if form is None or scale is None or codes.shape != self.weight_shape or scale.shape != self.scale_shape:
             shape = None if scale is None else tuple(scale.shape)
             raise ValueError(f"codes {tuple(codes.shape)} and scales {shape} for a weight {tuple(self.weight_shape)}")
-        device, self._weight_dtype = self.weight.device, self.weight.dtype
+        device, self.weight_dtype = self.weight.device, self.weight.dtype
         self.weight_scale = scale.to(device, torch.float32)
         self.weight_zero_point = None if zero_point is None else zero_point.to(device)
         self.codes = (form.pack(codes) if codes.is_floating_point() else codes).to(device, torch.int8)
@@ -230,7 +231,7 @@ class QuantLayer(Transforms):
         codes, scale, shift = self.weight_codes(), self.weight_scale, self.weight_zero_point
         form = self.config.weight_codes
         assert form is not None and scale is not None
-        weight = torch.empty(self.weight_shape, dtype=self._weight_dtype, device=codes.device)
+        weight = torch.empty(self.weight_shape, dtype=self.weight_dtype, device=codes.device)
         rows = max(1, CACHED // self.weight_shape[1:].numel()) if codes.device.type == "cpu" else len(weight)
         for part in (slice(start, start + rows) for start in range(0, len(weight), rows)):
             steps = form.unpack(codes[part])
@@ -253,7 +254,7 @@ class QuantLayer(Transforms):
         form = self.config.weight_codes
         if self.packed or self.codes is None or form is None:
             return
-        self._weight_dtype = self.weight.dtype
+        self.weight_dtype = self.weight.dtype
         codes = pack4(self.codes) if form.bits <= 4 else self.codes
         self.weight = None
         del self.codes  # a buffer is part of the state dict or not from its registration on
@@ -280,7 +281,7 @@ class QuantLayer(Transforms):
         for name, values in exact.items():
             if values is not None and getattr(self, name).dtype != values.dtype:
                 setattr(self, name, values.to(getattr(self, name).device))
-        self._weight_dtype = fn(torch.empty(0, dtype=self._weight_dtype)).dtype
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *args: Any) -> None:

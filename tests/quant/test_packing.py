@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qncd.granularity import PerGroup
 from qncd.quant.affine import IntegerRange
 from qncd.quant.float8 import Float8Codes
+from qncd.quant.inspection import UnpackedState
 from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
 from qncd.quant.quantizers import Stage
 
@@ -101,6 +102,16 @@ def test_a_state_dict_goes_from_one_packed_layer_to_another() -> None:
     assert not torch.equal(other(x), layer(x))
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x))
+
+
+def test_the_state_of_a_network_is_the_same_packed_or_not() -> None:
+    layers = [layer_of("4 bits", True)[0], layer_of("fp8", False)[0]]
+    network = nn.Sequential(*layers, nn.Linear(2, 2))
+    plain = {name: value.clone() for name, value in network.state_dict().items()}
+    layers[0].pack_weight_()
+    state = UnpackedState(network)
+    assert state.keys() == plain.keys() and len(state) == len(plain)
+    assert all(torch.equal(state[name], value) for name, value in plain.items())
 
 
 def test_a_layer_in_floating_point_stays_so() -> None:

@@ -24,7 +24,7 @@ from qncd.engines.packages import require
 from qncd.io.files import reading, regular_file, whole_file
 from qncd.models.loading import state_dict_hash
 from qncd.models.network import Network, network_of
-from qncd.quant.inspection import act_quantizers, quant_layers
+from qncd.quant.inspection import UnpackedState, act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
 from qncd.recipe import QuantConfig
 
@@ -151,7 +151,7 @@ def export_network(
         shape: of one sample, (C, H, W); by default the network's own.
     """
     network = network_of(network)
-    info = OnnxInfo(config, base_hash, state_dict_hash(network.module), settings or {})
+    info = OnnxInfo(config, base_hash, state_dict_hash(UnpackedState(network.module)), settings or {})
     return save_onnx(build_onnx(network, info, shape), folder)
 
 
@@ -213,7 +213,7 @@ def _check_shape(folder: Path, model: ir.Model, shape: Sequence[int]) -> None:
 def check_fits(folder: Path, network: Network | nn.Module, shape: Sequence[int]) -> None:
     """Raise ValueError unless DIR/model.onnx was exported from exactly this network, for samples of this shape, (C, H, W)."""
     model, info = read_onnx(folder)
-    own = state_dict_hash(network_of(network).module)
+    own = state_dict_hash(UnpackedState(network_of(network).module))
     if info.network_hash != own:
         raise ValueError(
             f"{folder / FILE}: exported from another network: its hash is {info.network_hash[:12]}, this one's {own[:12]}"

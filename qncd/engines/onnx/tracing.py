@@ -79,11 +79,11 @@ def _marked(network: nn.Module) -> Iterator[None]:
         def forward(x: Tensor) -> Tensor:
             if isinstance(layer, QuantConv2d):
                 # The shape alone: a convolution of meta tensors.
-                weight = torch.empty(layer.weight.shape, device="meta")
+                weight = torch.empty(layer.weight_shape, device="meta")
                 meta = torch.empty(x.shape, device="meta")
                 shape: Any = F.conv2d(meta, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups).shape
             else:
-                shape = (*x.shape[:-1], layer.weight.shape[0])
+                shape = (*x.shape[:-1], layer.weight_shape[0])
             return _marker(LAYER, (x,), {"module": name}, shape)
 
         return forward
@@ -98,6 +98,8 @@ def _marked(network: nn.Module) -> Iterator[None]:
     try:
         for name, layer in quant_layers(network).items():
             patch(layer, "forward", layer_forward(name, layer))
+            if layer.packed:  # who asks for its weight wants to know the dtype
+                patch(layer, "weight", torch.zeros((), dtype=layer.weight_dtype).expand(layer.weight_shape))
         for name, module in network.named_modules():
             if isinstance(module, AttentionProducts):
                 patch(module, "attend", attend(name))
