@@ -45,7 +45,7 @@ ARGUMENTS = (
     "complex_human_instruction",
 )  # fmt: skip
 # Kinds of rectified flow, which the schedulers above do not sample.
-FLOW = ("SD3", "FLUX", "AuraFlow", "Sana", "Lumina2", "Qwen-Image")
+FLOW = ("SD3", "FLUX", "AuraFlow", "Sana", "Lumina2", "Qwen-Image", "Z-Image")
 BY_TEXT = tuple(name for name, kind in KINDS.items() if "prompt" in kind.call)
 # One pipeline with every scheduler and number of steps; every other one with its own and with two more.
 CELLS = [("SD1", scheduler, steps) for scheduler in SCHEDULERS for steps in STEPS]

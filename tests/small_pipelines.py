@@ -29,6 +29,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -339,18 +341,23 @@ def wan() -> Any:
     return diffusers.WanPipeline(t5_tokenizer(), umt5(), decoder, flow(), spread_out(network))
 
 
+def qwen_tokenizer() -> tuple[Any, int]:
+    """Qwen's, of single letters, and the size of its vocabulary."""
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    vocabulary = {piece: i for i, piece in enumerate((*sorted(bytes_to_unicode().values()), *special))}
+    words = Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    words.add_special_tokens({"additional_special_tokens": list(special[1:])})
+    return words, len(vocabulary)
+
+
 def qwen_image() -> Any:
     network = diffusers.QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
-    letters = sorted(bytes_to_unicode().values())
-    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    vocabulary = {piece: i for i, piece in enumerate((*letters, *special))}
-    words = Qwen2Tokenizer(vocab=vocabulary, merges=[])
-    words.add_special_tokens({"additional_special_tokens": list(special[1:])})
+    words, size = qwen_tokenizer()
     text_config = {
-        "vocab_size": len(vocabulary), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "vocab_size": size, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0,
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
     }  # fmt: skip
@@ -360,6 +367,24 @@ def qwen_image() -> Any:
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
     return diffusers.QwenImagePipeline(flow(use_dynamic_shifting=True), decoder, text, words, spread_out(network))
+
+
+def z_image() -> Any:
+    network = diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 4, 8],
+        axes_lens=[640, 32, 32],
+    )  # fmt: skip
+    words, size = qwen_tokenizer()
+    words.chat_template = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    text = Qwen3Model(
+        Qwen3Config(
+            vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8,
+        )
+    )  # fmt: skip
+    torch.nn.init.normal_(network.x_pad_token)
+    torch.nn.init.normal_(network.cap_pad_token)
+    return diffusers.ZImagePipeline(flow(), vae(shift_factor=0.1), text, words, spread_out(network))
 
 
 def zero_snr(prediction: str = "v_prediction") -> Any:
@@ -387,7 +412,12 @@ class Kind:
     """A kind of pipeline: how one is made, and what a call for two images takes."""
 
     make: Callable[[], Any]
-    call: dict[str, Any] = field(default_factory=lambda: TEXT)
+    given: dict[str, Any] = field(default_factory=lambda: TEXT)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """With lists of its own: Z-Image's pipeline writes into that of the prompts."""
+        return {name: list(value) if isinstance(value, list) else value for name, value in self.given.items()}
 
 
 def _embeds(name: str, *shape: int) -> dict[str, torch.Tensor]:
@@ -440,6 +470,7 @@ KINDS: dict[str, Kind] = {
     "Lumina2": Kind(lumina, {**SHORT, "height": 64, "width": 64, "cfg_normalization": False}),
     "HunyuanDiT": Kind(hunyuan, {**SQUARE, "use_resolution_binning": False}),
     "Qwen-Image": Kind(qwen_image, {**TEXT, "height": 64, "width": 64}),
+    "Z-Image": Kind(z_image, {**SHORT, "guidance_scale": 3.0}),
     "Wan": Kind(wan, {**TEXT, "height": 64, "width": 64, "num_frames": 5, "max_sequence_length": 12}),
 }
 

@@ -35,6 +35,7 @@ FAMILIES: dict[str, str] = {
     "Lumina2Transformer2DModel": "qncd.models.families.transformer:Reversed",
     "FluxTransformer2DModel": "qncd.models.families.transformer:Flux",
     "QwenImageTransformer2DModel": "qncd.models.families.transformer:QwenImage",
+    "ZImageTransformer2DModel": "qncd.models.families.transformer:ZImage",
 }
 TIME_NAMES = ("timestep", "timesteps", "t", "time")  # of the argument that a network's forward has for the time step
 PLAIN = (
@@ -77,12 +78,14 @@ class Network:
         channel_dim: of activations, 1 for images and -1 for tokens.
         shared: names of inputs that all samples of a call share, whatever their shapes.
         packed: samples are tokens of patches, which `to_images` takes apart.
+        listed: the module takes lists, which `as_rows` makes tensors of.
     """
 
     block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     channel_dim: ClassVar[int] = 1
     shared: frozenset[str] = frozenset()
     packed: bool = False
+    listed: bool = False
 
     def __init__(self, module: nn.Module, prediction: str = "epsilon") -> None:
         self.module, self.prediction = module, prediction
@@ -116,7 +119,7 @@ class Network:
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
         """The parts of a call of the module. Raises ValueError where a tensor is missing that every call has."""
-        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        given = self.as_rows({**dict(zip(self._parameters, args, strict=False)), **kwargs})
         try:
             x, time = given.pop(self.sample_name), given.pop(self.time_name)
         except KeyError as error:
@@ -149,9 +152,20 @@ class Network:
         arguments.pop("return_dict", None)
         given = {*arguments, self.sample_name, self.time_name}
         arguments |= {name: None for name in self._required if name not in given}  # a context that the network makes itself
-        out = self.module(**{self.sample_name: x, self.time_name: t}, **arguments)
-        whole: Tensor = out[0] if isinstance(out, tuple) else out.sample
-        return whole
+        return self.output_of(self.module(**self.as_arguments({self.sample_name: x, self.time_name: t, **arguments})))
+
+    def as_rows(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the module, by name, as tensors with a row for each sample."""
+        return arguments
+
+    def as_arguments(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """The inverse of `as_rows`."""
+        return rows
+
+    def output_of(self, result: Any) -> Tensor:
+        """What a call of the module returned, as a tensor with a row for each sample."""
+        output: Tensor = result[0] if isinstance(result, tuple) else result.sample
+        return output
 
     def as_prediction(self, output: Tensor) -> Tensor:
         """What the module's output is in `prediction`: some give the negative of it."""

@@ -287,7 +287,8 @@ class PipelineRuns:
             extra["output_type"] = "latent"
         if "generator" in self.accepted:
             extra["generator"] = ImageNoise(seeds).generators
-        return {**extra, **call}
+        # Lists of their own: Z-Image's pipeline writes into that of the prompts.
+        return {**extra, **{name: list(value) if isinstance(value, list) else value for name, value in call.items()}}
 
     def _collected(self, kept: Mapping[int, Sequence[Call]], model_hash: str | None) -> CalibrationSet:
         steps = min(self.config.steps, len(kept))

@@ -129,8 +129,7 @@ class Tap:
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.silent:
             self.last = self.network.bind(args, kwargs)
-            whole = output[0] if isinstance(output, tuple) else output.sample
-            self.calls.append((self.last, self.network.as_prediction(whole)))
+            self.calls.append((self.last, self.network.as_prediction(self.network.output_of(output))))
 
     def take(self) -> list[tuple[Call, Tensor]]:
         """The calls, which are forgotten."""

@@ -34,9 +34,10 @@ PLACES = {  # blocks, first and last layer, attention products, a layer of the e
     "Lumina2": (4, "x_embedder", "norm_out.linear_2", 4, "layers.1.norm1.linear"),
     "HunyuanDiT": (2, "pos_embed.proj", "proj_out", 4, "time_extra_emb.extra_embedder.linear_2"),
     "Qwen-Image": (2, "img_in", "proj_out", 2, "transformer_blocks.1.txt_mod.1"),
+    "Z-Image": (4, "all_x_embedder.2-1", "all_final_layer.2-1.linear", 4, "t_embedder.mlp.2"),
     "Wan": (2, "condition_embedder.time_embedder.linear_1", "proj_out", 4, "condition_embedder.time_proj"),
 }
-SMOOTHED = ("DiT", "PixArt alpha", "SD3", "FLUX", "Lumina2", "Qwen-Image", "Wan")
+SMOOTHED = ("DiT", "PixArt alpha", "SD3", "FLUX", "Lumina2", "Qwen-Image", "Z-Image", "Wan")
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,27 @@ def test_flux_samples_are_images_and_back() -> None:
     assert torch.equal(network.to_samples(images, tokens), tokens)
 
 
+def test_z_image_takes_lists() -> None:
+    """Captions of different lengths become rows of one length and back; what the module gives is what it gives by itself."""
+    pipe = made("Z-Image")
+    network, generator = network_of(pipe.transformer), torch.Generator().manual_seed(0)
+    x = [torch.randn(4, 1, 8, 8, generator=generator) for _ in range(3)]
+    captions = [torch.randn(length, 16, generator=generator) for length in (5, 40, 12)]
+    t = torch.tensor([0.1, 0.1, 0.1])
+    call = network.bind((x, t), {"cap_feats": captions, "return_dict": False})
+    assert call.x.shape == (3, 4, 8, 8) and call.inputs["cap_feats"].shape == (3, 512, 16)
+    assert call.inputs["cap_tokens"].tolist() == [5, 40, 12]
+    expected = torch.stack(pipe.transformer(x, t, captions).sample).squeeze(2)
+    torch.testing.assert_close(network.call(call.x, call.t, call.inputs, **call.constants), expected, rtol=0, atol=0)
+    torch.testing.assert_close(network.predict(call.x, call.t, call.inputs, **call.constants), -expected, rtol=0, atol=0)
+    rows = {name: value[1:] for name, value in call.inputs.items()}
+    torch.testing.assert_close(network.call(call.x[1:], call.t[1:], rows), expected[1:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="samples of several sizes: allowed are images of one size"):
+        network.bind(([x[0], torch.zeros(4, 1, 8, 16)], t[:2]), {"cap_feats": captions[:2]})
+    with pytest.raises(ValueError, match="was called with a list of samples: allowed is a tensor"):  # images beside the prompt
+        network.bind(([[x[0]], [x[1]]], t[:2]), {"cap_feats": [[caption] for caption in captions[:2]]})
+
+
 def test_what_all_samples_share_is_no_row() -> None:
     """FLUX's ids, even where there are as many tokens as samples."""
     network = network_of(made("FLUX").transformer)
@@ -155,7 +177,7 @@ def test_sana_keeps_linear_attention_in_floating_point(caplog: pytest.LogCapture
 
 
 def test_calls_that_cannot_be_taken_apart() -> None:
-    """A list of samples (Z-Image), and a time step for each token (Wan 2.2)."""
+    """A list of samples, and a time step for each token (Wan 2.2)."""
     network = network_of(made("Wan").transformer)
     with pytest.raises(ValueError, match="WanTransformer3DModel was called with a list of samples: allowed is a tensor"):
         network.bind((), {"hidden_states": [torch.zeros(4, 1, 2, 2)], "timestep": torch.zeros(1)})

@@ -132,6 +132,9 @@ def trace(network: Network, shape: Sequence[int] | None = None) -> ir.Model:
     require("onnxscript")
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SMALLEST_TORCH:
         raise ValueError(f"exporting needs torch {'.'.join(map(str, SMALLEST_TORCH))} or newer, this is {torch.__version__}")
+    kind = type(network.module).__name__
+    if network.listed:
+        raise ValueError(f"{kind} takes lists of samples and captions: a network on an engine takes tensors")
     constants = {name: value for name, value in seen_constants(network.module).items() if name != "return_dict"}
     check_tensors(constants, defaults_of(network.module))
     inputs = network.example(2, shape)
@@ -154,7 +157,7 @@ def trace(network: Network, shape: Sequence[int] | None = None) -> ir.Model:
                 dynamic_shapes=(shapes,), input_names=list(inputs), output_names=["noise"], verbose=False,
             )  # fmt: skip
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-            raise ValueError(f"the network cannot be traced: {_first_cause(error)}") from error
+            raise ValueError(f"{kind} cannot be traced: {_first_cause(error)}") from error
         finally:
             for talker, level in zip(talkers, levels, strict=True):
                 talker.setLevel(level)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qncd.models.calls import Call, Inputs
 from qncd.models.families.attentions import PLAIN_PROCESSORS, known_attentions
@@ -21,15 +22,15 @@ from qncd.models.network import Network, seen_constants
 # Processors that call torch's attention once, by themselves or by diffusers' dispatcher.
 PROCESSORS = PLAIN_PROCESSORS | {
     "JointAttnProcessor2_0", "FluxAttnProcessor", "SanaAttnProcessor2_0", "HunyuanAttnProcessor2_0", "Lumina2AttnProcessor2_0",
-    "AuraFlowAttnProcessor2_0", "QwenDoubleStreamAttnProcessor2_0", "WanAttnProcessor",
+    "AuraFlowAttnProcessor2_0", "QwenDoubleStreamAttnProcessor2_0", "WanAttnProcessor", "ZSingleStreamAttnProcessor",
 }  # fmt: skip
 # By names: the layer that makes tokens of the sample, the one that makes the prediction of tokens, and those that compute the
 # embedding of time, classes and pooled texts and project it.
-FIRST = re.compile(r"(pos_embed|patch_embed|x_embedder|img_in)(\.proj)?$")
-LAST = re.compile(r"(proj_out|proj_out_2|norm_out\.linear_2)$")
+FIRST = re.compile(r"(pos_embed|patch_embed|x_embedder|img_in)(\.proj)?$|all_x_embedder\.[^.]+$")
+LAST = re.compile(r"(proj_out|proj_out_2|norm_out\.linear_2|all_final_layer\.[^.]+\.linear)$")
 EMBEDDING = re.compile(
     r"(^|\.)(time_text_embed|time_extra_emb|time_caption_embed|time_step_proj|time_embed|adaln_single|condition_embedder|emb"
-    r"|img_mod|txt_mod)\.|(^|\.)norm(1|1_context|_out)?\.linear(_1)?$"
+    r"|img_mod|txt_mod|t_embedder|adaLN_modulation)\.|(^|\.)norm(1|1_context|_out)?\.linear(_1)?$"
 )
 # Parts that a modulated norm's linear layer gives, and which of them scales what goes to attention, and to the feed-forward.
 CHUNKS: dict[str, tuple[int, int, int | None]] = {
@@ -43,7 +44,8 @@ CHUNKS: dict[str, tuple[int, int, int | None]] = {
 TABLE_CHUNKS = (6, 1, 4)
 TABLE_SOURCES = ("adaln_single.linear", "time_embed.linear", "condition_embedder.time_proj")
 SECOND_ATTENTION = ("SD35AdaLayerNormZeroX", 7)  # the part that scales what goes to attn2
-LISTS = {"img_mod": (6, 1, 4), "txt_mod": (6, 1, 4)}  # lists of an activation and the layer that modulates, with its parts
+# Lists of an activation and the layer that modulates, or of that alone: the layer's place, and its parts.
+LISTS = {"img_mod": (1, (6, 1, 4)), "txt_mod": (1, (6, 1, 4)), "adaLN_modulation": (0, (4, 0, 2))}
 # (source, layer that it scales, parts, which part): in front of the last layer.
 TAILS = (
     ("norm_out.linear", "proj_out", 2, 0),
@@ -58,7 +60,11 @@ def _sites(*attentions: str) -> tuple[str, ...]:
 
 # Of a block's streams: names of what modulates, layers of attention, and the feed-forward with its first layers.
 STREAMS = (
-    (("norm1", "norm", "img_mod"), (*_sites("attn", "attn1"), "proj_mlp"), ("ff", "ffn", "feed_forward", "img_mlp")),
+    (
+        ("norm1", "norm", "img_mod", "adaLN_modulation"),
+        (*_sites("attn", "attn1", "attention"), "proj_mlp"),
+        ("ff", "ffn", "feed_forward", "img_mlp"),
+    ),
     (
         ("norm1_context", "txt_mod"),
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -66,7 +72,7 @@ STREAMS = (
     ),
 )
 FIRST_OF_FEED_FORWARD = {
-    "FeedForward": ("net.0.proj",),
+    "FeedForward": ("net.0.proj", "w1", "w3"),
     "AuraFlowFeedForward": ("linear_1", "linear_2"),
     "LuminaFeedForward": ("linear_1", "linear_3"),
     "GLUMBConv": ("conv_inverted",),
@@ -146,6 +152,7 @@ class Transformer(Network):
                     f"{name}.{feed_forward}.{layer}"
                     for feed_forward in feed_forwards
                     for layer in FIRST_OF_FEED_FORWARD.get(type(getattr(block, feed_forward, None)).__name__, ())
+                    if f"{name}.{feed_forward}.{layer}" in modules
                 )
                 first = tuple(f"{name}.{layer}" for layer in attention if f"{name}.{layer}" in modules)
                 for source in sources:
@@ -153,7 +160,8 @@ class Transformer(Network):
                     if kind in CHUNKS:
                         yield from _pair(f"{name}.{source}.linear", CHUNKS[kind], first, second)
                     if source in LISTS and kind == "Sequential":
-                        yield from _pair(f"{name}.{source}.1", LISTS[source], first, second)
+                        place, parts = LISTS[source]
+                        yield from _pair(f"{name}.{source}.{place}", parts, first, second)
                     if kind == SECOND_ATTENTION[0]:
                         layers = tuple(f"{name}.{layer}" for layer in _sites("attn2"))
                         yield Modulation(f"{name}.{source}.linear", CHUNKS[kind][0], SECOND_ATTENTION[1], layers)
@@ -161,7 +169,9 @@ class Transformer(Network):
                 for source in TABLE_SOURCES:
                     if source in modules and hasattr(block, "scale_shift_table"):
                         yield from _pair(source, TABLE_CHUNKS, first, second, table)
-        for source, layer, chunks, part in TAILS:
+        finals = [name for name in modules if LAST.match(name) and f"{name.rpartition('.')[0]}.adaLN_modulation.1" in modules]
+        tails = [*TAILS, *((f"{name.rpartition('.')[0]}.adaLN_modulation.1", name, 1, 0) for name in finals)]
+        for source, layer, chunks, part in tails:
             if source in modules and layer in modules:
                 yield Modulation(source, chunks, part, (layer,))
 
@@ -275,3 +285,47 @@ class QwenImage(Packed):
     def grid(self, call: Call) -> tuple[int, int]:
         _, rows, columns = call.constants["img_shapes"][0][0]
         return rows, columns
+
+
+class ZImage(Reversed):
+    """Z-Image: samples and captions come in lists, each caption with tokens of its own number.
+
+    Its pipeline has the condition first, where others have it last: that guidance is the same with the two exchanged.
+    """
+
+    listed = True
+    captions: ClassVar[str] = "cap_feats"
+    tokens: ClassVar[str] = "cap_tokens"  # (N,), how many each caption has; no argument of the module
+    most: ClassVar[int] = 512  # tokens, or a multiple of it: as many rows have all captions, so that calls fit one another
+
+    @property
+    def condition(self) -> str | None:
+        return self.captions
+
+    def as_rows(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        samples, captions = (_tensors(arguments.get(name)) for name in (self.sample_name, self.captions))
+        if not samples or not captions:
+            return arguments
+        if any(sample.shape != samples[0].shape or sample.shape[1] != 1 for sample in samples):
+            raise ValueError("ZImageTransformer2DModel was called with samples of several sizes: allowed are images of one size")
+        counts = torch.tensor([len(caption) for caption in captions], device=captions[0].device)
+        rows = -(-int(counts.max()) // self.most) * self.most
+        filled = torch.stack([F.pad(caption, (0, 0, 0, rows - len(caption))) for caption in captions])
+        x = torch.stack(samples).squeeze(2)
+        return {**arguments, self.sample_name: x, self.captions: filled, self.tokens: counts}
+
+    def as_arguments(self, rows: dict[str, Any]) -> dict[str, Any]:
+        arguments = dict(rows)
+        counts = arguments.pop(self.tokens).tolist()
+        arguments[self.captions] = [caption[:count] for caption, count in zip(rows[self.captions], counts, strict=True)]
+        arguments[self.sample_name] = list(rows[self.sample_name].unsqueeze(2))
+        return arguments
+
+    def output_of(self, result: Any) -> Tensor:
+        return torch.stack(list(result[0] if isinstance(result, tuple) else result.sample)).squeeze(2)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """A list of tensors; an empty one for anything else."""
+    listed = isinstance(values, (list, tuple)) and all(isinstance(value, Tensor) for value in values)
+    return list(values) if listed else []

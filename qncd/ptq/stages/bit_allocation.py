@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qncd.models.network import Network
+from qncd.models.network import Network, network_of
 from qncd.ptq.backpropagation import probe_samples
 from qncd.ptq.bits import counting_multiplications
 from qncd.ptq.context import Context
@@ -177,11 +177,11 @@ def shares_of_loss(errors: Mapping[str, Mapping[int, Tensor]], uniform: int) -> 
 def _watching(module: nn.Module, trials: Trials, sums: dict[tuple[str, int], Tensor], lane: int) -> Iterator[None]:
     """While gradients flow, add <gradient, rounding error> of each sample (lane,) to `sums`."""
 
-    batch = 0  # samples in the network's call
+    network, batch = network_of(module), 0  # samples in the network's call
 
     def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal batch
-        batch = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1)
+        batch = len(network.bind(args, kwargs).x)
 
     def watch(name: str) -> Callable[[ActQuantizer, tuple[Tensor, ...], Tensor], Tensor | None]:
         def hook(quantizer: ActQuantizer, _: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
