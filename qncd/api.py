@@ -23,9 +23,9 @@ from qncd.ptq.runs import BareRuns
 from qncd.quant.adapters import check_quantizable
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.recipe import Recipe
-from qncd.sampling.pipeline import denoiser_of, with_denoiser
+from qncd.sampling.pipeline import denoiser_of
 from qncd.sampling.scheduler_levels import prediction_of
-from qncd.saving import State, correct, network_and_state
+from qncd.saving import State, correct, network_and_state, on_engine
 
 log = logging.getLogger("qncd")
 
@@ -249,9 +249,4 @@ def open_engine(model: Any, folder: str | Path | None, engine: str = "onnxruntim
 
     network, state = network_and_state(model)
     opened: Any = open_network(network, None if folder is None else Path(folder), engine, precision)
-    if isinstance(model, nn.Module):
-        return opened
-    fast = with_denoiser(model, opened)
-    object.__setattr__(fast, "scheduler", type(model.scheduler).from_config(model.scheduler.config))
-    correct(fast, network_of(opened), state)
-    return fast
+    return opened if isinstance(model, nn.Module) else on_engine(model, opened, state)

@@ -25,7 +25,7 @@ from qncd.quant.layers import QuantLayer
 from qncd.recipe import CalibrationConfig, QuantConfig, Recipe
 from qncd.sampling.corrector import Record
 from qncd.sampling.correctors.registry import corrector_of, kind_of
-from qncd.sampling.pipeline import denoiser_of
+from qncd.sampling.pipeline import denoiser_of, with_denoiser
 from qncd.sampling.scheduler import PipelineCorrection, attach
 from qncd.sampling.scheduler_levels import prediction_of
 
@@ -74,9 +74,10 @@ class State:
         return cls(recipe, info.base_hash, record, tuple(info.settings.get("times", ())), dict(info.settings))
 
 
-def is_quantized(pipe: Any) -> bool:
-    """Whether a pipeline's denoiser is a quantized one."""
-    return isinstance(getattr(denoiser_of(pipe)[1], "_qncd", None), State)
+def state_of(pipe: Any) -> State | None:
+    """What a pipeline's denoiser remembers; None where it is not quantized."""
+    state = getattr(denoiser_of(pipe)[1], "_qncd", None)
+    return state if isinstance(state, State) else None
 
 
 def network_and_state(model: Any) -> tuple[Network, State]:
@@ -101,6 +102,14 @@ def correct(pipe: Any, network: Network, state: State) -> None:
     if waiting := getattr(network.module, "_qncd_waiting", None):
         waiting.remove()
     attach(pipe, PipelineCorrection.of(network, corrector, kind.calls_network, state.fitted_times))
+
+
+def on_engine(pipe: Any, opened: nn.Module, state: State) -> Any:
+    """A quantized pipeline with its denoiser on an engine, corrected as it is; `pipe` stays as it is."""
+    fast = with_denoiser(pipe, opened)
+    object.__setattr__(fast, "scheduler", type(pipe.scheduler).from_config(pipe.scheduler.config))
+    correct(fast, network_of(opened), state)
+    return fast
 
 
 def save(model: Any, folder: str | Path) -> Path:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from child_processes import python
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from script_runs import run_in_process
@@ -262,6 +264,13 @@ def test_a_command_samples_a_quantized_folder(folder: Any, tmp_path: Path) -> No
     common = ("--ckpt", path, "--prompt", "x", "--n_samples", 2, "--device", "cpu", "--lane", 2, "--outdir", tmp_path / "o")
     run_in_process("txt2img.py", *common, "--ddim_steps", STEPS)
     assert len(list((tmp_path / "o" / "images").glob("*.png"))) == 2
+    settings = json.loads((tmp_path / "o" / "run.json").read_text())["settings"]
+    assert (settings["quantization"]["mode"], settings["quantization"]["weight_bits"]) == ("qncd", 8)
+    run_in_process("txt2img.py", *common, "--ddim_steps", STEPS, "--backend", "onnxruntime", "--outdir", tmp_path / "e")
+    torch_images, engine_images = (
+        [np.asarray(Image.open(path)).astype(int) for path in sorted((tmp_path / name / "images").glob("*.png"))] for name in "oe"
+    )
+    assert max(np.abs(a - b).mean() for a, b in zip(torch_images, engine_images, strict=True)) < 3
     log = run_in_process("txt2img.py", *common, "--ddim_steps", 5, "--outdir", tmp_path / "p", status=2)
     assert "the correction was fitted for 4 steps" in log.splitlines()[-1]
     log = run_in_process("txt2img.py", *common, "--ddim_steps", STEPS, "--ptq", "--outdir", tmp_path / "q", status=2)

@@ -11,7 +11,7 @@ from qncd.engines.registry import TORCH
 from qncd.io.files import first_line
 from qncd.quant.adapters import adapters_of
 from qncd.sampling.pipeline import denoiser_of
-from qncd.saving import is_quantized
+from qncd.saving import state_of
 
 ADAPTER_SCALE = "="  # between an adapter's file and its weight
 # What taking in an adapter's file ends in where it is none, or one of another model.
@@ -42,7 +42,7 @@ def take_in(args: argparse.Namespace, pipe: Any) -> None:
 
 
 def _take_in_loras(args: argparse.Namespace, pipe: Any) -> None:
-    quantized = is_quantized(pipe)
+    quantized = state_of(pipe) is not None
     if args.lora and quantized and args.backend != TORCH:
         raise ValueError(f"--lora {args.lora[0]}: beside quantized weights, a LoRA runs with --backend {TORCH} alone")
     weights: dict[str, float] = {}
@@ -72,7 +72,7 @@ def _take_in_ip_adapter(args: argparse.Namespace, pipe: Any) -> None:
     path, scale = _file_and_weight("ip_adapter", text)
     if args.ip_adapter_image is None:
         raise ValueError(f"--ip_adapter {path}: needs --ip_adapter_image")
-    if is_quantized(pipe):
+    if state_of(pipe) is not None:
         raise ValueError(
             f"--ip_adapter {path}: changes attention, which is quantized already in {args.ckpt}: name the original folder"
         )

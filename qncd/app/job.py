@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qncd import saving
 from qncd.app import messages, stopping
 from qncd.app import parser as cli
 from qncd.app.quantizing import Files, check_files, is_quiet, quantized, run_settings
@@ -31,9 +32,10 @@ from qncd.models.network import network_of
 from qncd.models.original.key_tables import KeyTable
 from qncd.progress import progress_bar
 from qncd.ptq.pipeline_runs import Given, Sampler
-from qncd.recipe import Recipe
+from qncd.recipe import QuantConfig, Recipe
 from qncd.sampling.corrector import Corrector
 from qncd.sampling.diffusion import Diffusion
+from qncd.sampling.pipeline import PipelineSampler
 from qncd.workers import GO_ON
 
 log = logging.getLogger("qncd")
@@ -100,8 +102,8 @@ class ImagePlan:
         return folder / image_name(index, self.seed_of(index))
 
 
-def on_engine(args: argparse.Namespace, recipe: Recipe | None, sampler: Sampler, base_hash: str, folder: Path) -> Sampler:
-    """The same with the network on --backend: from --onnx, else exported to `folder` unless it lies there already.
+def on_engine(args: argparse.Namespace, task: Task, folder: Path) -> Sampler:
+    """A task's sampler with the network on --backend: from --onnx, else exported to `folder` unless it lies there already.
 
     An engine that runs no file needs none.
 
@@ -112,6 +114,7 @@ def on_engine(args: argparse.Namespace, recipe: Recipe | None, sampler: Sampler,
     from qncd.engines.engine import engine_of, export, open_engine
     from qncd.engines.onnx.model import FILE, check_fits, is_current
 
+    sampler = task.sampler
     network = sampler.network
     if not engine_of(args.backend).file:
         log.info("%s runs the network on %s", args.backend, network.device)
@@ -120,11 +123,14 @@ def on_engine(args: argparse.Namespace, recipe: Recipe | None, sampler: Sampler,
         check_fits(folder, network, sampler.shape)
     elif not is_current(folder, network, sampler.shape):
         log.info("exporting for %s", args.backend)
-        path = export(network, folder, recipe.quant if recipe else None, base_hash, shape=sampler.shape)
+        path = export(network, folder, task.quant, task.base_hash, shape=sampler.shape)
         log.info("exported %s: %.1f MB", path, path.stat().st_size / 1e6)
     if engine_of(args.backend).file:
         log.info("%s runs %s", args.backend, folder / FILE)
     opened = open_engine(network, folder, args.backend, args.engine_precision)
+    if task.state is not None:
+        assert isinstance(sampler, PipelineSampler)
+        return replace(sampler, pipe=saving.on_engine(sampler.pipe, opened, task.state))
     return sampler.with_network(network_of(opened))
 
 
@@ -133,11 +139,12 @@ class Task:
     """What a run samples with.
 
     Attributes:
-        sampler: in full precision.
-        base_hash: of its weights.
-        recipe: of the quantization; None for full precision.
+        sampler: in full precision, or of a pipeline that was loaded quantized.
+        base_hash: of its weights in full precision.
+        recipe: of the quantization; None for none.
         conditions: of the calibration trajectories.
         key_table: names of the original model's layers, where they are known.
+        state: what a pipeline that was loaded quantized remembers.
     """
 
     sampler: Sampler
@@ -145,6 +152,22 @@ class Task:
     recipe: Recipe | None = None
     conditions: Given = None
     key_table: KeyTable | None = None
+    state: saving.State | None = None
+
+    @property
+    def made_by(self) -> Recipe | None:
+        """The recipe of the quantization, whenever it was made; None in full precision."""
+        return self.state.recipe if self.state else self.recipe
+
+    @property
+    def quant(self) -> QuantConfig | None:
+        """How layers are quantized; None in full precision."""
+        return self.made_by.quant if self.made_by else None
+
+    @property
+    def label(self) -> str:
+        """W4A8 qncd+ and so on."""
+        return self.made_by.label if self.made_by else "FP32"
 
 
 def open_folder(
@@ -167,8 +190,8 @@ def open_folder(
     if args.onnx is not None:
         from qncd.engines.onnx.model import check_origin
 
-        check_origin(args.onnx, task.base_hash, recipe.quant if recipe else None, sampler.shape)
-    decisive = {**settings, **run_settings(recipe, args, batch_size)}
+        check_origin(args.onnx, task.base_hash, task.quant, sampler.shape)
+    decisive = {**settings, **run_settings(task.made_by, args, batch_size)}
     return open_run(folder, decisive, environment(args, sampler.network.device, batch_size), min_free_bytes)
 
 
@@ -196,7 +219,6 @@ class SamplingJob:
 
     def _sample_and_finish(self, args: argparse.Namespace, task: Task, grid: bool) -> None:
         sampler, recipe = task.sampler, task.recipe
-        label = recipe.label if recipe else "FP32"
         if args.compare_fp and self.plan.count:
             self.sample_images(sampler, "fp", None, "FP32")
         corrector = None
@@ -210,16 +232,17 @@ class SamplingJob:
             return
         if args.backend != TORCH:
             start = time.perf_counter()
-            sampler = on_engine(args, recipe, sampler, task.base_hash, self.run.folder / "onnx")
+            sampler = on_engine(args, task, self.run.folder / "onnx")
             self.figures["engine_seconds"] = time.perf_counter() - start
-        by_batch = bool(recipe and recipe.correction and recipe.correction.statistics == "batch")
-        self.sample_images(sampler, "images", corrector, label, by_batch)
+        correction = task.made_by.correction if task.made_by else None
+        by_batch = correction is not None and correction.statistics == "batch"
+        self.sample_images(sampler, "images", corrector, task.label, by_batch)
         if not self.processes.is_first:
             return
         if args.sequence:
             assert isinstance(sampler, Diffusion)
             self.write_sequence(sampler, corrector)
-        self.finish(label, args.compare_fp, args.savez, grid)
+        self.finish(task.label, args.compare_fp, args.savez, grid)
 
     def sample_images(
         self, sampler: Sampler, subfolder: str, corrector: Corrector | None, label: str, whole_batches: bool = False

@@ -32,7 +32,7 @@ from qncd.models.single_files import is_pipeline_file
 from qncd.recipe import Recipe
 from qncd.sampling.correctors.registry import kind_of
 from qncd.sampling.pipeline import PipelineSampler, Row, denoiser_of, parameters_of
-from qncd.saving import is_quantized
+from qncd.saving import state_of
 
 log = logging.getLogger("qncd")
 # Arguments of a call that other flags give, or that decide what comes back.
@@ -273,8 +273,11 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
     device = str(processes.device)
     finish = image_finisher(*request.finish, device)
     pipe = load(args, request, device)
-    if recipe is not None and is_quantized(pipe):
-        raise ValueError(f"{source_name(args)}: is quantized already: sample it without --ptq")
+    state = state_of(pipe)
+    if state is not None:
+        if recipe is not None:
+            raise ValueError(f"{source_name(args)}: is quantized already: sample it without --ptq")
+        quantizing.check_engine_arguments(args, state.recipe)
     call = {**_arguments(args, request, pipe), **adapters.guiding_images(args)}
     rows = _with_texts(call, _with_images(args, pipe, request.rows(pipe, recipe.calibration.samples if recipe else 0)))
     given = set(call) | (set(rows.of_image(0)) if rows else {"batch_size"})
@@ -285,13 +288,13 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
     sampler = dataclasses.replace(sampler, lane=args.lane or default_lane(pipe, max(sampler.shape[1:])))
     recipe = recipe.decided(cli.default_calibration_batch(4 * max(sampler.shape[1:])), sampler.step_count) if recipe else None
     factor = int(getattr(pipe, "vae_scale_factor", 1))
-    base_hash = state_dict_hash(sampler.network.module)
+    model_hash = state_dict_hash(sampler.network.module)
     own = denoiser_of(pipe)[0]
     hashes = {
         name: state_dict_hash(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name != own
     }
     settings = {
-        "model": base_hash,
+        "model": model_hash,
         "components": hashes,
         "seed": args.seed,
         "lane": sampler.lane,
@@ -305,7 +308,7 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
     }
     needed = 12 * request.count * sampler.shape[1] * sampler.shape[2] * factor**2
     conditions = list(rows.calibration) if rows else None
-    task = job.Task(sampler, base_hash, recipe, conditions)
+    task = job.Task(sampler, state.base_hash if state else model_hash, recipe, conditions, state=state)
     run = processes.first(lambda: job.open_folder(args, task, request.output, settings, request.batch_size, needed))
     kinds = type(pipe).__name__, type(pipe.scheduler).__name__
     log.info("model: %s (%s, %s), %d steps", source_name(args), *kinds, sampler.step_count)

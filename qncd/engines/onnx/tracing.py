@@ -68,8 +68,12 @@ def _marker(kind: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], s
 
 @contextlib.contextmanager
 def _marked(network: nn.Module) -> Iterator[None]:
-    """Within it, quantized layers and attention products are markers."""
+    """Within it, quantized layers and attention products are markers, and nobody watches the network's calls, as a runtime
+    correction does: who counts samples gives them a number of their own.
+    """
     patched: list[tuple[nn.Module, str]] = []
+    hooks = dict(network._forward_hooks)
+    network._forward_hooks.clear()
 
     def patch(module: nn.Module, attribute: str, function: Any) -> None:
         object.__setattr__(module, attribute, function)
@@ -108,6 +112,7 @@ def _marked(network: nn.Module) -> Iterator[None]:
                 patch(module.v, "forward", lambda x: x)
         yield
     finally:
+        network._forward_hooks.update(hooks)
         for module, attribute in patched:
             object.__delattr__(module, attribute)
 
