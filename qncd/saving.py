@@ -16,7 +16,7 @@ from qncd.models.configs import INDEX
 from qncd.models.files.diffusers_folders import check_replaceable
 from qncd.models.loading import state_dict_hash
 from qncd.models.network import Network, network_of
-from qncd.ptq.checkpoint import QuantizedInfo, content_of, load_quantized_, save_quantized
+from qncd.ptq.checkpoint import BARE_FILE, QuantizedInfo, content_of, load_quantized_, places_in, save_quantized
 from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.ranges import round_
 from qncd.quant.adapters import check_no_adapters, check_quantizable
@@ -29,8 +29,6 @@ from qncd.sampling.pipeline import denoiser_of, with_denoiser
 from qncd.sampling.scheduler import PipelineCorrection, attach
 from qncd.sampling.scheduler_levels import prediction_of
 
-FILE = "quantized.safetensors"  # of a network that is no model of diffusers
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 IP_ADAPTER = "ip_image_proj"  # encoder_hid_dim_type of a network with one
 WITH_IP_ADAPTER = (
     "the pipeline has an IP-Adapter, which folders of diffusers do not hold: qncd.save(pipe.unet, folder), and "
@@ -128,12 +126,12 @@ def save(model: Any, folder: str | Path) -> Path:
     if not bare and getattr(network.config, "encoder_hid_dim_type", None) == IP_ADAPTER:
         raise ValueError(WITH_IP_ADAPTER)
     of_diffusers = not bare or isinstance(model, ModelMixin)
-    check_replaceable(folder, INDEX if not bare else "config.json" if of_diffusers else FILE)
+    check_replaceable(folder, INDEX if not bare else "config.json" if of_diffusers else BARE_FILE)
     with whole_folder(folder) as part:
         if of_diffusers:
             model.save_pretrained(part, safe_serialization=True)
         else:
-            save_quantized(network, part / FILE, state.recipe.quant, state.base_hash, _settings(state), state.record)
+            save_quantized(network, part / BARE_FILE, state.recipe.quant, state.base_hash, _settings(state), state.record)
         if not bare and kind_of(state.recipe) is not None:
             write_json(part / INDEX, {**read_json(part / INDEX), "scheduler": _CORRECTED})
     return folder
@@ -155,8 +153,7 @@ def _file_in(folder: Path, model: Any) -> Path:
     """The quantized network in what `save` or --cali_ckpt wrote."""
     if folder.suffix == ".safetensors":
         return folder
-    below = [] if isinstance(model, nn.Module) else [folder / denoiser_of(model)[0]]
-    places = [folder / FILE, *(place / name for place in (*below, folder) for name in (f"{WEIGHTS}.index.json", WEIGHTS))]
+    places = places_in(folder, *(() if isinstance(model, nn.Module) else (denoiser_of(model)[0],)))
     return next((place for place in places if place.is_file()), places[0])
 
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from qncd.io.files import regular_file
 from qncd.io.runs import RUN_FILE
-from qncd.models.files.safetensors_files import read_metadata, read_safetensors
-from qncd.ptq.checkpoint import QuantizedInfo, peek_quantized
+from qncd.models.files.diffusers_folders import parts_of
+from qncd.models.files.safetensors_files import read_metadata
+from qncd.ptq.checkpoint import QuantizedInfo, peek_quantized, places_in, read_tensors
 from qncd.ptq.layer_record import LAYERS_FILE, PRODUCT, LayerRecord, NetworkRecord, range_of
 from qncd.quant.affine import IntegerRange
 
@@ -21,12 +22,25 @@ def is_run(path: Path) -> bool:
     return (path / RUN_FILE).is_file()
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether it is a quantized checkpoint. Raises ValueError for a damaged .safetensors file."""
-    if path.suffix != ".safetensors" or not path.is_file():
+def checkpoint_in(source: Path) -> Path | None:
+    """The quantized checkpoint that a path names: a file, or that of a folder of `qncd.save`; None where there is none.
+
+    Raises:
+        ValueError: a damaged .safetensors file.
+        FileNotFoundError: a part of one in parts is missing.
+    """
+    places = [source]
+    if source.is_dir():
+        places = places_in(source, *sorted(inner.name for inner in source.iterdir() if inner.is_dir()))
+    return next((place for place in places if place.is_file() and _is_checkpoint(place)), None)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if path.suffix not in (".safetensors", ".json"):
         return False
     try:
-        return "base_hash" in read_metadata(regular_file(path))
+        first = next(iter(parts_of(path))) if path.suffix == ".json" else path
+        return first.suffix == ".safetensors" and "base_hash" in read_metadata(regular_file(first))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -46,7 +60,7 @@ def record_of_checkpoint(path: Path) -> NetworkRecord:
         ValueError: it is damaged.
     """
     info = peek_quantized(path)
-    return info.layers or NetworkRecord(tuple(_by_tensors(info, read_safetensors(path))))
+    return info.layers or NetworkRecord(tuple(_by_tensors(info, read_tensors(path))))
 
 
 def _by_tensors(info: QuantizedInfo, tensors: dict[str, Tensor]) -> list[LayerRecord]:

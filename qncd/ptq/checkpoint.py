@@ -54,6 +54,8 @@ from qncd.sampling.corrector import Record
 from qncd.sampling.correctors.registry import CORRECTORS
 
 FORMAT = "qncd-1"
+BARE_FILE = "quantized.safetensors"  # of a network that is no model of diffusers, in a folder of `qncd.save`
+_WEIGHTS = "diffusion_pytorch_model.safetensors"  # of one that is
 _LAYER_TENSORS = ("smoothing", "rotation", "down", "up", "weight_packed", "weight_codes", "weight_scale", "weight_zero_point")
 
 
@@ -211,11 +213,22 @@ def _content(path: Path) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
     first, *others = map(read_metadata, parts_of(path))
     if any(other != first for other in others):
         raise ValueError("its parts are of different checkpoints")
-    tensors = _tensors(path)
+    tensors = read_tensors(path)
     return {name: value for name, value in tensors.items() if name.startswith(prefixes)}, list(tensors), first
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def places_in(folder: Path, *networks: str) -> list[Path]:
+    """Where the quantized checkpoint of a folder that `qncd.save` wrote may lie.
+
+    Args:
+        networks: names of the folders of a pipeline's networks.
+    """
+    below = [*(folder / name for name in networks), folder]
+    return [folder / BARE_FILE, *(place / name for place in below for name in (f"{_WEIGHTS}.index.json", _WEIGHTS))]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a quantized checkpoint, in one file or in parts."""
     return read_parts(path, read_safetensors) if path.suffix == ".json" else read_safetensors(path)
 
 
@@ -294,7 +307,7 @@ def _checked(
         raise ValueError(
             f"{path}: made from a base model with weights {shortened(info.base_hash[:12])}, this one has {base_hash[:12]}"
         )
-    tensors = {name: value for name, value in _tensors(path).items() if not _is_record(name)}
+    tensors = {name: value for name, value in read_tensors(path).items() if not _is_record(name)}
     twin = without_memory(network)  # a file that does not fit leaves the network as it was
     try:
         quantize_(twin, config or info.config)

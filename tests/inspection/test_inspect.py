@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from quantized_networks import inputs, prepared
 
+import qncd
 from qncd.app import console
 from qncd.app.commands import inspect
 from qncd.inspection import measuring
 from qncd.inspection.measuring import ChannelRanges, NoiseMeter, NoiseSums
 from qncd.inspection.record import CONTROL, CORRECTED, INSPECTION_FILE, PLAIN, Inspected, NoiseAt, Smoothed
 from qncd.inspection.rounding import LayerKept, rounding_of
-from qncd.inspection.sources import record_of_checkpoint
+from qncd.inspection.sources import checkpoint_in, record_of_checkpoint
 from qncd.models.network import network_of
 from qncd.ptq.checkpoint import save_quantized
 from qncd.ptq.layer_record import PRODUCT, LayerRecord, NetworkRecord, what_layers_got
@@ -117,6 +118,28 @@ def test_a_checkpoint_without_a_record_says_what_its_tensors_tell(
     assert refused(capsys, path, "--layer", LAYER) == f"--layer is for a model, and {path} is a quantized checkpoint"
     save_quantized(network, path, config, "h", {}, None, RECORD)
     assert record_of_checkpoint(path) == RECORD
+
+
+def test_a_folder_of_a_quantized_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoint in it, in one file or in parts."""
+    pipe = small_pipelines.made("DDIM")
+    qncd.quantize(pipe, "W4A8", "linear", calls=[small_pipelines.KINDS["DDIM"].call], steps=2)
+    qncd.save(pipe, tmp_path / "pipe")
+    pipe.unet.save_pretrained(tmp_path / "parts", max_shard_size="50KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    expected = {layer.name for layer in record_of_checkpoint(checkpoint_of(tmp_path / "pipe")).layers}
+    assert {*quant_layers(pipe.unet)} <= expected
+    assert {layer.name for layer in record_of_checkpoint(checkpoint_of(tmp_path / "parts")).layers} == expected
+    run(tmp_path / "pipe", "--top", "1")
+    assert "in the mean:" in capsys.readouterr().out
+    small_pipelines.made("DDIM").save_pretrained(tmp_path / "float")
+    assert checkpoint_in(tmp_path / "float") is None
+
+
+def checkpoint_of(folder: Path) -> Path:
+    found = checkpoint_in(folder)
+    assert found is not None
+    return found
 
 
 def test_a_model_is_quantized_and_measured(

@@ -2,12 +2,13 @@
 
     qncd inspect out/w4a8 --sort own --top 20
     qncd inspect out/w4a8.safetensors --out out/pictures
+    qncd inspect models/sdxl_w4a8
     qncd inspect configs/fashion_mnist.yml --width W8A8 --mode qncd --layer mid_block.resnets.0.conv2 --out out/pictures
 
-SOURCE is the folder of a run, a quantized checkpoint (--cali_ckpt), or a model: a yaml, a folder of diffusers or what else
-`qncd.load` takes. A model is quantized first, on a few calibration images, and measured before and after. --out writes pictures
-as PNG and SVG: layers, map and steps of any source; of a model also smoothing, noise and with --layer the rounding of one layer.
-`qncd report` takes that folder, too.
+SOURCE is the folder of a run, a quantized checkpoint (--cali_ckpt), a folder of `qncd.save`, or a model: a yaml, a folder of
+diffusers or what else `qncd.load` takes. A model is quantized first, on a few calibration images, and measured before and after.
+--out writes pictures as PNG and SVG: layers, map and steps of any source; of a model also smoothing, noise and with --layer the
+rounding of one layer. `qncd report` takes that folder, too.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
     found = _opened(args)
     record = found.record
     if not record.times:
-        lack = f"{args.source}: has no record of its layers' errors, as older versions wrote none: bits and ranges alone"
+        lack = f"{args.source}: has no record of its layers' errors, which the sampling commands write: bits and ranges alone"
         if args.out is not None:
             raise ValueError(f"{lack}, nothing that --out {args.out} could hold")
         log.warning(lack)
@@ -78,17 +79,16 @@ def main(args: argparse.Namespace) -> None:
 def _opened(args: argparse.Namespace) -> Inspected:
     """What the layers got, and what else was measured."""
     from qncd.inspection.record import Inspected
-    from qncd.inspection.sources import is_checkpoint, is_run, record_of_checkpoint, record_of_run
+    from qncd.inspection.sources import checkpoint_in, is_run, record_of_checkpoint, record_of_run
 
     source: Path = args.source
-    for kind, matches, read in (
-        ("the folder of a run", is_run, record_of_run), ("a quantized checkpoint", is_checkpoint, record_of_checkpoint),
-    ):  # fmt: skip
-        if matches(source):
-            given = next((name for name in OF_MODELS if getattr(args, name) is not None), None)
-            if given:
-                raise ValueError(f"--{given} is for a model, and {source} is {kind}")
-            return Inspected(source.name, read(source), settings={"source": str(source)})
+    checkpoint = None if is_run(source) else checkpoint_in(source)
+    if checkpoint is not None or is_run(source):
+        kind = "the folder of a run" if checkpoint is None else "a quantized checkpoint"
+        if given := next((name for name in OF_MODELS if getattr(args, name) is not None), None):
+            raise ValueError(f"--{given} is for a model, and {source} is {kind}")
+        record = record_of_run(source) if checkpoint is None else record_of_checkpoint(checkpoint)
+        return Inspected(source.name, record, settings={"source": str(source)})
     if args.width is None:
         raise ValueError(
             f"{source}: neither the folder of a run (run.json) nor a quantized checkpoint; a model needs --width, such as W4A8"
