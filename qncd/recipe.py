@@ -337,6 +337,11 @@ class Recipe:
         steps = self.calibration.steps or min(CalibrationConfig.steps, sampler_steps)
         return self.with_calibration(batch_size=self.calibration.batch_size or batch_size, steps=steps)
 
+    @property
+    def by_batch(self) -> bool:
+        """Whether an image depends on the others of its batch: the correction takes its statistics over all of them."""
+        return self.correction is not None and self.correction.statistics == "batch"
+
     def with_calibration(self: R, **changes: Any) -> R:
         """The same with other options of the calibration set."""
         return dataclasses.replace(self, calibration=dataclasses.replace(self.calibration, **changes))

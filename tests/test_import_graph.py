@@ -40,7 +40,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Layers that may import less than what lies below them.
 ONLY = {
     "models": {"recipe", "rng", "io"},
-    "metrics": {"recipe", "distributed", "rng", "io"},
+    "metrics": {"recipe", "distributed", "progress", "rng", "io"},
     "quant": {"recipe", "rng", "granularity"},
     "sampling": {"recipe", "rng", "models"},
     "engines": {"recipe", "io", "models", "quant", "granularity"},

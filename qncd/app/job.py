@@ -69,12 +69,11 @@ def in_processes(
 def environment(args: argparse.Namespace, device: str | torch.device, batch_size: int) -> dict[str, Any]:
     """What changes no image, for run.json: the arguments as they were, the device, the batch size."""
     plain = {k: v if v is None or isinstance(v, (int, float)) else str(v) for k, v in vars(args).items()}
-    threads = torch.get_num_threads()
     return {
         "command": shlex.join(sys.argv),
         "arguments": plain,
         "device": str(device),
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "batch_size": batch_size,
     }
 
@@ -114,8 +113,7 @@ def on_engine(args: argparse.Namespace, task: Task, folder: Path) -> Sampler:
     from qncd.engines.engine import engine_of, export, open_engine
     from qncd.engines.onnx.model import FILE, check_fits, is_current
 
-    sampler = task.sampler
-    network = sampler.network
+    sampler, network = task.sampler, task.sampler.network
     if not engine_of(args.backend).file:
         log.info("%s runs the network on %s", args.backend, network.device)
     elif args.onnx is not None:
@@ -128,8 +126,7 @@ def on_engine(args: argparse.Namespace, task: Task, folder: Path) -> Sampler:
     if engine_of(args.backend).file:
         log.info("%s runs %s", args.backend, folder / FILE)
     opened = open_engine(network, folder, args.backend, args.engine_precision)
-    if task.state is not None:
-        assert isinstance(sampler, PipelineSampler)
+    if task.state is not None and isinstance(sampler, PipelineSampler):
         return replace(sampler, pipe=saving.on_engine(sampler.pipe, opened, task.state))
     return sampler.with_network(network_of(opened))
 
@@ -234,9 +231,7 @@ class SamplingJob:
             start = time.perf_counter()
             sampler = on_engine(args, task, self.run.folder / "onnx")
             self.figures["engine_seconds"] = time.perf_counter() - start
-        correction = task.made_by.correction if task.made_by else None
-        by_batch = correction is not None and correction.statistics == "batch"
-        self.sample_images(sampler, "images", corrector, task.label, by_batch)
+        self.sample_images(sampler, "images", corrector, task.label, bool(task.made_by and task.made_by.by_batch))
         if not self.processes.is_first:
             return
         if args.sequence:

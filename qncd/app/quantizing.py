@@ -78,10 +78,9 @@ def run_settings(recipe: Recipe | None, args: argparse.Namespace, batch_size: in
             "checkpoint": str(args.cali_ckpt) if args.cali_ckpt else None,
             "weights_only_from_checkpoint": args.resume_w,
         }
-    by_batch = recipe and recipe.correction and recipe.correction.statistics == "batch"
     return {
         **settings,
-        "batch": batch_size if by_batch else None,
+        "batch": batch_size if recipe and recipe.by_batch else None,
         **({} if args.backend == TORCH else {"backend": args.backend}),
         **({} if args.engine_precision == "fp32" else {"engine_precision": args.engine_precision}),
     }

@@ -287,7 +287,7 @@ class PipelineRuns:
             extra["output_type"] = "latent"
         if "generator" in self.accepted:
             extra["generator"] = ImageNoise(seeds).generators
-        # Lists of their own: Z-Image's pipeline writes into that of the prompts.
+        # Copies of lists: Z-Image's pipeline writes into that of the prompts.
         return {**extra, **{name: list(value) if isinstance(value, list) else value for name, value in call.items()}}
 
     def _collected(self, kept: Mapping[int, Sequence[Call]], model_hash: str | None) -> CalibrationSet:

@@ -69,7 +69,7 @@ def _marker(kind: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], s
 @contextlib.contextmanager
 def _marked(network: nn.Module) -> Iterator[None]:
     """Within it, quantized layers and attention products are markers, and nobody watches the network's calls, as a runtime
-    correction does: who counts samples gives them a number of their own.
+    correction does: who counts samples ties the graph to their number.
     """
     patched: list[tuple[nn.Module, str]] = []
     hooks = dict(network._forward_hooks)
