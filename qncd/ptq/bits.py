@@ -49,7 +49,7 @@ def mean_bits(network: Network, data: CalibrationSet) -> MeanBits:
     with counting_multiplications(network.module, counts):
         run_over(network, data.spread(1), 1)
     widths = {name: quantizer.codes.bits for name, quantizer in act_quantizers(network.module).items() if quantizer.codes}
-    sizes = {layer: layer.weight.numel() for layer in quant_layers(network.module).values()}
+    sizes = {layer: layer.weight_shape.numel() for layer in quant_layers(network.module).values()}
     stored = sum(weight_bits(layer) * size + bits_beside(layer) for layer, size in sizes.items())
     plain = sum(layer.weight.numel() for layer in network.layers().values())
     taken = sum(count * widths.get(name, FLOAT) for name, count in counts.items())
@@ -74,7 +74,7 @@ def counting_multiplications(module: nn.Module, counts: dict[str, int]) -> Itera
 
     def layer_hook(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: Any, _: tuple[Tensor, ...], out: Tensor) -> None:
-            counts[f"{name}.act"] = out[0].numel() * layer.weight[0].numel()
+            counts[f"{name}.act"] = out[0].numel() * layer.weight_shape[1:].numel()
 
         return hook
 

@@ -348,7 +348,7 @@ def _take_over(
             quantizer.set_qparams(tensors[f"{name}.scale"], tensors[f"{name}.zero_point"])
     for name, layer in quant_layers(module).items():
         if layer.bias is None and f"{name}.bias" in tensors:  # made by bias correction
-            layer.shift_bias_(torch.zeros(len(layer.weight)))
+            layer.shift_bias_(torch.zeros(layer.weight_shape[0]))
     for name, parameter in module.named_parameters():
         if not (name.endswith(".weight") and isinstance(module.get_submodule(name[:-7]), QuantLayer)):
             parameter.data = _copy(tensors[name], parameter)

@@ -158,7 +158,7 @@ def what_layers_got(network: Network) -> NetworkRecord:
     for name, layer in layers.items():
         codes = layer.config.weight_codes
         bits, quantizer = codes.bits if codes else None, quantizers.pop(f"{name}.act", None)
-        entry = _entry(name, _kind(layer), layer.weight.numel(), bits, quantizer)
+        entry = _entry(name, _kind(layer), layer.weight_shape.numel(), bits, quantizer)
         found.append(replace(entry, beside=bits_beside(layer)))
     found += [_entry(name, PRODUCT, 0, None, quantizer) for name, quantizer in quantizers.items()]
     return NetworkRecord(tuple(found))

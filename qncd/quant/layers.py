@@ -203,10 +203,10 @@ class QuantLayer(Transforms):
         """
         if not self.takes_shift:
             return
-        if not bool(torch.isfinite(shift.to(self.weight.dtype)).all()):
+        added = shift.to(self.weight)
+        if not bool(torch.isfinite(added).all()):
             raise ValueError("the mean error of its output is NaN or infinite")
-        bias = shift.to(self.weight) if self.bias is None else self.bias + shift.to(self.weight)
-        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.bias = nn.Parameter(added if self.bias is None else self.bias + added, requires_grad=False)
 
     def weight_codes(self) -> Tensor:
         """The weight's codes, int8, shape of the weight, packed. Raises ValueError before the weight is rounded."""
@@ -228,15 +228,14 @@ class QuantLayer(Transforms):
         self.weight = nn.Parameter(self._weight_of_codes(), requires_grad=False)
 
     def _weight_of_codes(self) -> Tensor:
-        codes, scale, shift = self.weight_codes(), self.weight_scale, self.weight_zero_point
-        form = self.config.weight_codes
+        codes, scale, form = self.weight_codes(), self.weight_scale, self.config.weight_codes
         assert form is not None and scale is not None
         weight = torch.empty(self.weight_shape, dtype=self.weight_dtype, device=codes.device)
         rows = max(1, CACHED // self.weight_shape[1:].numel()) if codes.device.type == "cpu" else len(weight)
         for part in (slice(start, start + rows) for start in range(0, len(weight), rows)):
             steps = form.unpack(codes[part])
-            if shift is not None:
-                steps -= self._expanded(shift[part]) + form.qmin
+            if self.weight_zero_point is not None:
+                steps -= self._shift(part)
             weight[part] = steps.mul_(self._expanded(scale[part]))
         return weight
 
@@ -254,7 +253,6 @@ class QuantLayer(Transforms):
         form = self.config.weight_codes
         if self.packed or self.codes is None or form is None:
             return
-        self.weight_dtype = self.weight.dtype
         codes = pack4(self.codes) if form.bits <= 4 else self.codes
         self.weight = None
         del self.codes  # a buffer is part of the state dict or not from its registration on
@@ -297,11 +295,11 @@ class QuantLayer(Transforms):
         assert self.weight_scale is not None
         return self._expanded(self.weight_scale)
 
-    def _shift(self) -> Tensor | float:
-        """What a code is above the whole number of steps that it stands for."""
+    def _shift(self, rows: slice = slice(None)) -> Tensor | float:
+        """What a code is above the whole number of steps that it stands for, of some rows of the weight."""
         if self.weight_zero_point is None or self.config.weight_codes is None:
             return 0.0
-        return self._expanded(self.weight_zero_point) + self.config.weight_codes.qmin
+        return self._expanded(self.weight_zero_point[rows]) + self.config.weight_codes.qmin
 
     def _expanded(self, values: Tensor) -> Tensor:
         shape, taps = self.weight_shape, [1] * (len(self.weight_shape) - 2)

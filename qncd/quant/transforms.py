@@ -29,6 +29,7 @@ class Transforms(nn.Module):
     """
 
     weight: Any
+    weight_dtype: torch.dtype
     act: ActQuantizer
     weight_scale: Tensor | None
     smoothing: Tensor | None
@@ -126,7 +127,7 @@ class Transforms(nn.Module):
     @property
     def branch_dtype(self) -> torch.dtype:
         """Of the 16-bit numbers that a branch is made of."""
-        return self.weight.dtype if self.weight.dtype in HALVES else torch.float16
+        return self.weight_dtype if self.weight_dtype in HALVES else torch.float16
 
     def _check_float(self, what: str) -> None:
         if self.weight_scale is not None:

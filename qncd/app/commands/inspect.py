@@ -82,8 +82,9 @@ def _opened(args: argparse.Namespace) -> Inspected:
     from qncd.inspection.sources import checkpoint_in, is_run, record_of_checkpoint, record_of_run
 
     source: Path = args.source
-    checkpoint = None if is_run(source) else checkpoint_in(source)
-    if checkpoint is not None or is_run(source):
+    run = is_run(source)
+    checkpoint = None if run else checkpoint_in(source)
+    if run or checkpoint is not None:
         kind = "the folder of a run" if checkpoint is None else "a quantized checkpoint"
         if given := next((name for name in OF_MODELS if getattr(args, name) is not None), None):
             raise ValueError(f"--{given} is for a model, and {source} is {kind}")

@@ -169,9 +169,8 @@ class Transformer(Network):
                 for source in TABLE_SOURCES:
                     if source in modules and hasattr(block, "scale_shift_table"):
                         yield from _pair(source, TABLE_CHUNKS, first, second, table)
-        finals = [name for name in modules if LAST.match(name) and f"{name.rpartition('.')[0]}.adaLN_modulation.1" in modules]
-        tails = [*TAILS, *((f"{name.rpartition('.')[0]}.adaLN_modulation.1", name, 1, 0) for name in finals)]
-        for source, layer, chunks, part in tails:
+        beside = ((f"{name.rpartition('.')[0]}.adaLN_modulation.1", name, 1, 0) for name in modules if LAST.match(name))
+        for source, layer, chunks, part in (*TAILS, *beside):
             if source in modules and layer in modules:
                 yield Modulation(source, chunks, part, (layer,))
 
@@ -322,7 +321,7 @@ class ZImage(Reversed):
         return arguments
 
     def output_of(self, result: Any) -> Tensor:
-        return torch.stack(list(result[0] if isinstance(result, tuple) else result.sample)).squeeze(2)
+        return torch.stack(list(super().output_of(result))).squeeze(2)
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -132,9 +132,9 @@ def compensate_(network: Network, data: CalibrationSet, batch_size: int = 32, pa
     solved = dict(solutions(network, data.spread(INPUTS), batch_size))  # all of them: every pass is one in full precision
     for name, solution in solved.items():
         layers[name].set_weight_codes(solution.codes, solution.scale)
+        named(name, functools.partial(layers[name].shift_bias_, solution.shift))
         if packed:
             layers[name].pack_weight_()
-        named(name, functools.partial(layers[name].shift_bias_, solution.shift))
         trim_heap()
 
 
