@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qncd.granularity import TENSOR
+from qncd.granularity import TENSOR, TOKEN
 from qncd.options import Option, RecipeError, check_choice, options_of, paths_of, resolve, sections_of
 from qncd.widths import CALIBRATED, parse_width
 
@@ -17,6 +17,7 @@ DEFAULT_MODE = "qncd+"
 WIDEST = 8  # bits of an activation: what integer kernels take
 CHANNEL, GGUF = "channel", "gguf"  # grids of weights
 TRACKING = "tracking"  # the offline correction of qncd.sampling.correctors.tracking
+OF_ACTIVATIONS = ("smoothing_search", "temporal_differences", "act_granularity")  # what modes set of quantized ones
 CLIPPED = {"act_range": "mse"}  # below 8 bits clipping costs less than what finer steps gain
 
 
@@ -69,6 +70,10 @@ MODES = {
         {**_PEER, "stepwise_embedding": True, "stepwise_activations": True}, _BRECQ,
     ),
     "d2dpm": Mode("qdiff, and D2-DPM's correction of each prediction by statistics", {**_PEER, "offline": "d2dpm"}, _BRECQ),
+    "modiff": Mode(
+        "qdiff, with MoDiff's activations: the differences of time steps are rounded, by ranges found at run time",
+        {**_PEER, "act_granularity": TOKEN, "temporal_differences": True}, _BRECQ,
+    ),
     "qncd": Mode(
         "qdiff, with QNCD's smoothing, and filters or (--sample_reverse) its noise estimation as correction",
         {"bias_correction": True, "smoothing": True, "offline": TRACKING}, _BRECQ, runtime=True,
@@ -121,9 +126,11 @@ def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection
     usual = changes_of(tree, MODES[mode].at(*(bits if isinstance(bits, int) else None for bits in (weight_bits, act_bits))))
     if weight_bits is None:
         usual = {path: value for path, value in usual.items() if path not in ("quant.gptq", "quant.rank")}
+    if given.get("quant.temporal_differences"):
+        usual.setdefault("quant.act_granularity", TOKEN)
     if act_bits is None:
-        usual.pop("quant.smoothing_search", None)
-    elif given.get("quant.act_granularity", TENSOR) != TENSOR:  # there are no ranges to calibrate
+        usual = {path: value for path, value in usual.items() if path.partition(".")[2] not in OF_ACTIVATIONS}
+    elif {**usual, **given}.get("quant.act_granularity", TENSOR) != TENSOR:  # there are no ranges to calibrate
         usual = {path: value for path, value in usual.items() if path.partition(".")[2] not in CALIBRATED}
     asked = {**usual, **given}
     if asked.get("quant.gptq"):

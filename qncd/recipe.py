@@ -50,8 +50,7 @@ class QuantConfig:
         softmax_range: `act_range` of the softmax output alone; None for the same as all other activations.
         quantize_attention: quantize q, k, v and the softmax output as well.
         quantize_embedding: quantize the time embedding's layers and the blocks' projections of it as well.
-        stepwise_embedding: the inputs of those layers have a range for each time step that the sampler visits (TFMQ-DM,
-            arXiv 2311.16503).
+        stepwise_embedding: inputs of those layers have a range for each of the sampler's time steps (TFMQ-DM, arXiv 2311.16503).
         stepwise_activations: every activation has a range for each time step that the sampler visits.
         gptq: round each layer's weights in sequence, every error made up for by the weights not yet rounded (GPTQ, arXiv
             2210.17323), towards what the layer gives on inputs that are not rounded (GPTAQ, arXiv 2504.02692).
@@ -72,6 +71,8 @@ class QuantConfig:
             row, a float16 number): a name in `qncd.granularity.WEIGHTS`.
         act_granularity: "tensor" (one scale, calibrated), or found at run time: "token" (one for each token of a linear layer's
             input, each sample of a convolution's) or "group32" and the like (one for each 32 channels of those).
+        temporal_differences: round what inputs of layers differ by from the time step before (MoDiff, arXiv 2506.22463).
+        attention_bits: 2 to 8, of q, k and v; None for `act_bits`.
         weight_format, act_format: "int", or "fp8": 8 bits of floating point, e4m3, without zero points.
         bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
             al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
@@ -136,6 +137,12 @@ class QuantConfig:
         help="tensor: one calibrated range; token: one for each token (of a convolution: sample), found at run time; "
         "group: one for each group of so many of its channels, likewise",
     )  # fmt: skip
+    temporal_differences: bool = option(
+        False, flag="temporal_differences", needs="act_bits", help="round what inputs differ by from the time step before"
+    )
+    attention_bits: int | None = option(
+        None, flag="attention_bits", limits=Limits(2, 8), optional=True, needs="act_bits", help="bits of q, k and v"
+    )  # fmt: skip
     weight_format: str = option(
         INTEGER, flag="weight_format", choices=FORMATS, needs="weight_bits", help="integers, or fp8: e4m3, 8 bits"
     )
@@ -167,7 +174,7 @@ class QuantConfig:
 
     @property
     def label(self) -> str:
-        """W8A8, W4A32, FP8 and so on, with the granularities that are not the usual ones."""
+        """W8A8, W4A32, FP8 and so on, with what is not the usual way besides."""
         return label_of(self)
 
 

@@ -25,6 +25,10 @@ class Numbers(Protocol):
     @property
     def act_format(self) -> str: ...
     @property
+    def temporal_differences(self) -> bool: ...
+    @property
+    def attention_bits(self) -> int | None: ...
+    @property
     def weight_granularity(self) -> str: ...
     @property
     def act_granularity(self) -> str: ...
@@ -47,12 +51,14 @@ def parse_width(text: str) -> dict[str, Any]:
 
 
 def label_of(config: Numbers) -> str:
-    """W8A8, W4A32, FP8 and so on, with the granularities that are not the usual ones."""
+    """W8A8, W4A32, FP8 and so on, with what is not the usual way besides."""
     sides = ((config.weight_bits, config.weight_format), (config.act_bits, config.act_format))
     weights, acts = ("32" if bits is None else "FP8" if form == FP8 else str(bits) for bits, form in sides)
     width = "FP8" if weights == acts == "FP8" else f"W{weights}A{acts}"
     others = [f"weights {config.weight_granularity}"] if config.weight_bits and config.weight_granularity != CHANNEL else []
     others += [f"activations {config.act_granularity}"] if config.act_bits and config.act_granularity != TENSOR else []
+    others += ["differences of time steps"] if config.act_bits and config.temporal_differences else []
+    others += [f"attention {config.attention_bits}"] if config.act_bits and config.attention_bits else []
     return f"{width} ({', '.join(others)})" if others else width
 
 
@@ -64,7 +70,11 @@ def check_numbers(config: Numbers) -> None:
             if getattr(config, name) != getattr(usual, name):
                 found = f"with {{quant.act_granularity}} {config.act_granularity} they are found at run time"
                 raise RecipeError(f"{{quant.{name}}} is about calibrated ranges: {found}")
-    for side, of_side in (("weight", ("weight_bits",)), ("act", ("act_bits", "softmax_bits", "act_symmetric"))):
+    if config.temporal_differences and config.act_granularity == TENSOR:
+        allowed = "allowed are token and groups: the ranges of differences are found at run time"
+        raise RecipeError(f"{{quant.temporal_differences}} with {{quant.act_granularity}} {TENSOR}: {allowed}")
+    of_acts = ("act_bits", "softmax_bits", "act_symmetric", "attention_bits", "temporal_differences")
+    for side, of_side in (("weight", ("weight_bits",)), ("act", of_acts)):
         if getattr(config, f"{side}_bits") is None or getattr(config, f"{side}_format") != FP8:
             continue
         for name in (*of_side, "edge_bits"):  # which have the 8 bits and no zero point that fp8 has

@@ -27,6 +27,7 @@ WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A6": (4, 6), "W4A4": (4, 4), "W4A32
 PLAIN = {"weight_range": "max", "split": False, "bias_correction": False}
 PEER: dict[str, Any] = {"bias_correction": False}
 CLIPPED = {"act_range": "mse"}
+DIFFERENCES = {"act_granularity": "token", "temporal_differences": True}
 SVD = {"gptq": True, "smoothing_search": True, "rank": 32}
 ROTATED = {"gptq": True, "rotation": True}
 PLUS = {"gptq": True, "stepwise_activations": True}
@@ -41,6 +42,7 @@ QUANT = {
         PEER | {"stepwise_embedding": True, "stepwise_activations": True} | more for more in ({}, CLIPPED, CLIPPED, {})
     ),
     "d2dpm": (PEER, PEER | CLIPPED, PEER | CLIPPED, PEER),
+    "modiff": (PEER | DIFFERENCES, PEER | DIFFERENCES, PEER | DIFFERENCES, PEER),
     "qncd": ({}, CLIPPED, CLIPPED, {}),
     "svdquant": (SVD, SVD | CLIPPED, SVD | CLIPPED, {"gptq": True, "rank": 32}),
     "hadamard": (ROTATED, ROTATED | CLIPPED, ROTATED | CLIPPED, ROTATED),
@@ -53,6 +55,7 @@ PARTS: dict[str, tuple[bool, bool, str | None, bool]] = {
     "ptqd": (False, False, "ptqd", True),
     "tfmq": (False, False, None, True),
     "d2dpm": (False, False, "d2dpm", True),
+    "modiff": (False, False, None, True),
     "qncd": (True, False, "tracking", True),
     "svdquant": (False, False, None, False),
     "hadamard": (False, False, None, False),
@@ -70,7 +73,19 @@ def test_modes_at_widths(mode: str, width: str) -> None:
     assert recipe.correction == (CorrectionConfig() if correction else None)
     assert recipe.reconstruction == (ReconstructionConfig() if reconstruction and weight_bits and weight_bits < 8 else None)
     assert recipe.offline == offline and recipe.calibration == CalibrationConfig()
-    assert recipe.label == f"{width} {mode}"
+    ranges = " (activations token, differences of time steps)" if recipe.quant.temporal_differences else ""
+    assert recipe.label == f"{width}{ranges} {mode}"
+
+
+def test_differences_of_time_steps_come_with_ranges_found_at_run_time() -> None:
+    """What is about calibrated ranges gives way, and every other part of the mode stays."""
+    plain, recipe = Recipe.of("qncd+", "W4A4"), Recipe.of("qncd+", "W4A4", temporal_differences=True, attention_bits=8)
+    assert recipe.label == "W4A4 (activations token, differences of time steps, attention 8) qncd+"
+    given_way = {"act_range": "max", "stepwise_activations": False, "bit_allocation": False}
+    assert recipe.quant == dataclasses.replace(plain.quant, **DIFFERENCES, **given_way, attention_bits=8)
+    assert recipe == dataclasses.replace(plain, quant=recipe.quant)
+    assert Recipe.of("modiff", "W4A4", act_granularity="group32").quant.act_granularity == "group32"
+    assert not Recipe.of("modiff", "W4A4", temporal_differences=False).quant.temporal_differences
 
 
 def test_defaults_and_order_of_fields_stay() -> None:
@@ -81,7 +96,7 @@ def test_defaults_and_order_of_fields_stay() -> None:
             split=True, softmax_range=None, quantize_attention=True, quantize_embedding=True, stepwise_embedding=False,
             stepwise_activations=False, gptq=False, smoothing_search=False, bit_allocation=False, bias_correction=True,
             step_weights=False, weight_grid="channel", rotation=False, rank=0, branch_bits=1.0, weight_granularity="channel",
-            act_granularity="tensor", weight_format="int", act_format="int",
+            act_granularity="tensor", temporal_differences=False, attention_bits=None, weight_format="int", act_format="int",
         ),
         SmoothingConfig: dict(floor=1.0, strength=1.0),
         ReconstructionConfig: dict(
@@ -162,7 +177,7 @@ def test_names_of_widths_formats_and_granularities() -> None:
 REFUSED = [
     ("qncd", "W9A8", {}, "width 'W9A8': allowed are names such as W4A8 and FP8, 2 to 8 bits or FP8 each, and 16 or 32"),
     ("qncd", "", {}, "width '': allowed are names such as W4A8 and FP8, 2 to 8 bits or FP8 each, and 16 or 32"),
-    ("qdrop", "W8A8", {}, "mode 'qdrop': allowed are linear, qdiff, ptqd, tfmq, d2dpm, qncd, svdquant, hadamard, qncd+"),
+    ("qdrop", "W8A8", {}, "mode 'qdrop': allowed are linear, qdiff, ptqd, tfmq, d2dpm, modiff, qncd, svdquant, hadamard, qncd+"),
     ("qncd", "W8A8", {"sampels": 3}, "unknown option 'sampels': did you mean samples?"),
     ("qncd", "W8A8", {"correction": {"intervall": 3}}, "correction: unknown option 'intervall': did you mean interval?"),
     ("qncd", "W8A8", {"seed": 3}, "option 'seed' is one of several: name reconstruction.seed or calibration.seed"),

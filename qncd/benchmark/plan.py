@@ -98,7 +98,7 @@ UNBIASED_IMAGES = 2048  # FID is biased upwards at fewer
 # Fields of QuantConfig that reconstructed weights do not depend on: their inputs are not rounded yet, but in a smoothing search.
 ACTIVATIONS = (
     "act_bits", "softmax_bits", "act_range", "softmax_range", "act_symmetric", "stepwise_activations", "bias_correction",
-    "bit_allocation", "act_granularity", "act_format",
+    "bit_allocation", "act_granularity", "act_format", "temporal_differences", "attention_bits",
 )  # fmt: skip
 FORMAT = 3  # of a cell's file; raised when the same settings come to mean something else
 

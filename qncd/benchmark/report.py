@@ -104,13 +104,14 @@ def caption(
         ),
         "Ranges: linear has min-max ranges and no split; this package's other modes have mse weight ranges, activation ranges "
         "that are min-max at 8 bits and mse below, and split.",
-        f"Weights below 8 bits: qdiff, ptqd, tfmq, d2dpm and qncd use BRECQ, {plan.reconstruction.iterations} iterations a "
-        f"block on {plan.reconstruction.batch_size} inputs each; qncd+, svdquant and hadamard use GPTQ at all widths; linear "
+        f"Weights below 8 bits: qdiff, ptqd, tfmq, d2dpm, modiff and qncd use BRECQ, {plan.reconstruction.iterations} iterations "
+        f"a block on {plan.reconstruction.batch_size} inputs each; qncd+, svdquant and hadamard use GPTQ at all widths; linear "
         "rounds to nearest, as the others do at 8 bits. Rows with changes say so.",
         "qncd has bias correction, smoothing by the embedding and tracking, or with correction=true runtime correction instead; "
-        "tfmq and qncd+ have a range for each time step at every activation. qncd+ has bias correction, a smoothing search at "
-        "4-bit activations, mixed precision of activations below 8 bits, and tracking. svdquant (low-rank branches, a smoothing "
-        "search) and hadamard (rotations) have bias correction and GPTQ weights.",
+        "tfmq and qncd+ have a range for each time step at every activation, modiff rounds the differences of time steps. qncd+ "
+        "has bias correction, a smoothing search at 4-bit activations, mixed precision of activations below 8 bits, and "
+        "tracking. svdquant (low-rank branches, a smoothing search) and hadamard (rotations) have bias correction and GPTQ "
+        "weights.",
         "Tracking aims at the full-precision trajectory, not at the full-precision prediction at the quantized model's x_t: "
         "the noise-prediction error does not measure it.",
         f"Code: {', '.join(commits) or 'unknown commit'}.",

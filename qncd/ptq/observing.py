@@ -15,6 +15,7 @@ from qncd.ptq.data import CalibrationSet
 from qncd.ptq.heap import trim_heap
 from qncd.quant.inspection import calibrated_quantizers, observing, quant_layers
 from qncd.quant.quantizers import ActQuantizer
+from qncd.quant.trajectory import off_trajectory
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -105,7 +106,8 @@ def call_on(network: Network, x: Tensor, t: Tensor, inputs: dict[str, Tensor], c
     device, dtype = network.device, network.dtype
     given = {name: value.to(device, dtype) if value.is_floating_point() else value.to(device) for name, value in inputs.items()}
     others = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in constants.items()}
-    return network.predict(x.to(device, dtype), t.to(device), given, **others)
+    with off_trajectory(network.module):
+        return network.predict(x.to(device, dtype), t.to(device), given, **others)
 
 
 def _passes(network: Network, data: CalibrationSet, batch_size: int, order: Tensor | None = None) -> Iterator[int]:

@@ -34,7 +34,10 @@ from qncd.recipe import QuantConfig
 
 _QUANTIZER = re.compile(r"(.+)\.(weight_quantizer|act_quantizer)(_0)?\.(delta|zero_point|alpha)")
 _OPERAND = re.compile(r"(.+?)(\.attention\.[^.]+)?\.act_quantizer_([qkvw])\.(delta|zero_point)")
-ONLY_DEFAULT = ("weight_granularity", "act_granularity", "weight_format", "act_format", "weight_grid")  # of QuantConfig's options
+ONLY_DEFAULT = (  # of QuantConfig's options
+    "weight_granularity", "act_granularity", "weight_format", "act_format", "weight_grid", "temporal_differences",
+    "attention_bits",
+)  # fmt: skip
 _SAME = 1e-5  # largest difference between the file's weights and the base model's, relative to the largest weight
 
 

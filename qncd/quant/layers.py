@@ -30,6 +30,7 @@ class LayerConfig:
         segments: sizes of consecutive groups of input channels, each with its own ranges of weights and activations.
         weight_granularity: which inputs of a segment of a row share a scale, the weight being (O, n) once flattened.
         act_granularity: which values of the input share a scale; per tensor it is calibrated, else found at run time.
+        act_differences: with scales found at run time, what is rounded is the difference to the time step before.
         new_bias: corrections may give the layer a bias where it has none.
     """
 
@@ -40,6 +41,7 @@ class LayerConfig:
     segments: tuple[int, ...] | None = None
     weight_granularity: Granularity = PER_ROW
     act_granularity: Granularity = PER_TENSOR
+    act_differences: bool = False
     new_bias: bool = True
 
     @property
@@ -90,7 +92,7 @@ class QuantLayer(Transforms):
         self.weight_shape, self.weight_dtype = source.weight.shape, source.weight.dtype
         self.config = config
         self.act = make_quantizer(
-            config.act_codes, config.act_range, config.act_granularity, self.summed, config.segments
+            config.act_codes, config.act_range, config.act_granularity, self.summed, config.segments, config.act_differences
         ).to(source.weight.device)  # fmt: skip
         self.register_buffer("weight_scale", None)
         self.register_buffer("weight_zero_point", None)

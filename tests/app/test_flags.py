@@ -22,7 +22,7 @@ from qncd.recipe import QUANTIZATION, CalibrationConfig, CorrectionConfig, Quant
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("sample_diffusion_ddim", "sample_diffusion_ldm", "txt2img")
-MODES = "linear|qdiff|ptqd|tfmq|d2dpm|qncd|svdquant|hadamard|qncd+"
+MODES = "linear|qdiff|ptqd|tfmq|d2dpm|modiff|qncd|svdquant|hadamard|qncd+"
 GROUPS = "group16|group32|group64|group128|group256"
 ACT_STEPS = Recipe.of("qdiff", reconstruction=True, act_iterations=7, act_lr=0.1)
 # A flag, what it takes (a type, choices, nothing, or on and off), and the default that help shows. Written down from the
@@ -38,6 +38,7 @@ FLAGS = {
         ("weight_grid", "channel|gguf", "channel"), ("rotation", "on/off", ""), ("rank", "int", "0"),
         ("branch_bits", "float", "1"),
         ("weight_granularity", f"channel|{GROUPS}", "channel"), ("act_granularity", f"tensor|token|{GROUPS}", "tensor"),
+        ("temporal_differences", "on/off", ""), ("attention_bits", "int", ""),
         ("weight_format", "int|fp8", "int"), ("act_format", "int|fp8", "int"),
     ),
     "reconstruction (BRECQ)": (
@@ -152,6 +153,10 @@ def undecided(made: Recipe) -> Recipe:
         ),
         ("--weight_format fp8 --act_format fp8", Recipe.of("qncd", "FP8")),
         ("--act_bit 6 --act_granularity token", Recipe.of("qncd", "W8A6", act_granularity="token")),
+        (
+            "--act_bit 6 --temporal_differences --attention_bits 8",
+            Recipe.of("qncd", "W8A6", temporal_differences=True, attention_bits=8),
+        ),
         ("--quant_mode qdiff --weight_bit 4 --gptq", Recipe.of("qdiff", "W4A8", gptq=True)),
         ("--quant_mode qdiff --weight_bit 4 --resume_w", Recipe.of("qdiff", "W4A8", reconstruction=False)),
         ("--cali_n 7 --cali_st 3 --cali_seed 4", Recipe.of("qncd", samples=7, steps=3, calibration={"seed": 4})),
@@ -204,6 +209,11 @@ def test_what_narrow_activations_get(words: str, expected: tuple[str, bool, bool
         ("--cali_iters_a 3", "--cali_iters_a needs --recon"),
         ("--weight_bit 4 --cali_iters_a 3", "--cali_iters_a needs --recon_act"),
         ("--weight_bit 4 --cali_lr 0.01", "--cali_lr needs --recon_act"),
+        (
+            "--temporal_differences --act_granularity tensor",
+            "--temporal_differences with --act_granularity tensor: allowed are token and groups: the ranges of differences are "
+            "found at run time",
+        ),
         (
             "--act_granularity token --stepwise_act",
             "--stepwise_act is about calibrated ranges: with --act_granularity token they are found at run time",

@@ -89,6 +89,7 @@ CONFIGS = [
     (QuantConfig(8, 6, quantize_attention=False, weight_range="max", act_range="max"), False),
     (QuantConfig(4, 4, rotation=True, rank=4, branch_bits=4.0), True),
     (QuantConfig(4, 8, weight_granularity="group32", act_granularity="token"), True),
+    (QuantConfig(4, 4, act_granularity="token", temporal_differences=True, attention_bits=6), True),
     (QuantConfig(8, 8, weight_format="fp8", act_format="fp8"), True),
     (QuantConfig(8, 6, weight_format="fp8", weight_granularity="group64", act_granularity="group16"), False),
 ]

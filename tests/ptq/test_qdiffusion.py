@@ -194,6 +194,7 @@ def test_the_script_takes_it_as_cali_ckpt(tmp_path: Path, mode: str) -> None:
         ("ddim", {"weight_bits": 2}, "--weight_bit 2: conv_in was quantized to 4 bits, as its zero points and weights say"),
         ("ddim", {"weight_bits": None}, "--weight_bit 32: the file's weights are quantized"),
         ("ddim", {"act_granularity": "token"}, "--act_granularity token: a file of Q-Diffusion has tensor"),
+        ("ddim", {"attention_bits": 4}, "--attention_bits 4: a file of Q-Diffusion has None"),
         ("ddim", {"act_bits": 4}, "--act_bit 4: the scale of the first layer's input is one of 8 bits"),
         ("ddim", {"act_symmetric": False}, "the file's activations have no zero points, they are symmetric: give --a_sym"),
         ("ddim", {"softmax_bits": 16}, "--sm_abit 16: with the file's scales softmax outputs would reach 2.4e+02: about 8 bits"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qncd.granularity import PER_ROW, PER_TENSOR, PerGroup
 from qncd.quant.affine import Codes, IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
-from qncd.quant.dynamic import DynamicActQuantizer, make_quantizer
+from qncd.quant.dynamic import DifferenceQuantizer, DynamicActQuantizer, make_quantizer
 from qncd.quant.float8 import Float8Codes
 from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLinear
 from qncd.quant.quantizers import ActQuantizer, Stage
@@ -118,3 +118,53 @@ def test_layers_and_attention_know_what_they_sum_over() -> None:
     found = [linear.act, convolution.act, processor.q, processor.k, processor.v, processor.softmax]
     assert all(isinstance(quantizer, DynamicActQuantizer) for quantizer in found)
     assert [quantizer.summed for quantizer in found] == [(-1,), CONVOLUTION, (-1,), (-1,), (-2,), (-1,)]  # type: ignore[attr-defined]
+
+
+def differences(bits: int = 4) -> DifferenceQuantizer:
+    quantizer = make_quantizer(IntegerRange(bits, False), "max", PER_ROW, CONVOLUTION, (6, 4), differences=True)
+    assert isinstance(quantizer, DifferenceQuantizer)
+    quantizer.set_stage(Stage.QUANTIZE)
+    return quantizer
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    plain = make_quantizer(IntegerRange(bits, False), "max", PER_ROW, CONVOLUTION, (6, 4))
+    plain.set_stage(Stage.QUANTIZE)
+    return plain(x)
+
+
+def test_differences_to_what_was_given_are_rounded() -> None:
+    """MoDiff, arXiv 2506.22463: a^_t = a^_(t+1) + Q(a_t - a^_(t+1)), and 8 bits where a trajectory starts."""
+    quantizer, smoothing = differences(), torch.rand(10, 1, 1) + 0.5
+    x = values(3, 10, 4, 5)
+    steps = [x + 0.1 * index * values(3, 10, 4, 5).roll(1, 3) for index in range(4)]
+    quantizer.follow(0, fresh=True)
+    expected = rounded(steps[0] / smoothing, 8)
+    assert torch.equal(quantizer(steps[0], smoothing), expected)
+    for step in steps[1:]:
+        quantizer.follow(0)
+        expected = expected + rounded(step / smoothing - expected, 4)
+        assert torch.equal(quantizer(step, smoothing), expected)
+    assert (expected - steps[-1] / smoothing).norm() < 0.3 * (rounded(steps[-1], 4) - steps[-1]).norm()  # no errors add up
+    quantizer.follow(0, fresh=True)
+    assert torch.equal(quantizer(steps[0], smoothing), rounded(steps[0] / smoothing, 8))
+
+
+def test_calls_parts_and_sizes_are_told_apart() -> None:
+    quantizer, x = differences(), values(4, 10, 4, 5)
+    quantizer.follow(0, fresh=True)
+    first = quantizer(x)
+    quantizer.follow(1)  # another call of the same time step: there is nothing to differ from
+    assert torch.equal(quantizer(2 * x), rounded(2 * x, 8))
+    quantizer.follow(0)
+    assert torch.equal(quantizer(1.1 * x), first + rounded(1.1 * x - first, 4))
+    assert torch.equal(quantizer(x[:2]), rounded(x[:2], 8))  # guidance has ended
+    for part in (slice(0, 2), slice(2, 4)):
+        assert torch.equal(quantizer(x[part], images=part), rounded(x[part], 8))
+    quantizer.follow(None)  # off any trajectory
+    assert torch.equal(quantizer(x[:2]), rounded(x[:2], 8))
+
+
+def test_nothing_is_kept_of_what_is_rounded_as_it_is() -> None:
+    assert not isinstance(make_quantizer(CODES[0], "max", PER_ROW), DifferenceQuantizer)
+    assert type(make_quantizer(CODES[0], "max", PER_TENSOR, differences=True)) is ActQuantizer

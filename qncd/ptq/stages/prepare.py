@@ -17,6 +17,7 @@ from qncd.quant.affine import Codes, IntegerRange
 from qncd.quant.attention import AttentionProducts, QuantAttnProcessor, QuantizedProducts
 from qncd.quant.float8 import Float8Codes
 from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
+from qncd.quant.trajectory import follow_trajectories
 from qncd.recipe import GGUF, GGUF_GROUP, QuantConfig, Recipe
 from qncd.widths import FP8
 
@@ -58,7 +59,7 @@ def quantize_(network: Network | nn.Module, config: QuantConfig) -> Network:
         wrapped = QuantConv2d.from_float(layer, new) if isinstance(layer, nn.Conv2d) else QuantLinear.from_float(layer, new)
         setattr(module.get_submodule(parent), child, wrapped)
     if config.quantize_attention and config.act_bits is not None:
-        codes = _codes(config.act_bits, config.act_format, config.act_symmetric)
+        codes = _codes(config.attention_bits or config.act_bits, config.act_format, config.act_symmetric)
         softmax_codes = _codes(config.softmax_bits, config.act_format, False)
         for attention in attentions.values():
             own = attention.processor
@@ -66,6 +67,8 @@ def quantize_(network: Network | nn.Module, config: QuantConfig) -> Network:
             plain = type(own).__name__ in PLAIN_PROCESSORS
             processor = QuantAttnProcessor(*settings) if plain else QuantizedProducts(own, *settings)
             attention.set_processor(processor.to(network.device))
+    if config.temporal_differences:
+        follow_trajectories(module, network.times_of)
     watch_(network)
     return network
 
@@ -87,6 +90,7 @@ def layer_config(config: QuantConfig, edge: bool = False, segments: tuple[int, .
         segments=segments,
         weight_granularity=PerGroup(GGUF_GROUP) if config.weight_grid == GGUF else WEIGHTS[config.weight_granularity],
         act_granularity=ACTIVATIONS[config.act_granularity],
+        act_differences=config.temporal_differences,
         new_bias=config.weight_grid != GGUF,  # no reader has a place for it
     )
 
