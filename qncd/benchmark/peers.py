@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 # Layers that ModelOpt's example for diffusers (examples/diffusers/quantization, filter_func_default) leaves in floating point.
 MODELOPT_FLOAT = ("time_emb_proj", "time_embedding", "add_embedding", "conv_in", "conv_out", "conv_shortcut")
-NNCF_FLOAT = ("conv_in", "conv_out")  # as OpenVINO's notebooks recommend for generation; quantized, they cost most of the error
 TORCHAO_GROUP = 32  # inputs that share a scale; torchao's default
 PROBE = 64  # inputs by which quantized activations are told from others: float ones have far more than 256 values
 
@@ -197,6 +196,7 @@ def _modelopt_weights(module: nn.Module) -> int:
 
 def _quantize_nncf(network: Network, data: CalibrationSet, weight_bits: int, act_bits: int, batch_size: int) -> nn.Module:
     import nncf
+    import torch
 
     logging.getLogger("nncf").setLevel(logging.WARNING)
     device = network.device
@@ -205,13 +205,19 @@ def _quantize_nncf(network: Network, data: CalibrationSet, weight_bits: int, act
         x, t, inputs = item
         return {name: v.to(device) for name, v in {network.sample_name: x, network.time_name: t, **inputs}.items()}
 
+    # First and last layer in floating point, as OpenVINO's notebooks recommend for generation: they cost most of the error.
+    first_and_last = [
+        f"{name.replace('.', '/')}/{'conv2d' if isinstance(layer, torch.nn.Conv2d) else 'linear'}/0"
+        for name, layer in network.layers().items()
+        if name in network.edges()
+    ]
     # One input at a time (two with guidance), as in its notebooks: ranges are means over the extremes of the items.
     quantized: nn.Module = nncf.quantize(
         network.module,
         nncf.Dataset(list(data.batches(1)), arguments),
         subset_size=len(data),
         model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=nncf.IgnoredScope(names=[f"{name}/conv2d/0" for name in NNCF_FLOAT]),
+        ignored_scope=nncf.IgnoredScope(names=first_and_last),
         advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
     )
     return quantized
@@ -282,8 +288,8 @@ PEERS = {
     ),
     "nncf": Peer(
         "NNCF", "nncf", (8,), (8,),
-        "nncf.quantize on the torch model, model_type TRANSFORMER (mixed preset, SmoothQuant), no bias correction, conv_in and "
-        "conv_out ignored",
+        "nncf.quantize on the torch model, model_type TRANSFORMER (mixed preset, SmoothQuant), no bias correction, first and "
+        "last layer ignored",
         _quantize_nncf, _nncf_weights,
     ),
     "quanto": Peer(
