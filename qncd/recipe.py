@@ -141,8 +141,8 @@ class QuantConfig:
         False, flag="temporal_differences", needs="act_bits", help="round what inputs differ by from the time step before"
     )
     attention_bits: int | None = option(
-        None, flag="attention_bits", limits=Limits(2, 8), optional=True, needs="act_bits", help="bits of q, k and v"
-    )  # fmt: skip
+        None, flag="attention_bits", limits=Limits(2, 8), optional=True, needs="act_bits",
+        help="bits of q, k and v (default as --act_bit)")  # fmt: skip
     weight_format: str = option(
         INTEGER, flag="weight_format", choices=FORMATS, needs="weight_bits", help="integers, or fp8: e4m3, 8 bits"
     )

@@ -100,7 +100,7 @@ ACTIVATIONS = (
     "act_bits", "softmax_bits", "act_range", "softmax_range", "act_symmetric", "stepwise_activations", "bias_correction",
     "bit_allocation", "act_granularity", "act_format", "temporal_differences", "attention_bits",
 )  # fmt: skip
-FORMAT = 3  # of a cell's file; raised when the same settings come to mean something else
+FORMAT = 4  # of a cell's file; raised when the same settings come to mean something else
 
 
 @dataclass(frozen=True)

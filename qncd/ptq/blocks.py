@@ -91,11 +91,6 @@ def in_float(module: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tens
     return wide | {name: value.float() if value.dtype in HALVES else value for name, value in changed.items()}
 
 
-def spread(total: int, count: int) -> Tensor:
-    """`count` of `total` rows, evenly."""
-    return torch.arange(count) * total // count
-
-
 @dataclass(frozen=True)
 class BlockData:
     """What a block is called with and should give, over a calibration set: this process's part of it.

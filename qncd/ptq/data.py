@@ -20,6 +20,7 @@ from qncd.recipe import check_int
 from qncd.sampling.samplers import StepState
 
 CONDITION = "encoder_hidden_states"  # what `cs` and `ucs` of Q-Diffusion's files are, where the network does not say otherwise
+GOLDEN = (5**0.5 - 1) / 2
 _ROWS = 64  # that are looked at together
 _LONGEST_NAME = 100  # of a condition
 _LARGEST_TIME = 1e6  # of a time step, whatever the model
@@ -109,8 +110,8 @@ class CalibrationSet:
         return torch.tensor([self.step_weights[time] for time in t.tolist()])
 
     def spread(self, count: int) -> CalibrationSet:
-        """About `count` inputs, evenly over the set: all time steps in proportion."""
-        return self.subset(torch.arange(0, len(self), max(1, len(self) // count)))
+        """`count` inputs, or all where there are no more, evenly over the set: all time steps in proportion."""
+        return self.subset(spread(len(self), count))
 
     def check_model(self, network: Network, model_hash: str | None = None) -> None:
         """Raise ValueError where the set can't be of this model: other channels, size, conditions or weights."""
@@ -292,6 +293,17 @@ class _Entries:
             else:
                 found[key] = first[:1] if torch.equal(first, first[:1].expand_as(first)) else first
         return found
+
+
+def spread(total: int, count: int) -> Tensor:
+    """`count` of `total` rows, or all where there are no more: one of each of so many equal parts.
+
+    Its place in the part changes by the golden ratio. In steps of one size the same few trajectories would be seen at all time
+    steps, as these lie one after another in a calibration set, and of two halves of guidance perhaps one alone.
+    """
+    edges = torch.arange(min(count, total) + 1) * total // min(count, total)
+    places = torch.arange(len(edges) - 1, dtype=torch.float64) * GOLDEN % 1
+    return edges[:-1] + (places * edges.diff()).long()
 
 
 class CalibrationCollector:

@@ -38,7 +38,7 @@ FLAGS = {
         ("weight_grid", "channel|gguf", "channel"), ("rotation", "on/off", ""), ("rank", "int", "0"),
         ("branch_bits", "float", "1"),
         ("weight_granularity", f"channel|{GROUPS}", "channel"), ("act_granularity", f"tensor|token|{GROUPS}", "tensor"),
-        ("temporal_differences", "on/off", ""), ("attention_bits", "int", ""),
+        ("temporal_differences", "on/off", ""), ("attention_bits", "int", "as"),
         ("weight_format", "int|fp8", "int"), ("act_format", "int|fp8", "int"),
     ),
     "reconstruction (BRECQ)": (

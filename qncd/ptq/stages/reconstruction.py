@@ -31,7 +31,6 @@ from qncd.ptq.blocks import (
     multiplications,
     open_layers,
     reconstruction_units,
-    spread,
 )
 from qncd.ptq.checkpoint_schema import Rule, scale_rule
 from qncd.ptq.context import Context
@@ -171,7 +170,7 @@ def reconstruct_(
 
 def part_of(data: CalibrationSet, config: ReconstructionConfig) -> CalibrationSet:
     """The inputs that reconstruction uses, `config.inputs` of them, evenly spread."""
-    return data if config.inputs is None or config.inputs >= len(data) else data.subset(spread(len(data), config.inputs))
+    return data if config.inputs is None else data.spread(config.inputs)
 
 
 def _reconstruct_unit_(
