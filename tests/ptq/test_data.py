@@ -248,3 +248,25 @@ def test_half_precision_and_arrays_are_read(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "cali.pt")
     data = load_calibration(tmp_path / "cali.pt", 2, 2)
     assert data.x.dtype == data.t.dtype == torch.float32 and data.t.tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize(("steps", "samples", "count"), [(20, 64, 320), (10, 64, 320), (10, 64, 128), (10, 32, 80), (20, 16, 40)])
+def test_a_part_is_of_all_time_steps_and_of_all_trajectories(steps: int, samples: int, count: int) -> None:
+    """Also where the set's length is a multiple of the part's: every second or fourth input would be the same trajectories'."""
+    trajectories = torch.arange(samples).repeat(steps)
+    data = CalibrationSet(trajectories.float()[:, None], torch.arange(steps).repeat_interleave(samples))
+    part = data.spread(count)
+    rows = part.t * samples + part.x[:, 0].long()
+    assert len(part) == count and bool((rows.diff() > 0).all())
+    at = part.t.bincount(minlength=steps)
+    assert int(at.max() - at.min()) <= 2
+    seen = part.x[:, 0].long().bincount(minlength=samples)
+    assert int((seen > 0).sum()) >= 0.75 * min(samples, count) and int(seen.max()) <= 3 * count / samples + 1
+
+
+def test_a_part_of_everything_is_everything() -> None:
+    data = make_set(13)
+    for count in (13, 20):
+        part = data.spread(count)
+        assert torch.equal(part.x, data.x) and torch.equal(part.t, data.t)
+    assert torch.equal(data.spread(1).x, data.x[:1])
