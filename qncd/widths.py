@@ -50,11 +50,20 @@ def parse_width(text: str) -> dict[str, Any]:
     return found
 
 
+def width_name(text: str) -> str:
+    """The one name of a width: W4A32 of w4, W4A16 and so on, FP8 of WFP8AFP8. Raises ValueError as `parse_width`."""
+    found = parse_width(text)
+    return _name(*((found[f"quant.{side}_bits"], found.get(f"quant.{side}_format", INTEGER)) for side in ("weight", "act")))
+
+
+def _name(*sides: tuple[int | None, str]) -> str:
+    weights, acts = ("32" if bits is None else "FP8" if form == FP8 else str(bits) for bits, form in sides)
+    return "FP8" if weights == acts == "FP8" else f"W{weights}A{acts}"
+
+
 def label_of(config: Numbers) -> str:
     """W8A8, W4A32, FP8 and so on, with what is not the usual way besides."""
-    sides = ((config.weight_bits, config.weight_format), (config.act_bits, config.act_format))
-    weights, acts = ("32" if bits is None else "FP8" if form == FP8 else str(bits) for bits, form in sides)
-    width = "FP8" if weights == acts == "FP8" else f"W{weights}A{acts}"
+    width = _name((config.weight_bits, config.weight_format), (config.act_bits, config.act_format))
     others = [f"weights {config.weight_granularity}"] if config.weight_bits and config.weight_granularity != CHANNEL else []
     others += [f"activations {config.act_granularity}"] if config.act_bits and config.act_granularity != TENSOR else []
     others += ["differences of time steps"] if config.act_bits and config.temporal_differences else []

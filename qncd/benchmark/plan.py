@@ -17,13 +17,8 @@ from qncd.benchmark.peers import PEERS, Peer
 from qncd.io.files import read_json
 from qncd.modes import MODES as RECIPES
 from qncd.modes import changes_of
-from qncd.recipe import (
-    CalibrationConfig,
-    CorrectionConfig,
-    Recipe,
-    ReconstructionConfig,
-    SamplerConfig,
-)
+from qncd.recipe import CalibrationConfig, CorrectionConfig, Recipe, ReconstructionConfig, SamplerConfig
+from qncd.widths import width_name
 
 if TYPE_CHECKING:
     from qncd.benchmark.subjects import Subject
@@ -100,6 +95,7 @@ ACTIVATIONS = (
     "act_bits", "softmax_bits", "act_range", "softmax_range", "act_symmetric", "stepwise_activations", "bias_correction",
     "bit_allocation", "act_granularity", "act_format", "temporal_differences", "attention_bits",
 )  # fmt: skip
+_INTEGERS = re.compile(r"[Ww]([2-8])[Aa]([2-8])")
 FORMAT = 4  # of a cell's file; raised when the same settings come to mean something else
 
 
@@ -261,7 +257,7 @@ def make_cells(widths: Sequence[str] | None, modes: Sequence[str], seeds: int) -
     Raises:
         ValueError: a width is not a name such as W4A8, or a peer cannot do any of the widths asked for.
     """
-    named = [f"W{w}A{a}" for w, a in dict.fromkeys(parse_width(text) for text in widths or WIDTHS)]
+    named = list(dict.fromkeys(_width_asked_for(text) for text in widths or WIDTHS))
     chosen = list(dict.fromkeys(modes))
     for mode in chosen:
         if mode in PEERS and not any(can_do(mode, width) for width in named):
@@ -277,9 +273,16 @@ def make_cells(widths: Sequence[str] | None, modes: Sequence[str], seeds: int) -
     ]
 
 
+def _width_asked_for(text: str) -> str:
+    try:
+        return width_name(text)
+    except ValueError as error:
+        raise ValueError(f"--widths {text}: {str(error).partition(': ')[2]}") from None
+
+
 def can_do(mode: str, width: str) -> bool:
-    """Whether a mode supports a width such as W4A8: peers support only some."""
-    return mode not in PEERS or PEERS[mode].allows(*parse_width(width))
+    """Whether a mode supports a width such as W4A8: peers support only some, all of them of integers."""
+    return mode not in PEERS or (_INTEGERS.fullmatch(width) is not None and PEERS[mode].allows(*parse_width(width)))
 
 
 def corrects(cell: Cell) -> bool:
@@ -289,7 +292,7 @@ def corrects(cell: Cell) -> bool:
 
 def parse_width(text: str) -> tuple[int, int]:
     """Bits of weights and activations of a name such as W4A8. Raises ValueError for anything else."""
-    match = re.fullmatch(r"[Ww]([2-8])[Aa]([2-8])", text)
+    match = _INTEGERS.fullmatch(text)
     if not match:
         raise ValueError(f"--widths {text}: allowed are names such as W4A8, 2 to 8 bits each")
     return int(match[1]), int(match[2])

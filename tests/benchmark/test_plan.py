@@ -61,3 +61,17 @@ def test_weights_are_reconstructed_once_for_all_activations(tmp_path: Path) -> N
     assert len({*searched, folders["W4A4", "qdiff"]}) == 3  # the activations decide how weights are smoothed
     assert Cell("W4A4", "qncd+").reconstruction_folder(plan(tmp_path)) is None
     assert Cell("W8A4", "qdiff").reconstruction_folder(plan(tmp_path)) is None  # the nearest of 8 bits is as good
+
+
+def test_widths_are_all_that_recipes_have() -> None:
+    """Peers are left out where a width is none of integers on both sides."""
+    cells = make_cells(["fp8", "WFP8AFP8", "w4a16", "W4"], ["linear", "svdquant"], 1)
+    assert [(cell.width, cell.mode) for cell in cells[1:]] == [
+        (width, mode) for width in ("FP8", "W4A32") for mode in ("linear", "svdquant")
+    ]
+    with pytest.raises(ValueError, match=r"^--widths W9A8: allowed are names such as W4A8 and FP8, 2 to 8 bits or FP8 each"):
+        make_cells(["W9A8"], ["linear"], 1)
+    with pytest.raises(ValueError, match=r"^--widths FP8: --modes nncf can do W8A8$"):
+        make_cells(["FP8"], ["linear", "nncf"], 1)
+    with pytest.raises(ValueError, match=r"^--modes linear,act_bits=6 at FP8: "):
+        make_cells(["FP8"], ["linear,act_bits=6"], 1)

@@ -47,7 +47,7 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     group.add_argument("--ckpt", help="weights (default: what the config names)")
     group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
     group = parser.add_argument_group("what is compared")
-    group.add_argument("--widths", nargs="+", metavar="WxAy", help=f"default {' '.join(WIDTHS)}")
+    group.add_argument("--widths", nargs="+", metavar="WIDTH", help=f"such as W4A8, W4A16 and FP8 (default {' '.join(WIDTHS)})")
     group.add_argument(
         "--modes", nargs="+", metavar="MODE[,OPTION=VALUE...]", default=list(DEFAULT_MODES),
         help=f"of {', '.join((*MODES, *PEERS))}, the former also with changes such as qncd,smoothing=false,interval=2 "
