@@ -33,6 +33,7 @@ class Mode:
         up_to_4: and where they have 4 or fewer.
         quantizes_acts: the command line quantizes activations without being asked to by --quant_act.
         runtime: the correction while sampling takes the place of the offline one where it, or an option of it, is asked for.
+        without_runtime: what it sets besides where that is not so.
     """
 
     summary: str
@@ -42,6 +43,7 @@ class Mode:
     up_to_4: Mapping[str, Any] = field(default_factory=dict)
     quantizes_acts: bool = True
     runtime: bool = False
+    without_runtime: Mapping[str, Any] = field(default_factory=dict)
 
     def at(self, weight_bits: int | None, act_bits: int | None) -> dict[str, Any]:
         """The options that it sets where weights and activations have so many bits; None for floating point."""
@@ -75,8 +77,9 @@ MODES = {
         {**_PEER, "act_granularity": TOKEN, "temporal_differences": True}, _BRECQ,
     ),
     "qncd": Mode(
-        "qdiff, with QNCD's smoothing, and filters or (--sample_reverse) its noise estimation as correction",
-        {"bias_correction": True, "smoothing": True, "offline": TRACKING}, _BRECQ, runtime=True,
+        "qdiff, with QNCD's smoothing, a range for each time step and filters, or (--sample_reverse) its noise estimation",
+        {"bias_correction": True, "smoothing": True, "offline": TRACKING}, _BRECQ,
+        runtime=True, without_runtime={"stepwise_activations": True},
     ),
     "svdquant": Mode(
         "SVDQuant: a 16-bit low-rank branch beside smoothed weights, the rest of them by GPTQ",
@@ -124,6 +127,9 @@ def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection
     check_choice("mode", mode, tuple(MODES))
     weight_bits, act_bits = (given.get(f"quant.{name}", 8) for name in ("weight_bits", "act_bits"))
     usual = changes_of(tree, MODES[mode].at(*(bits if isinstance(bits, int) else None for bits in (weight_bits, act_bits))))
+    offline, correction = _corrections(mode, usual, given)
+    if not correction:
+        usual |= changes_of(tree, MODES[mode].without_runtime)
     if weight_bits is None:
         usual = {path: value for path, value in usual.items() if path not in ("quant.gptq", "quant.rank")}
     if given.get("quant.temporal_differences"):
@@ -140,7 +146,7 @@ def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection
         asked["quant.smoothing_search"] = False
     if asked.get("quant.weight_grid") == GGUF:
         asked["smoothing"] = given.get("smoothing", False)
-    asked["offline"], asked["correction"] = _corrections(mode, usual, given)
+    asked["offline"], asked["correction"] = offline, correction
     values = {"mode": mode} | {name: asked[name] for name in options_of(tree) if name in asked and name != "mode"}
     for name, part in sections_of(tree).items():
         details = {path: value for path, value in asked.items() if path.startswith(f"{name}.")}

@@ -27,6 +27,7 @@ WIDTHS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A6": (4, 6), "W4A4": (4, 4), "W4A32
 PLAIN = {"weight_range": "max", "split": False, "bias_correction": False}
 PEER: dict[str, Any] = {"bias_correction": False}
 CLIPPED = {"act_range": "mse"}
+STEPS = {"stepwise_activations": True}
 DIFFERENCES = {"act_granularity": "token", "temporal_differences": True}
 SVD = {"gptq": True, "smoothing_search": True, "rank": 32}
 ROTATED = {"gptq": True, "rotation": True}
@@ -43,7 +44,7 @@ QUANT = {
     ),
     "d2dpm": (PEER, PEER | CLIPPED, PEER | CLIPPED, PEER),
     "modiff": (PEER | DIFFERENCES, PEER | DIFFERENCES, PEER | DIFFERENCES, PEER),
-    "qncd": ({}, CLIPPED, CLIPPED, {}),
+    "qncd": (STEPS, STEPS | CLIPPED, STEPS | CLIPPED, STEPS),
     "svdquant": (SVD, SVD | CLIPPED, SVD | CLIPPED, {"gptq": True, "rank": 32}),
     "hadamard": (ROTATED, ROTATED | CLIPPED, ROTATED | CLIPPED, ROTATED),
     "qncd+": (PLUS, NARROW_PLUS, NARROW_PLUS | {"smoothing_search": True}, PLUS),

@@ -5,7 +5,7 @@
     python tools/make_figures.py smoothing noise flip --out fig
 
 overview   what happens to a model, from loading to integers; a drawing
-quality    PSNR to full precision by mode and width, of three models, from fig/quality*.json
+quality    PSNR to full precision by mode and width, of three models, from fig/fair_*.json
 smoothing  range of each channel in front of a layer, before and after smoothing by the time embedding (bundled DDIM model)
 noise      how far x_t is from the full-precision run's at each step, by mode at W4A8 (the same model)
 flip       the same seeds in full precision and at W4A8, in turn; an animated WebP (the same model)
@@ -41,10 +41,15 @@ MODES = {  # name of a line -> mode, options, colour; "nearest": weights rounded
 }
 FLIPPED = ("qncd+", "linear")
 MODELS = {
-    "DDIM": "quality.json",
-    "class-conditional latent diffusion": "quality_ldm.json",
-    "text to image": "quality_scenes.json",
+    "DDIM": "fair_ddim.json",
+    "class-conditional latent diffusion": "fair_ldm.json",
+    "text to image": "fair_scenes.json",
 }
+LINES = {  # row of the tables -> what the picture calls it, colour
+    "linear": ("linear", MUTED), "qdiff": ("qdiff", MUTED), "qdiff,stepwise_activations=true": ("qdiff, steps", MUTED),
+    "ptqd": ("ptqd", MUTED), "d2dpm": ("d2dpm", MUTED), "qncd,correction=true": ("the paper's parts", WARM),
+    "qncd,stepwise_activations=true": ("qncd", COOL), "qncd+": ("qncd+", ACCENT),
+}  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -158,16 +163,15 @@ def quality(out: Path) -> Path:
     panels = figure.subplots(1, len(MODELS))
     for panel, (title, name) in zip(panels, MODELS.items(), strict=True):
         rows = json.loads((ROOT / "fig" / name).read_text(encoding="utf-8"))["rows"]
-        lines = psnr_lines(rows)
+        lines = {mode: values for mode, values in psnr_lines(rows).items() if mode in LINES}
         ends = spread_apart({mode: values[-1][0] for mode, values in lines.items()}, 2.1)
         for mode, values in lines.items():
-            color = {"qncd+": ACCENT, "qncd": COOL}.get(mode, MUTED)
-            places = range(len(values))
+            label, color = LINES[mode]
+            places, bold = range(len(values)), mode == "qncd+"
             means, lows, highs = zip(*values, strict=True)
-            panel.plot(places, means, color=color, linewidth=2.4 if mode == "qncd+" else 1.3, marker="o", markersize=3.5)
+            panel.plot(places, means, color=color, linewidth=2.4 if bold else 1.3, marker="o", markersize=3.5)
             panel.fill_between(places, lows, highs, color=color, alpha=0.15, linewidth=0)
-            weight = "bold" if mode == "qncd+" else "normal"
-            label = "qncd, nearest" if mode == "qncd" else mode  # its weights are not reconstructed in these tables
+            weight = "bold" if bold else "normal"
             panel.text(len(values) - 0.92, ends[mode], label, color=color, va="center", fontsize=8.5, fontweight=weight)
         widths = list(dict.fromkeys(row["width"] for row in rows if row["psnr"]))
         panel.set_xticks(range(len(widths)), widths)
