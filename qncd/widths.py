@@ -29,6 +29,8 @@ class Numbers(Protocol):
     @property
     def attention_bits(self) -> int | None: ...
     @property
+    def quantize_attention(self) -> bool: ...
+    @property
     def weight_granularity(self) -> str: ...
     @property
     def act_granularity(self) -> str: ...
@@ -82,6 +84,8 @@ def check_numbers(config: Numbers) -> None:
     if config.temporal_differences and config.act_granularity == TENSOR:
         allowed = "allowed are token and groups: the ranges of differences are found at run time"
         raise RecipeError(f"{{quant.temporal_differences}} with {{quant.act_granularity}} {TENSOR}: {allowed}")
+    if config.attention_bits is not None and not config.quantize_attention:
+        raise RecipeError("{quant.attention_bits} without {quant.quantize_attention}: q, k and v are in floating point then")
     of_acts = ("act_bits", "softmax_bits", "act_symmetric", "attention_bits", "temporal_differences")
     for side, of_side in (("weight", ("weight_bits",)), ("act", of_acts)):
         if getattr(config, f"{side}_bits") is None or getattr(config, f"{side}_format") != FP8:

@@ -214,6 +214,13 @@ REFUSED = [
     ("qncd+", "W4A6", {"act_granularity": "group64", "bit_allocation": True}, "bit_allocation is about calibrated ranges: "),
     ("qdiff", "W4A8", {"act_granularity": "token", "act_iterations": 5}, "act_iterations learns calibrated steps of integers: "),
     ("qdiff", "W4AFP8", {"act_iterations": 5}, "act_iterations learns calibrated steps of integers: not with act_format fp8"),
+    (
+        "qdiff",
+        "W8A8",
+        {"attention_bits": 4, "quantize_attention": False},
+        "attention_bits without quantize_attention: q, k and ",
+    ),
+    ("modiff", "W8A8", {"act_granularity": "tensor"}, "temporal_differences with act_granularity tensor: allowed are token and "),
     ("qncd", "FP8", {"weight_bits": 4}, "weight_format fp8 with weight_bits 4: allowed is 8"),
     ("qncd", "FP8", {"softmax_bits": 16}, "act_format fp8 with softmax_bits 16: allowed is 8"),
     ("qncd", "FP8", {"act_symmetric": True}, "act_format fp8 with act_symmetric True: allowed is False"),

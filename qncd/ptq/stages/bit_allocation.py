@@ -85,13 +85,14 @@ def allocate_bits_(
 
 
 def free_quantizers(network: Network, config: QuantConfig) -> dict[str, ActQuantizer]:
-    """Those that have `act_bits`: no edge layer with bits of its own, no softmax output, no range known from elsewhere."""
+    """Those that have `act_bits`: none with bits of its own (edge layers, q, k, v, the softmax output), no range known from elsewhere."""
     set_apart = {f"{name}.act" for name in edge_layers(network)} if config.edge_bits is not None else set()
+    operands = ("softmax",) if config.attention_bits is None else ("q", "k", "v", "softmax")
     return {
         name: quantizer
         for name, quantizer in act_quantizers(network.module).items()
         if name not in set_apart
-        and not name.endswith(".softmax")
+        and name.rpartition(".")[2] not in operands
         and not (isinstance(quantizer, StepwiseActQuantizer) and quantizer.fixed)
     }
 

@@ -120,6 +120,13 @@ def test_batches_and_shared_inputs(make_unet: Any, make_cross_unet: Any) -> None
         assert not torch.allclose(one[first][6], one[second][6])
 
 
+def test_operands_with_bits_of_their_own_are_left_alone(make_unet: Any, make_cross_unet: Any) -> None:
+    diffusion, _ = subject("cross_unet", make_unet, make_cross_unet)
+    network, apart = prepared(diffusion).network, dataclasses.replace(CONFIG, attention_bits=8)
+    left = set(free_quantizers(network, CONFIG)) - set(free_quantizers(network, apart))
+    assert left and {name.rpartition(".")[2] for name in left} == {"q", "k", "v"}
+
+
 def test_multiplications(make_unet: Any, make_cross_unet: Any) -> None:
     diffusion, conditions = subject("cross_unet", make_unet, make_cross_unet)
     trials = bit_allocation._trials(prepared(diffusion).network, CONFIG, calibration(diffusion, conditions), [6], 8)
