@@ -85,7 +85,7 @@ def allocate_bits_(
 
 
 def free_quantizers(network: Network, config: QuantConfig) -> dict[str, ActQuantizer]:
-    """Those that have `act_bits`: none with bits of its own (edge layers, q, k, v, the softmax output), no range known from elsewhere."""
+    """Those that have `act_bits`: none with other bits (edge layers, q, k, v, softmax outputs), no range known from elsewhere."""
     set_apart = {f"{name}.act" for name in edge_layers(network)} if config.edge_bits is not None else set()
     operands = ("softmax",) if config.attention_bits is None else ("q", "k", "v", "softmax")
     return {
