@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -15,6 +16,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from small_pipelines import image_unet, made
 from torch import Tensor
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -303,3 +305,19 @@ def test_half_precision(base: Any) -> None:
     qncd.quantize(pipe, "W8A8", "linear", **FEW)
     assert {p.dtype for p in pipe.unet.parameters()} == {torch.bfloat16}
     assert distance(latents(pipe).float(), exact) < 0.2
+
+
+def test_pipelines_that_calls_and_steps_do_not_describe_are_refused() -> None:
+    """A scheduler without steps, a second denoiser, guidance that replaces attention at each call."""
+    no_steps = diffusers.ScoreSdeVePipeline(image_unet(), diffusers.ScoreSdeVeScheduler())
+    two = made("Wan")
+    two.transformer_2 = two.transformer
+    parts = made("SD1").components
+    pag = diffusers.StableDiffusionPAGPipeline(**{**parts, "requires_safety_checker": False}, pag_applied_layers=["mid"])
+    for pipe, message in (
+        (no_steps, r"^ScoreSdeVePipeline: its ScoreSdeVeScheduler has no step"),
+        (two, r"^WanPipeline: has two denoisers, transformer and transformer_2"),
+        (pag, r"^StableDiffusionPAGPipeline: its guidance replaces attention"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            qncd.quantize(pipe, "W8A8", mode="linear", calls=[{}], steps=2)

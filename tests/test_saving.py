@@ -279,3 +279,13 @@ def test_a_command_samples_a_quantized_folder(folder: Any, tmp_path: Path) -> No
     assert "the correction was fitted for 4 steps" in log.splitlines()[-1]
     log = run_in_process("txt2img.py", *common, "--ddim_steps", STEPS, "--ptq", "--outdir", tmp_path / "q", status=2)
     assert "is quantized already" in log.splitlines()[-1]
+
+
+def test_projections_fused_afterwards_are_refused() -> None:
+    """They would run in floating point, without their quantizers, where diffusers' processor looks for them."""
+    pipe = made("FLUX")
+    qncd.quantize(pipe, "W8A8", mode="linear", calls=[KINDS["FLUX"].call], steps=2, samples=2)
+    run(pipe, "FLUX")
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"^transformer_blocks\.0\.attn: its quantized projections were fused or taken apart"):
+        run(pipe, "FLUX")

@@ -24,7 +24,7 @@ from qncd.rng import ImageNoise
 from qncd.sampling.corrector import Corrector, Predictions, Recorder, See
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
-from qncd.sampling.pipeline import PipelineSampler, Row, columns, denoiser_of, parameters_of, quiet, replaced
+from qncd.sampling.pipeline import PipelineSampler, Row, check_calibratable, columns, denoiser_of, parameters_of, quiet, replaced
 from qncd.sampling.scheduler import (
     Guidance,
     PipelineCorrection,
@@ -155,6 +155,7 @@ class PipelineRuns:
     conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
+        check_calibratable(self.pipe)
         self.network = network_of(denoiser_of(self.pipe)[1], prediction_of(self.pipe.scheduler))
         parameters = parameters_of(self.pipe)
         self.accepted = set(parameters)

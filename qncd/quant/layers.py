@@ -338,9 +338,9 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         new._prepare(source, config)
         return new
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H', W')."""
-        return self.with_branch(self._conv_forward(self.operand(x), self.weight, self.bias), x)
+        return self.with_branch(self._conv_forward(self.operand(input), self.weight, self.bias), input)
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return F.conv2d(self._conv_forward(x, down, None), up[:, :, None, None])
@@ -359,9 +359,9 @@ class QuantLinear(QuantLayer, nn.Linear):
         new._prepare(source, config)
         return new
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., C) -> (..., O)."""
-        return self.with_branch(F.linear(self.operand(x), self.weight, self.bias), x)
+        return self.with_branch(F.linear(self.operand(input), self.weight, self.bias), input)
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return F.linear(F.linear(x, down), up)

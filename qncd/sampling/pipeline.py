@@ -35,6 +35,17 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     raise ValueError(f"{type(pipe).__name__}: no denoiser among its components (looked for {', '.join(COMPONENTS)})")
 
 
+def check_calibratable(pipe: Any) -> None:
+    """Raise ValueError for a pipeline whose calls are not those of one denoiser between steps of its scheduler."""
+    kind = type(pipe).__name__
+    if not hasattr(pipe.scheduler, "step"):
+        raise ValueError(f"{kind}: its {type(pipe.scheduler).__name__} has no step that calls could be told apart by")
+    if isinstance(getattr(pipe, "transformer_2", None), nn.Module):
+        raise ValueError(f"{kind}: has two denoisers, transformer and transformer_2: only pipelines with one are quantized")
+    if hasattr(pipe, "set_pag_applied_layers"):
+        raise ValueError(f"{kind}: its guidance replaces attention at each call: quantized attention cannot be replaced")
+
+
 def parameters_of(pipe: Any) -> Mapping[str, inspect.Parameter]:
     """What a call of a pipeline takes, by name."""
     return inspect.signature(type(pipe).__call__).parameters

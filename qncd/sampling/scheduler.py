@@ -124,11 +124,19 @@ class Tap:
         self.last: Call | None = None
         self.calls: list[tuple[Call, Tensor]] = []
         self.silent = False  # while a correction calls the network itself
-        self.handle = network.module.register_forward_hook(self._keep, with_kwargs=True)
+        module = network.module
+        self.handles = [
+            module.register_forward_pre_hook(self._bind, with_kwargs=True),
+            module.register_forward_hook(self._keep, with_kwargs=True),
+        ]
+
+    def _bind(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.silent:  # before the call: a UNet takes the residuals of an adapter out of their list
+            self.last = self.network.bind(args, kwargs)
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.silent:
-            self.last = self.network.bind(args, kwargs)
+            assert self.last is not None
             self.calls.append((self.last, self.network.as_prediction(self.network.output_of(output))))
 
     def take(self) -> list[tuple[Call, Tensor]]:
@@ -138,7 +146,8 @@ class Tap:
 
     def remove(self) -> None:
         """The network is as it was."""
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.adapter import T2IAdapter
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.ddim.pipeline_ddim import DDIMPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.t2i_adapter.pipeline_stable_diffusion_adapter import StableDiffusionAdapterPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from quantized_networks import prepared
-from small_pipelines import KINDS, made, run
+from small_pipelines import KINDS, made, picture, run, stable, unet
 from torch import Tensor
 
 import qncd
@@ -103,3 +105,26 @@ def test_what_is_no_tensor_is_refused(kind: str, message: str, tmp_path: Path) -
     qncd.quantize(pipe, "W8A8", mode="linear", calls=[KINDS[kind].call], steps=2, samples=2)
     with pytest.raises(ValueError, match=message):
         qncd.export(pipe, tmp_path)
+
+
+def test_residuals_of_an_adapter_are_seen(tmp_path: Path) -> None:
+    """diffusers' UNet takes them out of their list as it goes: calibration, and the exported network, need them all the same."""
+    torch.manual_seed(0)
+    adapter = T2IAdapter(in_channels=3, channels=[16, 32], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter")
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    pipe = stable(unet(down_block_types=down, up_block_types=up), kind=StableDiffusionAdapterPipeline, adapter=adapter)
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"prompt": ["a red circle"], "image": [picture()], "height": 16, "width": 16}
+
+    def sample() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        found: Tensor = pipe(**call, num_inference_steps=3, generator=generator, output_type="latent").images
+        return found
+
+    exact = sample()
+    qncd.quantize(pipe, "W8A8", mode="linear", calls=[call], steps=3, samples=1)
+    expected = sample()
+    qncd.export(pipe, tmp_path)
+    pipe = qncd.open_engine(pipe, tmp_path)
+    assert any(name.startswith("down_intrablock_additional_residuals.") for name in pipe.unet.inputs)
+    assert (sample() - expected).square().mean() <= 1.5 * (expected - exact).square().mean()

@@ -111,7 +111,7 @@ def watch_(network: Network) -> None:
     """
     module: Any = network.module
     module.register_forward_pre_hook(
-        _Watch([name.rpartition(".")[0] for name, m in module.named_modules() if isinstance(m, AttentionProducts)])
+        _Watch(module, [name.rpartition(".")[0] for name, m in module.named_modules() if isinstance(m, AttentionProducts)])
     )
     for name, refuse in REFUSED.items():
         if hasattr(module, name):
@@ -123,16 +123,22 @@ class _Watch:
 
     of_qncd = True
 
-    def __init__(self, attentions: list[str]) -> None:
-        self.attentions = attentions
+    def __init__(self, module: nn.Module, attentions: list[str]) -> None:
+        self.fused = {name: _is_fused(module, name) for name in attentions}
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
-        for name in self.attentions:
+        for name, fused in self.fused.items():
             attention: Any = module.get_submodule(name)
             if not isinstance(attention.processor, AttentionProducts):
                 kind = type(attention.processor).__name__
                 raise ValueError(f"{name}: its quantized attention was replaced by a {kind}: set attention up before quantizing")
+            if _is_fused(module, name) != fused:
+                raise ValueError(f"{name}: its quantized projections were fused or taken apart: do that before quantizing")
         check_adapted(module)
+
+
+def _is_fused(module: nn.Module, attention: str) -> bool:
+    return bool(getattr(module.get_submodule(attention), "fused_projections", False))
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
