@@ -16,7 +16,7 @@ from torch import nn
 from qncd.quant.dynamic import DifferenceQuantizer
 from qncd.quant.stepwise import TimesOf
 
-MOST_CALLS = 4  # at one time step; the next one starts a trajectory, as each call of a sampler with a single step does
+MOST_CALLS = 256  # at one time step: the lanes of a batch, and halves of guidance; the next one starts a trajectory
 
 
 def follow_trajectories(module: nn.Module, times_of: TimesOf) -> None:

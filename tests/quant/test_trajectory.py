@@ -58,7 +58,7 @@ FIRST, NEXT = (0, True), (0, False)
         ([9, 9, 6, 6, 9, 9], [FIRST, (1, False), NEXT, (1, False), FIRST, (1, False)]),  # guidance in two calls
         ([9, 6, 6, 3, 9], [FIRST, NEXT, (1, False), NEXT, FIRST]),  # a second call at some steps
         ([9, 6, 3, 1, 5, 4], [FIRST, NEXT, NEXT, NEXT, FIRST, NEXT]),  # image to image starts further down
-        ([9] * 6, [FIRST, (1, False), (2, False), (3, False), FIRST, (1, False)]),  # a single step
+        ([9] * 257, [FIRST, *((call, False) for call in range(1, 256)), FIRST]),  # a single step
     ],
 )
 def test_the_order_of_time_steps_tells(times: list[float], told: list[tuple[int, bool]], network: Denoiser) -> None:

@@ -186,4 +186,6 @@ class Prepare:
         return True
 
     def run(self, context: Context) -> None:
+        if context.recipe.quant.temporal_differences and len(set(context.visited())) < 2:
+            raise ValueError("temporal_differences with a single time step: there is none before it to differ from")
         quantize_(context.network, context.recipe.quant)
