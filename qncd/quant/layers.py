@@ -339,7 +339,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         return new
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, O, H', W')."""
+        """(N, C, H, W) -> (N, O, H', W'); by torch's name, because some networks call it so."""
         return self.with_branch(self._conv_forward(self.operand(input), self.weight, self.bias), input)
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -360,7 +360,7 @@ class QuantLinear(QuantLayer, nn.Linear):
         return new
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., C) -> (..., O)."""
+        """(..., C) -> (..., O); by torch's name, because some networks call it so."""
         return self.with_branch(F.linear(self.operand(input), self.weight, self.bias), input)
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:

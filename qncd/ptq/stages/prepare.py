@@ -124,7 +124,7 @@ class _Watch:
     of_qncd = True
 
     def __init__(self, module: nn.Module, attentions: list[str]) -> None:
-        self.fused = {name: _is_fused(module, name) for name in attentions}
+        self.fused = {name: _is_fused(module.get_submodule(name)) for name in attentions}
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
         for name, fused in self.fused.items():
@@ -132,13 +132,13 @@ class _Watch:
             if not isinstance(attention.processor, AttentionProducts):
                 kind = type(attention.processor).__name__
                 raise ValueError(f"{name}: its quantized attention was replaced by a {kind}: set attention up before quantizing")
-            if _is_fused(module, name) != fused:
+            if _is_fused(attention) != fused:
                 raise ValueError(f"{name}: its quantized projections were fused or taken apart: do that before quantizing")
         check_adapted(module)
 
 
-def _is_fused(module: nn.Module, attention: str) -> bool:
-    return bool(getattr(module.get_submodule(attention), "fused_projections", False))
+def _is_fused(attention: nn.Module) -> bool:
+    return bool(getattr(attention, "fused_projections", False))
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
