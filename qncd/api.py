@@ -16,15 +16,17 @@ from qncd.models.network import network_of
 from qncd.modes import DEFAULT_MODE
 from qncd.progress import silent
 from qncd.ptq.bits import MeanBits
+from qncd.ptq.context import NO_GRADIENTS
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import CalibrationRuns, Job, Outcome, quantize_network, sample_calibration
-from qncd.ptq.pipeline_runs import PipelineRuns, calls_for
+from qncd.ptq.pipeline_calls import calls_for, checked_calls
+from qncd.ptq.pipeline_runs import PipelineRuns
 from qncd.ptq.runs import BareRuns
 from qncd.quant.adapters import check_quantizable
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.recipe import Recipe
 from qncd.sampling.pipeline import denoiser_of
-from qncd.sampling.scheduler_levels import prediction_of
+from qncd.sampling.scheduler_levels import prediction_of, scheduler_settings
 from qncd.saving import State, correct, network_and_state, on_engine
 
 log = logging.getLogger("qncd")
@@ -138,14 +140,19 @@ def quantize(
             raise ValueError("scheduler is for bare denoisers: a pipeline has its own")
         if prompts is not None and calls is not None:
             raise ValueError("prompts and calls: allowed is one of them")
-        chosen = list(calls) if calls is not None else calls_for(model, prompts, recipe.calibration.samples)
+        chosen = checked_calls(calls) if calls is not None else calls_for(model, prompts, recipe.calibration.samples)
         pipeline = PipelineRuns(model, chosen, recipe.calibration, steps, monitor)
         runs, left_out = pipeline, []
         recipe = recipe.with_calibration(samples=pipeline.samples)
     base_hash = state_dict_hash(runs.network.module)
     data, record = sample_calibration(runs, recipe, base_hash)
+    if isinstance(runs, PipelineRuns) and runs.diffusion is None:
+        recipe = _without(recipe, ("bit_allocation", "step_weights"), given, left_out, NO_GRADIENTS)
     outcome = quantize_network(runs, recipe, calibration or data, record, Job(monitor, packed=packed))
-    state = State(recipe, base_hash, outcome.record, tuple(runs.times), {"times": list(runs.times), "steps": steps})
+    settings: dict[str, Any] = {"times": list(runs.times), "steps": steps}
+    if isinstance(runs, PipelineRuns):
+        settings |= {"guidance": runs.guidance, "scheduler": scheduler_settings(model.scheduler)}
+    state = State(recipe, base_hash, outcome.record, tuple(runs.times), settings)
     state.keep(runs.network.module)
     if isinstance(runs, PipelineRuns):
         correct(model, runs.network, state)
@@ -171,20 +178,28 @@ def _bare_runs(
         return runs, recipe.with_calibration(samples=runs.samples), []
     if steps is not None:
         raise ValueError("steps of a bare denoiser need scheduler=, which says what they are")
-    left_out = []
-    for name in ("bit_allocation", "step_weights", "correction", "offline"):
+    left_out: list[str] = []
+    parts = ("bit_allocation", "step_weights", "correction", "offline")
+    return runs, _without(recipe, parts, given, left_out, "needs a sampler: give scheduler=, a diffusers scheduler"), left_out
+
+
+def _without(recipe: Recipe, parts: Sequence[str], given: frozenset[str], left_out: list[str], why: str) -> Recipe:
+    """A recipe without those of some parts that nobody asked for, which `left_out` then names.
+
+    Raises:
+        ValueError: somebody asked for one.
+    """
+    for name in parts:
         value = getattr(recipe.quant if hasattr(recipe.quant, name) else recipe, name)
         if not value:
             continue
         asked = name if name in given else "tracking" if name == "offline" and "tracking" in given else None
         if asked:
-            raise ValueError(f"{asked} needs a sampler: give scheduler=, a diffusers scheduler, or the whole pipeline")
-        left_out.append(
-            f"{name.replace('_', ' ')} ({value if name == 'offline' else recipe.mode}): needs a sampler, give scheduler="
-        )
+            raise ValueError(f"{asked} {why}")
+        left_out.append(f"{name.replace('_', ' ')} ({value if name == 'offline' else recipe.mode}): {why}")
         log.warning("left out %s", left_out[-1])
         recipe = recipe.without(name)
-    return runs, recipe, left_out
+    return recipe
 
 
 def _report(runs: CalibrationRuns, recipe: Recipe, left_out: tuple[str, ...], inputs: int, outcome: Outcome) -> Report:

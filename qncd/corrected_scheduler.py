@@ -17,17 +17,14 @@ from torch import Tensor, nn
 
 from qncd.io.files import read_json
 from qncd.models.network import network_of
-from qncd.sampling.scheduler import (
-    PipelineCorrection,
-    StepHandler,
-    Taken,
-    Tap,
-    handle,
-    needs_tap,
-)
+from qncd.sampling.scheduler import Fitted, PipelineCorrection
 from qncd.sampling.scheduler_levels import prediction_of
+from qncd.sampling.taken import StepHandler, Taken, Tap, handle
 
-MOST_CALLS = 8  # of a network between two steps of its scheduler
+NOT_APPLIED = (
+    "this quantized network has a noise correction, and the pipeline's scheduler does not apply it: load the pipeline with the "
+    "folder's own scheduler, or quantize it with the one that it will sample with"
+)
 _called = threading.local()
 
 
@@ -50,41 +47,39 @@ class CorrectedScheduler(SchedulerMixin):
 
 
 class Waiting:
-    """The hook on a loaded network that lets its scheduler find it, and notices where there is no such scheduler.
+    """The hook on a loaded network that lets its scheduler find it, and notices where there is no such scheduler: by a call at
+    a later time step than that of the call before, without a step in between.
 
     Args:
         module: the network.
-        corrector, times: as for `PipelineCorrection`.
+        corrector, fitted: as for `PipelineCorrection`.
         calls_network: the correction calls the network.
     """
 
     of_qncd = True
 
-    def __init__(self, module: nn.Module, corrector: Any, times: tuple[float, ...] | None, calls_network: bool) -> None:
-        self.module, self.corrector, self.times = weakref.ref(module), corrector, times
+    def __init__(self, module: nn.Module, corrector: Any, fitted: Fitted, calls_network: bool) -> None:
+        self.module, self.corrector, self.fitted = weakref.ref(module), corrector, fitted
         network = network_of(module)
         self.calls_network = calls_network
-        self.tap = Tap(network) if needs_tap(network, calls_network) else None
-        self.calls = 0
-        self.handle = module.register_forward_pre_hook(self)
+        self.times_of, self.forward = network.times_of, network.time_at(1) < network.time_at(0)
+        self.tap = Tap(network)
+        self.time: float | None = None  # of the last call since the last step
+        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, *_: Any) -> None:
-        if self.tap is not None and self.tap.silent:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.tap.silent:
             return
-        self.calls += 1
-        if self.calls > MOST_CALLS:
-            self.calls = 0
-            raise ValueError(
-                "this quantized network has a noise correction, and the pipeline's scheduler does not apply it: load the "
-                "pipeline with the folder's own scheduler, or quantize it with the one that it will sample with"
-            )
+        before, self.time = self.time, float(self.times_of(args, kwargs).reshape(-1)[0])
+        if before is not None and (self.time > before if self.forward else self.time < before):
+            self.time = None
+            raise ValueError(NOT_APPLIED)
         _called.network = self
 
     def remove(self) -> None:
         """The network is as it was."""
         self.handle.remove()
-        if self.tap is not None:
-            self.tap.remove()
+        self.tap.remove()
 
     def __deepcopy__(self, _: Any) -> Waiting:
         return self
@@ -103,8 +98,8 @@ class _OfLastNetwork(StepHandler):
         module = waiting.module() if waiting is not None else None
         if waiting is None or module is None:
             raise ValueError("the pipeline's noise correction found no quantized network: was its unet replaced?")
-        waiting.calls = 0
+        waiting.time = None
         if taken.index == 0 or self.correction is None:
             network = network_of(module, prediction_of(taken.scheduler))
-            self.correction = PipelineCorrection(network, waiting.corrector, waiting.calls_network, waiting.times, waiting.tap)
+            self.correction = PipelineCorrection(network, waiting.corrector, waiting.calls_network, waiting.tap, waiting.fitted)
         return self.correction(taken)

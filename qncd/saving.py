@@ -16,7 +16,7 @@ from qncd.models.configs import INDEX
 from qncd.models.files.diffusers_folders import check_replaceable
 from qncd.models.loading import state_dict_hash
 from qncd.models.network import Network, network_of
-from qncd.ptq.checkpoint import BARE_FILE, QuantizedInfo, content_of, load_quantized_, places_in, save_quantized
+from qncd.ptq.checkpoint import BARE_FILE, QuantizedInfo, content_of, load_quantized_, peek_quantized, places_in, save_quantized
 from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.ranges import round_
 from qncd.quant.adapters import check_no_adapters, check_quantizable
@@ -26,8 +26,8 @@ from qncd.recipe import CalibrationConfig, QuantConfig, Recipe
 from qncd.sampling.corrector import Record
 from qncd.sampling.correctors.registry import corrector_of, kind_of
 from qncd.sampling.pipeline import denoiser_of, with_denoiser
-from qncd.sampling.scheduler import PipelineCorrection, attach
-from qncd.sampling.scheduler_levels import prediction_of
+from qncd.sampling.scheduler import Fitted, PipelineCorrection, attach
+from qncd.sampling.scheduler_levels import prediction_of, scheduler_settings
 
 IP_ADAPTER = "ip_image_proj"  # encoder_hid_dim_type of a network with one
 WITH_IP_ADAPTER = (
@@ -57,9 +57,19 @@ class State:
             QNCDQuantizer.attach(module, self.recipe.to_json())
 
     @property
-    def fitted_times(self) -> tuple[float, ...] | None:
-        """The time steps that the correction was fitted for; None where any will do."""
-        return self.times if self.record is not None else None
+    def fitted(self) -> Fitted:
+        """What the correction was fitted for."""
+        return Fitted() if self.record is None else Fitted(self.times, self.settings.get("guidance"))
+
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Raise ValueError where the correction was fitted with another scheduler, or one set otherwise."""
+        if self.record is None or "scheduler" not in self.settings:
+            return
+        was, given = self.settings["scheduler"], scheduler_settings(scheduler)
+        differing = [name for name in was.keys() & given.keys() if was[name] != given[name]]
+        if differing:
+            told = "; ".join(f"{name} {was[name]}, not {given[name]}" for name in sorted(differing))
+            raise ValueError(f"the noise correction was fitted with another scheduler ({told}): give the pipeline that one")
 
     @classmethod
     def read(cls, info: QuantizedInfo, path: Path) -> State:
@@ -99,7 +109,7 @@ def correct(pipe: Any, network: Network, state: State) -> None:
         return
     if waiting := getattr(network.module, "_qncd_waiting", None):
         waiting.remove()
-    attach(pipe, PipelineCorrection.of(network, corrector, kind.calls_network, state.fitted_times))
+    attach(pipe, PipelineCorrection.of(network, corrector, kind.calls_network, state.fitted))
 
 
 def on_engine(pipe: Any, opened: nn.Module, state: State) -> Any:
@@ -172,7 +182,10 @@ def load_quantized(model: Any, folder: str | Path) -> Recipe:
     check_quantizable(module)
     scheduler = getattr(model, "scheduler", None)
     network = network_of(module, prediction_of(scheduler) if scheduler is not None else None)
-    state = State.read(load_quantized_(network, path, state_dict_hash(module)), path)
+    state = State.read(peek_quantized(path), path)
+    if scheduler is not None:
+        state.check_scheduler(scheduler)
+    load_quantized_(network, path, state_dict_hash(module))
     state.keep(module)
     if not isinstance(model, nn.Module):
         correct(model, network, state)
@@ -220,7 +233,7 @@ def read_quantized(module: Any, path: Path) -> None:
     state.keep(module)
     kind, corrector = kind_of(state.recipe), corrector_of(state.recipe, state.record)
     if kind is not None and corrector is not None:
-        object.__setattr__(module, "_qncd_waiting", Waiting(module, corrector, state.fitted_times, kind.calls_network))
+        object.__setattr__(module, "_qncd_waiting", Waiting(module, corrector, state.fitted, kind.calls_network))
 
 
 def materialize_(module: nn.Module) -> None:

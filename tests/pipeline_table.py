@@ -45,14 +45,14 @@ ARGUMENTS = (
     "complex_human_instruction",
 )  # fmt: skip
 # Kinds of rectified flow, which the schedulers above do not sample.
-FLOW = ("SD3", "FLUX", "AuraFlow", "Sana", "Lumina2", "Qwen-Image", "Z-Image")
+FLOW = ("SD3", "FLUX", "Chroma", "AuraFlow", "Sana", "Lumina2", "Qwen-Image", "Z-Image")
 BY_TEXT = tuple(name for name, kind in KINDS.items() if "prompt" in kind.call)
 # One pipeline with every scheduler and number of steps; every other one with its own and with two more.
 CELLS = [("SD1", scheduler, steps) for scheduler in SCHEDULERS for steps in STEPS]
 CELLS += [
     (kind, scheduler, 8)
     for kind in KINDS
-    if kind not in ("SD1", "Kandinsky 2.2", "DeepFloyd IF", "Wan")
+    if kind not in ("SD1", "Kandinsky 2.2", "DeepFloyd IF", "FLUX Control", "Wan")
     for scheduler in ("own", "Euler", "DPM++ 2M")
     if scheduler == "own" or kind not in ("LDM", "DDPM", "DDIM", "LCM", *FLOW)
 ]

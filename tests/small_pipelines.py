@@ -54,6 +54,8 @@ SCALED = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False,
     "set_alpha_to_one": False,
 }  # fmt: skip
+# Rectified flow as the published folders of Sana and Wan have it, in schedulers of the other kind.
+FLOW_SIGMAS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 
 def unet(**settings: Any) -> Any:
@@ -270,6 +272,25 @@ def flux() -> Any:
     )
 
 
+def flux_control() -> Any:
+    """FLUX whose network gets the latents of an image beside those of the sample."""
+    parts = {**flux().components, "transformer": None}
+    network = diffusers.FluxTransformer2DModel(
+        **HEADS, patch_size=1, in_channels=32, out_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=16,
+        pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    parts = {name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
+    return diffusers.FluxControlPipeline(**{**parts, "transformer": spread_out(network)})
+
+
+def chroma() -> Any:
+    network = diffusers.ChromaTransformer2DModel(
+        **HEADS, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4), approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1,
+    )  # fmt: skip
+    return diffusers.ChromaPipeline(flow(), vae(shift_factor=0.1), t5(), t5_tokenizer(), network)
+
+
 def umt5() -> Any:
     return UMT5EncoderModel(UMT5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
 
@@ -304,8 +325,7 @@ def sana() -> Any:
         encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
         decoder_qkv_multiscales=((), ()),
     )  # fmt: skip
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return diffusers.SanaPipeline(words, text, decoder, spread_out(network), scheduler)
+    return diffusers.SanaPipeline(words, text, decoder, spread_out(network), diffusers.DPMSolverMultistepScheduler(**FLOW_SIGMAS))
 
 
 def lumina() -> Any:
@@ -338,7 +358,8 @@ def wan() -> Any:
     decoder = diffusers.AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
-    return diffusers.WanPipeline(t5_tokenizer(), umt5(), decoder, flow(), spread_out(network))
+    scheduler = diffusers.UniPCMultistepScheduler(**FLOW_SIGMAS)
+    return diffusers.WanPipeline(t5_tokenizer(), umt5(), decoder, scheduler, spread_out(network))
 
 
 def qwen_tokenizer() -> tuple[Any, int]:
@@ -465,6 +486,8 @@ KINDS: dict[str, Kind] = {
     "PixArt sigma": Kind(lambda: pixart(diffusers.PixArtSigmaPipeline), UNCHANGED),
     "SD3": Kind(sd3, SHORT),
     "FLUX": Kind(flux, SHORT),
+    "FLUX Control": Kind(flux_control, {**SHORT, "control_image": [picture(), picture(1)], "height": 16, "width": 16}),
+    "Chroma": Kind(chroma, {**SHORT, "guidance_scale": 3.0}),
     "AuraFlow": Kind(aura_flow, SHORT),
     "Sana": Kind(sana, {**UNCHANGED, "height": 32, "width": 32, "complex_human_instruction": None}),
     "Lumina2": Kind(lumina, {**SHORT, "height": 64, "width": 64, "cfg_normalization": False}),

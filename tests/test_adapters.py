@@ -13,7 +13,7 @@ from child_processes import python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from script_runs import run_in_process
-from small_pipelines import PROMPTS, made, picture, run, text_model, write_ip_adapter, write_lora
+from small_pipelines import KINDS, PROMPTS, made, picture, run, text_model, write_ip_adapter, write_lora
 
 import qncd
 from qncd.models.network import seen_inputs
@@ -92,6 +92,26 @@ torch.save(out, {str(tmp_path / "out.pt")!r})
     qncd.save(pipe, tmp_path / "again")
     saved = [load_file(path / "unet" / "diffusion_pytorch_model.safetensors") for path in (folder, tmp_path / "again")]
     assert saved[0].keys() == saved[1].keys() and all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
+
+
+def test_a_lora_beside_packed_weights_of_flux(tmp_path: Path) -> None:
+    """diffusers looks up the shapes of FLUX's weights, of which a packed network has codes alone."""
+    pipe = made("FLUX")
+    qncd.quantize(pipe, "W4A8", "linear", calls=[KINDS["FLUX"].call], steps=STEPS)
+    qncd.save(pipe, tmp_path / "model")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
+    plain, network = run(pipe, "FLUX", STEPS), made("FLUX").transformer
+    file = write_lora(tmp_path / "style.safetensors", network, "to_q", "to_v", prefix="transformer")
+    adapt(pipe, file)
+    adapted = run(pipe, "FLUX", STEPS)
+    adapt(pipe, file, "again")  # beside an adapter
+    pipe.set_adapters(["style", "again"], [0.5, 0.5])
+    assert apart(adapted, plain) > 0.01 and apart(run(pipe, "FLUX", STEPS), adapted) < 1e-4
+    pipe.unload_lora_weights()
+    assert torch.equal(run(pipe, "FLUX", STEPS), plain)
+    assert not any(name.endswith("to_q.weight") for name in pipe.transformer.state_dict())
+    with pytest.raises(KeyError):
+        pipe.transformer.state_dict()["no.such.weight"]
 
 
 def test_what_an_adapter_is_given(lora: Path) -> None:

@@ -16,12 +16,13 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from small_pipelines import image_unet, made
+from small_pipelines import KINDS, image_unet, made
 from torch import Tensor
 from torch.nn.utils.parametrizations import weight_norm
 
 import qncd
 from qncd.models.original.conditioning import build_text_model, clip_tokenizer
+from qncd.ptq.pipeline_calls import merged, rows_of_call
 from qncd.quant.inspection import quant_layers
 from qncd.recipe import MODES, Recipe
 
@@ -314,10 +315,115 @@ def test_pipelines_that_calls_and_steps_do_not_describe_are_refused() -> None:
     two.transformer_2 = two.transformer
     parts = made("SD1").components
     pag = diffusers.StableDiffusionPAGPipeline(**{**parts, "requires_safety_checker": False}, pag_applied_layers=["mid"])
+    other_step = made("SD1")
+    other_step.scheduler = diffusers.CogVideoXDPMScheduler()
     for pipe, message in (
+        (other_step, r"CogVideoXDPMScheduler\.step takes model_output, old_pred_original_sample, timestep: allowed is model_out"),
         (no_steps, r"^ScoreSdeVePipeline: its ScoreSdeVeScheduler has no step"),
         (two, r"^WanPipeline: has two denoisers, transformer and transformer_2"),
         (pag, r"^StableDiffusionPAGPipeline: its guidance replaces attention"),
     ):
         with pytest.raises(ValueError, match=message):
             qncd.quantize(pipe, "W8A8", mode="linear", calls=[{}], steps=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": PROMPTS, "steps": 0}, "steps 0: allowed are whole numbers, 1 or more"),
+        ({"prompts": PROMPTS, "steps": "2"}, "steps '2': allowed are whole numbers, 1 or more"),
+        ({"prompts": 3}, "prompts: expected a sequence of texts, one or more"),
+        ({"calls": {"prompt": PROMPTS}}, "calls: expected a sequence of mappings, one or more"),
+        ({"calls": []}, "calls: expected a sequence of mappings, one or more"),
+        (
+            {"calls": [{"prompt": PROMPTS, "num_inference_steps": 3}], "steps": 2},
+            "steps 2: a call says num_inference_steps 3; give one of the two",
+        ),
+    ],
+)
+def test_odd_arguments(arguments: dict[str, Any], message: str, base: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        qncd.quantize(base, "W8A8", mode="linear", **arguments)
+
+
+def test_prompts_may_come_one_at_a_time(base: Any) -> None:
+    report = qncd.quantize(copy.deepcopy(base), "W8A8", mode="linear", prompts=iter(PROMPTS), samples=2, steps=2)
+    assert report.inputs == 8  # guided, at both steps
+
+
+def test_a_network_is_quantized_once_and_with_its_hooks_off(base: Any) -> None:
+    pipe = copy.deepcopy(base)
+    handle = pipe.unet.conv_in.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel: conv_in has a hook .* remove it first"):
+        qncd.quantize(pipe, "W8A8", mode="linear", **FEW)
+    handle.remove()
+    qncd.quantize(pipe, "W8A8", mode="linear", **FEW)
+    with pytest.raises(ValueError, match="UNet2DConditionModel is quantized already: load the full-precision model again"):
+        qncd.quantize(pipe, "W8A8", mode="linear", **FEW)
+
+
+def test_another_guidance_is_told(base: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Than the one that the correction was fitted with; the same is not."""
+    pipe = copy.deepcopy(base)
+    qncd.quantize(pipe, "W8A8", "qncd+", **FEW)
+    caplog.clear()
+    latents(pipe)
+    assert not caplog.records
+    latents(pipe, guidance_scale=3.0)
+    assert caplog.records[-1].getMessage().startswith("guidance 3: the noise correction was fitted with 7.5, so it is less sure")
+
+
+def test_noise_that_a_scheduler_adds_is_told(base: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = copy.deepcopy(base)
+    pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    qncd.quantize(pipe, "W8A8", "ptqd", **FEW)
+    caplog.clear()
+    latents(pipe)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if line.startswith("DDPMScheduler adds noise of its own at each step: the part of the corr")]
+
+
+def test_a_run_that_was_broken_off_leaves_nothing(base: Any) -> None:
+    """The calls of its last step do not count as those of the next run's first, where a correction repeats them."""
+    pipe = copy.deepcopy(base)
+    qncd.quantize(pipe, "W8A8", "linear", correction=True, interval=1, **FEW)
+    expected = latents(pipe)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    own = pipe.scheduler.scale_model_input
+    for when in (2, 3):
+        calls: list[int] = []
+        pipe.scheduler.scale_model_input = lambda *given, calls=calls, when=when: (
+            stop() if len(calls) > when else calls.append(0) or own(*given)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            latents(pipe)
+        pipe.scheduler.scale_model_input = own
+        assert torch.equal(latents(pipe), expected)
+
+
+def test_what_calls_hold_for_each_image() -> None:
+    """Embeddings in the place of texts, as pipelines take them, with what belongs to them."""
+    pipe = made("SDXL")
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    call = dict(zip(names, pipe.encode_prompt(PROMPTS, device="cpu"), strict=True))
+    assert rows_of_call(call) == 2
+    joined = merged([call, call], 5)
+    assert all(torch.equal(joined[name], torch.cat([call[name]] * 3)[:5]) for name in names)
+    texts = merged([{"prompt": "a", "negative_prompt": "x"}, {"prompt": "b", "negative_prompt": "y"}], 3)
+    assert texts == {"prompt": ["a", "b", "a"], "negative_prompt": ["x", "y", "x"]}
+    assert merged([{"prompt": ["a"], "negative_prompt": "x"}] * 2, 2) == {"prompt": ["a", "a"], "negative_prompt": "x"}
+    with pytest.raises(ValueError, match=r"prompt_embeds: of shapes \[\(2, 4\), \(3, 4\)\], allowed is one"):
+        merged([{"prompt_embeds": torch.zeros(1, length, 4)} for length in (2, 3)], 2)
+    assert qncd.quantize(pipe, "W8A8", "qncd+", calls=[call, call], steps=2).inputs == 16
+
+
+def test_what_cannot_go_back_through_the_sampler_is_left_out_by_name() -> None:
+    pipe = made("FLUX Control")
+    report = qncd.quantize(pipe, "W4A6", "qncd+", calls=[KINDS["FLUX Control"].call], steps=2)
+    assert len(report.left_out) == 1 and report.left_out[0].startswith("bit allocation (qncd+): goes back through the sampler's")
+    assert not report.recipe.quant.bit_allocation
+    with pytest.raises(ValueError, match="bit_allocation goes back through the sampler's steps, which is done for samples"):
+        qncd.quantize(made("FLUX Control"), "W4A6", "qncd+", calls=[KINDS["FLUX Control"].call], steps=2, bit_allocation=True)

@@ -263,6 +263,23 @@ def test_damaged_and_foreign_folders(folder: Any, tmp_path: Path) -> None:
         qncd.load_quantized(made("SD1"), tmp_path / "cut")
 
 
+def test_another_scheduler_is_refused(folder: Any) -> None:
+    """Put in the place of a folder's own, or in the pipeline that a folder is loaded into, if a correction needs it."""
+    path, _ = folder("SD1", "qncd", "W8A8")
+    for kind in (diffusers.EulerDiscreteScheduler, diffusers.DPMSolverMultistepScheduler):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(path)
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        for steps in (2, STEPS):
+            with pytest.raises(ValueError, match="the pipeline's scheduler does not apply it: load the pipeline with the folder"):
+                run(pipe, "SD1", steps)
+        other = made("SD1")
+        own = type(other.scheduler).__name__
+        other.scheduler = kind.from_config(other.scheduler.config)
+        with pytest.raises(ValueError, match=rf"was fitted with another scheduler \(class {own}, not {kind.__name__}"):
+            qncd.load_quantized(other, path)
+        assert type(other.unet.conv_in) is torch.nn.Conv2d
+
+
 def test_a_command_samples_a_quantized_folder(folder: Any, tmp_path: Path) -> None:
     path, _ = folder("SD1", "qncd", "W8A8")
     common = ("--ckpt", path, "--prompt", "x", "--n_samples", 2, "--device", "cpu", "--lane", 2, "--outdir", tmp_path / "o")
@@ -279,6 +296,8 @@ def test_a_command_samples_a_quantized_folder(folder: Any, tmp_path: Path) -> No
     assert "the correction was fitted for 4 steps" in log.splitlines()[-1]
     log = run_in_process("txt2img.py", *common, "--ddim_steps", STEPS, "--ptq", "--outdir", tmp_path / "q", status=2)
     assert "is quantized already" in log.splitlines()[-1]
+    log = run_in_process("txt2img.py", *common, "--scheduler", "EulerDiscrete", "--outdir", tmp_path / "r", status=2)
+    assert "has a noise correction, which acts with its own " in log.splitlines()[-1]
 
 
 def test_projections_fused_afterwards_are_refused() -> None:

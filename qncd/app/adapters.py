@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,16 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _file_and_weight(flag: str, text: str) -> tuple[str, float]:
-    """FILE or FILE=WEIGHT; the weight is 1 where none is given."""
-    path, _, weight = text.partition(ADAPTER_SCALE)
-    _check_file(flag, path)
+    """FILE or FILE=WEIGHT; the weight is 1 where none is given, as of a file whose own name holds the sign."""
+    path, _, weight = (text, "", "") if Path(text).is_file() else text.rpartition(ADAPTER_SCALE)
+    _check_file(flag, path or text)
     try:
-        return path, float(weight) if weight else 1.0
+        scale = float(weight or 1)
     except ValueError:
-        raise ValueError(f"--{flag} {text}: expected FILE or FILE=WEIGHT") from None
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise ValueError(f"--{flag} {text}: expected FILE or FILE=WEIGHT, the weight a finite number")
+    return path, scale
 
 
 def _check_file(flag: str, path: str) -> None:

@@ -138,6 +138,15 @@ def add_latent_model_arguments(parser: argparse.ArgumentParser, *names: str) -> 
     group.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
 
 
+class Once(argparse.Action):
+    """Stores a value, and refuses a second one in its place."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "given twice: --from_file takes several, one a line")
+        setattr(namespace, self.dest, values)
+
+
 def sha256_digest(text: str) -> str:
     """The type of --sha256."""
     if not re.fullmatch(r"[0-9A-Fa-f]{64}", text):
@@ -320,10 +329,19 @@ def choose_device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        torch.empty(1, device=name).tolist()  # of a device that holds values
+    except (RuntimeError, AssertionError):
+        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())), *_others()]
+        raise ValueError(f"--device {name}: no such device here; there is {', '.join(there)}") from None
     return name
+
+
+def _others() -> list[str]:
+    """Accelerators of other makers that torch finds."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return [] if found is None or found.type == "cuda" else [found.type]
 
 
 @contextlib.contextmanager

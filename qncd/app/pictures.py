@@ -6,11 +6,12 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from qncd.io.files import first_line
 from qncd.metrics.report.image_files import SUFFIXES
 
+DEEP = ("I", "I;16", "I;16L", "I;16B", "F")  # modes of 16 bits and more, which a conversion to RGB clips
 FLAGS = ("image", "mask_image", "ip_adapter_image")
 
 
@@ -23,10 +24,22 @@ def pictures(path: Path | None, flag: str) -> list[Image.Image]:
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"--{flag} {path}: no image in this folder")
+    return [picture(file, flag) for file in files]
+
+
+def picture(file: Path, flag: str) -> Image.Image:
+    """An image as diffusers' `load_image` has it: upright, by the orientation that a camera wrote beside it, and RGB; a mask L.
+
+    Raises:
+        ValueError: the file is no image, is too large, or has values that RGB would clip.
+    """
     try:
-        return [Image.open(file).convert("L" if flag == "mask_image" else "RGB") for file in files]
-    except OSError as error:
-        raise ValueError(f"--{flag} {path}: not an image ({first_line(error)})") from None
+        with Image.open(file) as image:
+            if image.mode in DEEP:
+                raise ValueError(f"--{flag} {file}: has {image.mode} pixels: allowed are images of 8 bits a channel")
+            return ImageOps.exif_transpose(image).convert("L" if flag == "mask_image" else "RGB")
+    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(f"--{flag} {file}: not an image ({first_line(error)})") from None
 
 
 def picture_hashes(args: argparse.Namespace) -> dict[str, str]:

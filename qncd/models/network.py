@@ -10,12 +10,14 @@ import copy
 import importlib
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from qncd.models.calls import Call, Inputs, flatten, nested
 
@@ -34,12 +36,13 @@ FAMILIES: dict[str, str] = {
     "AuraFlowTransformer2DModel": "qncd.models.families.transformer:OfFractions",
     "Lumina2Transformer2DModel": "qncd.models.families.transformer:Reversed",
     "FluxTransformer2DModel": "qncd.models.families.transformer:Flux",
+    "ChromaTransformer2DModel": "qncd.models.families.transformer:Flux",
     "QwenImageTransformer2DModel": "qncd.models.families.transformer:QwenImage",
     "ZImageTransformer2DModel": "qncd.models.families.transformer:ZImage",
 }
 TIME_NAMES = ("timestep", "timesteps", "t", "time")  # of the argument that a network's forward has for the time step
 PLAIN = (
-    "%s has no family here: its convolutions and linear layers are quantized one by one, without shortcut splits, smoothing by "
+    "{} has no family here: its convolutions and linear layers are quantized one by one, without shortcut splits, smoothing by "
     "the embedding, quantized attention products or blocks that are reconstructed as a whole"
 )
 
@@ -210,35 +213,41 @@ class Network:
         return t
 
     def to_images(self, samples: Tensor, call: Call | None = None) -> Tensor:
-        """Samples as images (N, C, H, W), on which corrections work: the frames of a video (N, C, F, H, W) below one another.
+        """Samples as images (N, C, H, W), on which corrections work: the frames of a video (N, C, F, H, W) below one another,
+        tokens (N, L, C) in one column.
 
         Args:
             call: a call of the network; needed where samples are `packed`.
         """
+        if samples.ndim == 3:
+            return samples.mT.unsqueeze(-1)
         return samples.flatten(2, 3) if samples.ndim == 5 else samples
 
     def to_samples(self, images: Tensor, like: Tensor) -> Tensor:
         """The inverse of `to_images`, in the shape of `like`."""
-        return images.view_as(like)
+        return images.squeeze(-1).mT if like.ndim == 3 else images.view_as(like)
 
     # Places.
 
     def layers(self) -> dict[str, nn.Conv2d | nn.Linear]:
-        """What is quantized, by name: convolutions and linear layers that compute what torch's own classes compute.
+        """What is quantized, by name: convolutions of images and linear layers that compute what torch's own classes compute.
 
-        Those of a subclass with a forward of its own stay in floating point, and one line names them.
+        Convolutions of other dimensions, subclasses and layers with a forward of their own, and layers that stand in several
+        places stay in floating point, and one line names them.
         """
         found: dict[str, nn.Conv2d | nn.Linear] = {}
         other: list[str] = []
+        places = Counter(id(layer) for _, layer in self.module.named_modules(remove_duplicate=False))
         for name, layer in self.module.named_modules():
-            if not isinstance(layer, (nn.Conv2d, nn.Linear)) or hasattr(layer, "weight_scale"):
+            if not isinstance(layer, (_ConvNd, nn.Linear)) or hasattr(layer, "weight_scale"):
                 continue
-            kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-            if type(layer).forward is kind.forward:
-                found[name] = layer
-            else:
+            if not isinstance(layer, (nn.Conv2d, nn.Linear)) or not _is_plain(layer):
                 other.append(f"{name} ({type(layer).__name__})")
-        tell_left("layers", other)
+            elif places[id(layer)] > 1:
+                other.append(f"{name} ({type(layer).__name__} in {places[id(layer)]} places)")
+            else:
+                found[name] = layer
+        tell_left(self.module, "layers", other)
         return found
 
     def edges(self) -> tuple[str, ...]:
@@ -309,9 +318,7 @@ def network_of(module: nn.Module | Network, prediction: str | None = None) -> Ne
             family: type[Network] = getattr(importlib.import_module(room), name)
             return family(module, prediction or "epsilon")
     network = Network(module, prediction or "epsilon")
-    if not getattr(module, "_qncd_told", False):
-        log.warning(PLAIN, type(module).__name__)
-        object.__setattr__(module, "_qncd_told", True)
+    tell_once(module, PLAIN.format(type(module).__name__))
     return network
 
 
@@ -365,10 +372,24 @@ def set_seen_inputs(module: nn.Module, seen: dict[str, Any] | None) -> None:
     object.__setattr__(module, _SEEN, seen)
 
 
-def tell_left(what: str, names: Sequence[str]) -> None:
+def _is_plain(layer: nn.Conv2d | nn.Linear) -> bool:
+    """Whether a layer computes what torch's own does: neither its class nor the layer itself has another forward."""
+    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    return type(layer).forward is kind.forward and not {"forward", "_conv_forward"} & vars(layer).keys()
+
+
+def tell_left(module: nn.Module, what: str, names: Sequence[str]) -> None:
     """One line for parts of a network that are not quantized because their classes are not known; nothing for none."""
     if names:
-        log.warning("%d %s compute what is not known here and stay in floating point: %s", len(names), what, few(names))
+        tell_once(module, f"{len(names)} {what} compute what is not known here and stay in floating point: {few(names)}")
+
+
+def tell_once(module: nn.Module, line: str) -> None:
+    """Warn of something about a network, once."""
+    told: set[str] = module.__dict__.setdefault("_qncd_told", set())
+    if line not in told:
+        log.warning(line)
+        told.add(line)
 
 
 def few(names: Sequence[str], most: int = 5) -> str:

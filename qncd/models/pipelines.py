@@ -101,6 +101,9 @@ def load_pipeline(
     else:
         raise FileNotFoundError(f"{source}: no such file or folder, and no hub id (OWNER/NAME)")
     if scheduler is not None:
+        if getattr(pipe.scheduler.step, "of_qncd", False):
+            own = type(pipe.scheduler).__name__
+            raise ValueError(f"scheduler {scheduler}: {source} has a noise correction, which acts with its own {own} alone")
         pipe.scheduler = scheduler_named(pipe, scheduler)
     if file is not None:
         _set_prediction(pipe, file)

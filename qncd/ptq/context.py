@@ -15,6 +15,11 @@ from qncd.recipe import Recipe
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
 
+NO_GRADIENTS = (
+    "goes back through the sampler's steps, which is done for samples that network and scheduler have in one shape, and guidance "
+    "of the form u + s (c - u)"
+)
+
 
 @dataclass
 class Context:
@@ -58,6 +63,12 @@ class Context:
         if self.reference is None:
             self.reference = copied(self.network)
         return self.reference
+
+    def sampler(self, asked: str) -> Diffusion:
+        """The sampler, for an option that needs one with gradients. Raises ValueError where there is none."""
+        if self.diffusion is None:
+            raise ValueError(f"{asked} {NO_GRADIENTS}")
+        return self.diffusion
 
     def visited(self) -> tuple[Any, ...]:
         """The sampler's time steps, those of the calibration set where the sampler is not known."""

@@ -18,92 +18,22 @@ from qncd.models.calls import Call, Inputs
 from qncd.models.network import Network, network_of
 from qncd.progress import Monitor, silent
 from qncd.ptq.data import CalibrationSet
+from qncd.ptq.pipeline_calls import PROMPT_BATCH, calls_of, merged, rows_of_call
 from qncd.ptq.runs import CALIBRATION_SEED_BASE, TRACKING_SEED_BASE, DiffusionRuns
-from qncd.recipe import CalibrationConfig, SamplerConfig
+from qncd.recipe import CalibrationConfig, SamplerConfig, check_int
 from qncd.rng import ImageNoise
 from qncd.sampling.corrector import Corrector, Predictions, Recorder, See
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
-from qncd.sampling.pipeline import PipelineSampler, Row, check_calibratable, columns, denoiser_of, parameters_of, quiet, replaced
-from qncd.sampling.scheduler import (
-    Guidance,
-    PipelineCorrection,
-    StepHandler,
-    Taken,
-    Tap,
-    bare_step,
-    handled,
-    in_one_call,
-)
+from qncd.sampling.pipeline import PipelineSampler, Row, check_calibratable, denoiser_of, parameters_of, quiet, replaced
+from qncd.sampling.scheduler import Guidance, PipelineCorrection, guidance_of, in_one_call
 from qncd.sampling.scheduler_levels import prediction_of, process_of
+from qncd.sampling.taken import StepHandler, Taken, Tap, bare_step, handled
 
 Sampler = Diffusion | PipelineSampler  # ours for original checkpoints, and a pipeline of diffusers
 Given = Conditions | Sequence[Row] | None  # what its images are conditioned on
 
 LEAST_SIGNAL = 1e-3  # of a time step from which a clean image can be read off
-PROMPT_BATCH = 4  # prompts of a call, at most
-BATCHED = (
-    "prompt", "negative_prompt", "class_labels", "image", "mask_image", "prompt_embeds", "negative_prompt_embeds", "image_embeds",
-    "negative_image_embeds", "latents",
-)  # fmt: skip
-
-
-def calls_of(call: Mapping[str, Any], rows: Sequence[Row] | None, samples: int) -> list[dict[str, Any]]:
-    """Calls for `samples` images with the same arguments, and with the rows in turn; without rows, of so many images each."""
-    calls = []
-    for start in range(0, samples, PROMPT_BATCH):
-        part = range(start, min(start + PROMPT_BATCH, samples))
-        own = columns([rows[i % len(rows)] for i in part]) if rows else {"batch_size": len(part)}
-        calls.append({**call, **own})
-    return calls
-
-
-def calls_for(pipe: Any, prompts: Sequence[str] | None, samples: int) -> list[dict[str, Any]]:
-    """Calls of a pipeline that make `samples` images, of the prompts in turn. Raises ValueError where it takes no such call."""
-    parameters = parameters_of(pipe)
-    if prompts is not None:
-        if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise ValueError("prompts: expected a sequence of texts, one or more")
-        if "prompt" not in parameters:
-            raise ValueError(f"{type(pipe).__name__} takes no prompts: give calls=[{{...}}] with what its call takes")
-        return calls_of({}, [{"prompt": text} for text in prompts], samples)
-    if "batch_size" in parameters and "prompt" not in parameters:
-        return calls_of({}, None, samples)
-    raise ValueError(f"{type(pipe).__name__} needs something to be calibrated on: give prompts=[...] or calls=[{{...}}, ...]")
-
-
-def rows_of_call(call: Mapping[str, Any]) -> int:
-    """Images that a call makes, by what it holds a list or batch of."""
-    if "batch_size" in call:
-        return int(call["batch_size"])
-    lengths = [len(call[name]) for name in BATCHED if isinstance(call.get(name), (list, tuple, Tensor))]
-    return max(lengths, default=1) * int(call.get("num_images_per_prompt", 1))
-
-
-def merged(calls: Sequence[Mapping[str, Any]], samples: int) -> dict[str, Any]:
-    """The calls as one that makes `samples` images, theirs in turn.
-
-    Raises:
-        ValueError: an argument that is no list or batch differs between them.
-    """
-    joined: dict[str, Any] = {}
-    for name in dict.fromkeys(name for call in calls for name in call):
-        values = [call.get(name) for call in calls]
-        if name == "batch_size":
-            joined[name] = samples
-        elif name in BATCHED and not isinstance(values[0], str) and isinstance(values[0], (list, tuple, Tensor)):
-            rows = [row for value in values for row in value]  # type: ignore[union-attr]
-            picked = [rows[i % len(rows)] for i in range(samples)]
-            joined[name] = torch.stack(picked) if isinstance(values[0], Tensor) else picked
-        elif name == "prompt":
-            joined[name] = [values[i % len(values)] for i in range(samples)]
-        elif all(value is values[0] or value == values[0] for value in values):
-            joined[name] = values[0]
-        else:
-            raise ValueError(f"trajectory tracking runs all calibration calls as one: {name} differs between them")
-    if joined.get("num_images_per_prompt", 1) != 1:
-        raise ValueError("num_images_per_prompt: allowed in calibration calls with trajectory tracking is 1")
-    return joined
 
 
 class InLanes(nn.Module):
@@ -142,6 +72,7 @@ class PipelineRuns:
         steps: of the sampler; None for the pipeline's own number.
         config: of the calibration set; its `samples` are those that the calls make.
         monitor: is told of progress.
+        guidance: scale of the calibration calls; None where it is not the same u + s (c - u) in all of them.
     """
 
     pipe: Any
@@ -151,6 +82,7 @@ class PipelineRuns:
     monitor: Monitor = silent
     times: tuple[float, ...] = ()
     network_times: tuple[float, ...] = ()
+    guidance: float | None = None
     diffusion: Diffusion | None = None
     conditions: Conditions | None = None
 
@@ -162,8 +94,14 @@ class PipelineRuns:
         unknown = {name for call in self.calls for name in call} - self.accepted
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise ValueError(f"calls: {type(self.pipe).__name__} takes no {', '.join(sorted(unknown))}")
-        if self.steps is not None and "num_inference_steps" not in self.accepted:
+        if self.steps is None:
+            return
+        check_int("steps", self.steps, 1)
+        if "num_inference_steps" not in self.accepted:
             raise ValueError(f"steps {self.steps}: {type(self.pipe).__name__} takes no num_inference_steps")
+        for call in self.calls:
+            if (other := call.get("num_inference_steps", self.steps)) != self.steps:
+                raise ValueError(f"steps {self.steps}: a call says num_inference_steps {other}; give one of the two")
 
     @property
     def samples(self) -> int:
@@ -176,11 +114,13 @@ class PipelineRuns:
         tap = Tap(self.network)
         inner = PipelineCorrection.of(self.network, recorder, calls_network=True) if recorder else None
         first: list[tuple[Call, Tensor, Taken]] = []
+        scales: set[float | None] = set()
 
         def keep(taken: Taken) -> Tensor:
             calls = tap.take()
             kept.setdefault(taken.index, []).extend(_on_cpu(call) for call, _ in calls)
             if taken.index == 0:
+                scales.add(guidance_of(calls, taken))
                 with contextlib.suppress(ValueError):  # calls that our own sampler cannot make
                     call, output = in_one_call(calls)
                     first.append((_on_cpu(call), output.cpu(), taken))
@@ -201,6 +141,7 @@ class PipelineRuns:
             tap.remove()
             if inner is not None:
                 inner.remove()
+        self.guidance = scales.pop() if len(scales) == 1 else None
         self._find_diffusion(first)
         return self._collected(kept, model_hash)
 

@@ -39,15 +39,28 @@ def check_quantizable(module: nn.Module) -> None:
     children = [name for name, _ in module.named_children()]
     if len(children) == 1 and children[0] in _WRAPPED:
         raise ValueError(f"{kind} wraps a network: quantize the network itself, and wrap or compile it afterwards")
+    if any(isinstance(part, QuantLayer) for part in module.modules()):
+        how = "is quantized already" if hasattr(module, "_qncd") else "was left half quantized by an error"
+        raise ValueError(f"{kind} {how}: load the full-precision model again")
     check_no_adapters(module, BEFORE)
     for name, part in module.named_modules():
         if is_parametrized(part):
             raise ValueError(f"{kind}: {name} has a parametrized weight: remove_parametrizations first")
+        hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+        if isinstance(part, (nn.Conv2d, nn.Linear)) and hooks:
+            raise ValueError(
+                f"{kind}: {name} has a hook ({_name_of(hooks[0])}), which its quantized layer would not have: remove it first "
+                "(remove_weight_norm, remove_spectral_norm), and register it again afterwards"
+            )
     for name, weight in module.named_parameters():
         if weight.is_meta:
             raise ValueError(
                 f"{kind}: {name} is on the meta device, without values: load the weights, and offload them afterwards"
             )
+
+
+def _name_of(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__name__))
 
 
 def check_adapted(module: nn.Module) -> None:

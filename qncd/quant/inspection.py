@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qncd.quant.layers import QuantLayer
@@ -32,6 +35,32 @@ class UnpackedState(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.packed) + len(self.others)
+
+
+class StateOfPacked(OrderedDict[str, Tensor]):
+    """A state dict that knows of the packed weights, which it does not hold, shapes alone: diffusers looks up those of the
+    layers that a LoRA of FLUX is for.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._metadata: OrderedDict[str, Any] = OrderedDict()  # where nn.Module keeps versions
+        self._module = module
+
+    def __missing__(self, name: str) -> Tensor:
+        parent, _, own = name.rpartition(".")
+        layer: Any = dict(self._module.named_modules()).get(parent)
+        layer = getattr(layer, "base_layer", layer)  # beside which an adapter is
+        if own != "weight" or not isinstance(layer, QuantLayer):
+            raise KeyError(name)
+        return torch.empty(layer.weight_shape, dtype=layer.weight_dtype, device="meta")
+
+
+def state_dict_of_packed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a quantized network has in the place of `nn.Module.state_dict`: the same, as a `StateOfPacked`."""
+    if not args and kwargs.get("destination") is None:
+        kwargs["destination"] = StateOfPacked(module)
+    return type(module).state_dict(module, *args, **kwargs)
 
 
 def act_quantizers(module: nn.Module) -> dict[str, ActQuantizer]:

@@ -18,11 +18,13 @@ from qncd.models.network import Network, network_of
 from qncd.recipe import check_choice
 from qncd.rng import ImageNoise
 from qncd.sampling.corrector import Corrector
-from qncd.sampling.scheduler import PipelineCorrection, handled
-from qncd.sampling.scheduler_levels import prediction_of
+from qncd.sampling.scheduler import PipelineCorrection
+from qncd.sampling.scheduler_levels import prediction_of, scheduler_settings
+from qncd.sampling.taken import handled
 
 DEFAULT_SIZE = 128  # of latents, of pipelines that say nothing
 COMPONENTS = ("unet", "transformer", "prior")  # names that pipelines have for their denoiser
+STEP = ("model_output", "timestep", "sample")  # what a scheduler's step begins with
 Row = Mapping[str, Any]  # arguments of a call that one image has: its prompt, its class, the image that it begins with
 
 
@@ -40,6 +42,11 @@ def check_calibratable(pipe: Any) -> None:
     kind = type(pipe).__name__
     if not hasattr(pipe.scheduler, "step"):
         raise ValueError(f"{kind}: its {type(pipe.scheduler).__name__} has no step that calls could be told apart by")
+    takes = tuple(inspect.signature(type(pipe.scheduler).step).parameters)[1 : len(STEP) + 1]
+    if takes != STEP:
+        raise ValueError(
+            f"{kind}: its {type(pipe.scheduler).__name__}.step takes {', '.join(takes)}: allowed is {', '.join(STEP)}"
+        )
     if isinstance(getattr(pipe, "transformer_2", None), nn.Module):
         raise ValueError(f"{kind}: has two denoisers, transformer and transformer_2: only pipelines with one are quantized")
     if hasattr(pipe, "set_pag_applied_layers"):
@@ -134,13 +141,12 @@ class PipelineSampler:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the images beside the weights and the seeds, as JSON."""
-        scheduler = self.pipe.scheduler
-        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        config = scheduler_settings(self.pipe.scheduler)
         call = {name: value for name, value in self.call.items() if _is_plain(value)}
         return {
             "pipeline": type(self.pipe).__name__,
-            "scheduler": type(scheduler).__name__,
-            "scheduler_config": {name: list(v) if isinstance(v, (tuple, np.ndarray)) else v for name, v in config.items()},
+            "scheduler": config.pop("class"),
+            "scheduler_config": config,
             "call": call,
         }
 

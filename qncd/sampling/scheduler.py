@@ -6,15 +6,14 @@ calls the network (runtime estimation) repeats the last call with another sample
 
 from __future__ import annotations
 
-import copy
-import functools
+import dataclasses
 import hashlib
+import logging
 import math
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,131 +24,19 @@ from qncd.sampling.corrector import Corrector, Tentative
 from qncd.sampling.process import clean_of, noise_of, slope_of
 from qncd.sampling.schedule import Step
 from qncd.sampling.scheduler_levels import steps_of
+from qncd.sampling.taken import Taken, Tap, bare_step, handle
 
 SCALE_DIGITS = (4, 2, 1)  # of a guidance scale: half precision leaves fewer of them
 SAME = 1e-3  # largest relative difference between what a pipeline did and what is made of its parts
+SAME_TIME = 1e-3  # largest difference between time steps that are the same
+SAME_SCALE = 0.02  # largest relative difference between guidance scales that are taken as the same
+# Schedulers that add noise in every step.
+STOCHASTIC = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler")
+NOISE_OF_ITS_OWN = (
+    "%s adds noise of its own at each step: the part of the correction that would make that less is left out, the rest acts"
+)
 
-
-@dataclass
-class Taken:
-    """One step that a pipeline takes.
-
-    Attributes:
-        index: 0 for the first of a run.
-        time: the time step that the scheduler was called with.
-        x: the sample (N, ...).
-        output: the guided prediction (N, ...), in what the network predicts.
-        scheduler: as it was before the step.
-        arguments: of the scheduler's step beside these.
-        time_given: the same time step in the form that the scheduler takes it, a tensor as a rule.
-    """
-
-    index: int
-    time: float
-    x: Tensor
-    output: Tensor
-    scheduler: Any
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    time_given: Any
-
-    def advance(self, output: Tensor) -> Tensor:
-        """The next sample, if `output` were the prediction; nothing is changed."""
-        trial = copy.deepcopy(self.scheduler)
-        args, kwargs = self.arguments
-        kwargs = {name: copy.deepcopy(value) if name == "generator" else value for name, value in kwargs.items()}
-        return earlier(type(trial).step(trial, output, self.time_given, self.x, *args, **kwargs))
-
-
-def earlier(result: Any) -> Tensor:
-    """The next sample in what a scheduler's step returns."""
-    sample: Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
-    return sample
-
-
-class StepHandler(Protocol):
-    """What looks at every step of a pipeline before its scheduler takes it."""
-
-    def __call__(self, taken: Taken) -> Tensor:
-        """The prediction that the scheduler gets in the place of `taken.output`."""
-
-
-class _Handled:
-    """A scheduler's own step and set_timesteps with a handler in front."""
-
-    def __init__(self, scheduler: Any, handler: StepHandler) -> None:
-        self.scheduler, self.handler, self.index = scheduler, handler, 0
-        kind = type(scheduler)
-
-        @functools.wraps(kind.step.__get__(scheduler))
-        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            taken = Taken(self.index, float(timestep), sample, model_output, scheduler, (args, kwargs), timestep)
-            self.index += 1
-            return kind.step(scheduler, handler(taken), timestep, sample, *args, **kwargs)
-
-        @functools.wraps(kind.set_timesteps.__get__(scheduler))
-        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            self.index = 0
-            return kind.set_timesteps(scheduler, *args, **kwargs)
-
-        step.of_qncd = True  # type: ignore[attr-defined]
-        scheduler.step, scheduler.set_timesteps = step, set_timesteps
-
-    def remove(self) -> None:
-        """The scheduler is as it was."""
-        for name in ("step", "set_timesteps"):
-            self.scheduler.__dict__.pop(name, None)
-
-
-@contextmanager
-def handled(scheduler: Any, handler: StepHandler) -> Iterator[None]:
-    """Within it, `handler` sees every step of the scheduler."""
-    before = {name: scheduler.__dict__.pop(name) for name in ("step", "set_timesteps") if name in scheduler.__dict__}
-    put = _Handled(scheduler, handler)
-    try:
-        yield
-    finally:
-        put.remove()
-        scheduler.__dict__.update(before)
-
-
-class Tap:
-    """Keeps the network's calls since the last step of the scheduler: what it was called with, and what it gave.
-
-    Attributes:
-        last: the last call of all.
-    """
-
-    def __init__(self, network: Network) -> None:
-        self.network = network
-        self.last: Call | None = None
-        self.calls: list[tuple[Call, Tensor]] = []
-        self.silent = False  # while a correction calls the network itself
-        module = network.module
-        self.handles = [
-            module.register_forward_pre_hook(self._bind, with_kwargs=True),
-            module.register_forward_hook(self._keep, with_kwargs=True),
-        ]
-
-    def _bind(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.silent:  # before the call: a UNet takes the residuals of an adapter out of their list
-            self.last = self.network.bind(args, kwargs)
-
-    _bind.of_qncd = True  # type: ignore[attr-defined]  # stays away from tracing: it counts samples
-
-    def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self.silent:
-            assert self.last is not None
-            self.calls.append((self.last, self.network.as_prediction(self.network.output_of(output))))
-
-    def take(self) -> list[tuple[Call, Tensor]]:
-        """The calls, which are forgotten."""
-        calls, self.calls = self.calls, []
-        return calls
-
-    def remove(self) -> None:
-        """The network is as it was."""
-        for handle in self.handles:
-            handle.remove()
+log = logging.getLogger("qncd")
 
 
 @dataclass(frozen=True)
@@ -214,6 +101,42 @@ def _near(a: Tensor, b: Tensor) -> bool:
     return float((a - b).double().norm()) <= SAME * max(float(b.double().norm()), 1e-12)
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What a correction was fitted for.
+
+    Attributes:
+        times: time steps of the scheduler; None where any will do.
+        guidance: scale; None where that is not known.
+    """
+
+    times: tuple[float, ...] | None = None
+    guidance: float | None = None
+
+    def check_time(self, taken: Taken) -> None:
+        """Raise ValueError for a step that it was not fitted for."""
+        if self.times is None:
+            return
+        expected = self.times[taken.index] if taken.index < len(self.times) else None
+        if expected is None or abs(expected - taken.time) > SAME_TIME:
+            shifted = " and, as its scheduler shifts them by it, the image size" if by_size(taken.scheduler) else ""
+            raise ValueError(
+                f"step {taken.index + 1} is at time step {taken.time:g}, the correction was fitted for {len(self.times)} steps, "
+                f"{'none further' if expected is None else f'with {expected:g} here'}: call the pipeline with the number of "
+                f"steps{shifted} that it was quantized with, or quantize it for this one"
+            )
+
+    def tell_guidance(self, calls: Sequence[tuple[Call, Tensor]], taken: Taken) -> None:
+        """Warn where a run is guided otherwise."""
+        seen = None if self.guidance is None else guidance_of(calls, taken)
+        if seen is not None and self.guidance is not None and not math.isclose(seen, self.guidance, rel_tol=SAME_SCALE):
+            log.warning(
+                "guidance %g: the noise correction was fitted with %g, so it is less sure; calls=[{..., 'guidance_scale': %g}] "
+                "quantizes for this one",
+                seen, self.guidance, seen,
+            )  # fmt: skip
+
+
 @dataclass
 class PipelineCorrection:
     """A `StepHandler` that corrects every prediction of a pipeline; `of` makes one.
@@ -222,35 +145,37 @@ class PipelineCorrection:
         network: of the pipeline.
         corrector: what corrects.
         calls_network: the corrector calls the network too.
-        times: time steps that the correction was fitted for; None where any will do.
-        tap: the network's calls, where they are needed; None else.
+        fitted: what the correction was fitted for.
+        tap: the network's calls.
     """
 
     network: Network
     corrector: Corrector
     calls_network: bool
-    times: tuple[float, ...] | None = None
-    tap: Tap | None = None
+    tap: Tap
+    fitted: Fitted = Fitted()
     steps: dict[int, Step] = field(default_factory=dict)
+    told: bool = False
 
     @classmethod
     def of(
-        cls, network: Network, corrector: Corrector, calls_network: bool = False, times: tuple[float, ...] | None = None
+        cls, network: Network, corrector: Corrector, calls_network: bool = False, fitted: Fitted = Fitted()
     ) -> PipelineCorrection:
-        """One that watches the network's calls where it has to, until `remove`."""
-        return cls(network, corrector, calls_network, times, Tap(network) if needs_tap(network, calls_network) else None)
+        """One that watches the network's calls until `remove`."""
+        return cls(network, corrector, calls_network, Tap(network), fitted)
 
     def remove(self) -> None:
         """Watch the network's calls no longer."""
-        if self.tap is not None:
-            self.tap.remove()
+        self.tap.remove()
 
     @torch.no_grad()
     def __call__(self, taken: Taken) -> Tensor:
-        self._check_time(taken)
+        self.fitted.check_time(taken)
+        calls = self.tap.take()
         if taken.index == 0:
+            self.fitted.tell_guidance(calls, taken)
             self.corrector.begin([seed_of(x) for x in taken.x], str(taken.x.device))
-        step, calls = self._step(taken), self.tap.take() if self.tap else []
+        step = self._step(taken)
         if self.calls_network and not step.alpha:
             return taken.output  # pure noise: whatever the network predicts there says nothing of its noise
         kind = self.network.prediction if self.calls_network else "epsilon"
@@ -258,7 +183,7 @@ class PipelineCorrection:
         scale = 1 / math.hypot(step.alpha, step.noise) if step.alpha == 1 else 1.0
         levels = (scale * step.alpha, scale * step.noise)
         slope = slope_of(kind, *levels) if kind != "epsilon" else 1.0
-        call = self.tap.last if self.tap else None
+        call = self.tap.last
         channels = taken.x.shape[1]
         predicted, variance = taken.output[:, :channels], taken.output[:, channels:]  # a learned variance is not corrected
 
@@ -288,48 +213,44 @@ class PipelineCorrection:
             samples = self.network.to_samples(x, taken.x)
             return images(noise(self._again(calls, taken, samples), samples))
 
-        return output(self.corrector.correct(step, x, eps, denoise, advance).eps)
-
-    def _check_time(self, taken: Taken) -> None:
-        if self.times is None:
-            return
-        expected = self.times[taken.index] if taken.index < len(self.times) else None
-        if expected is None or abs(expected - taken.time) > 1e-3:
-            raise ValueError(
-                f"step {taken.index + 1} is at time step {taken.time:g}, the correction was fitted for {len(self.times)} steps, "
-                f"{'none further' if expected is None else f'with {expected:g} here'}: call the pipeline with the number of "
-                "steps that it was quantized with, or quantize it for this one"
-            )
+        corrected = self.corrector.correct(step, x, eps, denoise, advance)
+        if corrected.variance is not None and not self.told and adds_noise(taken):
+            log.warning(NOISE_OF_ITS_OWN, type(taken.scheduler).__name__)
+            self.told = True
+        return output(corrected.eps)
 
     def _step(self, taken: Taken) -> Step:
         if not self.calls_network:
             return bare_step(taken)
-        if taken.index == 0:
-            self.steps = steps_of(taken.scheduler)
+        if taken.index == 0:  # an image that the pipeline was given makes it begin later than with the first
+            steps = steps_of(taken.scheduler)
+            first = next((index for index, step in steps.items() if abs(step.t - taken.time) <= SAME_TIME), len(steps))
+            self.steps = {i - first: dataclasses.replace(step, index=i - first) for i, step in steps.items() if i >= first}
         if taken.index not in self.steps:
-            raise ValueError(f"the scheduler takes more steps than its {len(self.steps)} time steps")
+            raise ValueError(f"the scheduler takes a step at {taken.time:g} that is none of its time steps")
         return self.steps[taken.index]
 
     def _again(self, calls: Sequence[tuple[Call, Tensor]], taken: Taken, x: Tensor) -> Tensor:
         """The guided prediction at another sample, by the pipeline's last call of the network."""
-        (call, output), channels = in_one_call(calls), taken.x.shape[1]
+        call, output = in_one_call(calls)
+        dim = 1 if taken.x.ndim > 3 else -1  # of channels
+        further = call.x.tensor_split([taken.x.shape[dim]], dim)[1]  # that the network gets beside those of the sample
         guidance = Guidance.seen(output, taken)
 
         def network_input(sample: Tensor) -> Tensor:
             scaled = sample
             if hasattr(taken.scheduler, "scale_model_input"):  # those of rectified flow have none
                 scaled = taken.scheduler.scale_model_input(sample, taken.time_given)
-            return torch.cat([torch.cat([scaled] * guidance.parts), call.x[:, channels:]], 1).to(call.x.dtype)
+            return torch.cat([torch.cat([scaled] * guidance.parts), further], dim).to(call.x.dtype)
 
         if not _near(network_input(taken.x), call.x):
             raise ValueError("the network gets other samples than the scheduler: runtime correction cannot repeat its calls")
-        assert self.tap is not None
         self.tap.silent = True
         try:
             again = self.network.predict(network_input(x), call.t, call.inputs, **call.constants)
         finally:
             self.tap.silent = False
-        return guidance(again[:, :channels]).to(taken.output.dtype)
+        return guidance(again[:, : taken.x.shape[1]]).to(taken.output.dtype)
 
 
 def in_one_call(calls: Sequence[tuple[Call, Tensor]]) -> tuple[Call, Tensor]:
@@ -338,26 +259,30 @@ def in_one_call(calls: Sequence[tuple[Call, Tensor]]) -> tuple[Call, Tensor]:
     return made, torch.cat([output for _, output in reversed(calls)])
 
 
-def needs_tap(network: Network, calls_network: bool) -> bool:
-    """Whether a correction needs to see the network's calls."""
-    return calls_network or network.packed
+def guidance_of(calls: Sequence[tuple[Call, Tensor]], taken: Taken) -> float | None:
+    """The scale of the guidance in a step, 1 without one; None where it is another than u + s (c - u)."""
+    try:
+        return Guidance.seen(in_one_call(calls)[1], taken).scale
+    except ValueError:
+        return None
 
 
-def bare_step(taken: Taken) -> Step:
-    """A step known by its index alone, which is all that corrections need that do not call the network."""
-    return Step(taken.index, taken.time, -1, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+def by_size(scheduler: Any) -> bool:
+    """Whether the time steps of a scheduler depend on the size of an image."""
+    return bool(scheduler.config.get("use_dynamic_shifting"))
+
+
+def adds_noise(taken: Taken) -> bool:
+    """Whether a scheduler adds noise of its own in a step."""
+    config, (_, named) = taken.scheduler.config, taken.arguments
+    stochastic = type(taken.scheduler).__name__ in STOCHASTIC or str(config.get("algorithm_type", "")).startswith("sde")
+    return stochastic or bool(named.get("eta")) or bool(config.get("stochastic_sampling"))
 
 
 def seed_of(x: Tensor) -> int:
     """A seed that follows from an image's own initial noise, whatever its batch."""
     digest = hashlib.sha256(x.detach().float().cpu().contiguous().numpy().tobytes()).digest()
     return int.from_bytes(digest[:6], "big")
-
-
-def handle(scheduler: Any, handler: StepHandler) -> None:
-    """Let `handler` see every step of a scheduler from now on."""
-    scheduler.__dict__.pop("step", None)
-    _Handled(scheduler, handler)
 
 
 def attach(pipe: Any, correction: PipelineCorrection) -> None:

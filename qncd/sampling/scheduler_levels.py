@@ -20,15 +20,27 @@ VARIANCE_PRESERVING = (
 # Whose samples are x_0 + sigma eps with the levels of `sigmas`, and are scaled for the network.
 VARIANCE_EXPLODING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
 
-# Whose samples are (1 - sigma) x_0 + sigma eps with the levels of `sigmas`, the shift of the schedule among them.
+# Whose samples are (1 - sigma) x_0 + sigma eps with the levels of `sigmas`, the shift of the schedule among them. So are
+# those of schedulers of the first kind that are set to `use_flow_sigmas`, as Sana's and Wan's are.
 RECTIFIED_FLOW = ("FlowMatchEulerDiscreteScheduler",)
 
 
 def prediction_of(scheduler: Any) -> str:
     """What a network under this scheduler predicts: "epsilon", "v_prediction", "sample" or "flow"."""
-    if FLOW in type(scheduler).__name__:
-        return "flow"
-    return str(scheduler.config.get("prediction_type", "epsilon"))
+    kind = str(scheduler.config.get("prediction_type", "epsilon"))
+    return "flow" if FLOW in type(scheduler).__name__ or kind == "flow_prediction" else kind
+
+
+def scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    """The class of a scheduler and its configuration, as JSON."""
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    plain = {name: list(v) if isinstance(v, (tuple, np.ndarray)) else v for name, v in config.items()}
+    return {"class": type(scheduler).__name__, **plain}
+
+
+def flows(scheduler: Any) -> bool:
+    """Whether a scheduler's samples are (1 - sigma) x_0 + sigma eps."""
+    return FLOW in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def process_of(scheduler: Any) -> Process | None:
@@ -37,7 +49,7 @@ def process_of(scheduler: Any) -> Process | None:
     None for a scheduler that says neither its cumulative alphas nor that it is rectified flow.
     """
     times = tuple(int(t) if float(t).is_integer() else float(t) for t in getattr(scheduler, "timesteps", ()))
-    if FLOW in type(scheduler).__name__:
+    if flows(scheduler):
         count = int(scheduler.config.num_train_timesteps)
         t = np.arange(count + 1) / count  # these schedulers' time steps are 1 to T
         return Process(1 - t, t, None, times)
@@ -50,18 +62,20 @@ def process_of(scheduler: Any) -> Process | None:
 
 def steps_of(scheduler: Any) -> dict[int, Step]:
     """The steps that a scheduler is about to take, by index. Raises ValueError where their noise levels are not known here."""
-    name = type(scheduler).__name__
-    if name in (*VARIANCE_EXPLODING, *RECTIFIED_FLOW):
+    name, flow = type(scheduler).__name__, flows(scheduler)
+    known = (*VARIANCE_PRESERVING, *VARIANCE_EXPLODING, *RECTIFIED_FLOW)
+    if name not in known:
+        raise ValueError(
+            f"runtime correction with {name}: allowed are {', '.join(known)}; mode qncd+ corrects with any scheduler"
+        )
+    if flow or name in VARIANCE_EXPLODING:
         sigmas = [float(sigma) for sigma in scheduler.sigmas]
-        times, flow = [float(t) for t in scheduler.timesteps], name in RECTIFIED_FLOW
+        times = [float(t) for t in scheduler.timesteps]
         alphas = [1 - sigma if flow else 1.0 for sigma in sigmas]
         return {
             i: Step(i, t, -1.0, alphas[i], sigmas[i], alphas[i + 1], sigmas[i + 1], 0.0, 0.0)
             for i, t in enumerate(times[: len(sigmas) - 1])
         }
-    if name not in VARIANCE_PRESERVING:
-        allowed = ", ".join((*VARIANCE_PRESERVING, *VARIANCE_EXPLODING, *RECTIFIED_FLOW))
-        raise ValueError(f"runtime correction with {name}: allowed are {allowed}; mode qncd+ corrects with any scheduler")
     process = process_of(scheduler)
     assert process is not None and process.times is not None
     steps = {}

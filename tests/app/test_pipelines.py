@@ -280,6 +280,7 @@ def test_a_half_precision_variant_is_found(tmp_path: Path) -> None:
 
 
 ALL_PARTS = ("LCM", "SD2, zero terminal SNR", "Kandinsky 2.2", "LDM, classes")  # and others through commands and folders
+ALL_PARTS += ("FLUX Control", "Chroma")
 ALL_PARTS += ("DiT", "PixArt sigma", "SD3", "FLUX", "AuraFlow", "Sana", "Lumina2", "HunyuanDiT", "Qwen-Image", "Z-Image", "Wan")
 
 

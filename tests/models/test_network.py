@@ -184,6 +184,23 @@ def test_subclassed_layers(make_cross_unet: Any, caplog: pytest.LogCaptureFixtur
     assert all(f"{name} (Doubled)" in " ".join(lines) for name in own) and "conv_out (Shifted)" in " ".join(lines)
 
 
+def test_layers_that_stay_are_told(make_unet: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """With a forward of the layer's own, in several places, or a convolution of another dimension: none is quietly replaced."""
+    unet = make_unet()
+    own, shared = unet.conv_in, unet.mid_block.resnets[0]
+    own._conv_forward = lambda x, weight, bias: nn.functional.conv2d(nn.functional.pad(x, [1] * 4, "circular"), weight, bias)
+    unet.mid_block.resnets[1].conv2 = shared.conv2
+    unet.further = nn.Conv1d(2, 2, 1)
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([5])
+    expected = unet(x, t).sample
+    with caplog.at_level(logging.WARNING, "qncd"):
+        quantize_(unet, QuantConfig(4, 8))
+    torch.testing.assert_close(unet(x, t).sample, expected, rtol=1e-4, atol=1e-5)
+    assert unet.conv_in is own and unet.mid_block.resnets[1].conv2 is shared.conv2 is unet.mid_block.resnets[0].conv2
+    lines = " ".join(record.getMessage() for record in caplog.records)
+    assert all(name in lines for name in ("conv_in (Conv2d)", "resnets.0.conv2 (Conv2d in 2 places)", "further (Conv1d)"))
+
+
 def test_a_grouped_shortcut_behind_a_concatenation(make_unet: Any) -> None:
     unet = make_unet()
     resnet = unet.up_blocks[1].resnets[0]

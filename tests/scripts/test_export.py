@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 import torch
 from script_runs import ROOT, run_in_process
+from small_pipelines import KINDS
+from small_pipelines import made as made_pipeline
+
+import qncd
 
 from .test_reconstruction_flags import pixels
 
@@ -60,3 +64,17 @@ def test_what_is_refused(made: Path, tmp_path: Path) -> None:
     other = (*common[:-4], "-l", str(tmp_path / "other"), "--quant_mode", "linear", "--quant_act")
     text = run_in_process("sample_diffusion_ddim.py", *other, "--backend", "onnxruntime", "--onnx", str(made / "onnx"), status=2)
     assert "exported from another network" in text
+
+
+def test_a_quantized_folder_is_exported_as_it_is(tmp_path: Path) -> None:
+    """And not recorded as one in full precision; a second quantized checkpoint is refused."""
+    pipe = made_pipeline("SD1")
+    qncd.quantize(pipe, "W8A8", "linear", calls=[KINDS["SD1"].call], steps=2)
+    qncd.save(pipe, tmp_path / "q")
+    text = run_in_process("export.py", "--ckpt", tmp_path / "q", "--out", tmp_path / "onnx")
+    assert "model.onnx: W8A8, " in text
+    weights = tmp_path / "q" / "unet" / "diffusion_pytorch_model.safetensors"
+    more = ("--cali_ckpt", weights, "--out", tmp_path / "other")
+    assert "is quantized already" in run_in_process("export.py", "--ckpt", tmp_path / "q", *more, status=2)
+    to_gguf = ("--out", tmp_path / "q.gguf")
+    assert "W8A8: GGUF has one scale for each 32" in run_in_process("export.py", "--ckpt", tmp_path / "q", *to_gguf, status=2)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qncd.models.network import Network
+    from qncd.recipe import QuantConfig
 
 GGUF_SUFFIX = ".gguf"
 log = logging.getLogger("qncd")
@@ -44,7 +45,9 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     )
     group.add_argument("--ckpt", help="weights, as the sampling scripts take them (default: what the config names)")
     cli.add_published_arguments(group, "take the published weights for the config's data set")
-    parser.add_argument("--cali_ckpt", type=Path, help="quantized checkpoint (default: export in full precision)")
+    parser.add_argument(
+        "--cali_ckpt", type=Path, help="quantized checkpoint (default: export --ckpt as it is, in full precision or quantized)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for model.onnx, or the file FILE.gguf")
     parser.add_argument("--type", choices=GGUF_TYPES, help="of FILE.gguf (default: that of the weights in --cali_ckpt)")
     return parser
@@ -71,21 +74,20 @@ def load_unet(args: argparse.Namespace) -> nn.Module:
     return load_latent_model(found, ckpt, args.use_pretrained, args.sha256).unet
 
 
-def gguf_type(kind: str | None, checkpoint: Path | None) -> str:
-    """The type to write: what is asked for, or what the weights of a checkpoint are. Raises ValueError where they differ."""
+def gguf_type(kind: str | None, quant: QuantConfig | None, source: str) -> str:
+    """The type to write: what is asked for, or that of the weights, which `source` names. Raises ValueError where they differ."""
     from qncd.engines.gguf import type_of
-    from qncd.ptq.checkpoint import peek_quantized
 
-    if checkpoint is None:
+    if quant is None:
         if kind is None:
-            raise ValueError(f"without --cali_ckpt weights are rounded to nearest: which --type? {', '.join(GGUF_TYPES)}")
+            raise ValueError(f"weights in full precision are rounded to nearest: which --type? {', '.join(GGUF_TYPES)}")
         return kind
     try:
-        found = type_of(peek_quantized(checkpoint).config)
+        found = type_of(quant)
     except ValueError as error:
-        raise ValueError(f"--cali_ckpt {checkpoint}: {error}") from None
+        raise ValueError(f"{source}: {error}") from None
     if kind not in (None, found):
-        raise ValueError(f"--type {kind}: the weights of --cali_ckpt {checkpoint} are {found}")
+        raise ValueError(f"--type {kind}: the weights of {source} are {found}")
     return found
 
 
@@ -127,22 +129,34 @@ def main(args: argparse.Namespace) -> None:
     from qncd.engines.packages import require
     from qncd.models.loading import state_dict_hash
     from qncd.models.network import network_of
-    from qncd.ptq.checkpoint import load_quantized_
+    from qncd.ptq.checkpoint import load_quantized_, peek_quantized
+    from qncd.quant.inspection import quant_layers
+    from qncd.sampling.correctors.registry import kind_of
 
     messages.show("info")
-    kind = gguf_type(args.type, args.cali_ckpt) if to_gguf else None
     for package, extra in (("gguf", "gguf"),) if to_gguf else (("onnx", "export"), ("onnxscript", "export")):
         require(package, extra)
+    source = f"--cali_ckpt {args.cali_ckpt}" if args.cali_ckpt else f"--ckpt {args.ckpt}"
+    info = peek_quantized(args.cali_ckpt) if args.cali_ckpt else None
+    if to_gguf and info is not None:
+        gguf_type(args.type, info.config, source)  # before anything is loaded
     unet = load_unet(args)
-    network = network_of(unet)
+    network, state = network_of(unet), getattr(unet, "_qncd", None)
+    if info is not None and state is not None:
+        raise ValueError(f"{source}: {args.ckpt} is quantized already")
     base_hash, quant, settings, records = state_dict_hash(unet), None, {}, None
-    full = sum(parameter.numel() * 4 for parameter in unet.parameters())
-    if args.cali_ckpt:
-        info = load_quantized_(network, args.cali_ckpt, base_hash)
+    shapes = [p.shape for p in unet.parameters()] + [layer.weight_shape for layer in quant_layers(unet).values() if layer.packed]
+    full = 4 * sum(shape.numel() for shape in shapes)
+    if info is not None:
+        load_quantized_(network, args.cali_ckpt, base_hash)
         quant, settings, records = info.config, info.settings, info.records
-    if kind is not None:
-        path, label = args.out, kind
-        export_gguf(network, path, kind, base_hash, records)
+    elif state is not None:
+        base_hash, quant, settings = state.base_hash, state.recipe.quant, state.settings
+        kind = kind_of(state.recipe)
+        records = {} if kind is None else {kind.prefix: state.record}
+    if to_gguf:
+        path, label = args.out, gguf_type(args.type, quant, source)
+        export_gguf(network, path, label, base_hash, records)
     else:
         path, label = export(network, args.out, quant, base_hash, settings), quant.label if quant else "full precision"
     size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))

@@ -140,7 +140,7 @@ def _check_layer(name: str, names: Sequence[str]) -> None:
 def _calls(args: argparse.Namespace, pipe: Any, samples: int) -> list[dict[str, Any]]:
     """Calls of the pipeline to calibrate with. Raises ValueError where it needs prompts and got none, or takes none."""
     from qncd.app.pipelines import class_labels
-    from qncd.ptq.pipeline_runs import calls_for, calls_of
+    from qncd.ptq.pipeline_calls import calls_for, calls_of
     from qncd.sampling.pipeline import parameters_of
 
     takes = "prompt" in parameters_of(pipe)

@@ -46,7 +46,7 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
     parser = cli.make_sampling_parser(description)
     cli.add_latent_model_arguments(parser)
     group = parser.add_argument_group("prompts")
-    group.add_argument("--prompt", help="one prompt, for --n_samples images")
+    group.add_argument("--prompt", action=cli.Once, help="one prompt, for --n_samples images")
     group.add_argument("--from_file", type=Path, help="text file with a prompt a line, for one image each")
     group.add_argument("--begin_data", type=int, default=0, help="prompts of --from_file to skip (default 0)")
     group.add_argument("--max_prompts", type=int, help="prompts of --from_file to take (default: all)")

@@ -34,5 +34,5 @@ def known_attentions(module: nn.Module, processors: Collection[str]) -> dict[str
             found[name] = attention
         else:
             other.append(f"{name} ({kind.__name__})")
-    tell_left("attention products", other)
+    tell_left(module, "attention products", other)
     return found

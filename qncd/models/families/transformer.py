@@ -30,7 +30,7 @@ FIRST = re.compile(r"(pos_embed|patch_embed|x_embedder|img_in)(\.proj)?$|all_x_e
 LAST = re.compile(r"(proj_out|proj_out_2|norm_out\.linear_2|all_final_layer\.[^.]+\.linear)$")
 EMBEDDING = re.compile(
     r"(^|\.)(time_text_embed|time_extra_emb|time_caption_embed|time_step_proj|time_embed|adaln_single|condition_embedder|emb"
-    r"|img_mod|txt_mod|t_embedder|adaLN_modulation)\.|(^|\.)norm(1|1_context|_out)?\.linear(_1)?$"
+    r"|img_mod|txt_mod|t_embedder|adaLN_modulation|distilled_guidance_layer)\.|(^|\.)norm(1|1_context|_out)?\.linear(_1)?$"
 )
 # Parts that a modulated norm's linear layer gives, and which of them scales what goes to attention, and to the feed-forward.
 CHUNKS: dict[str, tuple[int, int, int | None]] = {
@@ -78,6 +78,7 @@ FIRST_OF_FEED_FORWARD = {
     "GLUMBConv": ("conv_inverted",),
 }
 TRAINED_STEPS = 1000  # that time steps between 0 and 1 stand for
+TEXT_ROWS = 512  # of texts whose tokens differ in number, or a multiple of it
 ROWS = 4  # of the calibration inputs that modulations are computed for
 
 
@@ -221,6 +222,11 @@ def _pair(
             yield Modulation(source, chunks[0], part, layers, table)
 
 
+def filled_rows(tokens: int) -> int:
+    """Rows that texts of up to so many tokens have in a call that is taken apart: as many in all calls, so that they fit."""
+    return -(-tokens // TEXT_ROWS) * TEXT_ROWS
+
+
 class HunyuanDiT(Transformer):
     """HunyuanDiT: beside the samples come rotations of their places."""
 
@@ -279,11 +285,33 @@ class Flux(Packed):
 
 
 class QwenImage(Packed):
-    """Qwen-Image: beside the tokens come the shapes of the images that they are of."""
+    """Qwen-Image: beside the tokens come the shapes of the images that they are of, and texts with tokens of their own number."""
+
+    texts: ClassVar[str] = "encoder_hidden_states"
+    mask: ClassVar[str] = "encoder_hidden_states_mask"  # (N, tokens), which of them are a text's; None for all
+    shapes: ClassVar[str] = "img_shapes"  # a list of them for each sample
 
     def grid(self, call: Call) -> tuple[int, int]:
-        _, rows, columns = call.constants["img_shapes"][0][0]
+        _, rows, columns = call.constants[self.shapes][0][0]
         return rows, columns
+
+    def as_rows(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        texts, mask, shapes = (arguments.get(name) for name in (self.texts, self.mask, self.shapes))
+        if not isinstance(texts, Tensor) or not shapes or any(other != shapes[0] for other in shapes):
+            return arguments
+        mask = torch.ones(texts.shape[:2], dtype=torch.bool, device=texts.device) if mask is None else mask.bool()
+        missing = filled_rows(texts.shape[1]) - texts.shape[1]
+        filled = {self.texts: F.pad(texts, (0, 0, 0, missing)), self.mask: F.pad(mask, (0, missing))}
+        return {**arguments, **filled, self.shapes: shapes[:1]}
+
+    def as_arguments(self, rows: dict[str, Any]) -> dict[str, Any]:
+        mask, shapes = rows.get(self.mask), rows.get(self.shapes)
+        if mask is None or not shapes or len(shapes) != 1:
+            return rows
+        count = max(1, int((mask.any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()))
+        mask = mask[:, :count]
+        texts = {self.texts: rows[self.texts][:, :count], self.mask: None if mask.all() else mask}
+        return {**rows, **texts, self.shapes: shapes * len(rows[self.sample_name])}
 
 
 class ZImage(Reversed):
@@ -295,7 +323,6 @@ class ZImage(Reversed):
     listed = True
     captions: ClassVar[str] = "cap_feats"
     tokens: ClassVar[str] = "cap_tokens"  # (N,), how many each caption has; no argument of the module
-    most: ClassVar[int] = 512  # tokens, or a multiple of it: as many rows have all captions, so that calls fit one another
 
     @property
     def condition(self) -> str | None:
@@ -308,7 +335,7 @@ class ZImage(Reversed):
         if any(sample.shape != samples[0].shape or sample.shape[1] != 1 for sample in samples):
             raise ValueError("ZImageTransformer2DModel was called with samples of several sizes: allowed are images of one size")
         counts = torch.tensor([len(caption) for caption in captions], device=captions[0].device)
-        rows = -(-int(counts.max()) // self.most) * self.most
+        rows = filled_rows(int(counts.max()))
         filled = torch.stack([F.pad(caption, (0, 0, 0, rows - len(caption))) for caption in captions])
         x = torch.stack(samples).squeeze(2)
         return {**arguments, self.sample_name: x, self.captions: filled, self.tokens: counts}

@@ -262,9 +262,8 @@ class BitAllocation:
         return recipe.quant.bit_allocation
 
     def run(self, context: Context) -> None:
-        if context.diffusion is None:
-            raise ValueError("bit_allocation samples the network: give a pipeline or a sampler, or bit_allocation=False")
+        diffusion = context.sampler("bit_allocation")
         with context.monitor(self.title, self.unit) as update:
             context.found["act_bits"] = allocate_bits_(
-                context.diffusion, context.recipe.quant, context.data, context.conditions, context.batch_size, update
+                diffusion, context.recipe.quant, context.data, context.conditions, context.batch_size, update
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from qncd.quant.adapters import BEFORE, check_adapted, check_no_adapters, refuse
 from qncd.quant.affine import Codes, IntegerRange
 from qncd.quant.attention import AttentionProducts, QuantAttnProcessor, QuantizedProducts
 from qncd.quant.float8 import Float8Codes
+from qncd.quant.inspection import state_dict_of_packed
 from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
 from qncd.quant.trajectory import follow_trajectories
 from qncd.recipe import GGUF, GGUF_GROUP, QuantConfig, Recipe
@@ -116,6 +118,7 @@ def watch_(network: Network) -> None:
     for name, refuse in REFUSED.items():
         if hasattr(module, name):
             object.__setattr__(module, name, refuse)
+    object.__setattr__(module, STATE, MethodType(state_dict_of_packed, module))
 
 
 class _Watch:
@@ -145,6 +148,7 @@ def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise ValueError("a quantized network is saved by qncd.save: save_pretrained would write one that loads in floating point")
 
 
+STATE = "state_dict"
 REFUSED = {"save_pretrained": _refuse_to_save, "fuse_lora": refuse_to_fuse}  # what diffusers would do wrongly
 
 
@@ -170,7 +174,7 @@ def restored_on_error(network: Network) -> Iterator[None]:
                 parameter.data.copy_(parameters[name])
         module._forward_pre_hooks.clear()
         module._forward_pre_hooks.update(hooks)
-        for name in REFUSED.keys() - own:
+        for name in {STATE, *REFUSED} - own.keys():
             module.__dict__.pop(name, None)
         raise
 

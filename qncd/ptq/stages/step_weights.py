@@ -85,9 +85,8 @@ class StepWeights:
         return recipe.quant.step_weights
 
     def run(self, context: Context) -> None:
-        if context.diffusion is None:
-            raise ValueError("step_weights samples the network: give a pipeline or a sampler, or step_weights=False")
+        diffusion = context.sampler("step_weights")
         with context.monitor(self.title, self.unit) as update:
-            found = step_sensitivity(context.diffusion, context.conditions, batch_size=context.batch_size, progress=update)
+            found = step_sensitivity(diffusion, context.conditions, batch_size=context.batch_size, progress=update)
         context.data = context.data.weighted(found)
         context.found["step_weights"] = dict(context.data.step_weights or {})
