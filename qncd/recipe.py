@@ -44,22 +44,22 @@ class QuantConfig:
         edge_bits: weights and activations of the first and the last layer; None for the same as in all other layers.
         weight_range: "mse" (the clip ratio that minimises the L2.4 error) or "max".
         act_range: "max", "mse" (as for weights, over the histogram of the whole calibration set), or "running"
-            (exponential moving average of batch extremes, momentum 0.95). Clipping shrinks the noise prediction a
-            little at every step, and a sampler adds that up: "max" gave the better images at 8 bits, "mse" at 6 and 4.
+            (exponential moving average of batch extremes, momentum 0.95). Clipping shrinks predictions a little at every
+            step, which a sampler adds up: "max" gave the better images at 8 bits, "mse" at 6 and 4.
         split: quantize the two halves of a skip concatenation apart (Q-Diffusion's shortcut split).
         softmax_range: `act_range` of the softmax output alone; None for the same as all other activations.
         quantize_attention: quantize q, k, v and the softmax output as well.
         quantize_embedding: quantize the time embedding's layers and the blocks' projections of it as well.
         stepwise_embedding: inputs of those layers have a range for each of the sampler's time steps (TFMQ-DM, arXiv 2311.16503).
         stepwise_activations: every activation has a range for each time step that the sampler visits.
+        step_window: share of them, on each side of one, whose ranges its own covers too; None: that of the network's family.
         gptq: round each layer's weights in sequence, every error made up for by the weights not yet rounded (GPTQ, arXiv
             2210.17323), towards what the layer gives on inputs that are not rounded (GPTAQ, arXiv 2504.02692).
         smoothing_search: divide each layer's input channels by powers of their spread and multiply the weights by
             them (SmoothQuant, arXiv 2211.10438); the power that leaves the layer's output the least error is kept. Acts
             where `act_bits` is not None.
-        bit_allocation: mixed precision: activations have up to 8 bits each, and `act_bits` in the mean over all
-            multiplications, shared out so as to leave the sample the least error. The first and the last layer keep
-            `edge_bits`, the softmax output keeps `softmax_bits`. Needs `act_bits` of 7 or fewer.
+        bit_allocation: mixed precision: activations have up to 8 bits each, and `act_bits` in the mean over all multiplications,
+            shared out so as to leave the sample the least error; `edge_bits` and `softmax_bits` stay. Needs 7 bits or fewer.
         step_weights: in reconstruction and bias correction, inputs count as an error at their time step moves the sample.
         weight_grid: "channel" (one scale for each output channel), or "gguf" (one for each 32 inputs of a row, a float16 number,
             as in GGUF's types q8_0 and q4_0: exactly what such a file holds, see `qncd.engines.gguf`). On GGUF's grid are linear
@@ -74,15 +74,13 @@ class QuantConfig:
         temporal_differences: round what inputs of layers differ by from the time step before (MoDiff, arXiv 2506.22463).
         attention_bits: 2 to 8, of q, k and v; None for `act_bits`.
         weight_format, act_format: "int", or "fp8": 8 bits of floating point, e4m3, without zero points.
-        bias_correction: take the mean error that rounding leaves in each layer's output out of its bias (Nagel et
-            al. 2019, arXiv 1906.04721, section 4.2; measured on calibration data). Not part of the QNCD paper.
+        bias_correction: take the mean error of each layer's output out of its bias (Nagel et al. 2019, arXiv 1906.04721, section
+            4.2; measured on calibration data). Not part of the QNCD paper.
     """
 
     weight_bits: int | None = option(8, flag="weight_bit", limits=Limits(2, 8), optional=True, help="bits of the weights, 2 to 8")
     act_bits: int | None = option(8, flag="act_bit", limits=Limits(2, 8), optional=True, help="bits of the activations, 2 to 8")
-    softmax_bits: int = option(
-        8, flag="sm_abit", limits=Limits(2, 16), needs="act_bits", help="bits of the softmax output, 2 to 16"
-    )  # fmt: skip
+    softmax_bits: int = option(8, flag="sm_abit", limits=Limits(2, 16), needs="act_bits", help="of the softmax output, 2 to 16")
     edge_bits: int | None = option(8, limits=Limits(2, 8), optional=True)
     weight_range: str = option("mse", choices=WEIGHT_RANGES)
     act_range: str = option(
@@ -113,11 +111,9 @@ class QuantConfig:
         "to leave the sample the least error",
     )  # fmt: skip
     bias_correction: bool = option(
-        True, flag="bias_correction", help="take each layer's mean rounding error out of its bias; not in the paper"
+        True, flag="bias_correction", help="take a layer's mean error out of its bias; not in the paper"
     )
-    step_weights: bool = option(
-        False, flag="step_weights", help="weigh calibration inputs by what an error at their time step does to the sample"
-    )
+    step_weights: bool = option(False, flag="step_weights", help="weigh inputs by what an error at their step does to the sample")
     weight_grid: str = option(
         CHANNEL, flag="weight_grid", choices=WEIGHT_GRIDS,
         help="channel: weights have one scale for each output channel; gguf: those of linear layers have one for each 32 inputs "
@@ -147,6 +143,10 @@ class QuantConfig:
         INTEGER, flag="weight_format", choices=FORMATS, needs="weight_bits", help="integers, or fp8: e4m3, 8 bits"
     )
     act_format: str = option(INTEGER, flag="act_format", choices=FORMATS, needs="act_bits", help="the same of activations")
+    step_window: float | None = option(
+        None, flag="step_window", limits=Limits(0.0, 0.5), optional=True, needs="stepwise_activations",
+        help="share of the time steps on each side whose ranges that of a step covers too (default: 0.1 for transformers, else 0)",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_options(self)

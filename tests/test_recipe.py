@@ -98,6 +98,7 @@ def test_defaults_and_order_of_fields_stay() -> None:
             stepwise_activations=False, gptq=False, smoothing_search=False, bit_allocation=False, bias_correction=True,
             step_weights=False, weight_grid="channel", rotation=False, rank=0, branch_bits=1.0, weight_granularity="channel",
             act_granularity="tensor", temporal_differences=False, attention_bits=None, weight_format="int", act_format="int",
+            step_window=None,
         ),
         SmoothingConfig: dict(floor=1.0, strength=1.0),
         ReconstructionConfig: dict(

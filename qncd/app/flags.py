@@ -73,7 +73,7 @@ def _add_option(group: argparse._ArgumentGroup, path: str, option: Option) -> No
         text = option.help + _modes_with(path, option.default)
         group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text)
         return
-    default = f"{option.default:g}" if option.kind is float else str(option.default)
+    default = f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
     text = option.help.replace("{default}", default)
     if "default" not in option.help:
         text += f" (default {default})"

@@ -82,10 +82,12 @@ class Network:
         shared: names of inputs that all samples of a call share, whatever their shapes.
         packed: samples are tokens of patches, which `to_images` takes apart.
         listed: the module takes lists, which `as_rows` makes tensors of.
+        step_window: what `QuantConfig.step_window` is where nothing else is asked for.
     """
 
     block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     channel_dim: ClassVar[int] = 1
+    step_window: ClassVar[float] = 0.0
     shared: frozenset[str] = frozenset()
     packed: bool = False
     listed: bool = False

@@ -27,6 +27,7 @@ class StepwiseActQuantizer(ActQuantizer):
         codes: what values are rounded to.
         times: (S,) int64, the time steps that have a range.
         act_range, segments: as for ActQuantizer.
+        reach: steps on each side of one whose ranges its own covers too.
 
     Buffers:
         times (S,) int64, scale and zero_point (S, K) float32.
@@ -34,8 +35,11 @@ class StepwiseActQuantizer(ActQuantizer):
 
     times: Tensor
 
-    def __init__(self, codes: Codes, times: Tensor, act_range: str = "max", segments: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, codes: Codes, times: Tensor, act_range: str = "max", segments: Sequence[int] | None = None, reach: int = 0
+    ) -> None:
         super().__init__(codes, act_range, segments)
+        self.reach = reach
         shape = (len(times), len(self.scale))
         self.register_buffer("times", times.clone())
         self.register_buffer("scale", torch.ones(shape))
@@ -61,7 +65,8 @@ class StepwiseActQuantizer(ActQuantizer):
         super().set_stage(Stage.FLOAT if self.fixed and stage is Stage.OBSERVE else stage)
 
     def finish_observing(self) -> None:
-        """Turn what the observers saw into a range for each step; a step without data gets one between its neighbours'.
+        """Turn what the observers saw into a range for each step; a step without data gets one between its neighbours'. Then
+        every range covers those of `reach` steps on each side.
 
         The steps share a zero point (`shared_zero_qparams`), so that the codes of all of them fit one integer kernel.
 
@@ -80,6 +85,8 @@ class StepwiseActQuantizer(ActQuantizer):
                 scale, zero = self.observers[row * segments + segment].qparams(self.codes)
                 lows[index, segment], highs[index, segment] = (self.codes.qmin - zero) * scale, (self.codes.qmax - zero) * scale
         low, high = (interpolated(self.known, [self.known[row] for row in seen], ends) for ends in (lows, highs))
+        around = [slice(max(row - self.reach, 0), row + self.reach + 1) for row in range(count)]
+        low, high = torch.stack([low[rows].amin(0) for rows in around]), torch.stack([high[rows].amax(0) for rows in around])
         self.set_qparams(*shared_zero_qparams(low, high, self.codes))
         self.observers = []
 
@@ -199,8 +206,14 @@ def select_steps(module: nn.Module, timesteps: Tensor) -> None:
             part.select(found[part.known])
 
 
-def make_stepwise(quantizer: ActQuantizer, times: Tensor) -> ActQuantizer:
-    """A quantizer of the same codes, search and segments with a range for each of `times` (S,)."""
+def make_stepwise(quantizer: ActQuantizer, times: Tensor, window: float = 0.0) -> ActQuantizer:
+    """A quantizer of the same codes, search and segments with a range for each of `times` (S,).
+
+    Args:
+        window: the share of the steps, on each side of one, whose ranges its own covers too.
+    """
     if quantizer.codes is None or isinstance(quantizer, StepwiseActQuantizer):
         return quantizer
-    return StepwiseActQuantizer(quantizer.codes, times, quantizer.act_range, quantizer.segments).to(quantizer.scale.device)
+    reach = round(window * len(times))
+    own = StepwiseActQuantizer(quantizer.codes, times, quantizer.act_range, quantizer.segments, reach)
+    return own.to(quantizer.scale.device)

@@ -39,7 +39,7 @@ FLAGS = {
         ("branch_bits", "float", "1"),
         ("weight_granularity", f"channel|{GROUPS}", "channel"), ("act_granularity", f"tensor|token|{GROUPS}", "tensor"),
         ("temporal_differences", "on/off", ""), ("attention_bits", "int", "as"),
-        ("weight_format", "int|fp8", "int"), ("act_format", "int|fp8", "int"),
+        ("weight_format", "int|fp8", "int"), ("act_format", "int|fp8", "int"), ("step_window", "float", "0.1"),
     ),
     "reconstruction (BRECQ)": (
         ("recon", "on/off", ""), ("cali_iters", "int", "2000"), ("recon_batch", "int", "32"), ("recon_lr", "float", "0.01"),

@@ -293,7 +293,7 @@ def test_every_kind_is_quantized(kind: str, mode: str, tmp_path: Path) -> None:
     """Calibrated by calling it, near full precision, and the same after a round trip through a file."""
     exact, pipe, again = run(made(kind), kind, 3), made(kind), made(kind)
     report = qncd.quantize(pipe, "W4A6" if mode == "qncd+" else "W8A8", mode, calls=[KINDS[kind].call], steps=3)
-    assert len(report.layers) > 20 and not report.left_out
+    assert len(report.layers) > 20 and len(report.left_out) == ((kind, mode) == ("FLUX Control", "qncd+"))
     quantized = run(pipe, kind, 3)
     assert 0 < float((quantized - exact).norm() / exact.norm()) < 0.6
     qncd.save(pipe, tmp_path)

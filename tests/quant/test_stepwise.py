@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from quantized_networks import calibrate_with_
+from small_pipelines import made
 
 from qncd.models.calls import rows_of
 from qncd.models.network import network_of
@@ -65,6 +66,27 @@ def test_each_step_has_its_own_scale_and_all_have_one_zero_point(settings: dict[
     smoothing = torch.rand(1, 6, 1, 1, generator=generator) + 0.5
     quantizer.select(2)
     torch.testing.assert_close(quantizer(values[2], smoothing), one[2](values[2] / smoothing), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"segments": (2, 4)}])
+def test_a_range_covers_those_of_steps_around_it(settings: dict[str, Any]) -> None:
+    """What a step itself was not shown, too, and nothing of steps farther off."""
+    base = torch.linspace(-1, 2, 12).view(1, 6, 2)
+    quantizer = observed({row: base * 2.0**row for row in range(4)}, reach=1, **settings)
+    alone_ = observed({row: base * 2.0 ** min(row + 1, 3) for row in range(4)}, **settings)
+    assert torch.equal(quantizer.scale, alone_.scale) and torch.equal(quantizer.zero_point, alone_.zero_point)
+    wide = make_stepwise(ActQuantizer(CODES, "max"), torch.arange(20), 0.1)
+    assert isinstance(wide, StepwiseActQuantizer) and wide.reach == 2
+    assert make_stepwise(ActQuantizer(CODES, "max"), torch.arange(4), 0.1).reach == 0
+
+
+@pytest.mark.parametrize(("asked", "unet", "transformer"), [(None, 0, 2), (0.3, 6, 6), (0.0, 0, 0)])
+def test_the_family_says_how_far_ranges_reach(asked: float | None, unet: int, transformer: int, make_unet: Any) -> None:
+    for network, reach in ((network_of(make_unet()), unet), (network_of(made("SD3").transformer), transformer)):
+        quantize_(network, QuantConfig(8, 8, stepwise_activations=True))
+        set_all_stepwise_(network, range(0, 1000, 50), asked)
+        found = {q.reach for q in act_quantizers(network.module).values() if isinstance(q, StepwiseActQuantizer) and not q.fixed}
+        assert found == {reach}
 
 
 def test_mixed_batches_are_observed_row_by_row() -> None:

@@ -119,15 +119,19 @@ def set_stepwise_ranges_(network: Network, times: Sequence[int]) -> None:
     select_steps_on_call(network.module, network.times_of)
 
 
-def set_all_stepwise_(network: Network, times: Sequence[int]) -> None:
+def set_all_stepwise_(network: Network, times: Sequence[int], window: float | None = None) -> None:
     """Give every activation a range for each of the sampler's time steps, still to be observed, in place.
 
     Those of the temporal path are known at once, where the embedding is one of the time step alone.
+
+    Args:
+        window: as for `make_stepwise`; None for that of the network's family.
     """
+    window = network.step_window if window is None else window
     if network.time_path() is not None:
         set_stepwise_ranges_(network, times)
     visited = torch.tensor(sorted(set(times)))
-    replace_quantizers_(network.module, lambda _, quantizer: make_stepwise(quantizer, visited))
+    replace_quantizers_(network.module, lambda _, quantizer: make_stepwise(quantizer, visited, window))
     select_steps_on_call(network.module, network.times_of)
 
 
@@ -143,8 +147,11 @@ class StepwiseRanges:
         return quant.act_bits is not None and (quant.stepwise_activations or quant.stepwise_embedding)
 
     def run(self, context: Context) -> None:
-        change = set_all_stepwise_ if context.recipe.quant.stepwise_activations else set_stepwise_ranges_
-        change(context.network, context.visited())
+        quant = context.recipe.quant
+        if quant.stepwise_activations:
+            set_all_stepwise_(context.network, context.visited(), quant.step_window)
+        else:
+            set_stepwise_ranges_(context.network, context.visited())
 
 
 class TemporalReconstruction:
