@@ -145,7 +145,7 @@ class QuantConfig:
     act_format: str = option(INTEGER, flag="act_format", choices=FORMATS, needs="act_bits", help="the same of activations")
     step_window: float | None = option(
         None, flag="step_window", limits=Limits(0.0, 0.5), optional=True, needs="stepwise_activations",
-        help="share of the time steps on each side whose ranges that of a step covers too (default: 0.1 for transformers, else 0)",
+        help="share of the time steps on each side whose ranges that of a step covers too (default 0.1 for transformers, else 0)",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
