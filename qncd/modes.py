@@ -90,8 +90,8 @@ MODES = {
         {"bias_correction": True, "gptq": True, "rotation": True},
     ),
     "qncd+": Mode(
-        "not in the paper: GPTQ, a range for each time step, mixed precision below 8 bits, and filters as correction",
-        {"bias_correction": True, "gptq": True, "stepwise_activations": True, "offline": TRACKING},
+        "not in the paper: GPTQ, a range for each time step, mixed precision below 8 bits, filters, rotations on transformers",
+        {"bias_correction": True, "gptq": True, "stepwise_activations": True, "offline": TRACKING, "rotation": None},
         below_8={**CLIPPED, "bit_allocation": True},
         up_to_4={"smoothing_search": True},  # at more bits tracking leaves it nothing to gain
     ),
@@ -135,7 +135,7 @@ def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection
     if given.get("quant.temporal_differences"):
         usual.setdefault("quant.act_granularity", TOKEN)
     if act_bits is None:
-        usual = {path: value for path, value in usual.items() if path.partition(".")[2] not in OF_ACTIVATIONS}
+        usual = {path: v for path, v in usual.items() if v is not None and path.partition(".")[2] not in OF_ACTIVATIONS}
     elif {**usual, **given}.get("quant.act_granularity", TENSOR) != TENSOR:  # there are no ranges to calibrate
         usual = {path: value for path, value in usual.items() if path.partition(".")[2] not in CALIBRATED}
     asked = {**usual, **given}

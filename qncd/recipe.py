@@ -64,7 +64,7 @@ class QuantConfig:
         weight_grid: "channel" (one scale for each output channel), or "gguf" (one for each 32 inputs of a row, a float16 number,
             as in GGUF's types q8_0 and q4_0: exactly what such a file holds, see `qncd.engines.gguf`). On GGUF's grid are linear
             layers whose rows are whole blocks; convolutions, the time embedding and activations stay in floating point.
-        rotation: rotate the inputs of all layers but the first and last by Hadamard matrices (`qncd.ptq.stages.rotation`).
+        rotation: rotate the inputs of inner layers (`qncd.ptq.stages.rotation`); None: as the family gains by it (transformers).
         rank: the largest, of 16-bit branches beside the weights of the same layers (`qncd.ptq.stages.low_rank`); 0 for none.
         branch_bits: of a branch for each weight of its layer, at most: small layers have smaller ranks, or none.
         weight_granularity: "channel" (one scale for each output channel), or "group32" and the like (one for each 32 inputs of a
@@ -119,7 +119,7 @@ class QuantConfig:
         help="channel: weights have one scale for each output channel; gguf: those of linear layers have one for each 32 inputs "
         "(q8_0 at 8 bits, q4_0 at 4), others stay in floating point, for `qncd export --out FILE.gguf`",
     )  # fmt: skip
-    rotation: bool = option(False, flag="rotation", help="Hadamard rotations of the channels in front of layers")
+    rotation: bool | None = option(False, flag="rotation", optional=True, help="Hadamard rotations (qncd+: of transformers)")
     rank: int = option(0, flag="rank", limits=Limits(0), help="largest rank of 16-bit branches beside weights (0: none)")
     branch_bits: float = option(
         1.0, flag="branch_bits", limits=Limits(above=0), needs="rank", help="their bits for each weight of a layer at most"

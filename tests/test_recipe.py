@@ -31,7 +31,7 @@ STEPS = {"stepwise_activations": True}
 DIFFERENCES = {"act_granularity": "token", "temporal_differences": True}
 SVD = {"gptq": True, "smoothing_search": True, "rank": 32}
 ROTATED = {"gptq": True, "rotation": True}
-PLUS = {"gptq": True, "stepwise_activations": True}
+PLUS = {"gptq": True, "stepwise_activations": True, "rotation": None}
 NARROW_PLUS = {**PLUS, **CLIPPED, "bit_allocation": True}
 
 # mode -> options of QuantConfig that differ from its defaults at 8, below 8, at 4 bits, and with activations in floating point
@@ -47,7 +47,7 @@ QUANT = {
     "qncd": (STEPS, STEPS | CLIPPED, STEPS | CLIPPED, STEPS),
     "svdquant": (SVD, SVD | CLIPPED, SVD | CLIPPED, {"gptq": True, "rank": 32}),
     "hadamard": (ROTATED, ROTATED | CLIPPED, ROTATED | CLIPPED, ROTATED),
-    "qncd+": (PLUS, NARROW_PLUS, NARROW_PLUS | {"smoothing_search": True}, PLUS),
+    "qncd+": (PLUS, NARROW_PLUS, NARROW_PLUS | {"smoothing_search": True}, {**PLUS, "rotation": False}),
 }
 # mode -> smoothing, noise correction while sampling, offline correction, reconstruction of weights below 8 bits
 PARTS: dict[str, tuple[bool, bool, str | None, bool]] = {

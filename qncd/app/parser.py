@@ -303,7 +303,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--engine_precision", choices=PRECISIONS, default="fp32",
-        help="of what triton computes beside the integers; fp16 is faster, and farther from torch's images",
+        help="what an engine computes in beside the integers: triton has fp16, openvino bf16; both are faster on large networks, "
+        "and farther from torch's images",
     )  # fmt: skip
     group.add_argument(
         "--onnx",

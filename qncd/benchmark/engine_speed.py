@@ -141,12 +141,6 @@ def make_contest(network: Network, x: Tensor, folder: Path, threads: int) -> Con
     contest.calls["torch fp32"] = torch_call(network, x, t)
     on_engines("fp32", network, None)
     arrays: Arrays = {network.sample_name: x.numpy(), network.time_name: t.numpy()}
-    core = openvino_core()
-    if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        model = core.read_model(folder / "fp32" / FILE)
-        contest.calls["openvino bf16"] = functools.partial(_openvino(model, arrays, threads, "bf16"), arrays)
-    else:
-        contest.notes.append("openvino bf16: this CPU has no bfloat16 instructions")
     variants = {
         "int8": {}, "int8 without smoothing": {"smoothing": False}, "int8 stepwise": {"smoothing": False, "stepwise": True},
         "w4a8": {"bits": 4}, "w4a6 mixed stepwise": {"bits": 4, "smoothing": False, "stepwise": True, "mixed": True},
@@ -155,6 +149,8 @@ def make_contest(network: Network, x: Tensor, folder: Path, threads: int) -> Con
         variant = copied(network)
         config = quantized(variant, data, **settings)  # type: ignore[arg-type]
         on_engines(name, variant, config)
+        if name == "int8":
+            add_bfloat16_(contest, network, folder, (x, t, {}), threads)
     compiled = torch_call(around(network, cast(nn.Module, torch.compile(copy.deepcopy(network.module)))), x, t)
     try:
         compiled()
@@ -196,8 +192,25 @@ def make_large_contest(network: Network, data: CalibrationSet, folder: Path, thr
     for backend, name in (("openvino", "fp32"), ("openvino", "int8"), ("onnxruntime", "int8")):
         engine = open_engine(network, folder / name, backend, threads=threads)
         contest.calls[f"{backend} {name}"] = functools.partial(engine, data.x, t, **data.inputs)
+    add_bfloat16_(contest, network, folder, (data.x, t, data.inputs), threads)
     contest.sizes = {name: file_size(folder / name) for name in ("fp32", "int8")}
     return contest
+
+
+def add_bfloat16_(contest: Contest, network: Network, folder: Path, given: tuple[Tensor, Tensor, Inputs], threads: int) -> None:
+    """Let DIR/fp32 and DIR/int8 take part on OpenVINO in bfloat16 too, where the CPU has it.
+
+    Args:
+        given: samples, time steps and other inputs of a call.
+    """
+    x, t, inputs = given
+    for name, title in (("fp32", "openvino bf16"), ("int8", "openvino int8 beside bf16")):
+        try:
+            engine = open_engine(network, folder / name, "openvino", "bf16", threads)
+        except ValueError as error:
+            contest.notes.append(f"{title}: {error}")
+            continue
+        contest.calls[title] = functools.partial(engine, x, t, **inputs)
 
 
 def file_size(folder: Path) -> int:
@@ -251,10 +264,10 @@ def _nncf_openvino(exported: Path, data: CalibrationSet, inputs: Arrays, threads
     return _openvino(model, inputs, threads)
 
 
-def _openvino(model: Any, inputs: Arrays, threads: int, precision: str = "f32") -> ArraySession:
+def _openvino(model: Any, inputs: Arrays, threads: int) -> ArraySession:
     """An openvino.Model as it comes, for inputs of these shapes."""
     model.reshape({name: list(value.shape) for name, value in inputs.items()})
-    compiled = openvino_core().compile_model(model, "CPU", openvino_options(threads, precision))
+    compiled = openvino_core().compile_model(model, "CPU", openvino_options(threads))
     return lambda given: np.array(compiled(given)[0])
 
 

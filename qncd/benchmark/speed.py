@@ -208,7 +208,7 @@ def measure_simulation(rounds: int, samples: int, threads: int | None) -> dict[s
     return figures
 
 
-def _print_figures(figures: dict[str, Any]) -> None:
+def print_figures(figures: dict[str, Any]) -> None:
     for key, value in figures.items():
         if not isinstance(value, dict):
             print(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}", flush=True)
@@ -236,10 +236,11 @@ def measure_engines(rounds: int, threads: int, profiled: bool) -> dict[str, Any]
             figures[f"stepwise_cost_{engine}"] = ratio(seconds, f"{engine} int8 stepwise", f"{engine} int8 without smoothing") - 1
         if "openvino bf16" in contest.calls:
             figures["int8_over_openvino_bf16"] = ratio(seconds, "openvino bf16", "openvino int8")
+            figures["bf16_beside_int8"] = ratio(seconds, "openvino int8", "openvino int8 beside bf16")
         figures["int8_over_engine_fp32"] = figures["int8_over_openvino_fp32"]
         for name, key in (("int8", "onnx_w8_over_fp32"), ("w4a8", "onnx_w4_over_fp32")):
             figures[key] = contest.sizes[name] / contest.sizes["fp32"]
-        _print_figures(figures)
+        print_figures(figures)
         for note in contest.notes:
             print(f"note: {note}")
         if profiled:
@@ -292,56 +293,7 @@ def measure_jobs(rounds: int, images: int) -> dict[str, float]:
             for kind, times in seconds.items():
                 figures[f"{title}_{kind}_images_per_second"] = images / statistics.median(times)
             figures[f"{title}_job_speedup"] = statistics.median(seconds["fp32"]) / statistics.median(seconds["int8"])
-    _print_figures(figures)
-    return figures
-
-
-def _stable_diffusion() -> tuple[Network, CalibrationSet]:
-    """The network and what a guided call gets."""
-    import torch
-
-    from qncd.models.loading import load_config
-    from qncd.models.network import network_of
-    from qncd.models.original.ldm import build_ldm_unet
-    from qncd.ptq.data import CalibrationSet
-
-    torch.manual_seed(0)
-    network = network_of(build_ldm_unet(load_config(CONFIGS / "sd-v1-inference.yaml")).eval().requires_grad_(False))
-    generator = torch.Generator().manual_seed(1)
-    x, context = torch.randn(2, 4, 64, 64, generator=generator), torch.randn(2, 77, 768, generator=generator)
-    return network, CalibrationSet(x, torch.tensor([1, 501]), {"encoder_hidden_states": context})
-
-
-def _export_stable_diffusion(folder: Path, threads: int) -> None:
-    """For a separate process, whose memory is free again afterwards."""
-    import torch
-
-    from qncd.benchmark.engine_speed import export_pair
-
-    torch.set_num_threads(threads)
-    export_pair(*_stable_diffusion(), folder)
-
-
-def measure_stable_diffusion(rounds: int, threads: int) -> dict[str, Any]:
-    """One guided call at full size, in PyTorch and on the engines."""
-    from qncd.benchmark.engine_speed import alternate, make_large_contest, ratio
-
-    with scratch_folder() as folder:
-        process = multiprocessing.get_context("spawn").Process(target=_export_stable_diffusion, args=(folder, threads))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise OSError("exporting Stable Diffusion's UNet: its process ended without a model, for want of memory most likely")
-        contest = make_large_contest(*_stable_diffusion(), folder, threads)
-        seconds = alternate(contest.calls, rounds)
-    base, figures = "torch fp32", dict[str, Any]()
-    for name in contest.calls:
-        print(f"stable diffusion, {name:34} {statistics.median(seconds[name]):7.2f} s   {ratio(seconds, base, name):5.2f}x")
-    for engine in ("openvino", "onnxruntime"):
-        figures[f"sd_int8_{engine}_speedup"] = ratio(seconds, base, f"{engine} int8")
-    figures["sd_int8_over_openvino_fp32"] = ratio(seconds, "openvino fp32", "openvino int8")
-    figures["sd_onnx_w8_over_fp32"] = contest.sizes["int8"] / contest.sizes["fp32"]
-    _print_figures(figures)
+    print_figures(figures)
     return figures
 
 
@@ -351,10 +303,11 @@ def measure_gpu(rounds: int) -> dict[str, Any]:
 
     from qncd.benchmark.engine_speed import alternate, ratio
     from qncd.benchmark.gpu_speed import make_gpu_contest
+    from qncd.benchmark.large_speed import stable_diffusion
 
     device, figures = torch.device("cuda"), dict[str, Any](gpu=torch.cuda.get_device_name())
     generator = torch.Generator().manual_seed(1)
-    large, data = _stable_diffusion()
+    large, data = stable_diffusion()
     networks = {
         "cifar": (_cifar(), torch.randn(GPU_BATCH, 3, 32, 32, generator=generator), {}),
         "sd": (large, data.x, data.inputs),
@@ -370,5 +323,5 @@ def measure_gpu(rounds: int) -> dict[str, Any]:
             figures[f"gpu_{title}_int8_{precision}_speedup"] = ratio(seconds, "torch fp32", f"triton int8 beside {precision}")
         for key, name in (("fp16_graph", "torch fp16, CUDA graph"), ("compiled_fp16", "torch.compile fp16")):
             figures[f"gpu_{title}_int8_over_{key}"] = ratio(seconds, name, "triton int8 beside fp16")
-    _print_figures(figures)
+    print_figures(figures)
     return figures

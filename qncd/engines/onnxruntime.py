@@ -21,7 +21,7 @@ class OnnxRuntime(OnnxEngine):
     name = "onnxruntime"
     packages = ("onnxruntime",)
 
-    def session(self, folder: Path, threads: int) -> ArraySession:
+    def session(self, folder: Path, threads: int, precision: str = "fp32") -> ArraySession:
         """DIR/model.onnx, rewritten."""
         with scratch_folder() as scratch:
             return open_session(_integer_model(folder, scratch), threads, [CPU])
@@ -39,7 +39,7 @@ class TensorRt(OnnxRuntime):
         if TENSORRT not in found:
             raise ValueError(f"backend tensorrt: this ONNX Runtime has no {TENSORRT}, only {', '.join(found)}")
 
-    def session(self, folder: Path, threads: int) -> ArraySession:
+    def session(self, folder: Path, threads: int, precision: str = "fp32") -> ArraySession:
         """DIR/model.onnx as it is."""
         found = require("onnxruntime").get_available_providers()
         return open_session(folder / FILE, threads, [p for p in (TENSORRT, "CUDAExecutionProvider", CPU) if p in found])

@@ -11,6 +11,8 @@ from qncd.engines.onnx.engine import Arrays, ArraySession, OnnxEngine
 from qncd.engines.onnx.model import FILE
 from qncd.engines.openvino_graph import openvino_core, read_network
 
+HINTS = {"fp32": "f32", "bf16": "bf16"}  # of OpenVINO, by the names of precisions
+
 
 class OpenVino(OnnxEngine):
     """The model compiled anew for each shape of the inputs: fixed shapes run faster, and lanes have one."""
@@ -18,16 +20,30 @@ class OpenVino(OnnxEngine):
     name = "openvino"
     packages = ("openvino",)
 
-    def session(self, folder: Path, threads: int) -> ArraySession:
+    precisions = tuple(HINTS)
+
+    def check(self, precision: str) -> None:
+        """Raise ValueError where a package is not there, or the CPU lacks the precision."""
+        super().check(precision)
+        can = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision.upper() not in can:
+            raise ValueError(
+                f"engine precision {precision}: OpenVINO computes in it on CPUs with AMX or AVX512-BF16, this has neither"
+            )
+
+    def session(self, folder: Path, threads: int, precision: str = "fp32") -> ArraySession:
         """DIR/model.onnx."""
-        options = openvino_options(threads)
+        options = openvino_options(threads, HINTS[precision])
         compiled: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
 
         def run(inputs: Arrays) -> np.ndarray:
             shapes = tuple((name, value.shape) for name, value in inputs.items())
             if shapes not in compiled:
                 model = read_network(folder / FILE, dict(shapes))
-                compiled[shapes] = openvino_core().compile_model(model, "CPU", options)
+                try:
+                    compiled[shapes] = openvino_core().compile_model(model, "CPU", options)
+                except RuntimeError as error:
+                    raise ValueError(f"{folder / FILE}: openvino refuses it: {' '.join(str(error).split())[:300]}") from error
             return np.array(compiled[shapes](inputs)[0])  # a copy: the engine uses its buffer again
 
         return run

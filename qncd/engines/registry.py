@@ -11,7 +11,7 @@ ENGINES: dict[str, str] = {
     "triton": "qncd.engines.triton.engine:Triton",
     "tensorrt": "qncd.engines.onnxruntime:TensorRt",
 }
-PRECISIONS = ("fp32", "fp16")  # of what an engine computes beside the integers
+PRECISIONS = ("fp32", "fp16", "bf16")  # of what an engine computes beside the integers
 
 # Types of weights in GGUF files, and their bits; f16 is not quantized.
 GGUF_TYPES: dict[str, int | None] = {"q8_0": 8, "q4_0": 4, "f16": None}

@@ -82,12 +82,13 @@ class Network:
         shared: names of inputs that all samples of a call share, whatever their shapes.
         packed: samples are tokens of patches, which `to_images` takes apart.
         listed: the module takes lists, which `as_rows` makes tensors of.
-        step_window: what `QuantConfig.step_window` is where nothing else is asked for.
+        step_window, rotates: what `step_window` and `rotation` of a `QuantConfig` are where they are left to the family.
     """
 
     block_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     channel_dim: ClassVar[int] = 1
     step_window: ClassVar[float] = 0.0
+    rotates: ClassVar[bool] = False
     shared: frozenset[str] = frozenset()
     packed: bool = False
     listed: bool = False
@@ -234,7 +235,7 @@ class Network:
     def layers(self) -> dict[str, nn.Conv2d | nn.Linear]:
         """What is quantized, by name: convolutions of images and linear layers that compute what torch's own classes compute.
 
-        Convolutions of other dimensions, subclasses and layers with a forward of their own, and layers that stand in several
+        Convolutions of other dimensions, subclasses and layers with another forward, and layers that stand in several
         places stay in floating point, and one line names them.
         """
         found: dict[str, nn.Conv2d | nn.Linear] = {}

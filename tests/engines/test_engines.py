@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,23 @@ def test_the_bundled_model(tmp_path: Path) -> None:
     assert path.stat().st_size < 0.3 * full
     for backend in ENGINES:
         check(box, unet, tmp_path, backend)
+
+
+def test_bfloat16_beside_the_integers(make_cross_unet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly the same predictions, but not the same; refused by name on a CPU that cannot."""
+    unet = prepared(make_cross_unet(), QuantConfig(8, 8))
+    export_network(unet, tmp_path, QuantConfig(8, 8), "base")
+    data = inputs(unet)
+    if "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        expected = call(unet, data)
+        exact, rough = (
+            (call(open_engine(unet, tmp_path, "openvino", precision, threads=1), data) - expected).square().mean()
+            for precision in ("fp32", "bf16")
+        )
+        assert exact < rough < 0.02 * expected.square().mean()
+    monkeypatch.setattr("qncd.engines.openvino.openvino_core", lambda: SimpleNamespace(get_property=lambda *_: ["FP32", "INT8"]))
+    with pytest.raises(ValueError, match="engine precision bf16: OpenVINO computes in it on CPUs with AMX or AVX512-BF16"):
+        open_engine(unet, tmp_path, "openvino", "bf16")
 
 
 def test_full_precision_is_exported_too(make_unet: Any, tmp_path: Path) -> None:

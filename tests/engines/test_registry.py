@@ -31,7 +31,7 @@ class Reference(OnnxEngine):
     name = "reference"
     packages = ("onnx",)
 
-    def session(self, folder: Path, threads: int) -> ArraySession:
+    def session(self, folder: Path, threads: int, precision: str = "fp32") -> ArraySession:
         from onnx.reference import ReferenceEvaluator
 
         model = ReferenceEvaluator(str(folder / FILE))

@@ -9,7 +9,8 @@ Parts: "simulation" is fake quantization in PyTorch, calibration and checkpoints
 network on ONNX Runtime and OpenVINO against PyTorch, torch.compile and other toolkits (those of `pip install -e '.[peers]'`
 where they are installed); "jobs" is whole command lines, from start to last PNG. They use the CIFAR-10-size UNet (35.7 M
 parameters, random weights, batch 4) and the bundled models. "stable_diffusion" is one guided call of Stable Diffusion v1's
-UNet (860 M parameters, random weights, 64x64 latents, batch 2): 10 minutes, 20 GB of memory, 5 GB of the temporary folder.
+UNet (860 M parameters, random weights, 64x64 latents, batch 2): 10 minutes, 20 GB of memory, 5 GB of the temporary folder;
+"transformer" is the same of DiT-XL/2 (675 M parameters, 32x32 latents).
 "gpu" is the same two networks (batch 64 and 2) on a CUDA device, in PyTorch and in integers.
 Times are medians over alternating runs; memory is the growth of the peak resident set over the bare process, one process a
 figure.
@@ -25,7 +26,8 @@ from qncd.app import flags
 from qncd.app import parser as cli
 from qncd.io.files import write_json
 
-PARTS = ("simulation", "engines", "jobs", "stable_diffusion", "gpu")
+LARGE = ("stable_diffusion", "transformer")
+PARTS = ("simulation", "engines", "jobs", *LARGE, "gpu")
 
 
 def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
@@ -39,7 +41,7 @@ def make_parser(description: str = __doc__ or "") -> argparse.ArgumentParser:
         default=32,
         help="images of a whole job (default 32); its start takes the same time for any number",
     )
-    parser.add_argument("--large_rounds", type=int, default=3, help="the same of stable_diffusion (default 3)")
+    parser.add_argument("--large_rounds", type=int, default=3, help=f"the same of {' and '.join(LARGE)} (default 3)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2], help=f"default {' '.join(PARTS[:2])}")
     parser.add_argument("--profile", action="store_true", help="what OpenVINO spends an int8 call on, by kind of operator")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
@@ -75,8 +77,13 @@ def main(args: argparse.Namespace) -> None:
         figures |= speed.measure_engines(args.rounds, torch.get_num_threads(), args.profile)
     if "jobs" in args.parts:
         figures |= speed.measure_jobs(args.job_rounds, args.job_images)
-    if "stable_diffusion" in args.parts:
-        figures |= speed.measure_stable_diffusion(args.large_rounds, torch.get_num_threads())
+    for kind in LARGE:
+        if kind in args.parts:
+            from qncd.benchmark.large_speed import measure_large
+
+            found = measure_large(kind, args.large_rounds, torch.get_num_threads())
+            speed.print_figures(found)
+            figures |= found
     if "gpu" in args.parts:
         figures |= speed.measure_gpu(args.rounds)
     if args.json:

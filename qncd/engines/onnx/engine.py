@@ -33,8 +33,11 @@ class OnnxEngine(ABC):
     precisions: tuple[str, ...] = ("fp32",)
 
     @abstractmethod
-    def session(self, folder: Path, threads: int) -> ArraySession:
-        """The runtime on DIR/model.onnx. What it raises is reported in one line."""
+    def session(self, folder: Path, threads: int, precision: str = "fp32") -> ArraySession:
+        """The runtime on DIR/model.onnx, which computes in one of `precisions` what is not quantized.
+
+        What it raises is reported in one line.
+        """
 
     def check(self, precision: str) -> None:
         """Raise ValueError where a package is not there."""
@@ -48,7 +51,7 @@ class OnnxEngine(ABC):
         model, info = read_onnx(folder)
         specs: dict[str, InputSpec] = input_specs(model)
         try:
-            session = self.session(folder, threads or torch.get_num_threads())
+            session = self.session(folder, threads or torch.get_num_threads(), precision)
         except Exception as error:  # the runtimes' exceptions have no common base
             raise ValueError(f"{folder / FILE}: {self.name} refuses it: {' '.join(str(error).split())[:300]}") from error
         return EngineNetwork(network, on_tensors(session), specs, info.one_step_a_call)

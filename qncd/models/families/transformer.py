@@ -105,6 +105,7 @@ class Transformer(Network):
     """A diffusion transformer."""
 
     channel_dim: ClassVar[int] = -1
+    rotates: ClassVar[bool] = True
     step_window: ClassVar[float] = 0.1  # extremes of tokens differ more from image to image than from step to step
 
     @property
@@ -286,7 +287,7 @@ class Flux(Packed):
 
 
 class QwenImage(Packed):
-    """Qwen-Image: beside the tokens come the shapes of the images that they are of, and texts with tokens of their own number."""
+    """Qwen-Image: beside the tokens come the shapes of the images that they are of, and each text has any number of tokens."""
 
     texts: ClassVar[str] = "encoder_hidden_states"
     mask: ClassVar[str] = "encoder_hidden_states_mask"  # (N, tokens), which of them are a text's; None for all

@@ -12,7 +12,7 @@ from qncd.models.network import Network, few
 from qncd.ptq.context import Context
 from qncd.ptq.edges import inner_layers
 from qncd.quant.rotation import SMALLEST, block_of
-from qncd.recipe import QuantConfig, Recipe
+from qncd.recipe import GGUF, QuantConfig, Recipe
 
 log = logging.getLogger("qncd")
 
@@ -36,6 +36,11 @@ def rotate_network_(network: Network, config: QuantConfig) -> dict[str, int]:
     return blocks
 
 
+def rotates(network: Network, config: QuantConfig) -> bool:
+    """Whether a network is rotated: as its family has it where nothing else is asked for, and weights may be any numbers."""
+    return network.rotates and config.weight_grid != GGUF if config.rotation is None else config.rotation
+
+
 class Rotation:
     """The stage."""
 
@@ -44,7 +49,8 @@ class Rotation:
     weights = True
 
     def wanted(self, recipe: Recipe) -> bool:
-        return recipe.quant.rotation
+        return recipe.quant.rotation is not False
 
     def run(self, context: Context) -> None:
-        context.found["rotation"] = rotate_network_(context.network, context.recipe.quant)
+        if rotates(context.network, context.recipe.quant):
+            context.found["rotation"] = rotate_network_(context.network, context.recipe.quant)

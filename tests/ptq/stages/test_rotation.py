@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from quantized_networks import TIMES, inputs
+from small_pipelines import KINDS, made
 
+import qncd
 from qncd.models.network import network_of
 from qncd.ptq.pipeline import calibrate_
 from qncd.ptq.stages.prepare import quantize_
-from qncd.ptq.stages.rotation import rotate_network_
+from qncd.ptq.stages.rotation import rotate_network_, rotates
 from qncd.ptq.stages.temporal import set_stepwise_ranges_
 from qncd.quant.inspection import quant_layers
 from qncd.recipe import QuantConfig
@@ -76,3 +78,20 @@ def test_ranges_of_the_embedding_are_those_of_rotated_inputs(make_unet: Any) -> 
     assert bool((rotated.amax(1) <= highest + step).all()) and bool((rotated.amin(1) >= lowest - step).all())
     spans = rotated.amax(1).clamp(min=0) - rotated.amin(1).clamp(max=0)
     assert bool((highest - lowest < 1.7 * spans).all())
+
+
+@pytest.mark.parametrize(("asked", "unet", "transformer"), [(None, False, True), (True, True, True), (False, False, False)])
+def test_the_family_says_whether_to_rotate(asked: bool | None, unet: bool, transformer: bool, make_unet: Any) -> None:
+    config = QuantConfig(4, 8, rotation=asked)
+    for network, expected in ((network_of(make_unet()), unet), (network_of(made("SD3").transformer), transformer)):
+        assert rotates(network, config) is expected
+    on_grid = QuantConfig(4, None, weight_grid="gguf", rotation=None, bias_correction=False)
+    assert not rotates(network_of(made("SD3").transformer), on_grid)
+
+
+def test_in_mode_qncd_plus_transformers_are_rotated() -> None:
+    call = KINDS["PixArt alpha"].call
+    for width, options, expected in (("W4A8", {}, True), ("W4A8", {"rotation": False}, False), ("W4A16", {}, False)):
+        pipe = made("PixArt alpha")
+        qncd.quantize(pipe, width, "qncd+", calls=[call], steps=2, **options)
+        assert any(layer.rotation for layer in quant_layers(pipe.transformer).values()) is expected
