@@ -76,15 +76,17 @@ def test_ddim(make_unet: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind",
-    ["DiT", "FLUX", pytest.param("PixArt sigma", marks=pytest.mark.slow), pytest.param("SD3", marks=pytest.mark.slow),
-     pytest.param("Sana", marks=pytest.mark.slow)],
+    ("kind", "mode"),
+    [("DiT", "qncd+"), ("FLUX", "linear"),
+     *(pytest.param(kind, "linear", marks=pytest.mark.slow) for kind in ("PixArt sigma", "SD3", "Sana"))],
 )  # fmt: skip
-def test_transformers(kind: str, tmp_path: Path) -> None:
-    """Classes, ids of places that all samples share, masked texts, joint streams, linear attention; as fake quantization."""
+def test_transformers(kind: str, mode: str, tmp_path: Path) -> None:
+    """Classes and rotations, ids of places that all samples share, masked texts, joint streams, linear attention; as fake
+    quantization.
+    """
     pipe = made(kind)
     exact = run(pipe, kind)
-    qncd.quantize(pipe, "W8A8", mode="linear", calls=[KINDS[kind].call], steps=4, samples=2)
+    qncd.quantize(pipe, "W8A8", mode=mode, calls=[KINDS[kind].call] * 2, steps=4)
     expected = run(pipe, kind)
     qncd.export(pipe, tmp_path)
     for backend in ENGINES:

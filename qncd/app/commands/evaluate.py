@@ -33,7 +33,6 @@ from qncd.metrics.report.conventions import (
     METRICS,
     PAIRED_METRICS,
 )
-from qncd.metrics.report.image_files import SUFFIXES
 from qncd.progress import silent
 
 # The names of EXTRACTORS and ANTONYMS in qncd.metrics.networks, repeated because these modules take seconds to import; a
@@ -110,6 +109,8 @@ def choose_metrics(args: argparse.Namespace) -> tuple[str, ...]:
 
 def _check_output(path: Path, option: str, inputs: Sequence[str | None]) -> None:
     """Refuse, before hours of work, a file that cannot be written or that would take the place of an input."""
+    from qncd.metrics.report.image_files import SUFFIXES
+
     if path.suffix.lower() in SUFFIXES:
         raise ValueError(f"{option} {path}: {path.suffix} is the name of an image")
     if os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
