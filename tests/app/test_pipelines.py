@@ -37,7 +37,11 @@ def test_images_are_those_of_diffusers(kind: str, scheduler: str, steps: int, tm
     assert worst <= 1 and spread > 20
 
 
-@pytest.mark.parametrize("kind", ["SD1", "SDXL", "SD2, v-prediction", "LCM", "SD1 img2img"])
+@pytest.mark.parametrize(
+    "kind",
+    ["SD1", "SDXL", "SD2, v-prediction", "LCM", "SD1 img2img", "PixArt sigma", "SD3", "FLUX", "Chroma", "AuraFlow", "Sana",
+     "Lumina2", "HunyuanDiT", "Qwen-Image"],
+)  # fmt: skip
 def test_latents_and_lanes(kind: str) -> None:
     """Latents to 1e-4 of diffusers' own call, alone and among others, in calls of one size."""
     pipe, call = made(kind), {**KINDS[kind].call, "num_inference_steps": 4, "output_type": "latent"}
