@@ -5,21 +5,24 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import pipelines
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.import_utils import is_accelerate_available
 from torch import nn
+from transformers import PreTrainedModel
 
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
 from qncd.models.configs import HUB_ID, INDEX, YAML, bundled_folder, names_pipeline
 from qncd.models.files.diffusers_folders import CHECKPOINT_SUFFIXES, read_settings
 from qncd.models.latent import latent_pipeline, load_latent_model
 from qncd.models.loading import ddim_pipeline, load_config, load_ddim
+from qncd.models.network import few
 from qncd.models.schedulers import scheduler_named
 from qncd.models.schema import COMPVIS, DIFFUSERS, PIPELINE, layout_of, shown
 from qncd.models.single_files import SingleFile, configs_folder, find_single_file, parts_of, yaml_of
@@ -28,10 +31,11 @@ __all__ = ["load_pipeline"]
 
 logger = logging.getLogger(__name__)
 
+_WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)\b.*\.(safetensors|bin)")
 _VARIANT = re.compile(r"\.(fp16|bf16|non_ema|ema_only|fp32)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")
 _LIBRARIES = ("diffusers", "transformers", "qncd")
 # What loading a folder or a hub id of diffusers ends in where something is wrong with it.
-_FAULTS = (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError)
+_FAULTS = (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError, RuntimeError, IndexError)
 
 
 def load_pipeline(
@@ -163,17 +167,62 @@ def _from_folder(folder: Path, wanted: str | None = None, parts: Mapping[str, An
         raise ValueError(f"{folder}: not the folder of a pipeline (no {INDEX} in it; {what})")
     index = read_settings(folder / INDEX, PIPELINE)
     kind = index.get("_class_name")
+    if kind is None:
+        raise ValueError(f"{folder / INDEX}: has no _class_name, the class of the pipeline")
     if wanted not in (None, kind):
         raise ValueError(f"{folder}: a {kind}, the yaml says {wanted}")
     _check_libraries(folder / INDEX, index)
     ours = ClassConditionalLDMPipeline
     found = ours if kind == ours.__name__ else DiffusionPipeline
+    _check_tokenizers(folder, index)
     try:
-        loaded = {**_loading(), **_left_out(str(kind), index), **(parts or {})}
+        loaded = {**_left_out(str(kind), index), **(parts or {})}
+        loaded = {**_loading(), **_of_transformers(folder, index, loaded), **loaded}
         pipe = found.from_pretrained(str(folder), local_files_only=True, variant=_variant(folder), **loaded)
+    except _MissingWeights:
+        raise
     except _FAULTS as error:
         raise ValueError(f"{folder}: diffusers cannot load this {kind} ({_reason(error)})") from error
     return _checked(pipe, folder)
+
+
+class _MissingWeights(ValueError):
+    """A file lacks weights of its network."""
+
+
+def _of_transformers(folder: Path, index: Mapping[str, Any], without: Collection[str]) -> dict[str, Any]:
+    """The text and image encoders of a folder by name, but for those of `without`.
+
+    Raises:
+        ValueError: a weight is missing, which transformers draws at random and warns of alone.
+    """
+    found: dict[str, Any] = {}
+    for name, value in index.items():
+        kind = _class_of_transformers(value)
+        if name in without or not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+            continue
+        part = folder / name
+        loaded: Any = kind.from_pretrained(
+            str(part), local_files_only=True, variant=_variant_of(part), output_loading_info=True, dtype=torch.float32
+        )
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise _MissingWeights(f"{folder}: the weights of its {name} have no {few(missing)}")
+        found[name] = model
+    return found
+
+
+def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
+    """Raise ValueError where a tokenizer has no vocabulary: transformers makes one of nothing."""
+    for name, value in index.items():
+        files = set(getattr(_class_of_transformers(value), "vocab_files_names", {}).values())
+        if files and not any((folder / name / file).is_file() for file in (*files, "tokenizer.json")):
+            raise ValueError(f"{folder / name}: no vocabulary of a {value[1]} ({', '.join(sorted(files))}) in it")
+
+
+def _class_of_transformers(value: Any) -> Any:
+    """The class that an entry of a pipeline's index names in transformers; None for another one."""
+    return getattr(transformers, str(value[1]), None) if isinstance(value, list) and value[0] == "transformers" else None
 
 
 def _checked(pipe: DiffusionPipeline, source: str | Path) -> DiffusionPipeline:
@@ -184,6 +233,9 @@ def _checked(pipe: DiffusionPipeline, source: str | Path) -> DiffusionPipeline:
                 raise ValueError(f"{source}: the weights of its {part} have no {name}")
             if not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"{source}: in its {part}, {name} holds NaN or infinity")
+    levels = getattr(pipe.scheduler, "alphas_cumprod", None)
+    if levels is not None and not bool(torch.isfinite(torch.as_tensor(levels)).all()):
+        raise ValueError(f"{source}: the noise levels of its {type(pipe.scheduler).__name__} hold NaN or infinity")
     return pipe
 
 
@@ -200,12 +252,14 @@ def _loading() -> dict[str, Any]:
 
 def _variant(folder: Path) -> str | None:
     """The variant of a folder's weights (fp16), where a component has no other; None else."""
-    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
-        weights = [path.name for path in part.iterdir() if path.suffix in (".safetensors", ".bin")]
-        variants = {match.group(1) for name in weights if (match := _VARIANT.search(name))}
-        if variants and all(_VARIANT.search(name) for name in weights):
-            return sorted(variants)[0]
-    return None
+    return next(filter(None, map(_variant_of, sorted(path for path in folder.iterdir() if path.is_dir()))), None)
+
+
+def _variant_of(part: Path) -> str | None:
+    """The variant of a component's weights, where it has no other; None else."""
+    weights = [path.name for path in part.iterdir() if _WEIGHTS.fullmatch(path.name)] if part.is_dir() else []
+    variants = sorted({match.group(1) for name in weights if (match := _VARIANT.search(name))})
+    return variants[0] if variants and all(_VARIANT.search(name) for name in weights) else None
 
 
 def _check_libraries(path: Path, index: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeli
 from diffusers.models.unets.unet_2d import UNet2DModel
 from latent_models import config_of, state_of
 from safetensors.torch import load_file, save_file
+from small_pipelines import made
 
 from qncd.models.class_conditional import ClassConditionalLDMPipeline
 from qncd.models.latent import LatentModel, load_latent_model, save_latent_model
@@ -245,3 +246,56 @@ def test_no_code_of_a_folder_is_run(library: Any, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": ["payload", "Pipeline"]}))
     with pytest.raises(ValueError, match=r"model_index\.json: _class_name \['payload', 'Pipeline'\]: allowed are texts$"):
         load_pipeline(tmp_path)
+
+
+def spoiled(kind: str, folder: Path, spoil: Callable[[Path], None]) -> Path:
+    """A pipeline's folder after something has been done to it."""
+    made(kind).save_pretrained(folder)
+    spoil(folder)
+    return folder
+
+
+def without_weight(part: str, name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        file = next((folder / part).glob("*.safetensors"))
+        weights = load_file(file)
+        save_file({key: value for key, value in weights.items() if not key.endswith(name)}, file, {"format": "pt"})
+
+    return spoil
+
+
+def without_files(part: str) -> Callable[[Path], None]:
+    return lambda folder: [path.unlink() for path in (folder / part).iterdir()]  # type: ignore[return-value]
+
+
+def setting(file: str, **settings: Any) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        content = {**json.loads((folder / file).read_text()), **settings}
+        (folder / file).write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "message"),
+    [
+        ("SD1", without_weight("text_encoder", "mlp.fc1.weight"), r"the weights of its text_encoder have no .*mlp\.fc1\.weight"),
+        ("SD3", without_weight("text_encoder_3", "SelfAttention.q.weight"), "the weights of its text_encoder_3 have no encoder"),
+        ("SD1", without_files("tokenizer"), r"tokenizer: no vocabulary of a CLIPTokenizer \(merges\.txt, .*vocab\.json\) in it"),
+        ("SD1", setting("model_index.json", _class_name=None), "has no _class_name, the class of the pipeline"),
+        ("SD1", setting("scheduler/scheduler_config.json", num_train_timesteps=0), "diffusers cannot load this StableDiff"),
+        ("SD1", setting("scheduler/scheduler_config.json", beta_start=float("nan")), "DDIMScheduler hold NaN or infinity"),
+    ],
+    ids=["text", "T5", "tokenizer", "class", "steps", "levels"],
+)
+def test_folders_that_diffusers_takes_for_whole(kind: str, spoil: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    """It draws weights that are missing at random, or comes to grief while sampling."""
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(spoiled(kind, tmp_path / "model", spoil))
+
+
+def test_other_files_beside_a_variant(tmp_path: Path) -> None:
+    """Those of other engines are no weights of the network."""
+    made("SD1").to(dtype=torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
+    (tmp_path / "model" / "unet" / "openvino_model.bin").write_bytes(b"x")
+    assert isinstance(load_pipeline(tmp_path / "model"), StableDiffusionPipeline)
