@@ -101,7 +101,7 @@ class ImagePlan:
         return folder / image_name(index, self.seed_of(index))
 
 
-def on_engine(args: argparse.Namespace, task: Task, folder: Path) -> Sampler:
+def sampler_on_engine(args: argparse.Namespace, task: Task, folder: Path) -> Sampler:
     """A task's sampler with the network on --backend: from --onnx, else exported to `folder` unless it lies there already.
 
     An engine that runs no file needs none.
@@ -229,7 +229,7 @@ class SamplingJob:
             return
         if args.backend != TORCH:
             start = time.perf_counter()
-            sampler = on_engine(args, task, self.run.folder / "onnx")
+            sampler = sampler_on_engine(args, task, self.run.folder / "onnx")
             self.figures["engine_seconds"] = time.perf_counter() - start
         self.sample_images(sampler, "images", corrector, task.label, bool(task.made_by and task.made_by.by_batch))
         if not self.processes.is_first:

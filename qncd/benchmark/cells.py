@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from qncd.app import parser as cli
 from qncd.benchmark.peers import quantize_with_peer
-from qncd.benchmark.plan import ERROR_IMAGES, FULL, PART, SAMPLES, Cell, Plan, parse_width
+from qncd.benchmark.plan import ERROR_IMAGES, FULL, PART, SAMPLES, Cell, Plan, integer_bits
 from qncd.benchmark.subjects import Subject
 from qncd.io.files import whole_file, write_json
 from qncd.io.images import image_name, save_png
@@ -274,7 +274,7 @@ def quantize_cell_(
         return sampler, corrector_of(recipe, outcome.record), figures
     data, _ = load_calibration_set(plan, cell.seed, sampler.network)
     start = time.perf_counter()
-    bits, size = parse_width(cell.width), plan.calibration.batch_size
+    bits, size = integer_bits(cell.width), plan.calibration.batch_size
     network, integer = quantize_with_peer(cell.mode, sampler.network, data, *bits, size)
     figures = {"calibration_seconds": time.perf_counter() - start, "integer": integer}
     return sampler.with_network(network), None, figures

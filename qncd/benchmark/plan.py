@@ -282,7 +282,7 @@ def _width_asked_for(text: str) -> str:
 
 def can_do(mode: str, width: str) -> bool:
     """Whether a mode supports a width such as W4A8: peers support only some, all of them of integers."""
-    return mode not in PEERS or (_INTEGERS.fullmatch(width) is not None and PEERS[mode].allows(*parse_width(width)))
+    return mode not in PEERS or (_INTEGERS.fullmatch(width) is not None and PEERS[mode].allows(*integer_bits(width)))
 
 
 def corrects(cell: Cell) -> bool:
@@ -290,7 +290,7 @@ def corrects(cell: Cell) -> bool:
     return cell.mode != FULL and cell.peer is None and Composition.parse(cell.mode).at(cell.width).correction is not None
 
 
-def parse_width(text: str) -> tuple[int, int]:
+def integer_bits(text: str) -> tuple[int, int]:
     """Bits of weights and activations of a name such as W4A8. Raises ValueError for anything else."""
     match = _INTEGERS.fullmatch(text)
     if not match:

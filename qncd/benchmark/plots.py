@@ -14,6 +14,7 @@ FIGURES = {
     "psnr": "PSNR to full precision, dB (more is better)",
     "fid_difference": "FID − FID of full precision (near 0 is better; every panel has its own scale)",
 }
+MARKERS = "osD^vP*X"  # of widths
 LEGEND_COLUMNS = 4
 BANDED_MODES = 4  # with more of them the bands cover one another
 
@@ -80,8 +81,8 @@ def bars_figure(rows: Sequence[dict[str, Any]]) -> Any | None:
 def pareto_figure(rows: Sequence[dict[str, Any]]) -> Any | None:
     """PSNR against the file's size, and against images per second on each engine that was measured.
 
-    A point for each width and mode, means over the seeds with their extremes as whiskers; a line through those that no other
-    point beats in both. A dotted line shows full precision. A matplotlib figure; None where no row has a size or a speed.
+    A point for each mode (its colour) and width (its shape), means over the seeds with their extremes as whiskers; a line
+    through those that no other point beats in both. A dotted line shows full precision. A matplotlib figure; None where no row has a size or a speed.
     """
     full = next((row for row in rows if row["mode"] == FULL), {})
     rows = [row for row in rows if row["mode"] != FULL and row["psnr"]]
@@ -92,13 +93,13 @@ def pareto_figure(rows: Sequence[dict[str, Any]]) -> Any | None:
     panels += [(f"images/s on {name}", True, functools.partial(_speed_on, name)) for name in engines]
     if not panels:
         return None
-    modes = _modes(rows)
-    figure = new_figure(max(5.2 * len(panels), 7), 4.2 + 0.25 * -(-len(modes) // LEGEND_COLUMNS))
+    modes, widths = _modes(rows), _widths(rows)
+    figure = new_figure(max(5.2 * len(panels), 7), 4.2 + 0.25 * -(-(len(modes) + len(widths)) // LEGEND_COLUMNS))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for panel, (title, more_is_better, value_of) in zip(axes, panels, strict=True):
         points = [(row, value) for row in rows if (value := value_of(row))]
         for row, value in points:
-            _point(panel, value, row, _style(modes.index(row["mode"]))[0])
+            _point(panel, value, row, _style(modes.index(row["mode"]))[0], MARKERS[widths.index(row["width"]) % len(MARKERS)])
         front = _front([(value["mean"], row["psnr"]["mean"]) for row, value in points], more_is_better)
         panel.plot(*zip(*front, strict=True), color="gray", linewidth=1, zorder=1)
         if reference := value_of(full):
@@ -108,7 +109,9 @@ def pareto_figure(rows: Sequence[dict[str, Any]]) -> Any | None:
     axes[0].set_ylabel(FIGURES["psnr"])
     handles = {title_of(mode): _style(place)[0] for place, mode in enumerate(modes)}
     for name, color in handles.items():
-        axes[0].plot([], [], "o", color=color, label=name)
+        axes[0].plot([], [], "s", color=color, label=name)
+    for place, width in enumerate(widths):
+        axes[0].plot([], [], MARKERS[place % len(MARKERS)], color="gray", label=width)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize="small")
     return figure
 
@@ -117,12 +120,11 @@ def _speed_on(name: str, row: dict[str, Any]) -> dict[str, float] | None:
     return row.get("images_per_second", {}).get(name)
 
 
-def _point(panel: Any, value: dict[str, float], row: dict[str, Any], color: Any) -> None:
-    """A row at a value and its PSNR, with the width beside it."""
+def _point(panel: Any, value: dict[str, float], row: dict[str, Any], color: Any, marker: str) -> None:
+    """A row at a value and its PSNR."""
     psnr = row["psnr"]
     reach = [[[of["mean"] - of["min"]], [of["max"] - of["mean"]]] for of in (value, psnr)]
-    panel.errorbar(value["mean"], psnr["mean"], xerr=reach[0], yerr=reach[1], fmt="o", color=color, elinewidth=1, capsize=2)
-    panel.annotate(row["width"], (value["mean"], psnr["mean"]), (4, 4), textcoords="offset points", fontsize="x-small")
+    panel.errorbar(value["mean"], psnr["mean"], xerr=reach[0], yerr=reach[1], fmt=marker, color=color, elinewidth=1, capsize=2)
 
 
 def _front(points: Sequence[tuple[float, float]], more_is_better: bool) -> list[tuple[float, float]]:

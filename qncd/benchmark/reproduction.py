@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qncd.benchmark.plan import FULL, parse_width
+from qncd.benchmark.plan import FULL, integer_bits
 from qncd.benchmark.protocols import PROTOCOLS, Protocol
 from qncd.io.files import read_json, write_json, write_text
 from qncd.io.runs import Run
@@ -100,7 +100,7 @@ class Reproduction:
             words += ["--from_file", str(self.prompts), "--n_samples", "1"]
         words += self.common
         if entry.mode != FULL:
-            weights, acts = map(str, parse_width(entry.width))
+            weights, acts = map(str, integer_bits(entry.width))
             words += ["--ptq", "--quant_mode", entry.mode, "--weight_bit", weights, "--quant_act", "--act_bit", acts]
             checkpoint = self.checkpoints.get(entry.width, self.out / f"{entry.name}.safetensors")
             words += ["--cali_ckpt", str(checkpoint), *self.calibration]

@@ -71,6 +71,8 @@ def test_pareto(tmp_path: Path) -> None:
     size, speed = figure.axes
     assert size.get_xlabel() == "size of the checkpoint, MB" and speed.get_xlabel() == "images/s on openvino"
     assert len(size.containers) == 3 and len(speed.containers) == 2
+    assert [container.lines[0].get_marker() for container in size.containers] == ["o", "s", "s"]  # a shape for each width
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["linear", "qncd+", "W8A8", "W4A8"]
     fronts = [[line for line in panel.get_lines() if line.get_color() == "gray"] for panel in (size, speed)]
     assert fronts[0][0].get_xydata().tolist() == [[1, 12], [2, 25]]  # type: ignore[union-attr]
     assert fronts[1][0].get_xydata().tolist() == [[11, 12], [10, 25]]  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from typing import Any
 
 from qncd.app import flags, messages
 from qncd.app import parser as cli
-from qncd.benchmark.plan import FULL, parse_width
+from qncd.benchmark.plan import FULL, integer_bits
 from qncd.benchmark.protocols import PROTOCOLS, REFERENCES
 from qncd.benchmark.reproduction import REHEARSED, Entry, Reproduction, check_room, cost_of, run, table_lines
 from qncd.modes import MODES
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _width(text: str) -> str:
     """A width of --widths, as W4A8. Raises ValueError for anything else."""
-    weights, acts = parse_width(text)
+    weights, acts = integer_bits(text)
     return f"W{weights}A{acts}"
 
 

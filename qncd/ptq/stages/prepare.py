@@ -191,5 +191,7 @@ class Prepare:
 
     def run(self, context: Context) -> None:
         if context.recipe.quant.temporal_differences and len(set(context.visited())) < 2:
-            raise ValueError("temporal_differences with a single time step: there is none before it to differ from")
+            raise ValueError(
+                "temporal_differences with a single time step: there is none before it to differ from; allowed are two and more"
+            )
         quantize_(context.network, context.recipe.quant)
