@@ -82,7 +82,8 @@ def pareto_figure(rows: Sequence[dict[str, Any]]) -> Any | None:
     """PSNR against the file's size, and against images per second on each engine that was measured.
 
     A point for each mode (its colour) and width (its shape), means over the seeds with their extremes as whiskers; a line
-    through those that no other point beats in both. A dotted line shows full precision. A matplotlib figure; None where no row has a size or a speed.
+    through those that no other point beats in both. A dotted line shows full precision. A matplotlib figure; None where no row
+    has a size or a speed.
     """
     full = next((row for row in rows if row["mode"] == FULL), {})
     rows = [row for row in rows if row["mode"] != FULL and row["psnr"]]
