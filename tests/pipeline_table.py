@@ -45,14 +45,14 @@ ARGUMENTS = (
     "complex_human_instruction",
 )  # fmt: skip
 # Kinds of rectified flow, which the schedulers above do not sample.
-FLOW = ("SD3", "FLUX", "Chroma", "AuraFlow", "Sana", "Lumina2", "Qwen-Image", "Z-Image")
+FLOW = ("SD3", "FLUX", "FLUX Control", "Chroma", "AuraFlow", "Sana", "Lumina2", "Qwen-Image", "Z-Image")
 BY_TEXT = tuple(name for name, kind in KINDS.items() if "prompt" in kind.call)
 # One pipeline with every scheduler and number of steps; every other one with its own and with two more.
 CELLS = [("SD1", scheduler, steps) for scheduler in SCHEDULERS for steps in STEPS]
 CELLS += [
     (kind, scheduler, 8)
     for kind in KINDS
-    if kind not in ("SD1", "Kandinsky 2.2", "DeepFloyd IF", "FLUX Control", "Wan")
+    if kind not in ("SD1", "Kandinsky 2.2", "DeepFloyd IF", "Wan")
     for scheduler in ("own", "Euler", "DPM++ 2M")
     if scheduler == "own" or kind not in ("LDM", "DDPM", "DDIM", "LCM", *FLOW)
 ]
@@ -89,13 +89,13 @@ def by_command(folder: Path, kind: str, steps: int, out: Path) -> np.ndarray:
         flags = ["--from_file", prompts, "--n_samples", 2, "--ddim_steps", steps, "--outdir", out]
         if "guidance_scale" in call:
             flags += ["--scale", call["guidance_scale"]]
-        for name in ("image", "mask_image"):
+        for name, flag in (("image", "--image"), ("control_image", "--image"), ("mask_image", "--mask_image")):
             if name in call:
                 pictures = out.with_name(f"{out.name}_{name}")
                 pictures.mkdir()
                 for i, picture in enumerate(call[name]):
                     picture.save(pictures / f"{i}.png")
-                flags += [f"--{name}", pictures]
+                flags += [flag, pictures]
         for name, flag in (("height", "--H"), ("width", "--W")):
             if name in call:
                 flags += [flag, call[name]]

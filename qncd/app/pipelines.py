@@ -41,6 +41,7 @@ RESERVED = (
     "callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "self", "image", "mask_image",
     "ip_adapter_image", "ip_adapter_image_embeds",
 )  # fmt: skip
+CONTROL = "control_image"  # what some pipelines call the image that --image gives
 TEXTS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 
 
@@ -167,18 +168,22 @@ def _with_texts(call: dict[str, Any], rows: Rows | None) -> Rows | None:
 
 def _with_images(args: argparse.Namespace, pipe: Any, rows: Rows | None) -> Rows | None:
     """The rows with the images of --image and --mask_image in turn."""
-    given = {name: pictures(getattr(args, name), name) for name in ("image", "mask_image")}
     parameters = parameters_of(pipe)
-    for name, images in given.items():
+    only_control = "image" not in parameters and CONTROL in parameters
+    given = {CONTROL if only_control else "image": args.image, "mask_image": args.mask_image}
+    found = {name: pictures(path, "image" if name == CONTROL else name) for name, path in given.items()}
+    for name, images in found.items():
+        flag = "image" if name == CONTROL else name
         if images and name not in parameters:
-            raise ValueError(f"--{name}: {type(pipe).__name__} takes none")
-        if not images and name in parameters and (name == "mask_image" or "strength" in parameters or _controlled(pipe)):
-            raise ValueError(f"{type(pipe).__name__} needs --{name}")
-    if not any(given.values()):
+            raise ValueError(f"--{flag}: {type(pipe).__name__} takes none")
+        needed = name in ("mask_image", CONTROL) or "strength" in parameters or _controlled(pipe)
+        if not images and name in parameters and needed:
+            raise ValueError(f"{type(pipe).__name__} needs --{flag}")
+    if not any(found.values()):
         return rows
     if rows is None:
         raise ValueError(f"--image: {type(pipe).__name__} makes images of nothing else than seeds")
-    return rows.plus(lambda i: {name: images[i % len(images)] for name, images in given.items() if images})
+    return rows.plus(lambda i: {name: images[i % len(images)] for name, images in found.items() if images})
 
 
 def _controlled(pipe: Any) -> bool:
