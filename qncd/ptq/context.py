@@ -19,6 +19,7 @@ NO_GRADIENTS = (
     "goes back through the sampler's steps, which is done for samples that network and scheduler have in one shape, and guidance "
     "of the form u + s (c - u)"
 )
+OFF = {"bit_allocation": "--no-allocate_bits", "step_weights": "--no-step_weights"}  # flags
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Context:
     def sampler(self, asked: str) -> Diffusion:
         """The sampler, for an option that needs one with gradients. Raises ValueError where there is none."""
         if self.diffusion is None:
-            raise ValueError(f"{asked} {NO_GRADIENTS}")
+            raise ValueError(f"{asked} {NO_GRADIENTS}: leave it out, by {asked}=False or {OFF[asked]}")
         return self.diffusion
 
     def visited(self) -> tuple[Any, ...]:
