@@ -157,10 +157,10 @@ def test_what_is_refused(make_unet: Any, tmp_path: Path, monkeypatch: pytest.Mon
             check_origin(tmp_path, base, config, (3, side, side))
     with pytest.raises(ValueError, match="no TensorrtExecutionProvider"):
         check_engine("tensorrt")
-    with pytest.raises(ValueError, match="fp16: allowed with backend openvino is fp32; triton has fp16"):
+    with pytest.raises(ValueError, match="fp16: allowed with backend openvino is fp32, bf16; triton has fp16"):
         check_engine("openvino", "fp16")
-    with pytest.raises(ValueError, match=r"bf16: allowed with backend openvino is fp32$"):
-        check_engine("openvino", "bf16")
+    with pytest.raises(ValueError, match=r"bf16: allowed with backend onnxruntime is fp32; openvino has bf16$"):
+        check_engine("onnxruntime", "bf16")
     with pytest.raises(ValueError, match="'cuda': allowed are torch"):
         check_engine("cuda")
     with pytest.raises(ValueError, match=r"no_such_package is not there.*\[export\]"):

@@ -259,7 +259,7 @@ class Packed(OfFractions):
 
     @property
     def image_channels(self) -> set[int]:
-        return {channels // 4 if channels == self.config["in_channels"] else channels for channels in super().image_channels}
+        return {channels // 4 for channels in super().image_channels}
 
     def grid(self, call: Call) -> tuple[int, int]:
         """Rows and columns of the patches of a call's samples."""
@@ -292,6 +292,10 @@ class QwenImage(Packed):
     texts: ClassVar[str] = "encoder_hidden_states"
     mask: ClassVar[str] = "encoder_hidden_states_mask"  # (N, tokens), which of them are a text's; None for all
     shapes: ClassVar[str] = "img_shapes"  # a list of them for each sample
+
+    @property
+    def image_channels(self) -> set[int]:
+        return {self.config["in_channels"] // 4, self.config["out_channels"]}  # the second one counts those of an image
 
     def grid(self, call: Call) -> tuple[int, int]:
         _, rows, columns = call.constants[self.shapes][0][0]
