@@ -268,7 +268,7 @@ def steps(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """Error of the noise prediction on unseen trajectories before and after the activation scales are learned."""
     import torch
 
-    from qncd.benchmark.plan import parse_width
+    from qncd.benchmark.plan import integer_bits
     from qncd.ptq.context import copied
     from qncd.ptq.observing import call_on
     from qncd.ptq.pipeline import calibrate_
@@ -280,7 +280,7 @@ def steps(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     _, unseen = load(model, args.inputs // 2, 1)
     rows = []
     for width in args.widths:
-        config = QuantConfig(*parse_width(width))
+        config = QuantConfig(*integer_bits(width))
         network, reference = (quantize_(copied(plain), config) for _ in range(2))
 
         @torch.no_grad()
@@ -303,7 +303,7 @@ def steps(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from qncd.benchmark.plan import parse_width
+    from qncd.benchmark.plan import integer_bits
 
     cli.check_counts(args, ("rounds", "inputs", "threads"))
     if args.json:
@@ -318,7 +318,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--block needs --quality and one --model")
     figures: dict[str, Any] = {"threads": torch.get_num_threads()}
     for width in args.widths:
-        parse_width(width)
+        integer_bits(width)
     if args.steps and args.quality:
         raise ValueError("--steps and --quality exclude one another")
     if args.steps:
