@@ -62,7 +62,7 @@ class Waiting:
         self.module, self.corrector, self.fitted = weakref.ref(module), corrector, fitted
         network = network_of(module)
         self.calls_network = calls_network
-        self.times_of, self.forward = network.times_of, network.time_at(1) < network.time_at(0)
+        self.times_of, self.rising = network.times_of, network.time_at(1) < network.time_at(0)
         self.tap = Tap(network)
         self.time: float | None = None  # of the last call since the last step
         self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
@@ -71,7 +71,7 @@ class Waiting:
         if self.tap.silent:
             return
         before, self.time = self.time, float(self.times_of(args, kwargs).reshape(-1)[0])
-        if before is not None and (self.time > before if self.forward else self.time < before):
+        if before is not None and (self.time > before if self.rising else self.time < before):
             self.time = None
             raise ValueError(NOT_APPLIED)
         _called.network = self

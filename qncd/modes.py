@@ -134,7 +134,7 @@ def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection
         usual = {path: value for path, value in usual.items() if path not in ("quant.gptq", "quant.rank")}
     if given.get("quant.temporal_differences"):
         usual.setdefault("quant.act_granularity", TOKEN)
-    if act_bits is None:
+    if act_bits is None:  # nor is there anything to be left to the family of a network
         usual = {path: v for path, v in usual.items() if v is not None and path.partition(".")[2] not in OF_ACTIVATIONS}
     elif {**usual, **given}.get("quant.act_granularity", TENSOR) != TENSOR:  # there are no ranges to calibrate
         usual = {path: value for path, value in usual.items() if path.partition(".")[2] not in CALIBRATED}

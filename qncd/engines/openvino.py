@@ -19,7 +19,6 @@ class OpenVino(OnnxEngine):
 
     name = "openvino"
     packages = ("openvino",)
-
     precisions = tuple(HINTS)
 
     def check(self, precision: str) -> None:
@@ -43,7 +42,7 @@ class OpenVino(OnnxEngine):
                 try:
                     compiled[shapes] = openvino_core().compile_model(model, "CPU", options)
                 except RuntimeError as error:
-                    raise ValueError(f"{folder / FILE}: openvino refuses it: {' '.join(str(error).split())[:300]}") from error
+                    raise self.refusal(folder, error) from error
             return np.array(compiled[shapes](inputs)[0])  # a copy: the engine uses its buffer again
 
         return run

@@ -203,7 +203,7 @@ def _of_transformers(folder: Path, index: Mapping[str, Any], without: Collection
             continue
         part = folder / name
         loaded: Any = kind.from_pretrained(
-            str(part), local_files_only=True, variant=_variant_of(part), output_loading_info=True, dtype=torch.float32
+            str(part), local_files_only=True, variant=_variant_of(part), output_loading_info=True, dtype=_loading()["dtype"]
         )
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
@@ -222,7 +222,12 @@ def _check_tokenizers(folder: Path, index: Mapping[str, Any]) -> None:
 
 def _class_of_transformers(value: Any) -> Any:
     """The class that an entry of a pipeline's index names in transformers; None for another one."""
-    return getattr(transformers, str(value[1]), None) if isinstance(value, list) and value[0] == "transformers" else None
+    return getattr(transformers, str(value[1]), None) if _library_of(value) == "transformers" else None
+
+
+def _library_of(value: Any) -> Any:
+    """The library in an entry of a pipeline's index, [library, class]; None where it names none."""
+    return value[0] if isinstance(value, list) and len(value) == 2 else None
 
 
 def _checked(pipe: DiffusionPipeline, source: str | Path) -> DiffusionPipeline:
@@ -265,7 +270,7 @@ def _variant_of(part: Path) -> str | None:
 def _check_libraries(path: Path, index: Mapping[str, Any]) -> None:
     """Raise ValueError where a component's class is of another library, or of a file of the folder: diffusers would import it."""
     for name, value in index.items():
-        library = value[0] if isinstance(value, list) and len(value) == 2 else None
+        library = _library_of(value)
         known = str(library).partition(".")[0] in _LIBRARIES or hasattr(pipelines, str(library))
         if library is None or (known and not (path.parent / name / f"{library}.py").exists()):
             continue

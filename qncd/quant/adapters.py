@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantLayer
 
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")  # the one child of what torch.compile and parallel classes return
@@ -39,7 +40,7 @@ def check_quantizable(module: nn.Module) -> None:
     children = [name for name, _ in module.named_children()]
     if len(children) == 1 and children[0] in _WRAPPED:
         raise ValueError(f"{kind} wraps a network: quantize the network itself, and wrap or compile it afterwards")
-    if any(isinstance(part, QuantLayer) for part in module.modules()):
+    if quant_layers(module):
         how = "is quantized already" if hasattr(module, "_qncd") else "was left half quantized by an error"
         raise ValueError(f"{kind} {how}: load the full-precision model again")
     check_no_adapters(module, BEFORE)

@@ -49,7 +49,10 @@ class StateOfPacked(OrderedDict[str, Tensor]):
 
     def __missing__(self, name: str) -> Tensor:
         parent, _, own = name.rpartition(".")
-        layer: Any = dict(self._module.named_modules()).get(parent)
+        try:
+            layer: Any = self._module.get_submodule(parent)
+        except AttributeError:
+            raise KeyError(name) from None
         layer = getattr(layer, "base_layer", layer)  # beside which an adapter is
         if own != "weight" or not isinstance(layer, QuantLayer):
             raise KeyError(name)

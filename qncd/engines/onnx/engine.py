@@ -44,6 +44,10 @@ class OnnxEngine(ABC):
         for package in ("onnx", "onnxscript", *self.packages):
             require(package)
 
+    def refusal(self, folder: Path, error: Exception) -> ValueError:
+        """What a runtime says against DIR/model.onnx, in one line."""
+        return ValueError(f"{folder / FILE}: {self.name} refuses it: {' '.join(str(error).split())[:300]}")
+
     def open(self, network: Network, folder: Path | None, *, precision: str, threads: int | None) -> EngineNetwork:
         """The model of a folder in the place of `network`; as `qncd.engines.engine.Engine.open`."""
         if folder is None:
@@ -53,7 +57,7 @@ class OnnxEngine(ABC):
         try:
             session = self.session(folder, threads or torch.get_num_threads(), precision)
         except Exception as error:  # the runtimes' exceptions have no common base
-            raise ValueError(f"{folder / FILE}: {self.name} refuses it: {' '.join(str(error).split())[:300]}") from error
+            raise self.refusal(folder, error) from error
         return EngineNetwork(network, on_tensors(session), specs, info.one_step_a_call)
 
 

@@ -17,8 +17,8 @@ from qncd.quant.adapters import BEFORE, check_adapted, check_no_adapters, refuse
 from qncd.quant.affine import Codes, IntegerRange
 from qncd.quant.attention import AttentionProducts, QuantAttnProcessor, QuantizedProducts
 from qncd.quant.float8 import Float8Codes
-from qncd.quant.inspection import state_dict_of_packed
-from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLayer, QuantLinear
+from qncd.quant.inspection import quant_layers, state_dict_of_packed
+from qncd.quant.layers import LayerConfig, QuantConv2d, QuantLinear
 from qncd.quant.trajectory import follow_trajectories
 from qncd.recipe import GGUF, GGUF_GROUP, QuantConfig, Recipe
 from qncd.widths import FP8
@@ -40,7 +40,7 @@ def quantize_(network: Network | nn.Module, config: QuantConfig) -> Network:
     network = network_of(network)
     module = network.module
     check_no_adapters(module, BEFORE)
-    if any(isinstance(m, QuantLayer) for m in module.modules()):
+    if quant_layers(module):
         raise ValueError("the model is quantized already")
     layers, attentions = network.layers(), network.attentions()
     if not layers:
