@@ -16,7 +16,7 @@ from script_runs import run_in_process
 from small_pipelines import KINDS, PROMPTS, made, picture, run, text_model, write_ip_adapter, write_lora
 
 import qncd
-from qncd.models.network import seen_inputs
+from qncd.models.seen import seen_inputs
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer, QuantLinear
 

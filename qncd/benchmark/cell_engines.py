@@ -22,7 +22,8 @@ from qncd.benchmark.engine_speed import Call, alternate
 from qncd.benchmark.plan import Cell, Plan
 from qncd.engines.engine import export, open_engine
 from qncd.io.files import read_json, scratch_folder, write_json
-from qncd.models.network import network_of, remember_inputs
+from qncd.models.network import network_of
+from qncd.models.seen import remember_inputs
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.observing import call_on
 

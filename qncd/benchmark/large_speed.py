@@ -13,7 +13,8 @@ import torch
 from qncd.benchmark.engine_speed import alternate, export_pair, make_large_contest, ratio
 from qncd.io.files import scratch_folder
 from qncd.models.configs import CONFIGS
-from qncd.models.network import Network, network_of, remember_inputs
+from qncd.models.network import Network, network_of
+from qncd.models.seen import remember_inputs
 from qncd.ptq.data import CalibrationSet
 
 TIMES = (1, 501)

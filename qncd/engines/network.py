@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from qncd.models.calls import Call, rows_of
+from qncd.models.calls import Call, Inputs, rows_of
 from qncd.models.network import Network, without_memory
+from qncd.models.seen import settings_of
 from qncd.quant.inspection import quant_layers
 
 Session = Callable[[dict[str, Tensor]], Tensor]  # named inputs -> the network's output, on the inputs' device
@@ -36,9 +36,9 @@ class InputSpec:
 
 @dataclass
 class EngineOutput(BaseOutput):
-    """What a denoiser of diffusers returns: `sample` (N, ...), which is also `[0]`."""
+    """What a denoiser of diffusers returns: `sample` (N, ...) or a list of tensors, which is also `[0]`."""
 
-    sample: Tensor
+    sample: Any
 
 
 class EngineNetwork(nn.Module):
@@ -48,6 +48,7 @@ class EngineNetwork(nn.Module):
         network: that it stands in for; its weights are not kept.
         session: the engine, called with named tensors, the sample and the time steps first.
         inputs: what the engine takes, by name; None where it takes whatever the network does.
+        settings: what the engine was made for beside tensors, by name (`qncd.models.seen.settings_of`); calls must have the same.
         one_step_a_call: inputs of several time steps go to the engine step by step.
 
     Attributes:
@@ -62,11 +63,12 @@ class EngineNetwork(nn.Module):
         network: Network,
         session: Session,
         inputs: Mapping[str, InputSpec] | None = None,
+        settings: Mapping[str, Any] | None = None,
         one_step_a_call: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.session, self.inputs, self.one_step_a_call = network.config, session, inputs, one_step_a_call
-        self.defaults = defaults_of(network.module)
+        self.settings = dict(settings or {})
         self.register_buffer("place", torch.empty(0, device=network.device, dtype=network.dtype), persistent=False)
         # What pipelines look up in the original, such as the width of an embedding: shapes alone.
         object.__setattr__(self, "_original", without_memory(network).module)
@@ -90,7 +92,7 @@ class EngineNetwork(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.place.dtype
 
-    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> EngineOutput | tuple[Tensor]:
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> EngineOutput | tuple[Any]:
         """The arguments of the original module -> `.sample` (N, ...) in the sample's dtype; a tuple without `return_dict`.
 
         Raises:
@@ -98,13 +100,18 @@ class EngineNetwork(nn.Module):
         """
         network = self._qncd_network
         call = network.bind(args, kwargs)
-        constants = {name: value for name, value in call.constants.items() if not isinstance(value, Tensor)}
+        self._check_settings(settings_of(self._original, call.constants))
         shared = {name: value for name, value in call.constants.items() if isinstance(value, Tensor)}
-        return_dict = constants.pop("return_dict", return_dict)
-        check_tensors(constants, self.defaults)
-        inputs = self._converted({network.sample_name: call.x, network.time_name: call.t, **call.inputs, **shared})
-        out = self._run(inputs, network.time_name).to(call.x.dtype)
-        return EngineOutput(out) if return_dict else (out,)
+        given = {network.sample_name: call.x, network.time_name: call.t, **call.inputs, **shared}
+        out = network.as_result(self._run(self._converted(network.trimmed(given)), network.time_name).to(call.x.dtype))
+        return EngineOutput(out) if call.constants.get("return_dict", return_dict) else (out,)
+
+    def _check_settings(self, given: Mapping[str, Any]) -> None:
+        for name in sorted({*given, *self.settings}):
+            if given.get(name) != self.settings.get(name):
+                here = f"is {given[name]!r:.80}" if name in given else "is not given"
+                there = f"for {self.settings[name]!r:.80}" if name in self.settings else "without it"
+                raise ValueError(f"{name} {here}: the network on the engine is made {there}")
 
     def _converted(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Inputs as the engine takes them, in the engine's order."""
@@ -148,6 +155,21 @@ class _StandIn(Network):
     def time_at(self, t: float) -> float:
         return self._original.time_at(t)
 
+    def as_rows(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return self._original.as_rows(arguments)
+
+    def as_arguments(self, rows: dict[str, Any]) -> dict[str, Any]:
+        return self._original.as_arguments(rows)
+
+    def output_of(self, result: Any) -> Tensor:
+        return self._original.output_of(result)
+
+    def as_result(self, output: Tensor) -> Any:
+        return self._original.as_result(output)
+
+    def trimmed(self, inputs: Inputs) -> dict[str, Tensor]:
+        return self._original.trimmed(inputs)
+
     def to_images(self, samples: Tensor, call: Call | None = None) -> Tensor:
         return self._original.to_images(samples, call)
 
@@ -161,19 +183,6 @@ class _StandIn(Network):
     @property
     def dtype(self) -> torch.dtype:
         return self.module.get_buffer("place").dtype
-
-
-def defaults_of(module: nn.Module) -> dict[str, Any]:
-    """The default of each argument of a module's forward."""
-    return {name: parameter.default for name, parameter in inspect.signature(type(module).forward).parameters.items()}
-
-
-def check_tensors(constants: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise ValueError for an argument of a call that says something and is no tensor: engines take nothing else."""
-    for name, value in constants.items():
-        empty = isinstance(value, (Mapping, list, tuple)) and not value
-        if value is not defaults.get(name) and not isinstance(value, Tensor) and not empty:
-            raise ValueError(f"{name}: a network on an engine takes tensors, this is {value!r:.80}")
 
 
 def check_kernels(network: Network, where: str) -> None:

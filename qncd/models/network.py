@@ -11,7 +11,8 @@ import importlib
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from qncd.models.calls import Call, Inputs, flatten, nested
+from qncd.models.seen import seen_inputs
 
 log = logging.getLogger("qncd")
 
@@ -34,11 +36,11 @@ FAMILIES: dict[str, str] = {
     "HunyuanDiT2DModel": "qncd.models.families.transformer:HunyuanDiT",
     "WanTransformer3DModel": "qncd.models.families.transformer:Transformer",
     "AuraFlowTransformer2DModel": "qncd.models.families.transformer:OfFractions",
-    "Lumina2Transformer2DModel": "qncd.models.families.transformer:Reversed",
-    "FluxTransformer2DModel": "qncd.models.families.transformer:Flux",
-    "ChromaTransformer2DModel": "qncd.models.families.transformer:Flux",
-    "QwenImageTransformer2DModel": "qncd.models.families.transformer:QwenImage",
-    "ZImageTransformer2DModel": "qncd.models.families.transformer:ZImage",
+    "Lumina2Transformer2DModel": "qncd.models.families.single_stream:Lumina2",
+    "FluxTransformer2DModel": "qncd.models.families.packed:Flux",
+    "ChromaTransformer2DModel": "qncd.models.families.packed:Chroma",
+    "QwenImageTransformer2DModel": "qncd.models.families.packed:QwenImage",
+    "ZImageTransformer2DModel": "qncd.models.families.single_stream:ZImage",
 }
 TIME_NAMES = ("timestep", "timesteps", "t", "time")  # of the argument that a network's forward has for the time step
 PLAIN = (
@@ -80,8 +82,9 @@ class Network:
         block_types: modules that are reconstructed as a whole.
         channel_dim: of activations, 1 for images and -1 for tokens.
         shared: names of inputs that all samples of a call share, whatever their shapes.
+        tokens: inputs with an axis that runs over the tokens of texts, and that axis: an exported network takes any number.
         packed: samples are tokens of patches, which `to_images` takes apart.
-        listed: the module takes lists, which `as_rows` makes tensors of.
+        fractions: time steps are fractions or floats even where they are whole numbers.
         step_window, rotates: what `step_window` and `rotation` of a `QuantConfig` are where they are left to the family.
     """
 
@@ -89,9 +92,10 @@ class Network:
     channel_dim: ClassVar[int] = 1
     step_window: ClassVar[float] = 0.0
     rotates: ClassVar[bool] = False
+    tokens: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 1, "encoder_attention_mask": 1}
+    fractions: ClassVar[bool] = False
     shared: frozenset[str] = frozenset()
     packed: bool = False
-    listed: bool = False
 
     def __init__(self, module: nn.Module, prediction: str = "epsilon") -> None:
         self.module, self.prediction = module, prediction
@@ -172,6 +176,23 @@ class Network:
         """What a call of the module returned, as a tensor with a row for each sample."""
         output: Tensor = result[0] if isinstance(result, tuple) else result.sample
         return output
+
+    def as_result(self, output: Tensor) -> Any:
+        """The inverse of `output_of`, without its tuple."""
+        return output
+
+    def trimmed(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Inputs of a call by name, as `as_rows` gives them, without tokens that no text of the call has."""
+        return dict(inputs)
+
+    @contextmanager
+    def traced(self, constants: Mapping[str, Any]) -> Iterator[Callable[[Tensor, Tensor, Inputs], Tensor]]:
+        """Within it, `call` in a form in which no shape depends on values, for tracing.
+
+        Args:
+            constants: what else the module is called with.
+        """
+        yield lambda x, t, inputs: self.call(x, t, inputs, **constants)
 
     def as_prediction(self, output: Tensor) -> Tensor:
         """What the module's output is in `prediction`: some give the negative of it."""
@@ -335,44 +356,6 @@ def without_memory(network: Network) -> Network:
 
 def _shape_of(parameter: Tensor) -> Tensor:
     return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-
-
-_SEEN, _CONSTANTS = "_qncd_inputs", "_qncd_constants"  # attributes of a module
-
-
-def remember_inputs(network: Network, x: Tensor, t: Tensor, inputs: Inputs, constants: Mapping[str, Any]) -> None:
-    """Keep the shape of one row, or of what rows share, and the dtype of all that a network is called with.
-
-    Exporters and checkpoints ask for it.
-
-    Time steps are whole numbers (int64) unless one has a fraction.
-
-    Args:
-        constants: `Call.constants`, which are kept as they are.
-    """
-    object.__setattr__(network.module, _CONSTANTS, dict(constants))
-    whole = not t.is_floating_point() or bool((t == t.round()).all())
-    seen = {network.sample_name: [list(x.shape[1:]), "float32"], network.time_name: [[], "int64" if whole else "float32"]}
-    shared = {name: value for name, value in constants.items() if name in network.shared}
-    for name, value in [*inputs.items(), *shared.items()]:
-        shape = value.shape if name in shared else value.shape[1:]
-        seen[name] = [list(shape), "float32" if value.is_floating_point() else "int64"]
-    set_seen_inputs(network.module, seen)
-
-
-def seen_inputs(module: nn.Module) -> dict[str, Any] | None:
-    """What `remember_inputs` kept of shapes: [shape, dtype] by name, the sample and the time step first."""
-    return getattr(module, _SEEN, None)
-
-
-def seen_constants(module: nn.Module) -> dict[str, Any]:
-    """The constants that `remember_inputs` kept."""
-    return getattr(module, _CONSTANTS, {})
-
-
-def set_seen_inputs(module: nn.Module, seen: dict[str, Any] | None) -> None:
-    """Put back what `seen_inputs` gave."""
-    object.__setattr__(module, _SEEN, seen)
 
 
 def _is_plain(layer: nn.Conv2d | nn.Linear) -> bool:

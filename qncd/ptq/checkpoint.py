@@ -24,11 +24,13 @@ from torch import Tensor
 
 from qncd.models.files.diffusers_folders import parts_of, read_parts
 from qncd.models.files.safetensors_files import read_metadata, read_safetensors, read_safetensors_part, write_safetensors
-from qncd.models.network import Network, seen_inputs, set_seen_inputs, without_memory
+from qncd.models.network import Network, without_memory
+from qncd.models.seen import seen_constants, seen_inputs, set_seen, settings_of
 from qncd.ptq.checkpoint_schema import (
     check_tensors,
     read_act_bits,
     read_config,
+    read_field,
     read_inputs,
     read_layers,
     read_settings,
@@ -77,6 +79,7 @@ class QuantizedInfo:
         act_bits: of each activation quantizer, where the precision is mixed.
         inputs: shape of one row and dtype of all that the network is called with, by name, where the file says so.
         layers: what each layer got, and its error, where the file says so.
+        call_settings: what else than tensors it is called with, by name (`qncd.models.seen.settings_of`).
     """
 
     config: QuantConfig
@@ -87,6 +90,7 @@ class QuantizedInfo:
     act_bits: dict[str, int] | None = None
     inputs: dict[str, Any] | None = None
     layers: NetworkRecord | None = None
+    call_settings: dict[str, Any] = field(default_factory=dict)
 
 
 def _weight_tensors(name: str, layer: QuantLayer) -> dict[str, Tensor]:
@@ -158,6 +162,8 @@ def content_of(
     }
     if (seen := seen_inputs(module)) is not None:
         metadata["inputs"] = json.dumps(seen)
+        if call_settings := settings_of(module, seen_constants(module), strict=False):
+            metadata["call_settings"] = json.dumps(call_settings)
     if config.bit_allocation:
         metadata["act_bits"] = json.dumps(
             {name: quantizer.codes.bits for name, quantizer in quantizers.items() if quantizer.codes}
@@ -200,7 +206,8 @@ def peek_quantized(path: Path) -> QuantizedInfo:
         seen = read_inputs(path, metadata) if "inputs" in metadata else None
         records = _records(path, fields, metadata)
         layers = read_layers(path, metadata) if "layers" in metadata else None
-        return QuantizedInfo(config, smoothed, metadata["base_hash"], settings, records, bits, seen, layers)
+        call_settings = read_field(path, metadata, "call_settings") if "call_settings" in metadata else {}
+        return QuantizedInfo(config, smoothed, metadata["base_hash"], settings, records, bits, seen, layers, call_settings)
     except KeyError as error:
         raise ValueError(f"{path}: damaged header: {error}") from None
 
@@ -294,7 +301,7 @@ def _load_(
     """Load everything, or with `config` the weights alone."""
     info, tensors = _checked(network, path, config, base_hash)
     _take_over(network, tensors, info, config, packed)
-    set_seen_inputs(network.module, info.inputs)
+    set_seen(network.module, info.inputs, info.call_settings)
     return info
 
 

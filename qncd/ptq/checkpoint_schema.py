@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qncd.models.seen import DTYPES
 from qncd.ptq.layer_record import NetworkRecord
 from qncd.quant.affine import Codes, IntegerRange
 from qncd.quant.inspection import calibrated_quantizers, quant_layers
@@ -203,7 +204,7 @@ def read_inputs(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What the network is called with: [shape of one row, dtype] by name. Raises as `read_field`."""
     inputs = read_field(path, metadata, "inputs")
     for name, value in inputs.items():
-        fits = isinstance(value, list) and len(value) == 2 and isinstance(value[0], list) and value[1] in ("float32", "int64")
+        fits = isinstance(value, list) and len(value) == 2 and isinstance(value[0], list) and value[1] in DTYPES
         if not fits or not all(type(size) is int and 0 < size < 1 << 20 for size in value[0]):
             raise ValueError(f"{path}: damaged header: inputs: {shortened(name)}: expected the shape of a row and its dtype")
     return inputs

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from qncd.distributed import OneProcess, Processes
-from qncd.models.network import Network, network_of, remember_inputs
+from qncd.models.network import Network, network_of
+from qncd.models.seen import remember_inputs
 from qncd.progress import Monitor, silent
 from qncd.ptq.bits import MeanBits, mean_bits
 from qncd.ptq.context import Context

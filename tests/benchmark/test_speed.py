@@ -13,7 +13,8 @@ from small_pipelines import made
 from qncd.app import console
 from qncd.app.commands import benchmark_speed
 from qncd.benchmark import large_speed, speed
-from qncd.models.network import Network, network_of, remember_inputs
+from qncd.models.network import Network, network_of
+from qncd.models.seen import remember_inputs
 from qncd.ptq.data import CalibrationSet
 
 

@@ -66,15 +66,30 @@ def test_what_is_refused(unet: Any) -> None:
     with pytest.raises(ValueError, match="called without timestep"):
         engine(x)
     with pytest.raises(
-        ValueError, match=r"cross_attention_kwargs: a network on an engine takes tensors, this is \{'scale': 0\.5\}"
+        ValueError, match=r"cross_attention_kwargs is \{'scale': 0\.5\}: the network on the engine is made without it"
     ):
         engine(x, 3, context, cross_attention_kwargs={"scale": 0.5})
-    with pytest.raises(ValueError, match="class_labels: a network on an engine takes tensors, this is 0"):
+    with pytest.raises(ValueError, match="class_labels is 0: the network on the engine is made without it"):
         engine(x, 3, context, class_labels=0)
     with pytest.raises(ValueError, match=r"sample is 2x3x16x16, the exported model takes \?x3x8x8"):
         engine(torch.randn(2, 3, 16, 16), 3, context)
     with pytest.raises(ValueError, match="timestep holds fractions, the exported model takes whole numbers"):
         engine(x, 3.5, context)
+
+
+def test_what_is_no_tensor_is_as_it_was_exported(unet: Any) -> None:
+    """An engine that was made for a setting takes calls with that one alone; tuples are lists."""
+    made_for = {"cross_attention_kwargs": {"scale": 0.5, "sizes": [[1, 2]]}}
+    engine, x = EngineNetwork(network_of(unet), Recorder(), SPECS, made_for), torch.randn(2, 3, 8, 8)
+    context = torch.randn(2, 5, 12)
+    out = engine(x, 3, context, cross_attention_kwargs={"scale": 0.5, "sizes": [(1, 2)]})
+    torch.testing.assert_close(out.sample, x + 3)
+    with pytest.raises(ValueError, match=r"cross_attention_kwargs is not given: the network on the engine is made for \{'scale'"):
+        engine(x, 3, context)
+    with pytest.raises(ValueError, match=r"is \{'scale': 1\.0\}: the network on the engine is made for \{'scale': 0\.5"):
+        engine(x, 3, context, cross_attention_kwargs={"scale": 1.0})
+    with pytest.raises(ValueError, match=r"cross_attention_kwargs\.mask: a network on an engine takes tensors, numbers and texts"):
+        engine(x, 3, context, cross_attention_kwargs={"scale": 0.5, "mask": object()})
 
 
 def test_time_steps_one_by_one(unet: Any) -> None:

@@ -16,7 +16,9 @@ from small_pipelines import KINDS, made
 from torch import Tensor
 
 from qncd.models.calls import Call, in_one
-from qncd.models.network import Network, network_of, remember_inputs
+from qncd.models.network import Network, network_of
+from qncd.models.seen import remember_inputs
+from qncd.models.traceable import Traceable, pairs_of
 from qncd.ptq.observing import observe_
 from qncd.ptq.pipeline_runs import PipelineRuns
 from qncd.ptq.stages.prepare import quantize_
@@ -142,6 +144,34 @@ def test_flux_samples_are_images_and_back() -> None:
     images = network.to_images(tokens, call)
     torch.testing.assert_close(images, diffusers.FluxPipeline._unpack_latents(tokens, 4, 6, 1), rtol=0, atol=0)
     assert torch.equal(network.to_samples(images, tokens), tokens)
+
+
+@pytest.mark.parametrize("kind", ["Chroma", "HunyuanDiT", "Lumina2", "Qwen-Image", "Z-Image"])
+def test_what_is_traced_is_what_is_called(kind: str, calibrated: Any) -> None:
+    """A form that an exporter follows computes the same, on captions of several lengths too, with and without idle tokens."""
+    network, data = calibrated(kind)
+    constants = {name: value for name, value in data.constants.items() if not isinstance(value, Tensor)}
+    shared = {name: value for name, value in data.constants.items() if isinstance(value, Tensor)}
+    rows = {name: value.clone() for name, value in data.subset(torch.arange(3)).inputs.items()}
+    for name, shorter in (("cap_tokens", 5), ("encoder_attention_mask", 0), ("encoder_hidden_states_mask", 0)):
+        if name in rows:
+            rows[name][1, ... if name == "cap_tokens" else slice(4, None)] = shorter
+    x, t = data.x[:3], data.t[:3]
+    with torch.no_grad():
+        expected = network.call(x, t, rows, **data.constants)
+        with network.traced(constants) as call, Traceable():
+            for inputs in ({**rows, **shared}, network.trimmed({**rows, **shared})):
+                torch.testing.assert_close(call(x, t, inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_are_complex_numbers() -> None:
+    a, b = torch.randn(2, 3, 4, dtype=torch.complex64), torch.randn(2, 4, dtype=torch.complex64)
+    with Traceable():
+        product = torch.view_as_complex(torch.view_as_real(a)) * pairs_of(b).unsqueeze(1)  # of pairs
+        found = torch.view_as_real(product)
+    torch.testing.assert_close(found, torch.view_as_real(a * b.unsqueeze(1)))
+    with pytest.raises(ValueError, match="dim -1: allowed are numbers from the front"):
+        pairs_of(b).unsqueeze(-1)
 
 
 def test_z_image_takes_lists() -> None:

@@ -58,7 +58,7 @@ class OnnxEngine(ABC):
             session = self.session(folder, threads or torch.get_num_threads(), precision)
         except Exception as error:  # the runtimes' exceptions have no common base
             raise self.refusal(folder, error) from error
-        return EngineNetwork(network, on_tensors(session), specs, info.one_step_a_call)
+        return EngineNetwork(network, on_tensors(session), specs, info.call_settings, info.one_step_a_call)
 
 
 def on_tensors(session: ArraySession) -> Session:

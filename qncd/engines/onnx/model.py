@@ -3,8 +3,9 @@
 `DIR/model.onnx` is a standard ONNX model in QDQ form (opset 21). Its inputs are named as the arguments of the network's forward:
 of a UNet `sample` (N, C, H, W) float32, `timestep` (N,) int64 and, where the network takes one, `encoder_hidden_states` (N, L, D)
 float32 or `class_labels` (N,) int64. What lies inside a dictionary or a list has a dotted name, as `added_cond_kwargs.time_ids`.
-The output is named `noise`. The model's metadata_props say how it was quantized and from which weights. Where activations have
-a range for each time step, that of a call's first input chooses for all of them.
+The output is named `noise`. The model's metadata_props say how it was quantized, from which weights, and what calls have to
+give that is no tensor: it is fixed. Where activations have a range for each time step, that of a call's first input chooses for
+all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from qncd.engines.packages import require
 from qncd.io.files import reading, regular_file, whole_file
 from qncd.models.loading import state_dict_hash
 from qncd.models.network import Network, network_of
+from qncd.models.seen import seen_constants, settings_of
 from qncd.quant.inspection import UnpackedState, act_quantizers, quant_layers
 from qncd.quant.quantizers import Stage
 from qncd.recipe import QuantConfig
@@ -45,12 +47,14 @@ class OnnxInfo:
         base_hash: SHA-256 of the full-precision weights that it comes from.
         network_hash: SHA-256 of the network's state as it was exported: weights on their grid, scales, zero points.
         settings: what else is known of the calibration, as plain JSON values.
+        call_settings: what calls have to give beside tensors (`qncd.models.seen.settings_of`).
     """
 
     config: QuantConfig | None
     base_hash: str
     network_hash: str
     settings: dict[str, Any]
+    call_settings: dict[str, Any] = field(default_factory=dict)
 
     def to_metadata(self) -> dict[str, str]:
         """As metadata_props."""
@@ -61,6 +65,7 @@ class OnnxInfo:
             "qncd.base_hash": self.base_hash,
             "qncd.network_hash": self.network_hash,
             "qncd.settings": json.dumps(self.settings),
+            "qncd.call": json.dumps(self.call_settings),
         }
 
     @property
@@ -79,7 +84,8 @@ class OnnxInfo:
             config = json.loads(metadata["qncd.recipe"])
             settings = json.loads(metadata["qncd.settings"])
             quantized = None if config is None else QuantConfig(**config)
-            return cls(quantized, metadata["qncd.base_hash"], metadata["qncd.network_hash"], settings)
+            call_settings = json.loads(metadata.get("qncd.call", "{}"))  # older files have none
+            return cls(quantized, metadata["qncd.base_hash"], metadata["qncd.network_hash"], settings, call_settings)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{source}: damaged metadata: {error}") from None
 
@@ -151,7 +157,9 @@ def export_network(
         shape: of one sample, (C, H, W); by default the network's own.
     """
     network = network_of(network)
-    info = OnnxInfo(config, base_hash, state_dict_hash(UnpackedState(network.module)), settings or {})
+    own = state_dict_hash(UnpackedState(network.module))
+    call_settings = settings_of(network.module, seen_constants(network.module))
+    info = OnnxInfo(config, base_hash, own, settings or {}, call_settings)
     return save_onnx(build_onnx(network, info, shape), folder)
 
 

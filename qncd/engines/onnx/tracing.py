@@ -10,17 +10,19 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qncd.engines.network import check_tensors, defaults_of
 from qncd.engines.packages import require
 from qncd.io.files import first_line
-from qncd.models.network import Network, seen_constants
+from qncd.models.calls import Inputs
+from qncd.models.network import Network
+from qncd.models.seen import seen_constants, settings_of
+from qncd.models.traceable import Traceable
 from qncd.quant.attention import AttentionProducts
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
@@ -32,22 +34,26 @@ if TYPE_CHECKING:
 DOMAIN = "qncd"
 LAYER, ATTENTION = "Layer", "Attention"  # the markers' operators
 OPSET = 21  # the first with INT4 weights and 16-bit activations
-# Inputs and their axis that runs over a prompt's tokens.
-TOKENS = {"encoder_hidden_states": 1, "encoder_attention_mask": 1, "txt_ids": 0}
 SMALLEST_TORCH = (2, 8)  # the first with torch.onnx.ops.symbolic
 
 
 class _Traced(nn.Module):
-    """A network with plain tensors as inputs and output."""
+    """A network with plain tensors as inputs and output.
 
-    def __init__(self, network: Network, names: Sequence[str]) -> None:
+    Args:
+        call: what it computes (`qncd.models.network.Network.traced`).
+        names: of its inputs.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[[Tensor, Tensor, Inputs], Tensor], names: Sequence[str]) -> None:
         super().__init__()
-        self.module, self.network, self.names = network.module, network, tuple(names)
+        self.module, self.call, self.names = module, call, tuple(names)
 
     def forward(self, *values: Tensor) -> Tensor:
         """The tensors of `names`: (N, ...) samples, (N,) time steps and what else the network takes -> (N, ...)."""
         x, t, *others = values
-        return self.network.call(x, t, dict(zip(self.names[2:], others, strict=True)))
+        with Traceable():
+            return self.call(x, t, dict(zip(self.names[2:], others, strict=True)))
 
 
 def dynamic_axes(network: Network, shape: Sequence[int] | None = None) -> dict[str, dict[int, str]]:
@@ -57,8 +63,8 @@ def dynamic_axes(network: Network, shape: Sequence[int] | None = None) -> dict[s
     for name, value in one.items():
         sizes = zip(value.shape, other[name].shape, strict=True)
         axes[name] = {axis: "batch" for axis, (small, large) in enumerate(sizes) if small != large}
-        if name in TOKENS and value.ndim > TOKENS[name]:
-            axes[name][TOKENS[name]] = "tokens"
+        if value.ndim > network.tokens.get(name, value.ndim):
+            axes[name][network.tokens[name]] = "tokens"
     return axes
 
 
@@ -138,16 +144,14 @@ def trace(network: Network, shape: Sequence[int] | None = None) -> ir.Model:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SMALLEST_TORCH:
         raise ValueError(f"exporting needs torch {'.'.join(map(str, SMALLEST_TORCH))} or newer, this is {torch.__version__}")
     kind = type(network.module).__name__
-    if network.listed:
-        raise ValueError(f"{kind} takes lists of samples and captions: a network on an engine takes tensors")
-    constants = {name: value for name, value in seen_constants(network.module).items() if name != "return_dict"}
-    check_tensors(constants, defaults_of(network.module))
+    settings = settings_of(network.module, seen_constants(network.module))
     inputs = network.example(2, shape)
     # By name alone: with a range beside it a network is traced twice, since diffusers looks for batches of 64 and more.
     shapes = tuple(dynamic_axes(network, shape).values())
     talkers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [talker.level for talker in talkers]
     with (
+        network.traced(settings) as call,
         _marked(network.module),
         steps_not_selected(network.module),
         warnings.catch_warnings(),
@@ -158,7 +162,7 @@ def trace(network: Network, shape: Sequence[int] | None = None) -> ir.Model:
             talker.setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
-                _Traced(network, list(inputs)).eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET,
+                _Traced(network.module, call, list(inputs)).eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET,
                 dynamic_shapes=(shapes,), input_names=list(inputs), output_names=["noise"], verbose=False,
             )  # fmt: skip
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:

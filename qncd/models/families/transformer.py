@@ -7,17 +7,18 @@ data here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from qncd.models.calls import Call, Inputs
+from qncd.models.calls import Inputs
 from qncd.models.families.attentions import PLAIN_PROCESSORS, known_attentions
-from qncd.models.network import Network, seen_constants
+from qncd.models.network import Network
+from qncd.models.seen import seen_constants
 
 # Processors that call torch's attention once, by themselves or by diffusers' dispatcher.
 PROCESSORS = PLAIN_PROCESSORS | {
@@ -224,140 +225,47 @@ def _pair(
             yield Modulation(source, chunks[0], part, layers, table)
 
 
-def filled_rows(tokens: int) -> int:
-    """Rows that texts of up to so many tokens have in a call that is taken apart: as many in all calls, so that they fit."""
-    return -(-tokens // TEXT_ROWS) * TEXT_ROWS
-
-
 class HunyuanDiT(Transformer):
-    """HunyuanDiT: beside the samples come rotations of their places."""
+    """HunyuanDiT: beside the samples come rotations of their places, and texts have one number of tokens."""
 
     shared = frozenset({"image_rotary_emb.0", "image_rotary_emb.1"})
+    tokens: ClassVar[Mapping[str, int]] = {}
+    fractions = True  # the embedding of time has the dtype of the time steps
+
+    @contextmanager
+    def traced(self, constants: Mapping[str, Any]) -> Iterator[Callable[[Tensor, Tensor, Inputs], Tensor]]:
+        """The pooling of texts reads the weights of its layers instead of calling them."""
+        embedding: Any = self.module.time_extra_emb
+        packed = [layer for layer in embedding.pooler.modules() if getattr(layer, "packed", False)]
+        for layer in packed:
+            layer.unpack_weight_()
+        try:
+            with super().traced(constants) as call:
+                yield call
+        finally:
+            for layer in packed:
+                layer.pack_weight_()
 
 
 class OfFractions(Transformer):
     """A transformer whose time steps go from 1, which is noise, to 0."""
 
+    fractions = True
+
     def time_at(self, t: float) -> float:
         return t / TRAINED_STEPS
 
 
-class Reversed(Transformer):
-    """A transformer whose time steps go from 0, which is noise, to 1, and that predicts the velocity in that direction."""
-
-    def time_at(self, t: float) -> float:
-        return 1 - t / TRAINED_STEPS
-
-    def as_prediction(self, output: Tensor) -> Tensor:
-        return -output
+def filled_rows(tokens: int) -> int:
+    """Rows that texts of up to so many tokens have in a call that is taken apart: as many in all calls, so that they fit."""
+    return -(-tokens // TEXT_ROWS) * TEXT_ROWS
 
 
-class Packed(OfFractions):
-    """A transformer whose samples are tokens of 2x2 patches (N, L, 4 C)."""
-
-    packed = True
-
-    @property
-    def image_channels(self) -> set[int]:
-        return {channels // 4 for channels in super().image_channels}
-
-    def grid(self, call: Call) -> tuple[int, int]:
-        """Rows and columns of the patches of a call's samples."""
-        raise NotImplementedError
-
-    def to_images(self, samples: Tensor, call: Call | None = None) -> Tensor:
-        assert call is not None
-        patches = samples.unflatten(1, self.grid(call)).unflatten(-1, (-1, 2, 2))  # (N, rows, columns, C, 2, 2)
-        return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-
-    def to_samples(self, images: Tensor, like: Tensor) -> Tensor:
-        rows, columns = images.shape[2] // 2, images.shape[3] // 2
-        patches = images.unflatten(3, (columns, 2)).unflatten(2, (rows, 2))  # (N, C, rows, 2, columns, 2)
-        return patches.permute(0, 2, 4, 1, 3, 5).reshape(like.shape)
-
-
-class Flux(Packed):
-    """FLUX: beside the tokens come ids of their places."""
-
-    shared = frozenset({"img_ids", "txt_ids"})
-
-    def grid(self, call: Call) -> tuple[int, int]:
-        places = call.constants["img_ids"].amax(0).tolist()
-        return int(places[1]) + 1, int(places[2]) + 1
-
-
-class QwenImage(Packed):
-    """Qwen-Image: beside the tokens come the shapes of the images that they are of, and each text has any number of tokens."""
-
-    texts: ClassVar[str] = "encoder_hidden_states"
-    mask: ClassVar[str] = "encoder_hidden_states_mask"  # (N, tokens), which of them are a text's; None for all
-    shapes: ClassVar[str] = "img_shapes"  # a list of them for each sample
-
-    @property
-    def image_channels(self) -> set[int]:
-        return {self.config["in_channels"] // 4, self.config["out_channels"]}  # the second one counts those of an image
-
-    def grid(self, call: Call) -> tuple[int, int]:
-        _, rows, columns = call.constants[self.shapes][0][0]
-        return rows, columns
-
-    def as_rows(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        texts, mask, shapes = (arguments.get(name) for name in (self.texts, self.mask, self.shapes))
-        if not isinstance(texts, Tensor) or not shapes or any(other != shapes[0] for other in shapes):
-            return arguments
-        mask = torch.ones(texts.shape[:2], dtype=torch.bool, device=texts.device) if mask is None else mask.bool()
-        missing = filled_rows(texts.shape[1]) - texts.shape[1]
-        filled = {self.texts: F.pad(texts, (0, 0, 0, missing)), self.mask: F.pad(mask, (0, missing))}
-        return {**arguments, **filled, self.shapes: shapes[:1]}
-
-    def as_arguments(self, rows: dict[str, Any]) -> dict[str, Any]:
-        mask, shapes = rows.get(self.mask), rows.get(self.shapes)
-        if mask is None or not shapes or len(shapes) != 1:
-            return rows
-        count = max(1, int((mask.any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()))
-        mask = mask[:, :count]
-        texts = {self.texts: rows[self.texts][:, :count], self.mask: None if mask.all() else mask}
-        return {**rows, **texts, self.shapes: shapes * len(rows[self.sample_name])}
-
-
-class ZImage(Reversed):
-    """Z-Image: samples and captions come in lists, each caption with tokens of its own number.
-
-    Its pipeline has the condition first, where others have it last: that guidance is the same with the two exchanged.
-    """
-
-    listed = True
-    captions: ClassVar[str] = "cap_feats"
-    tokens: ClassVar[str] = "cap_tokens"  # (N,), how many each caption has; no argument of the module
-
-    @property
-    def condition(self) -> str | None:
-        return self.captions
-
-    def as_rows(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        samples, captions = (_tensors(arguments.get(name)) for name in (self.sample_name, self.captions))
-        if not samples or not captions:
-            return arguments
-        if any(sample.shape != samples[0].shape or sample.shape[1] != 1 for sample in samples):
-            raise ValueError("ZImageTransformer2DModel was called with samples of several sizes: allowed are images of one size")
-        counts = torch.tensor([len(caption) for caption in captions], device=captions[0].device)
-        rows = filled_rows(int(counts.max()))
-        filled = torch.stack([F.pad(caption, (0, 0, 0, rows - len(caption))) for caption in captions])
-        x = torch.stack(samples).squeeze(2)
-        return {**arguments, self.sample_name: x, self.captions: filled, self.tokens: counts}
-
-    def as_arguments(self, rows: dict[str, Any]) -> dict[str, Any]:
-        arguments = dict(rows)
-        counts = arguments.pop(self.tokens).tolist()
-        arguments[self.captions] = [caption[:count] for caption, count in zip(rows[self.captions], counts, strict=True)]
-        arguments[self.sample_name] = list(rows[self.sample_name].unsqueeze(2))
-        return arguments
-
-    def output_of(self, result: Any) -> Tensor:
-        return torch.stack(list(super().output_of(result))).squeeze(2)
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """A list of tensors; an empty one for anything else."""
-    listed = isinstance(values, (list, tuple)) and all(isinstance(value, Tensor) for value in values)
-    return list(values) if listed else []
+@contextmanager
+def forwarding(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it, a module computes `forward`."""
+    object.__setattr__(module, "forward", forward)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "forward")

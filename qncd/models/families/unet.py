@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from qncd.models.calls import Inputs
 from qncd.models.families.attentions import PLAIN_PROCESSORS, known_attentions
-from qncd.models.network import Network, TimePath, seen_inputs
+from qncd.models.network import Network, TimePath
+from qncd.models.seen import seen_inputs
 from qncd.models.stretch import additive_factors, scale_shift_factors
 
 EMBEDDING_LAYERS = ("time_embedding", "add_embedding", "time_emb_proj")  # by a part of their names
