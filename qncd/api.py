@@ -217,7 +217,7 @@ def export(model: Any, folder: str | Path, engine: str = "onnxruntime", shape: S
     """Write the quantized denoiser for an engine to a folder; returns the file.
 
     Args:
-        shape: (C, H, W) of one sample; by default the network's own.
+        shape: (C, H, W) of the latents; by default those of calibration.
 
     Raises:
         ValueError: the engine is unknown, a package is missing, or a part of the network has no form in it.
@@ -230,6 +230,7 @@ def export(model: Any, folder: str | Path, engine: str = "onnxruntime", shape: S
     if not engine_of(engine).file:
         raise ValueError(f"engine {engine} runs no file: open it with qncd.open_engine")
     settings = json.loads(json.dumps(state.settings))
+    shape = None if shape is None else network.shape_of(shape)
     return export_network(network, Path(folder), state.recipe.quant, state.base_hash, settings, shape)
 
 

@@ -114,14 +114,15 @@ def sampler_on_engine(args: argparse.Namespace, task: Task, folder: Path) -> Sam
     from qncd.engines.onnx.model import FILE, check_fits, is_current
 
     sampler, network = task.sampler, task.sampler.network
+    shape = network.shape_of(sampler.shape)
     if not engine_of(args.backend).file:
         log.info("%s runs the network on %s", args.backend, network.device)
     elif args.onnx is not None:
         folder = args.onnx
-        check_fits(folder, network, sampler.shape)
-    elif not is_current(folder, network, sampler.shape):
+        check_fits(folder, network, shape)
+    elif not is_current(folder, network, shape):
         log.info("exporting for %s", args.backend)
-        path = export(network, folder, task.quant, task.base_hash, shape=sampler.shape)
+        path = export(network, folder, task.quant, task.base_hash, shape=shape)
         log.info("exported %s: %.1f MB", path, path.stat().st_size / 1e6)
     if engine_of(args.backend).file:
         log.info("%s runs %s", args.backend, folder / FILE)
@@ -187,7 +188,7 @@ def open_folder(
     if args.onnx is not None:
         from qncd.engines.onnx.model import check_origin
 
-        check_origin(args.onnx, task.base_hash, task.quant, sampler.shape)
+        check_origin(args.onnx, task.base_hash, task.quant, sampler.network.shape_of(sampler.shape))
     decisive = {**settings, **run_settings(task.made_by, args, batch_size)}
     return open_run(folder, decisive, environment(args, sampler.network.device, batch_size), min_free_bytes)
 

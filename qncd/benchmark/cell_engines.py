@@ -54,7 +54,7 @@ def measure_engines(plan: Plan, cell: Cell) -> None:
     network = sampler.network
     x, t, inputs = next(_repeated(data, sampler.lane).batches(sampler.lane))
     with scratch_folder() as folder, torch.no_grad():
-        export(network, folder, recipe.quant if recipe else None, shape=sampler.shape)
+        export(network, folder, recipe.quant if recipe else None, shape=network.shape_of(sampler.shape))
         opened = {name: open_engine(network, folder, name, threads=torch.get_num_threads()) for name in plan.engines}
         calls: dict[str, Call] = {
             name: functools.partial(call_on, network_of(engine), x, t, inputs, data.constants) for name, engine in opened.items()

@@ -236,6 +236,10 @@ class Network:
         """What the network is given as the time step where its scheduler is at time step `t`."""
         return t
 
+    def shape_of(self, latents: Sequence[int]) -> tuple[int, ...]:
+        """The shape of one sample as the module gets it, of latents (C, H, W)."""
+        return tuple(latents)
+
     def to_images(self, samples: Tensor, call: Call | None = None) -> Tensor:
         """Samples as images (N, C, H, W), on which corrections work: the frames of a video (N, C, F, H, W) below one another,
         tokens (N, L, C) in one column.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,19 @@ def test_sdxl_quantized_saved_and_on_engines(folder: Callable[[str], Path], tmp_
         run_in_process("txt2img.py", *common, "--outdir", tmp_path / backend, "--resume", "--backend", backend)
         # Sums in another order turn single codes of this random network: as near to full precision as torch is.
         assert 0.5 * torch_error < np.abs(images(tmp_path / backend) - exact).mean() < 1.5 * torch_error
+
+
+@pytest.mark.parametrize("kind", ["Qwen-Image", pytest.param("FLUX", marks=pytest.mark.slow)])
+def test_packed_latents_on_an_engine(kind: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """The exported network takes tokens, of as many patches as the images have; a file for other ones is refused."""
+    pytest.importorskip("openvino")
+    common = ["--ckpt", folder(kind), *TEXT, *PTQ, "--quant_mode", "linear", "--cali_ckpt", tmp_path / "q.safetensors"]
+    run_in_process("txt2img.py", *common, "--H", 32, "--W", 48, "--outdir", tmp_path / "a")
+    run_in_process("txt2img.py", *common, "--H", 32, "--W", 48, "--outdir", tmp_path / "b", "--resume", "--backend", "openvino")
+    assert np.abs(images(tmp_path / "a").astype(int) - images(tmp_path / "b")).mean() < 1
+    engine = ("--resume", "--backend", "openvino", "--onnx", tmp_path / "b" / "onnx")
+    told = run_in_process("txt2img.py", *common, "--H", 32, "--W", 64, "--outdir", tmp_path / "c", *engine, status=2)
+    assert re.search(r"model\.onnx: exported for samples \d+x16, this run has \d+x16", told)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -27,6 +27,9 @@ class Packed(OfFractions):
     def grid(self, call: Call) -> tuple[int, int]:
         """Rows and columns of the patches of a call's samples."""
         raise NotImplementedError
+
+    def shape_of(self, latents: Sequence[int]) -> tuple[int, ...]:
+        return (latents[1] // 2) * (latents[2] // 2), self.config["in_channels"]
 
     def to_images(self, samples: Tensor, call: Call | None = None) -> Tensor:
         assert call is not None
