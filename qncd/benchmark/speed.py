@@ -303,18 +303,21 @@ def measure_gpu(rounds: int) -> dict[str, Any]:
 
     from qncd.benchmark.engine_speed import alternate, ratio
     from qncd.benchmark.gpu_speed import make_gpu_contest
-    from qncd.benchmark.large_speed import stable_diffusion
+    from qncd.benchmark.large_speed import LARGE
+    from qncd.ptq.data import CalibrationSet
 
     device, figures = torch.device("cuda"), dict[str, Any](gpu=torch.cuda.get_device_name())
     generator = torch.Generator().manual_seed(1)
-    large, data = stable_diffusion()
-    networks = {
-        "cifar": (_cifar(), torch.randn(GPU_BATCH, 3, 32, 32, generator=generator), {}),
-        "sd": (large, data.x, data.inputs),
+    x = torch.randn(GPU_BATCH, 3, 32, 32, generator=generator)
+    networks: dict[str, Callable[[], tuple[Network, CalibrationSet]]] = {
+        "cifar": lambda: (_cifar(), CalibrationSet(x, torch.zeros(len(x)))),
+        "sd": LARGE["stable_diffusion"],
+        "dit": LARGE["transformer"],
     }
-    for title, (network, x, inputs) in networks.items():
+    for title, make in networks.items():
+        network, data = make()
         network.module.to(device)
-        contest = make_gpu_contest(network, x.to(device), {name: value.to(device) for name, value in inputs.items()})
+        contest = make_gpu_contest(network, data.x.to(device), {name: value.to(device) for name, value in data.inputs.items()})
         seconds = alternate(contest.calls, rounds)
         for name in contest.calls:
             milliseconds = 1e3 * statistics.median(seconds[name])

@@ -287,6 +287,10 @@ class Network:
         """Layers that compute the time embedding and project it."""
         return set()
 
+    def read_layers(self) -> set[str]:
+        """Layers whose weights the network reads instead of calling them: their inputs cannot be rounded."""
+        return set()
+
     def splits(self) -> dict[str, int]:
         """Layers fed by a concatenation [h ; skip], and the channels of h."""
         return {}

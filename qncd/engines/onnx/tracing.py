@@ -73,13 +73,14 @@ def _marker(kind: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], s
 
 
 @contextlib.contextmanager
-def _marked(network: nn.Module) -> Iterator[None]:
+def _marked(network: Network) -> Iterator[None]:
     """Within it, quantized layers and attention products are markers, and nobody watches the network's calls, as a runtime
     correction does: who counts samples ties the graph to their number.
     """
     patched: list[tuple[nn.Module, str]] = []
-    hooks = dict(network._forward_hooks)
-    network._forward_hooks.clear()
+    module, read = network.module, network.read_layers()
+    hooks = dict(module._forward_hooks)
+    module._forward_hooks.clear()
 
     def patch(module: nn.Module, attribute: str, function: Any) -> None:
         object.__setattr__(module, attribute, function)
@@ -106,21 +107,22 @@ def _marked(network: nn.Module) -> Iterator[None]:
         return forward
 
     try:
-        for name, layer in quant_layers(network).items():
+        for name, layer in quant_layers(module).items():
             patch(layer, "forward", layer_forward(name, layer))
-            if layer.packed:  # who asks for its weight wants to know the dtype
-                patch(layer, "weight", torch.zeros((), dtype=layer.weight_dtype).expand(layer.weight_shape))
-        for name, module in network.named_modules():
-            if isinstance(module, AttentionProducts):
-                patch(module, "attend", attend(name))
-                patch(module.q, "forward", lambda x: x)
-                patch(module.k, "forward", lambda x: x)
-                patch(module.v, "forward", lambda x: x)
+            if layer.packed:  # who else asks for its weight wants to know the dtype
+                shape = torch.zeros((), dtype=layer.weight_dtype).expand(layer.weight_shape)
+                patch(layer, "weight", layer.weight if name in read else shape)
+        for name, part in module.named_modules():
+            if isinstance(part, AttentionProducts):
+                patch(part, "attend", attend(name))
+                patch(part.q, "forward", lambda x: x)
+                patch(part.k, "forward", lambda x: x)
+                patch(part.v, "forward", lambda x: x)
         yield
     finally:
-        network._forward_hooks.update(hooks)
-        for module, attribute in patched:
-            object.__delattr__(module, attribute)
+        module._forward_hooks.update(hooks)
+        for part, attribute in patched:
+            object.__delattr__(part, attribute)
 
 
 def _first_cause(error: BaseException) -> str:
@@ -152,7 +154,7 @@ def trace(network: Network, shape: Sequence[int] | None = None) -> ir.Model:
     levels = [talker.level for talker in talkers]
     with (
         network.traced(settings) as call,
-        _marked(network.module),
+        _marked(network),
         steps_not_selected(network.module),
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),

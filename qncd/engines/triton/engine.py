@@ -37,7 +37,7 @@ class Triton:
         from qncd.engines.triton.network import IntegerNetwork
 
         integers = IntegerNetwork(network, DTYPES[precision])
-        return EngineNetwork(network, integers, one_step_a_call=integers.one_step_a_call)
+        return EngineNetwork(network, integers, None, integers.settings, integers.one_step_a_call)
 
 
 def open_triton(network: Network | nn.Module, precision: str = "fp32") -> EngineNetwork:

@@ -211,15 +211,25 @@ def blocks(rows: int, outputs: int, pitch: int) -> tuple[int, int, int, int, int
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, grids: Sequence[Grid], softmax: Grid, heads: int, gain: float, dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grids: Sequence[Grid],
+    softmax: Grid,
+    heads: int,
+    gain: float,
+    dtype: torch.dtype,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """softmax(gain q k^T) v with the softmax rounded to its grid.
+    """softmax(gain q k^T + mask) v with the softmax rounded to its grid.
 
     Args:
         q, k, v: (N, L, heads * D), (N, L2, heads * D) twice: codes less their zero points, float16.
         grids: of q, k and v.
         softmax: its grid, with a zero point of 0.
+        gain: above 0.
         dtype: of the result.
+        mask: what broadcasts to (N, heads, L, L2), or None.
 
     Returns:
         (N, L, heads * D).
@@ -230,10 +240,12 @@ def attend(
     block_m, block_n, warps, stages = attention_blocks(images * heads, length, keys, block_d)
     out = q.new_empty(q.shape, dtype=dtype)
     tables = [table for grid in (*grids[:2], softmax, grids[2]) for table in (grid.scale, grid.row)]
+    masked = q.new_empty(()) if mask is None else mask
+    strides = masked.expand(images, heads, length, keys).stride()
     triton_kernels.attend_kernel[(-(-length // block_m), images * heads)](
-        q, k, v, out, *tables, gain, softmax.high, heads, length, keys, depth // unit,
-        UNIT=unit, WIDE=softmax.high > 255, EVEN=keys % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        num_warps=warps, num_stages=stages,
+        q, k, v, out, *tables, gain, softmax.high, heads, length, keys, depth // unit, masked, *strides,
+        UNIT=unit, WIDE=softmax.high > 255, EVEN=keys % block_n == 0, MASKED=mask is not None, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_D=block_d, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 

@@ -9,12 +9,14 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qncd.engines.triton import kernels
 from qncd.engines.triton.kernels import Grid, Packed
-from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.attention import AttentionProducts, QuantAttnProcessor
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.quantizers import ActQuantizer
+from qncd.quant.rotation import rotate
 from qncd.quant.stepwise import StepwiseActQuantizer
 
 Affine = tuple[Tensor, Tensor]
@@ -66,9 +68,10 @@ class IntegerLayer(nn.Module):
             raise ValueError(f"{name}: its weights are in floating point; backend triton runs integers only")
         if layer.weight_zero_point is not None or layer.config.weight_codes.bits > 8:
             raise ValueError(f"{name}: weights with zero points or more than 8 bits have no kernel in backend triton")
-        if layer.rotation is not None or layer.up is not None:
-            what = "rotated inputs have" if layer.rotation is not None else "a low-rank branch has"
-            raise ValueError(f"{name}: {what} no kernel in backend triton")
+        # Some networks ask a layer for its weight's dtype.
+        self.weight = nn.Parameter(torch.empty(0, dtype=dtype, device=layer.weight_scale.device), requires_grad=False)
+        self.rotation = layer.rotation
+        self.branch = None if layer.down is None or layer.up is None else (layer.down.to(dtype), layer.up.to(dtype))
         self.stride, self.pads = 1, (0, 0, 0, 0)
         if isinstance(layer, QuantConv2d):
             strides, padding = set(layer.stride), layer.padding
@@ -79,8 +82,10 @@ class IntegerLayer(nn.Module):
             self.stride, self.pads = strides.pop(), (padding[0], padding[1], padding[0], padding[1])
         self.parts = layer.parts()
         factors = None if layer.smoothing is None else layer.smoothing.flatten().float()
+        self.divided_by = factors if self.rotation is not None else None  # before the rotation: no part of the rounding
+        rounded_with = factors if self.rotation is None else None
         self.grids = make_grids(
-            name, layer.act, rows, 8, [None if factors is None else factors[part].contiguous() for part in self.parts]
+            name, layer.act, rows, 8, [None if rounded_with is None else rounded_with[part].contiguous() for part in self.parts]
         )
         codes = layer.weight_codes()
         codes = codes if codes.ndim == 4 else codes[:, :, None, None]
@@ -88,12 +93,23 @@ class IntegerLayer(nn.Module):
 
     def codes(self, x: Tensor, layer_norm: nn.LayerNorm | None = None, **before: Any) -> list[Tensor]:
         """The codes of x (N, H, W, C) for each segment; `before` is what `kernels.pointwise` does first."""
-        x = x.contiguous()
+        x, pads = x.contiguous(), before.pop("pads", (0, 0, 0, 0))
+        if self.rotation is not None:
+            x = self._rotated(x, layer_norm, before)
+            layer_norm, before = None, {}
         if layer_norm is not None:
             return [kernels.layer_norm_codes(x, grid, layer_norm.weight, layer_norm.bias, layer_norm.eps) for grid in self.grids]
-        pads = tuple(a + b for a, b in zip(before.pop("pads", (0, 0, 0, 0)), self.pads, strict=True))
+        pads = tuple(a + b for a, b in zip(pads, self.pads, strict=True))
         pieces = self.parts if len(self.parts) > 1 else [None]
         return [kernels.pointwise(x, grid, pads=pads, part=part, **before) for grid, part in zip(self.grids, pieces, strict=True)]
+
+    def _rotated(self, x: Tensor, layer_norm: nn.LayerNorm | None, before: dict[str, Any]) -> Tensor:
+        """What comes before the rounding, in floats: all of `before`, smoothing and rotation."""
+        if layer_norm is not None:
+            x = layer_norm(x)
+        elif before:
+            x = kernels.pointwise(x, dtype=x.dtype, **before)
+        return rotate(x if self.divided_by is None else x / self.divided_by.to(x.dtype), self.rotation or 1, -1).contiguous()
 
     def product(
         self,
@@ -118,17 +134,28 @@ class IntegerConv2d(IntegerLayer):
     """(N, C, H, W) in channels-last memory -> (N, O, H', W') in the same."""
 
     def forward(self, x: Tensor, **before: Any) -> Tensor:
-        """`before` is what `kernels.pointwise` does first."""
-        return self.product(self.codes(x.permute(0, 2, 3, 1), **before)).permute(0, 3, 1, 2)
+        """`before` is what `kernels.pointwise` does first; a layer with a branch has nothing before it."""
+        out = self.product(self.codes(x.permute(0, 2, 3, 1), **before)).permute(0, 3, 1, 2)
+        if self.branch is None:
+            return out
+        down, up = self.branch
+        inner = F.conv2d(x.to(down.dtype), down, None, self.stride, self.pads[:2])
+        return out + F.conv2d(inner, up[:, :, None, None])
 
 
 class IntegerLinear(IntegerLayer):
     """(..., C) -> (..., O)."""
 
     def forward(self, x: Tensor, **before: Any) -> Tensor:
-        """`before` is what `kernels.pointwise` does first."""
+        """`before` is what `kernels.pointwise` does first; a layer with a branch has nothing before it."""
         out = self.product(self.codes(x.reshape(1, 1, -1, x.shape[-1]), **before))
-        return out.view(*x.shape[:-1], out.shape[-1])
+        out = out.view(*x.shape[:-1], out.shape[-1])
+        return out if self.branch is None else out + F.linear(F.linear(x.to(self.dtype), self.branch[0]), self.branch[1])
+
+
+def fusable(*layers: nn.Module | None) -> bool:
+    """Whether layers (or None for none) run in integers and give nothing but the product of their codes."""
+    return all(layer is None or (isinstance(layer, IntegerLayer) and layer.branch is None) for layer in layers)
 
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
@@ -171,13 +198,14 @@ class IntegerResnetBlock(nn.Module):
     @staticmethod
     def fits(block: ResnetBlock2D) -> bool:
         """Whether it computes what this class does."""
-        layers = (block.conv1, block.conv2, block.conv_shortcut)
+        embedding = block.time_emb_proj
         return (
             isinstance(block.nonlinearity, nn.SiLU)
             and block.upsample is block.downsample is None
             and block.time_embedding_norm == "default"
             and block.output_scale_factor == 1.0
-            and all(layer is None or isinstance(layer, IntegerConv2d) for layer in layers)
+            and fusable(block.conv1, block.conv2, block.conv_shortcut)
+            and (not isinstance(embedding, IntegerLayer) or fusable(embedding))
         )
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
@@ -237,16 +265,46 @@ class IntegerGatedFeedForward(nn.Module):
         return self.run(self.first.codes(x.reshape(1, 1, -1, x.shape[-1]))).view(*x.shape[:-1], -1)
 
 
+def attention_grids(name: str, products: AttentionProducts, rows: Rows) -> tuple[list[Grid], Grid]:
+    """The grids of q, k and v, and that of the softmax. Raises ValueError naming what has no kernel."""
+    quantizers = (("q", products.q), ("k", products.k), ("v", products.v))
+    grids = [make_grids(f"{name}.{part}", quantizer, rows, 8)[0] for part, quantizer in quantizers]
+    softmax = make_grids(f"{name}.softmax", products.softmax, rows, 16)[0]
+    if softmax.low != 0:
+        raise ValueError(f"{name}.softmax: a zero point that is not 0 has no kernel in backend triton")
+    return grids, softmax
+
+
+def attend_on_codes(name: str, products: AttentionProducts, rows: Rows, dtype: torch.dtype) -> None:
+    """Let a processor compute its products on codes, in place; what it does before and after them stays its own.
+
+    Args:
+        dtype: of the result.
+
+    Raises:
+        ValueError: naming what has no kernel.
+    """
+    grids, softmax = attention_grids(name, products, rows)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, upcast: bool) -> Tensor:
+        side_by_side = [part.transpose(1, 2).flatten(2)[:, None].contiguous() for part in (query, key, value)]
+        q, k, v = (
+            kernels.pointwise(part, grid, dtype=torch.float16)[:, 0] for part, grid in zip(side_by_side, grids, strict=True)
+        )
+        out = kernels.attend(q, k, v, grids, softmax, query.shape[1], scale, dtype, mask)
+        return out.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
+
+    object.__setattr__(products, "attend", attend)
+    for operand in ("q", "k", "v"):
+        setattr(products, operand, nn.Identity())
+
+
 class IntegerAttnProcessor(nn.Module):
     """QuantAttnProcessor on codes: one kernel from q, k and v to the result."""
 
     def __init__(self, name: str, processor: QuantAttnProcessor, attn: Any, rows: Rows) -> None:
         super().__init__()
-        quantizers = (("q", processor.q), ("k", processor.k), ("v", processor.v))
-        self.grids = [make_grids(f"{name}.{part}", quantizer, rows, 8)[0] for part, quantizer in quantizers]
-        self.softmax = make_grids(f"{name}.softmax", processor.softmax, rows, 16)[0]
-        if self.softmax.low != 0:
-            raise ValueError(f"{name}.softmax: a zero point that is not 0 has no kernel in backend triton")
+        self.grids, self.softmax = attention_grids(name, processor, rows)
         queries = attn.to_q.grids[0]
         self.shared = tuple(queries.same_as(layer.grids[0]) for layer in (attn.to_k, attn.to_v))
 
@@ -306,7 +364,7 @@ class IntegerTransformer(nn.Module):
         """Whether it computes what this class does."""
         return (
             module.is_input_continuous
-            and all(isinstance(layer, IntegerLayer) for layer in (module.proj_in, module.proj_out))
+            and fusable(module.proj_in, module.proj_out)
             and all(_block_fits(block) for block in module.transformer_blocks)
         )
 

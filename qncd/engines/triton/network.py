@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -23,16 +24,22 @@ from qncd.engines.triton.layers import (
     IntegerConv2d,
     IntegerDownsample,
     IntegerGatedFeedForward,
-    IntegerLayer,
     IntegerLinear,
     IntegerResnetBlock,
     IntegerTransformer,
     IntegerUpsample,
+    attend_on_codes,
+    fusable,
 )
+from qncd.io.files import first_line
 from qncd.models.network import Network
-from qncd.quant.attention import QuantAttnProcessor
+from qncd.models.seen import seen_constants, settings_of
+from qncd.models.traceable import Traceable
+from qncd.quant.attention import AttentionProducts, QuantAttnProcessor
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d
+
+log = logging.getLogger("qncd")
 
 WARM_UP_CALLS = 2  # before a call is recorded
 
@@ -70,33 +77,37 @@ class IntegerNetwork:
     """
 
     def __init__(self, network: Network, dtype: torch.dtype = torch.float32) -> None:
-        if network.channel_dim != 1:
-            raise ValueError(f"{type(network.module).__name__}: the Triton kernels are for UNets, not for transformers")
         check_kernels(network, "backend triton")
         self.steps, self.dtype = Steps(network.device), dtype
+        self.settings = settings_of(network.module, seen_constants(network.module))
         self.network = copy.copy(network)
-        self.network.module = self._converted(network.module)
+        self.network.module = self._converted(network)
+        self.form = ExitStack()  # as long as this object: a form in which a graph can be recorded
+        self.call = self.form.enter_context(self.network.traced(self.settings))
         self.one_step_a_call = any(len(known) > 1 for known in self.steps.tables)
-        self.graphs: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor]] = {}
+        self.graphs: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor] | None] = {}  # None: cannot be recorded
 
-    def _converted(self, original: nn.Module) -> nn.Module:
+    def _converted(self, original_network: Network) -> nn.Module:
+        original, read = original_network.module, original_network.read_layers()
         shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}  # deepcopy keeps what it knows
         network: Any = copy.deepcopy(original, shared)
         network._forward_pre_hooks.clear()  # the time steps of a call are told on the device
         for name, layer in quant_layers(network).items():
+            if name in read:
+                continue
             kind = IntegerConv2d if isinstance(layer, QuantConv2d) else IntegerLinear
             _replace(network, name, kind(name, layer, self.steps.row, self.dtype))
         for name, module in list(network.named_modules()):
             new: nn.Module | None = None
             if isinstance(module, nn.GroupNorm):
                 new = ChannelsLastGroupNorm.from_norm(module)
-            elif isinstance(module, Upsample2D) and isinstance(module.conv, IntegerConv2d) and module.norm is None:
-                new = IntegerUpsample(module.conv)
-            elif isinstance(module, Downsample2D) and isinstance(module.conv, IntegerConv2d) and module.norm is None:
-                new = IntegerDownsample(module.conv, int(module.padding))
+            elif isinstance(module, Upsample2D) and (conv := _only_layer(module)):
+                new = IntegerUpsample(conv)
+            elif isinstance(module, Downsample2D) and (conv := _only_layer(module)):
+                new = IntegerDownsample(conv, int(module.padding))
             elif isinstance(module, FeedForward):
                 new = _gated(module)
-            elif isinstance(module, Attention) and isinstance(module.processor, QuantAttnProcessor):
+            elif isinstance(getattr(module, "processor", None), AttentionProducts):
                 self._convert_attention(name, module)
             if new is not None:
                 _replace(network, name, new)
@@ -111,11 +122,13 @@ class IntegerNetwork:
         return network
 
     def _convert_attention(self, name: str, module: Any) -> None:
-        layers = (module.to_q, module.to_k, module.to_v, module.to_out[0])
-        norms = (module.spatial_norm, module.norm_q, module.norm_k)
-        if not all(isinstance(layer, IntegerLayer) for layer in layers) or any(norm is not None for norm in norms):
-            raise ValueError(f"{name}: attention that normalizes q and k or has layers in floating point has no kernel")
-        module.set_processor(IntegerAttnProcessor(name, module.processor, module, self.steps.row))
+        processor, layers = module.processor, [getattr(module, part, None) for part in ("to_q", "to_k", "to_v")]
+        if isinstance(processor, QuantAttnProcessor) and self.network.channel_dim == 1:
+            norms = (module.spatial_norm, module.norm_q, module.norm_k)
+            if all(norm is None for norm in norms) and fusable(*layers, module.to_out[0]):
+                module.set_processor(IntegerAttnProcessor(name, processor, module, self.steps.row))
+                return
+        attend_on_codes(name, processor, self.steps.row, self.dtype)
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -127,24 +140,34 @@ class IntegerNetwork:
         with torch.cuda.device(device):
             if key not in self.graphs:
                 self.graphs[key] = self._recorded(inputs)
-            graph, places, out = self.graphs[key]
+            if (kept := self.graphs[key]) is None:
+                return self._run(inputs)
+            graph, places, out = kept
             for name, value in inputs.items():
                 places[name].copy_(value)
             graph.replay()
             return out.clone()
 
-    def _recorded(self, inputs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor], Tensor]:
+    def _recorded(self, inputs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor], Tensor] | None:
+        """A call as a CUDA graph; None where a part of the network takes something from the CPU as it runs."""
         places = {name: value.clone() for name, value in inputs.items()}
-        graph, out = recorded(lambda: self._run(places))
+        try:
+            graph, out = recorded(lambda: self._run(places))
+        except RuntimeError as error:
+            kind = type(self.network.module).__name__
+            log.warning("%s cannot be recorded as a CUDA graph, its kernels start one by one: %s", kind, first_line(error))
+            return None
         return graph, places, out
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         times = inputs[self.network.time_name]
         self.steps.select(times)
+        times = times.to(self.dtype) if self.network.fractions else times  # as pipelines give them
         floats = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         x = floats.pop(self.network.sample_name)
         floats.pop(self.network.time_name)
-        return self.network.call(x, times, floats).float().contiguous()
+        with Traceable():
+            return self.call(x, times, floats).float().contiguous()
 
 
 def recorded(call: Callable[[], Any]) -> tuple[Any, Any]:
@@ -166,9 +189,15 @@ def _gated(module: FeedForward) -> IntegerGatedFeedForward | None:
     if not isinstance(module.net[0], GEGLU) or len(module.net) != 3:
         return None
     first, last = module.net[0].proj, module.net[2]
-    if isinstance(first, IntegerLinear) and isinstance(last, IntegerLinear):
+    if isinstance(first, IntegerLinear) and isinstance(last, IntegerLinear) and fusable(first, last):
         return IntegerGatedFeedForward(first, last)
     return None
+
+
+def _only_layer(module: Upsample2D | Downsample2D) -> IntegerConv2d | None:
+    """Its convolution, where it has that and more or fewer pixels, and nothing else."""
+    conv: Any = module.conv
+    return conv if module.norm is None and isinstance(conv, IntegerConv2d) and fusable(conv) else None
 
 
 def _replace(network: nn.Module, name: str, new: nn.Module) -> None:

@@ -37,6 +37,14 @@ def scores_of(left, rights, there, real, EVEN: tl.constexpr):
     return result
 
 
+@triton.jit
+def masks_of(mask, image, head, m, keys, strides, length, count, inverse):
+    """What a mask (N, heads, L, L2) adds to the scores of queries m (M,) and keys (N,), in their unit; strides of 0 repeat it."""
+    place = image.to(tl.int64) * strides[0] + head * strides[1] + m[:, None] * strides[2] + keys[None, :] * strides[3]
+    values = tl.load(mask + place, mask=(m < length)[:, None] & (keys < count)[None, :], other=0.0).to(tl.float32)
+    return tl.maximum(values * inverse, -1e30)  # finite, so that a block without a key leaves no NaN
+
+
 @triton.jit(do_not_specialize=["pixels", "chunks"])
 def group_norm_sums_kernel(x, means, squares, pixels, channels, chunks, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Mean and sum of squared differences from it of each channel in each chunk of pixels."""
@@ -177,10 +185,11 @@ def convolve_kernel(
     tl.store(out + place, values.to(out.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["length", "keys"])
+@triton.jit(do_not_specialize=["length", "keys", "mask_image", "mask_head", "mask_row", "mask_key"])
 def attend_kernel(
     q, k, v, out, q_scale, q_row, k_scale, k_row, w_scale, w_row, v_scale, v_row, gain, high, heads, length, keys, units,
-    UNIT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr,
+    mask, mask_image, mask_head, mask_row, mask_key,
+    UNIT: tl.constexpr, WIDE: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Attention on codes, whole numbers in half precision, whose products the matrix units sum in float32.
@@ -197,10 +206,13 @@ def attend_kernel(
     left = tl.load(q + queries[:, None] * width + column[None, :], mask=kept, other=0.0)
     rights = k + (first + n)[None, :] * width + column[:, None]
     factor = tl.load(q_scale + tl.load(q_row)) * tl.load(k_scale + tl.load(k_row)) * gain * 1.4426950408889634
+    inverse, strides = 1.4426950408889634 / factor, (mask_image, mask_head, mask_row, mask_key)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, keys, BLOCK_N):
         scores = scores_of(left, rights + start * width, start + n < keys, real, EVEN)
+        if MASKED:
+            scores += masks_of(mask, image, head, m, start + n, strides, length, keys, inverse)
         new = tl.maximum(largest, tl.max(scores, 1))
         shift = new * factor
         total = total * tl.exp2(largest * factor - shift) + tl.sum(tl.exp2(scores * factor - shift[:, None]), 1)
@@ -212,6 +224,8 @@ def attend_kernel(
     for start in range(0, keys, BLOCK_N):
         there = start + n < keys
         scores = scores_of(left, rights + start * width, there, real, EVEN)
+        if MASKED:
+            scores += masks_of(mask, image, head, m, start + n, strides, length, keys, inverse)
         values = tl.load(downs + start * width, mask=real[None, :] if EVEN else there[:, None] & real[None, :], other=0.0)
         weights = tl.minimum(tl.exp2(scores * factor - shift[:, None]), high)
         weights = (weights + ROUND) - ROUND

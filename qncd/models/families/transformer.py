@@ -232,19 +232,9 @@ class HunyuanDiT(Transformer):
     tokens: ClassVar[Mapping[str, int]] = {}
     fractions = True  # the embedding of time has the dtype of the time steps
 
-    @contextmanager
-    def traced(self, constants: Mapping[str, Any]) -> Iterator[Callable[[Tensor, Tensor, Inputs], Tensor]]:
-        """The pooling of texts reads the weights of its layers instead of calling them."""
-        embedding: Any = self.module.time_extra_emb
-        packed = [layer for layer in embedding.pooler.modules() if getattr(layer, "packed", False)]
-        for layer in packed:
-            layer.unpack_weight_()
-        try:
-            with super().traced(constants) as call:
-                yield call
-        finally:
-            for layer in packed:
-                layer.pack_weight_()
+    def read_layers(self) -> set[str]:
+        """Those of the pooling of texts."""
+        return {name for name, layer in self.module.named_modules() if ".pooler." in name and isinstance(layer, nn.Linear)}
 
 
 class OfFractions(Transformer):
