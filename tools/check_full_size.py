@@ -10,7 +10,8 @@ B), in bfloat16 and with all parts of `qncd+`; allowed are 20 GB. Weights and te
 calibration set along the model's own trajectory, 2 PLMS steps on the schedule of Stable Diffusion v1, which changes neither time
 nor memory of the others. Quantizing and using the checkpoint are one process each. A peak is that of the resident set,
 interpreter and libraries included; above what is allowed the exit status is 1. Weights are packed once they are rounded, and the
-checkpoint is loaded as diffusers' `from_pretrained` loads it: without a base model. Linux only.
+checkpoint is loaded as diffusers' `from_pretrained` loads it: without a base model. With `--engine` it is exported as well, and
+sampled on that engine, in a third process. Linux only.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from qncd.app import flags
 from qncd.app import parser as cli
+from qncd.engines.engine import file_engines
 from qncd.io.files import first_line, read_json, regular_file, scratch_folder, write_json
 from qncd.models.configs import CONFIGS, find_config
 from qncd.recipe import WEIGHT_RANGES, Recipe, SamplerConfig
@@ -92,6 +94,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cali_st", type=int, default=1, help="calibration time steps (default 1)")
     parser.add_argument("--no-sample_reverse", dest="no_sample_reverse", action="store_true", help="no noise correction")
     parser.add_argument("--no-gptq", dest="no_gptq", action="store_true", help="weights to nearest: saves most of the time")
+    parser.add_argument("--engine", choices=file_engines(), help="export the checkpoint, too, and sample it on this engine")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
 
@@ -274,24 +277,34 @@ def quantize_and_save(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     return {"baseline_bytes": baseline, "fp32_bytes": weights, "phases": phase.rows, "state": state_of(network)}
 
 
-def load_and_sample(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """For a separate process: load the checkpoint and sample one image. Returns the figures."""
+def load_and_sample(args: argparse.Namespace, path: Path, engine: str | None = None) -> dict[str, Any]:
+    """For a separate process: load the checkpoint and sample one image, on an engine or in PyTorch. Returns the figures."""
+    from qncd.engines.engine import export, open_engine
+    from qncd.models.network import network_of
     from qncd.ptq.checkpoint import load_quantized_
     from qncd.sampling.correctors.registry import corrector_of, kind_of
     from qncd.saving import materialize_
 
     phase = Phases()
-    with phase("load"):
+    with phase(f"load for {engine}" if engine else "load"):
         diffusion, sampler = build(args, weights=False)
         materialize_(diffusion.network.module)
         info = load_quantized_(diffusion.network, path, packed=True)
-    recipe = recipe_of(args, diffusion.lane)
+    state = state_of(diffusion.network)
+    if engine:
+        with phase("export"):
+            export(diffusion.network, path.parent, info.config, info.base_hash, shape=sampler.shape)
+        with phase(f"open on {engine}"):
+            opened = network_of(open_engine(diffusion.network, path.parent, engine))
+            del diffusion  # the engine has weights of its own
+            sampler = dataclasses.replace(sampler, network=opened)
+    recipe = recipe_of(args, sampler.lane)
     kind = kind_of(recipe)
     corrector = corrector_of(recipe, info.records[kind.prefix] if kind else None)
     side = args.sample_size or args.size
-    with phase(f"{args.steps} PLMS steps, {side}x{side}, quantized"):
-        sampler.sample([0], corrector, conditions=contexts(args, diffusion)[:1])  # raises where it is not finite
-    return {"phases": phase.rows, "state": state_of(diffusion.network)}
+    with phase(f"{args.steps} PLMS steps, {side}x{side}, {engine or 'quantized'}"):
+        sampler.sample([0], corrector, conditions=contexts(args, sampler)[:1])  # raises where it is not finite
+    return {"phases": phase.rows, "state": state}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -307,9 +320,13 @@ def main(args: argparse.Namespace) -> None:
         path = folder / "quantized.safetensors"
         first = alone(quantize_and_save, args, path)
         size = path.stat().st_size
-        second = alone(load_and_sample, args, path)
-    weights, phases = first["fp32_bytes"], first["phases"] | second["phases"]
-    if first["state"] != second["state"]:
+        runs = [first, alone(load_and_sample, args, path)]
+        if args.engine:
+            runs.append(alone(load_and_sample, args, path, args.engine))
+    weights, phases = first["fp32_bytes"], dict[str, Any]()
+    for run in runs:
+        phases |= run["phases"]
+    if any(run["state"] != first["state"] for run in runs):
         raise ValueError("the loaded model is not the one that was saved")
     print(f"float32 weights {weights / GB:.2f} GB; interpreter and libraries alone {first['baseline_bytes'] / GB:.2f} GB")
     for name, row in phases.items():

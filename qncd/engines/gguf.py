@@ -1,4 +1,4 @@
-"""GGUF files of Stable Diffusion's UNets: what stable-diffusion.cpp, ComfyUI-GGUF and diffusers load.
+"""GGUF files of Stable Diffusion, SD3, FLUX and Qwen-Image: what stable-diffusion.cpp, ComfyUI-GGUF and diffusers load.
 
 A row of a weight is cut into blocks of 32 inputs, each a float16 scale d and 32 codes q that stand for q d:
 
@@ -6,8 +6,8 @@ A row of a weight is cut into blocks of 32 inputs, each a float16 scale d and 32
     q4_0: 18 bytes, d and 16 bytes with q + 8 in half a byte each, inputs 0 to 15 in the low halves, 16 to 31 in the high ones
 
 That is the grid which `QuantConfig.weight_grid` "gguf" calibrates weights on: the file holds exactly the calibrated codes,
-nothing is rounded again. Names are those of CompVis' checkpoints, with `model.diffusion_model.` in front. Weights that are not on
-the grid are float16 in their own shape, vectors float32: a convolution has no other form that all three readers take.
+nothing is rounded again. Names are those of the authors' releases, of UNets with `model.diffusion_model.` in front. Weights that
+are not on the grid are float16 in their own shape, vectors float32: a convolution has no other form that all three readers take.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qncd import __version__
 from qncd.engines.packages import require
@@ -24,6 +24,8 @@ from qncd.engines.registry import GGUF_TYPES
 from qncd.granularity import PerGroup
 from qncd.io.files import whole_file
 from qncd.models.network import Network
+from qncd.models.original.key_tables import Layout
+from qncd.models.original.transformer_names import TRANSFORMERS
 from qncd.models.original.unet_names import stable_diffusion_key_map
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantLayer
@@ -55,23 +57,51 @@ def write_gguf(network: Network, path: Path, kind: str, base_hash: str = "") -> 
             computes what no file can tell: its input is divided by smoothing factors.
     """
     gguf = require("gguf", "gguf")
-    table = stable_diffusion_key_map(network.module)
-    parameters = {name: value.detach() for name, value in network.module.named_parameters()}
+    architecture, table = names_of(network.module)
     on_grid = {f"{name}.weight": layer for name, layer in quant_layers(network.module).items()}
     with whole_file(path) as part:
-        writer = gguf.GGUFWriter(part, "sdxl" if any(key.startswith("label_emb.") for key in table) else "sd1")
+        writer = gguf.GGUFWriter(part, architecture)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
         writer.add_string("qncd.version", __version__)
         writer.add_string("qncd.base_hash", base_hash)
         for key, layout in table.items():
-            (name,) = layout.names
-            data, form = blocks_of(name, on_grid[name]) if name in on_grid else _plain(name, parameters[name])
-            writer.add_tensor(PREFIX + key, data, raw_dtype=gguf.GGMLQuantizationType[form])
+            parts = [_data(network.module, name, on_grid.get(name)) for name in layout.names]
+            if len({form for _, form in parts}) > 1:
+                told = ", ".join(f"{name} {form}" for name, (_, form) in zip(layout.names, parts, strict=True))
+                raise ValueError(f"{key}: its parts are of several types: {told}")
+            whole = layout.join(tuple(torch.from_numpy(data) for data, _ in parts))
+            writer.add_tensor(key, whole.numpy(), raw_dtype=gguf.GGMLQuantizationType[parts[0][1]])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def names_of(module: nn.Module) -> tuple[str, dict[str, Layout]]:
+    """What a file calls the architecture, and its keys with the tensors that each has.
+
+    Raises:
+        ValueError: the network is of another kind.
+    """
+    if (known := TRANSFORMERS.get(type(module).__name__)) is not None:
+        architecture, key_map = known
+        return architecture, key_map(module)
+    try:
+        table = stable_diffusion_key_map(module)
+    except ValueError as error:
+        raise ValueError(f"{error}; GGUF files are written of those and of {', '.join(TRANSFORMERS)}") from None
+    return "sdxl" if any(key.startswith("label_emb.") for key in table) else "sd1", {
+        PREFIX + key: layout for key, layout in table.items()
+    }
+
+
+def _data(module: nn.Module, name: str, layer: QuantLayer | None) -> tuple[np.ndarray, str]:
+    """A tensor as it is written, rows first, and its type."""
+    if layer is not None:
+        return blocks_of(name, layer)
+    place, _, own = name.rpartition(".")
+    return _plain(name, getattr(module.get_submodule(place), own).detach())
 
 
 def blocks_of(name: str, layer: QuantLayer) -> tuple[np.ndarray, str]:

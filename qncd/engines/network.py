@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,11 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from qncd.models.calls import Call, Inputs, rows_of
-from qncd.models.network import Network, without_memory
+from qncd.models.network import Network, network_of, without_memory
 from qncd.models.seen import settings_of
 from qncd.quant.inspection import quant_layers
+from qncd.quant.layers import QuantLayer
+from qncd.quant.quantizers import HALVES
 
 Session = Callable[[dict[str, Tensor]], Tensor]  # named inputs -> the network's output, on the inputs' device
 
@@ -183,6 +186,26 @@ class _StandIn(Network):
     @property
     def dtype(self) -> torch.dtype:
         return self.module.get_buffer("place").dtype
+
+
+def in_float32(network: Network) -> Network:
+    """The network with what it computes in half precision in float32; codes stay shared. Itself where nothing is half.
+
+    The weights of layers whose codes are known are not there: engines take the codes.
+    """
+    module = network.module
+    tensors = (*module.parameters(), *module.buffers())
+    if all(tensor.dtype not in HALVES for tensor in tensors):
+        return network
+    module = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    for part in module.modules():
+        if isinstance(part, QuantLayer):
+            part.pack_weight_()
+            part.weight_dtype = torch.float32
+        for name, value in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            if value.dtype in HALVES:
+                setattr(part, name, nn.Parameter(value.float(), False) if isinstance(value, nn.Parameter) else value.float())
+    return network_of(module, network.prediction)
 
 
 def check_kernels(network: Network, where: str) -> None:

@@ -10,13 +10,21 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, GGUFQuantizationConfig, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    FluxTransformer2DModel,
+    GGUFQuantizationConfig,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 from script_runs import run_in_process
-from small_pipelines import image_unet, kandinsky, stable, text_model, unet, xl_unet
+from small_pipelines import KINDS, image_unet, kandinsky, made, stable, text_model, unet, xl_unet
 from torch import Tensor
 
 import qncd
-from qncd.engines.gguf import PREFIX, blocks_of, write_gguf
+from qncd.engines.gguf import PREFIX, blocks_of, names_of, write_gguf
 from qncd.granularity import PerGroup
 from qncd.models.network import Network, network_of
 from qncd.models.original.unet_names import stable_diffusion_key_map
@@ -24,6 +32,7 @@ from qncd.ptq.checkpoint import load_quantized_, save_quantized
 from qncd.ptq.data import CalibrationSet
 from qncd.ptq.pipeline import calibrate_
 from qncd.ptq.stages.prepare import quantize_
+from qncd.ptq.stages.ranges import round_
 from qncd.quant.affine import IntegerRange
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import LayerConfig, QuantLinear
@@ -204,6 +213,68 @@ def test_gptq_on_the_blocks_beats_the_nearest_of_ggml(solved: Written) -> None:
     assert {name for name, _ in solved.network.module.named_parameters() if name.endswith(".bias")} == biases
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("SD3", "sd3"), ("Qwen-Image", "qwen_image"), pytest.param("bundled", "sd3", marks=pytest.mark.slow)],
+)
+def test_transformers(name: str, architecture: str, tmp_path: Path) -> None:
+    """Quantized through a pipeline's calls, written under the release's names, and read by diffusers: the very weights."""
+    pipe = qncd.load("configs/scenes_mmdit.yaml") if name == "bundled" else made(name)
+    given = {"prompts": ["a large red circle"] * 2} if name == "bundled" else {"calls": [KINDS[name].call]}
+    qncd.quantize(pipe, "W4A32", mode="qncd+", weight_grid=GGUF, tracking=False, steps=2, samples=2, **given)
+    file, module = qncd.export_gguf(pipe, tmp_path / "q4_0.gguf"), pipe.transformer
+    reader = gguf.GGUFReader(file)
+    assert reader.fields["general.architecture"].contents() == architecture
+    on_grid = sum(tensor.tensor_type.name == "Q4_0" for tensor in reader.tensors)
+    assert on_grid >= (30 if name == "bundled" else 4)
+    module.save_config(tmp_path / "config")
+    loaded = type(module).from_single_file(
+        str(file), config=str(tmp_path / "config"), quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        dtype=torch.float32,
+    )  # fmt: skip
+    expected, found = module.state_dict(keep_vars=True), loaded.state_dict(keep_vars=True)
+    layers, compared = quant_layers(module), 0
+    for key, value in found.items():
+        weight = expected[key].detach()
+        rows = dequantize_gguf_tensor(value).float() if hasattr(value, "quant_type") else value.detach()
+        # diffusers multiplies scale and code in float16, and matrices beside the grid are float16 in the file.
+        exact = weight.half().float() if weight.ndim > 1 else weight
+        torch.testing.assert_close(rows, exact, rtol=1e-3, atol=1e-6)
+        compared += key.removesuffix(".weight") in layers
+    assert compared == len(layers)
+
+
+def test_flux_has_the_names_of_its_release() -> None:
+    """As diffusers' own conversion takes them, on rows of one number each: that knows FLUX.1's width alone."""
+    config = {"attention_head_dim": 128, "num_attention_heads": 24, "num_layers": 2, "num_single_layers": 2}
+    with torch.device("meta"):
+        module = FluxTransformer2DModel(**config, guidance_embeds=True)
+    architecture, table = names_of(module)
+    assert architecture == "flux"
+    generator = torch.Generator().manual_seed(0)
+    ours = {name: torch.rand(value.shape[0], generator=generator) for name, value in module.state_dict().items()}
+    released = {key: layout.join(tuple(ours[name] for name in layout.names)) for key, layout in table.items()}
+    assert {"double_blocks.1.txt_attn.qkv.bias", "single_blocks.0.linear1.weight", "guidance_in.in_layer.bias"} < released.keys()
+    back = convert_flux_transformer_checkpoint_to_diffusers(dict(released))
+    assert back.keys() == ours.keys() and all(torch.equal(back[name], value) for name, value in ours.items())
+    for key, layout in table.items():
+        assert all(torch.equal(a, ours[b]) for a, b in zip(layout.split(released[key]), layout.names, strict=True))
+
+
+def test_parts_of_one_tensor_have_one_type(tmp_path: Path) -> None:
+    module = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=8,
+    )  # fmt: skip
+    network = network_of(module)
+    quantize_(network, QuantConfig(4, None, weight_grid=GGUF))
+    round_(network)
+    module.transformer_blocks[0].attn.to_k = torch.nn.Linear(32, 32)
+    with pytest.raises(ValueError, match=r"x_block.attn.qkv.weight: its parts are of several types: .*to_q.weight Q4_0, .* F16"):
+        write_gguf(network, tmp_path / "out.gguf", "q4_0")
+    assert not list(tmp_path.iterdir())
+
+
 def test_recipes() -> None:
     recipe = Recipe.of("qncd", "W4A32", weight_grid=GGUF)
     assert recipe.smoothing is None and recipe.reconstruction is not None and recipe.quant.weight_grid == GGUF
@@ -218,6 +289,8 @@ def test_recipes() -> None:
 def test_networks_that_no_reader_knows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"down_block_types .*, expected"):
         write_gguf(network_of(kandinsky().unet), tmp_path / "out.gguf", "f16")
+    with pytest.raises(ValueError, match=r"AuraFlowTransformer2DModel: no UNet .*; GGUF files are written of those and of Flux"):
+        write_gguf(network_of(made("AuraFlow").transformer), tmp_path / "out.gguf", "f16")
     with pytest.raises(ValueError, match=r"have no name in the original .*: time_embedding.cond_proj.weight"):
         write_gguf(network_of(unet(time_cond_proj_dim=8)), tmp_path / "out.gguf", "f16")
     odd = image_unet(block_out_channels=(16, 16))
@@ -245,6 +318,8 @@ def test_commands(folder: Path, tmp_path: Path) -> None:
     told = run_in_process("export.py", *model, "--cali_ckpt", checkpoint, "--out", tmp_path / "q4.gguf", status=0)
     assert "not in the file: tracking" in told
     assert qncd.export_gguf(pipe, tmp_path / "python.gguf").read_bytes() == (tmp_path / "q4.gguf").read_bytes()
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved")  # whose weights are codes alone
+    assert qncd.export_gguf(loaded, tmp_path / "loaded.gguf").read_bytes() == (tmp_path / "q4.gguf").read_bytes()
     run_in_process("export.py", *model, "--type", "q4_0", "--out", tmp_path / "nearest.gguf")
     run_in_process("export.py", *model, "--type", "f16", "--out", tmp_path / "f16.gguf")
     sizes = [(tmp_path / name).stat().st_size for name in ("q4.gguf", "nearest.gguf", "f16.gguf")]

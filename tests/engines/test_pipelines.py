@@ -22,8 +22,12 @@ from torch import Tensor
 
 import qncd
 from qncd.engines.engine import export, open_engine
+from qncd.engines.network import in_float32
+from qncd.models.network import network_of
+from qncd.models.seen import remember_inputs
 from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.recipe import QuantConfig
+from qncd.sampling.pipeline import denoiser_of
 
 ENGINES = ("onnxruntime", "openvino")
 
@@ -94,6 +98,41 @@ def test_transformers(kind: str, mode: str, tmp_path: Path) -> None:
     for backend in ENGINES:
         found = run(qncd.open_engine(pipe, tmp_path, backend), kind)
         assert (found - expected).square().mean() <= 1.5 * (expected - exact).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "width"),
+    [("SDXL", torch.float16, "W8A8"), ("SD3", torch.bfloat16, "W4A8"),
+     pytest.param("HunyuanDiT", torch.float16, "W8A8", marks=pytest.mark.slow),
+     pytest.param("FLUX", torch.bfloat16, None, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_half_precision(kind: str, dtype: torch.dtype, width: str | None, tmp_path: Path) -> None:
+    """A network in half precision is float32 in the file, where it is not integers; the pipeline keeps its dtype."""
+    pipe = made(kind).to(dtype)
+    network, calls = network_of(denoiser_of(pipe)[1]), list[Any]()
+    hook = network.module.register_forward_pre_hook(lambda _, args, kw: calls.append(network.bind(args, kw)), with_kwargs=True)
+    run(pipe, kind)
+    hook.remove()
+    call = calls[0]
+    if width is None:
+        remember_inputs(network, call.x, call.t, call.inputs, call.constants)
+        export(network, tmp_path, None)
+    else:
+        qncd.quantize(pipe, width, mode="linear", calls=[KINDS[kind].call] * 2, steps=4)
+        qncd.export(pipe, tmp_path)
+    floats = {
+        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in {**call.inputs, **call.constants}.items()
+    }
+    with torch.no_grad():
+        expected = in_float32(network_of(denoiser_of(pipe)[1])).call(call.x.float(), call.t, **{"inputs": {}, **floats})
+    for backend in ENGINES:
+        found = network_of(open_engine(network, tmp_path, backend)).call(call.x, call.t, call.inputs, **call.constants)
+        assert found.dtype is dtype
+        apart = found.float() - expected
+        assert apart.square().mean() <= 1e-2 * expected.square().mean()  # ties tip
+        assert apart.abs().median() <= 1e-2 * expected.abs().mean()  # the output is rounded to the pipeline's dtype
+    assert all(p.dtype is dtype for p in network.module.parameters() if p.ndim == 1)
 
 
 def test_texts_of_any_length_and_one_shape_of_images(tmp_path: Path) -> None:

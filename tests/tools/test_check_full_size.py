@@ -63,8 +63,11 @@ def test_a_small_sdxl(
 
 
 def test_a_small_sd3(tool: Any, arguments: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
-    tool.main(arguments("--scale", 1, model="sd3"))
-    assert "the loaded model holds the saved one's numbers" in capsys.readouterr().out
+    pytest.importorskip("openvino")
+    tool.main(arguments("--scale", 1, "--engine", "openvino", model="sd3"))
+    out = capsys.readouterr().out
+    assert "the loaded model holds the saved one's numbers" in out
+    assert all(f"\n{phase}" in out for phase in ("export ", "open on openvino ", "2 PLMS steps, 64x64, openvino "))
 
 
 def test_weights_are_in_half_precision_and_activations_near_1(tool: Any, arguments: Callable[..., Any]) -> None:

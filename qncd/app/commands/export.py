@@ -11,8 +11,8 @@ network is exported.
         --cali_ckpt out/q4_0.safetensors
     qncd export --ckpt models/sd15 --cali_ckpt out/q4_0.safetensors --out out/sd15-q4_0.gguf
 
-FILE.gguf holds the UNet of Stable Diffusion 1, 2 or XL for stable-diffusion.cpp, ComfyUI-GGUF and diffusers. Without --cali_ckpt
-its weights are rounded to the nearest of --type.
+FILE.gguf holds the UNet of Stable Diffusion 1, 2 or XL, or the transformer of SD3, FLUX or Qwen-Image, for
+stable-diffusion.cpp, ComfyUI-GGUF and diffusers. Without --cali_ckpt its weights are rounded to the nearest of --type.
 """
 
 from __future__ import annotations
@@ -100,13 +100,12 @@ def export_gguf(network: Network, path: Path, kind: str, base_hash: str, records
     Raises:
         ValueError: no reader of GGUF knows such a network.
     """
-    from qncd.engines.gguf import write_gguf
-    from qncd.models.original.unet_names import stable_diffusion_key_map
+    from qncd.engines.gguf import names_of, write_gguf
     from qncd.ptq.stages.prepare import quantize_
     from qncd.ptq.stages.ranges import round_
     from qncd.recipe import GGUF, QuantConfig
 
-    stable_diffusion_key_map(network.module)  # before the long work
+    names_of(network.module)  # before the long work
     bits = GGUF_TYPES[kind]
     if records is None and bits is not None:
         round_(quantize_(network, QuantConfig(bits, None, bias_correction=False, weight_grid=GGUF)))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qncd import __version__
-from qncd.engines.network import InputSpec, check_kernels
+from qncd.engines.network import InputSpec, check_kernels, in_float32
 from qncd.engines.packages import require
 from qncd.io.files import reading, regular_file, whole_file
 from qncd.models.loading import state_dict_hash
@@ -91,7 +91,7 @@ class OnnxInfo:
 
 
 def build_onnx(network: Network, info: OnnxInfo | None = None, shape: Sequence[int] | None = None) -> ir.Model:
-    """The network as an ONNX model in memory.
+    """The network as an ONNX model in memory. What it computes in half precision is float32 there.
 
     Args:
         network: in floating point, or quantized and calibrated.
@@ -113,6 +113,7 @@ def build_onnx(network: Network, info: OnnxInfo | None = None, shape: Sequence[i
     from qncd.engines.onnx.lowering import lower_
     from qncd.engines.onnx.tracing import trace
 
+    network = in_float32(network)
     model = trace(network, shape)
     lower_(model, network)
     RemoveUnusedNodesPass()(model)

@@ -38,6 +38,7 @@ from qncd.models.traceable import Traceable
 from qncd.quant.attention import AttentionProducts, QuantAttnProcessor
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d
+from qncd.quant.quantizers import HALVES
 
 log = logging.getLogger("qncd")
 
@@ -119,6 +120,9 @@ class IntegerNetwork:
         for module in network.modules():  # norms and what else stays in floats; the original keeps its own
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.dtype in HALVES:
+                    setattr(module, name, buffer.to(self.dtype))
         return network
 
     def _convert_attention(self, name: str, module: Any) -> None:

@@ -230,7 +230,11 @@ class HunyuanDiT(Transformer):
 
     shared = frozenset({"image_rotary_emb.0", "image_rotary_emb.1"})
     tokens: ClassVar[Mapping[str, int]] = {}
-    fractions = True  # the embedding of time has the dtype of the time steps
+    fractions = True
+
+    def as_arguments(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """The embedding of time takes the dtype of the time steps, which pipelines give in that of the samples."""
+        return {**rows, self.time_name: rows[self.time_name].to(rows[self.sample_name].dtype)}
 
     def read_layers(self) -> set[str]:
         """Those of the pooling of texts."""

@@ -91,6 +91,15 @@ class FusedHeads:
 KeyTable = Mapping[str, Layout]
 
 
+def parameter_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """The shape of each parameter by name, of weights too that a quantized layer keeps as codes alone."""
+    shapes = {name: value.shape for name, value in module.named_parameters()}
+    for name, part in module.named_modules():
+        if getattr(part, "packed", False) and f"{name}.weight" not in shapes:
+            shapes[f"{name}.weight"] = part.weight_shape
+    return shapes
+
+
 def refuse(what: str, keys: Iterable[str]) -> None:
     """Raise ValueError with the number of the keys, `what` is wrong with them, and the first few names; nothing without keys."""
     if found := sorted(keys):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from qncd.models.original.key_tables import Layout, Renamed, refuse
+from qncd.models.original.key_tables import Layout, Renamed, parameter_shapes, refuse
 
 # Names inside a module: original -> diffusers.
 _TOP = {
@@ -117,7 +117,7 @@ def stable_diffusion_key_map(unet: nn.Module) -> dict[str, Layout]:
             raise ValueError(f"{kind}: {name} {found}, expected {value}")
     if not isinstance(config.layers_per_block, int):
         raise ValueError(f"{kind}: layers_per_block {config.layers_per_block}, expected one number")
-    names = {name for name, _ in unet.named_parameters()}
+    names = set(parameter_shapes(unet))
     modules, attentions = module_names(Plan(attends, config.layers_per_block))
     table = renamed(modules | _LABELS, names) | renamed_inside(attentions, names)
     refuse(f"parameters have no name in the original ({kind})", names - {layout.names[0] for layout in table.values()})
