@@ -83,6 +83,7 @@ def parse_args() -> argparse.Namespace:
     parser = cli.make_parser(__doc__ or "")
     parser.add_argument("--model", choices=tuple(MODELS), default="sd", help="default sd")
     parser.add_argument("--config", type=Path, help="another yaml of a latent model, or config.json of a network")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: the model's own)")
     parser.add_argument("--size", type=int, default=512, help="side of the calibration images in pixels (default 512)")
     parser.add_argument("--sample_size", type=int, help="side of the image that is sampled at last (default: the same)")
     parser.add_argument("--steps", type=int, default=2, help="PLMS steps (default 2)")
@@ -170,7 +171,7 @@ def build(args: argparse.Namespace, weights: bool = True) -> tuple[Diffusion, Di
         size = getattr(args, flag)
         if size is not None and size % (8 * factor):
             raise ValueError(f"--{flag} {size}: allowed are multiples of {8 * factor}")
-    module.to(getattr(torch, MODELS[args.model].dtype))
+    module.to(getattr(torch, args.dtype or MODELS[args.model].dtype))
     if weights:
         fill_(module.to_empty(device="cpu"))
     fill_buffers_(module)
@@ -218,6 +219,12 @@ def sampler_of(args: argparse.Namespace) -> SamplerConfig:
     return SamplerConfig("plms", "uniform", args.steps, 0.0, "ldm")
 
 
+def steps_of(args: argparse.Namespace) -> str:
+    """What is sampled, for the name of a phase."""
+    side = args.sample_size or args.size
+    return f"{args.steps} PLMS steps, {side}x{side}"
+
+
 def contexts(args: argparse.Namespace, diffusion: Diffusion) -> Conditions:
     """A random text context for each calibration trajectory, and one for no text."""
     import torch
@@ -261,9 +268,12 @@ def quantize_and_save(args: argparse.Namespace, path: Path) -> dict[str, Any]:
 
     phase, baseline = Phases(), memory("VmRSS")
     with phase("random weights, their SHA-256"):
-        diffusion, _ = build(args)
+        diffusion, sampler = build(args)
         network = diffusion.network
         base_hash = state_dict_hash(network.module)
+    if args.engine:  # to compare with
+        with phase(f"{steps_of(args)}, full precision"):
+            sampler.sample([0], conditions=contexts(args, sampler)[:1])
     weights = sum(p.numel() * 4 for p in network.module.parameters())
     recipe = recipe_of(args, diffusion.lane)
     runs = DiffusionRuns(diffusion, recipe.calibration, contexts(args, diffusion))
@@ -301,9 +311,9 @@ def load_and_sample(args: argparse.Namespace, path: Path, engine: str | None = N
     recipe = recipe_of(args, sampler.lane)
     kind = kind_of(recipe)
     corrector = corrector_of(recipe, info.records[kind.prefix] if kind else None)
-    side = args.sample_size or args.size
-    with phase(f"{args.steps} PLMS steps, {side}x{side}, {engine or 'quantized'}"):
-        sampler.sample([0], corrector, conditions=contexts(args, sampler)[:1])  # raises where it is not finite
+    for run in (f"{engine}, first run", engine) if engine else ("quantized",):  # an engine prepares itself in the first
+        with phase(f"{steps_of(args)}, {run}"):
+            sampler.sample([0], corrector, conditions=contexts(args, sampler)[:1])  # raises where it is not finite
     return {"phases": phase.rows, "state": state}
 
 
