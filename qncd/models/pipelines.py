@@ -278,13 +278,14 @@ def _check_libraries(path: Path, index: Mapping[str, Any]) -> None:
 
 
 def _from_hub(name: str) -> DiffusionPipeline:
+    """The pipeline of what the hub gives, looked at as any folder is."""
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, **_loading())
+        folder = DiffusionPipeline.download(name)
     except _FAULTS as error:
         raise FileNotFoundError(
             f"{name}: no such path here, and not to be had from the hub ({_reason(error)}): download its folder and name that"
         ) from error
-    return _checked(pipe, name)
+    return _from_folder(Path(folder))
 
 
 def _reason(error: BaseException) -> str:

@@ -221,12 +221,15 @@ def test_what_is_no_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     refused(ValueError, r"spoiled: the weights of its unet have no conv_in\.weight", tmp_path / "spoiled")
     save_file(state | {"conv_in.bias": state["conv_in.bias"] / 0}, weights)
     refused(ValueError, r"spoiled: in its unet, conv_in\.bias holds NaN or infinity", tmp_path / "spoiled")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda name: str(tmp_path / name.partition("/")[2]))
+    load_pipeline(DDIM).save_pretrained(tmp_path / "whole")
+    assert load_pipeline("google/whole").name_or_path == str(tmp_path / "whole")
+    refused(ValueError, r"spoiled: in its unet, conv_in\.bias holds NaN or infinity", "google/spoiled")
 
     def offline(name: str, **_: Any) -> None:
         raise OSError("\nno connection\nsecond line")
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", offline)
+    monkeypatch.setattr(DiffusionPipeline, "download", offline)
     message = (
         r"^google/none: no such path here, and not to be had from the hub \(no connection\): download its folder and name that$"
     )
