@@ -38,8 +38,8 @@ class OpenVino(OnnxEngine):
         def run(inputs: Arrays) -> np.ndarray:
             shapes = tuple((name, value.shape) for name, value in inputs.items())
             if shapes not in compiled:
-                model = read_network(folder / FILE, dict(shapes))
                 try:
+                    model = read_network(folder / FILE, dict(shapes))
                     compiled[shapes] = openvino_core().compile_model(model, "CPU", options)
                 except RuntimeError as error:
                     raise self.refusal(folder, error) from error
