@@ -22,6 +22,7 @@ from qncd.ptq.pipeline import CalibrationRuns, Job, Outcome, quantize_network, s
 from qncd.ptq.pipeline_calls import calls_for, checked_calls
 from qncd.ptq.pipeline_runs import PipelineRuns
 from qncd.ptq.runs import BareRuns
+from qncd.ptq.stages.smoothing import settled
 from qncd.quant.adapters import check_quantizable
 from qncd.quant.inspection import act_quantizers, quant_layers
 from qncd.recipe import Recipe
@@ -144,7 +145,7 @@ def quantize(
         pipeline = PipelineRuns(model, chosen, recipe.calibration, steps, monitor)
         runs, left_out = pipeline, []
         recipe = recipe.with_calibration(samples=pipeline.samples)
-    base_hash = state_dict_hash(runs.network.module)
+    recipe, base_hash = settled(recipe, runs.network), state_dict_hash(runs.network.module)
     data, record = sample_calibration(runs, recipe, base_hash)
     if isinstance(runs, PipelineRuns) and runs.diffusion is None:
         recipe = _without(recipe, ("bit_allocation", "step_weights"), given, left_out, NO_GRADIENTS)

@@ -77,7 +77,7 @@ MODES = {
         {**_PEER, "act_granularity": TOKEN, "temporal_differences": True}, _BRECQ,
     ),
     "qncd": Mode(
-        "qdiff, with QNCD's smoothing, a range for each time step and filters, or (--sample_reverse) its noise estimation",
+        "qdiff, with QNCD's smoothing of UNets, a range for each time step and filters, or (--sample_reverse) noise estimation",
         {"bias_correction": True, "smoothing": True, "offline": TRACKING}, _BRECQ,
         runtime=True, without_runtime={"stepwise_activations": True},
     ),
@@ -144,6 +144,8 @@ def compose(tree: type, mode: str, given: Mapping[str, Any], watched: Collection
         asked["reconstruction"] = given.get("reconstruction", False)
     elif "quant.smoothing_search" not in given:
         asked["quant.smoothing_search"] = False
+    if given.get("smoothing") or any(path.startswith("smoothing.") for path in given):
+        asked["smoothing.transformers"] = given.get("smoothing.transformers", True)
     if asked.get("quant.weight_grid") == GGUF:
         asked["smoothing"] = given.get("smoothing", False)
     asked["offline"], asked["correction"] = offline, correction

@@ -19,6 +19,7 @@ from qncd.options import check_choice as check_choice
 from qncd.options import check_int as check_int
 from qncd.reconstruction import ACT_ITERATIONS as ACT_ITERATIONS
 from qncd.reconstruction import ReconstructionConfig as ReconstructionConfig
+from qncd.smoothing import SmoothingConfig
 from qncd.steps import SamplerConfig as SamplerConfig
 from qncd.widths import FORMATS, FP8, INTEGER, check_numbers, label_of, parse_width
 
@@ -179,22 +180,6 @@ class QuantConfig:
 
 
 @dataclass(frozen=True)
-class SmoothingConfig:
-    """Intra noise: embedding-derived feature smoothing (QNCD, arXiv 2403.19140, section 3.2).
-
-    Attributes:
-        floor: smallest factor; 1 only ever shrinks channels, as in the paper.
-        strength: power of the factors; 1 is the paper's, less of it leaves the weights easier to round.
-    """
-
-    floor: float = option(1.0, limits=Limits(above=0, high=1))
-    strength: float = option(1.0, limits=Limits(above=0, high=1))
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-
-@dataclass(frozen=True)
 class CorrectionConfig:
     """Inter noise: runtime noise estimation (QNCD, section 3.3).
 
@@ -266,7 +251,7 @@ class Recipe:
     )  # fmt: skip
     quant: QuantConfig = section(QuantConfig, QUANTIZATION, optional=False)
     smoothing: SmoothingConfig | None = section(
-        SmoothingConfig, QUANTIZATION, "scale_split_static", "intra noise: smooth features by the embedding"
+        SmoothingConfig, QUANTIZATION, "scale_split_static", "intra noise: smooth features by the embedding (qncd: of UNets)"
     )
     reconstruction: ReconstructionConfig | None = section(
         ReconstructionConfig, "reconstruction (BRECQ)", "recon",

@@ -157,6 +157,22 @@ def test_rotations_and_branches_with_the_rest(mode: str, options: dict[str, Any]
     assert torch.equal(latents(again), images)
 
 
+def test_modes_smooth_unets_alone(base: Any, tmp_path: Path) -> None:
+    """On transformers smoothing by AdaLN is done where it is asked for by name, and so it stands in the recipe."""
+    few = {"calls": [KINDS["DiT"].call] * 2, "steps": 2, "samples": 2, "reconstruction": False, "tracking": False}
+    for options, smoothed in (({}, False), ({"smoothing": True}, True), ({"strength": 0.5}, True)):
+        pipe = made("DiT")
+        report = qncd.quantize(pipe, "W8A8", "qncd", **few, **options)
+        factors = [layer.smoothing is not None for layer in quant_layers(pipe.transformer).values()]
+        assert any(factors) == smoothed == (report.recipe.smoothing is not None)
+        folder = tmp_path / "_".join(("saved", *options))
+        qncd.save(pipe, folder)
+        assert qncd.load_quantized(made("DiT"), folder) == report.recipe
+    pipe = copy.deepcopy(base)
+    qncd.quantize(pipe, "W8A8", "qncd", reconstruction=False, **FEW)
+    assert any(layer.smoothing is not None for layer in quant_layers(pipe.unet).values())
+
+
 def test_a_correction_acts_through_the_scheduler(base: Any) -> None:
     corrected, plain = copy.deepcopy(base), copy.deepcopy(base)
     qncd.quantize(corrected, "W4A8", "qncd+", **FEW)

@@ -21,7 +21,7 @@ MAX_SCRIPT_LINES = 60
 LAYERS = (
     ("registration", "corrected", "cluster", "distributed", "launchers", "progress", "workers"),
     ("io",),
-    ("recipe", "modes", "options", "rng", "steps", "granularity", "reconstruction", "widths"),
+    ("recipe", "modes", "options", "rng", "steps", "granularity", "reconstruction", "smoothing", "widths"),
     ("models", "metrics"),
     ("quant",),
     ("sampling",),

@@ -100,7 +100,7 @@ def test_defaults_and_order_of_fields_stay() -> None:
             act_granularity="tensor", temporal_differences=False, attention_bits=None, weight_format="int", act_format="int",
             step_window=None,
         ),
-        SmoothingConfig: dict(floor=1.0, strength=1.0),
+        SmoothingConfig: dict(floor=1.0, strength=1.0, transformers=False),
         ReconstructionConfig: dict(
             iterations=2000, batch_size=32, lr=0.01, inputs=512, memory_gb=4.0, cache="fp16", seed=0, act_iterations=0,
             act_lr=0.01,
@@ -123,7 +123,7 @@ def test_changes_reach_the_whole_tree() -> None:
     assert recipe.reconstruction == ReconstructionConfig(iterations=4000)
     assert recipe.quant == QuantConfig(4, 6, act_range="max", softmax_bits=16, bias_correction=False)
     assert recipe.calibration == CalibrationConfig(samples=128, seed=3)
-    assert recipe.correction == CorrectionConfig(interval=5) and recipe.smoothing == SmoothingConfig(0.5)
+    assert recipe.correction == CorrectionConfig(interval=5) and recipe.smoothing == SmoothingConfig(0.5, transformers=True)
     assert Recipe.of("qdiff", "W4A8", reconstruction=ReconstructionConfig(9)).reconstruction == ReconstructionConfig(9)
 
 
@@ -294,7 +294,7 @@ def test_settings_of_a_run() -> None:
     settings = Recipe.of("qncd", "W4A8", correction=True).settings()
     assert settings == {
         "quantization": {"mode": "qncd", **dataclasses.asdict(QuantConfig(4, 8))},
-        "smoothing": {"floor": 1.0, "strength": 1.0},
+        "smoothing": {"floor": 1.0, "strength": 1.0, "transformers": False},
         "reconstruction": dataclasses.asdict(ReconstructionConfig()),
         "correction": dataclasses.asdict(CorrectionConfig()),
         "offline_correction": None,

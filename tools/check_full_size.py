@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from qncd.app import flags
 from qncd.app import parser as cli
-from qncd.engines.engine import file_engines
+from qncd.engines.registry import ENGINES
 from qncd.io.files import first_line, read_json, regular_file, scratch_folder, write_json
 from qncd.models.configs import CONFIGS, find_config
 from qncd.recipe import WEIGHT_RANGES, Recipe, SamplerConfig
@@ -95,7 +95,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cali_st", type=int, default=1, help="calibration time steps (default 1)")
     parser.add_argument("--no-sample_reverse", dest="no_sample_reverse", action="store_true", help="no noise correction")
     parser.add_argument("--no-gptq", dest="no_gptq", action="store_true", help="weights to nearest: saves most of the time")
-    parser.add_argument("--engine", choices=file_engines(), help="export the checkpoint, too, and sample it on this engine")
+    parser.add_argument("--engine", choices=tuple(ENGINES), help="export the checkpoint, too, and sample it on this engine")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
 
@@ -323,6 +323,12 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--scale {args.scale}: allowed are finite numbers")
     sampler_of(args)
     recipe_of(args, 1)
+    if args.engine:
+        from qncd.engines.engine import check_engine, engine_of
+
+        if not engine_of(args.engine).file:
+            raise ValueError(f"--engine {args.engine}: runs no exported file")
+        check_engine(args.engine)
     regular_file(find_config(config_of(args)))
     if args.json:
         flags.check_file("--json", args.json, replace=True)

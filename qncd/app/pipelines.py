@@ -29,6 +29,7 @@ from qncd.models.pipelines import load_pipeline
 from qncd.models.safety import image_finisher
 from qncd.models.schema import DIFFUSERS, layout_of
 from qncd.models.single_files import is_pipeline_file
+from qncd.ptq.stages.smoothing import settled
 from qncd.recipe import Recipe
 from qncd.sampling.correctors.registry import kind_of
 from qncd.sampling.pipeline import PipelineSampler, Row, denoiser_of, parameters_of
@@ -291,7 +292,9 @@ def sample(request: Request, args: argparse.Namespace, recipe: Recipe | None, pr
     precision = getattr(args, "precision", "full")
     sampler = PipelineSampler(pipe, call, 1, bool(kind and kind.calls_network), precision)
     sampler = dataclasses.replace(sampler, lane=args.lane or default_lane(pipe, max(sampler.shape[1:])))
-    recipe = recipe.decided(cli.default_calibration_batch(4 * max(sampler.shape[1:])), sampler.step_count) if recipe else None
+    if recipe is not None:
+        batch_size = cli.default_calibration_batch(4 * max(sampler.shape[1:]))
+        recipe = settled(recipe.decided(batch_size, sampler.step_count), sampler.network)
     factor = int(getattr(pipe, "vae_scale_factor", 1))
     model_hash = state_dict_hash(sampler.network.module)
     own = denoiser_of(pipe)[0]

@@ -85,6 +85,7 @@ class Network:
         tokens: inputs with an axis that runs over the tokens of texts, and that axis: an exported network takes any number.
         packed: samples are tokens of patches, which `to_images` takes apart.
         fractions: time steps are fractions or floats even where they are whole numbers.
+        smooths: modes smooth it by its embedding.
         step_window, rotates: what `step_window` and `rotation` of a `QuantConfig` are where they are left to the family.
     """
 
@@ -92,6 +93,7 @@ class Network:
     channel_dim: ClassVar[int] = 1
     step_window: ClassVar[float] = 0.0
     rotates: ClassVar[bool] = False
+    smooths: ClassVar[bool] = True
     tokens: ClassVar[Mapping[str, int]] = {"encoder_hidden_states": 1, "encoder_attention_mask": 1}
     fractions: ClassVar[bool] = False
     shared: frozenset[str] = frozenset()

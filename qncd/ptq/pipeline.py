@@ -20,6 +20,7 @@ from qncd.ptq.data import CalibrationSet
 from qncd.ptq.layer_record import ErrorMeter, NetworkRecord
 from qncd.ptq.observing import naming
 from qncd.ptq.stages.registry import STAGES, run_stages
+from qncd.ptq.stages.smoothing import settled
 from qncd.recipe import CalibrationConfig, QuantConfig, Recipe
 from qncd.sampling.corrector import Record, Recorder, Runs
 from qncd.sampling.correctors.registry import kind_of
@@ -131,6 +132,7 @@ def quantize_network(
     if job.weights and recipe.reconstruction:
         raise ValueError("weights of a checkpoint are taken as they are: no reconstruction with them")
     data.check_model(runs.network)
+    recipe = settled(recipe, runs.network)
     context = Context(
         runs.network, recipe, data, runs.network_times, runs.diffusion, runs.conditions, job.monitor, job.folder, job.processes,
         packed=job.packed,

@@ -362,5 +362,6 @@ def test_the_published_line() -> None:
     words += " --cond --scale_split_static --sample_reverse --reverse_interval 10 --running_stat --sm_abit 16"
     made = flags.recipe_of(parse(*words.split()))
     assert made == Recipe.of(
-        "qncd", "W8A8", steps=25, samples=128, interval=10, act_range="running", softmax_bits=16, **{"calibration.batch_size": 1}
-    )
+        "qncd", "W8A8", steps=25, samples=128, interval=10, act_range="running", softmax_bits=16, smoothing=True,
+        **{"calibration.batch_size": 1},
+    )  # fmt: skip

@@ -107,6 +107,7 @@ class Transformer(Network):
 
     channel_dim: ClassVar[int] = -1
     rotates: ClassVar[bool] = True
+    smooths: ClassVar[bool] = False
     step_window: ClassVar[float] = 0.1  # extremes of tokens differ more from image to image than from step to step
 
     @property

@@ -7,6 +7,7 @@ conv2(silu(.)) = (W2 * S)(silu(.) / S) is exact in floating point and easier to 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -35,6 +36,12 @@ def smoothing_factors(
     config = config or SmoothingConfig()
     stretch = network.stretch(times, inputs)
     return {name: factor.clamp(min=config.floor) ** config.strength for name, factor in stretch.items()}
+
+
+def settled(recipe: Recipe, network: Network) -> Recipe:
+    """The recipe without smoothing where it is that of a mode, and the network of a family that modes leave out."""
+    left_out = recipe.smoothing is not None and not (network.smooths or recipe.smoothing.transformers)
+    return dataclasses.replace(recipe, smoothing=None) if left_out else recipe
 
 
 def smooth_(network: Network, factors: dict[str, Tensor]) -> None:
