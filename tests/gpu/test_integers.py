@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 import qncd
 from qncd.engines.engine import check_engine
-from qncd.engines.network import EngineNetwork
+from qncd.engines.network import EngineNetwork, in_float32
 from qncd.models.loading import load_config, load_ddim
 from qncd.models.network import network_of
+from qncd.models.seen import seen_inputs
 from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.quant.affine import IntegerRange
@@ -237,6 +238,25 @@ def test_transformers(kind: str, width: str, mode: str) -> None:
         found = network_of(open_triton(network.module)).call(*given, **call.constants)
     assert (found - expected).square().mean() < 0.2 * (expected - exact).square().mean()  # ties tip
     assert (found - expected).abs().median() < 1e-5 * expected.abs().mean()
+
+
+def test_half_precision() -> None:
+    """A pipeline in bfloat16, with what is not quantized in float32: as its float32 form in PyTorch."""
+    pipe = made("SD3").to(DEVICE, torch.bfloat16)
+    qncd.quantize(pipe, "W8A8", mode="linear", calls=[KINDS["SD3"].call] * 2, steps=2)
+    network, generator = network_of(pipe.transformer), torch.Generator().manual_seed(0)
+    inputs = {
+        name: torch.randn(2, *shape, generator=generator).to(DEVICE)
+        for name, (shape, _) in (seen_inputs(network.module) or {}).items()
+        if name not in (network.sample_name, network.time_name)
+    }
+    x, t = torch.randn(2, 4, 8, 8, generator=generator).to(DEVICE), torch.full((2,), 500.0, device=DEVICE)
+    with torch.no_grad():
+        expected = in_float32(network).call(x, t, inputs)
+        found = network_of(open_triton(network.module)).call(x, t, inputs)
+    assert found.dtype is torch.float32 and network.dtype is torch.bfloat16
+    assert (found - expected).square().mean() < 1e-3 * expected.square().mean()  # ties tip
+    assert (found - expected).abs().median() < 1e-4 * expected.abs().mean()
 
 
 def test_rotations_and_branches_of_unets(make_cross_unet: Any) -> None:
