@@ -88,13 +88,14 @@ class IntegerNetwork:
         self.one_step_a_call = any(len(known) > 1 for known in self.steps.tables)
         self.graphs: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor] | None] = {}  # None: cannot be recorded
 
-    def _converted(self, original_network: Network) -> nn.Module:
-        original, read = original_network.module, original_network.read_layers()
+    def _converted(self, calibrated: Network) -> nn.Module:
+        original, read = calibrated.module, calibrated.read_layers()
         shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}  # deepcopy keeps what it knows
         network: Any = copy.deepcopy(original, shared)
         network._forward_pre_hooks.clear()  # the time steps of a call are told on the device
         for name, layer in quant_layers(network).items():
             if name in read:
+                layer.weight_dtype = self.dtype
                 continue
             kind = IntegerConv2d if isinstance(layer, QuantConv2d) else IntegerLinear
             _replace(network, name, kind(name, layer, self.steps.row, self.dtype))
