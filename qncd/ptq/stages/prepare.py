@@ -48,7 +48,8 @@ def quantize_(network: Network | nn.Module, config: QuantConfig) -> Network:
     splits = network.splits() if config.split else {}
     left = set() if config.quantize_embedding else network.embedding()
     if config.weight_grid == GGUF:
-        left = network.embedding() | {name for name, layer in layers.items() if not _has_blocks(layer)}
+        left |= network.embedding() if network.channel_dim == 1 else set()  # of UNets, readers take it in floats
+        left |= {name for name, layer in layers.items() if not _has_blocks(layer)}
         if not layers.keys() - left:
             raise ValueError(f"{type(module).__name__}: has no linear layer whose rows are blocks of {GGUF_GROUP}, GGUF's")
     edges = network.edges() if config.edge_bits is not None else ()
