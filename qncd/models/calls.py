@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 # Named inputs of a call beside sample and time step. Nested ones have dotted names: added_cond_kwargs.time_ids,
 # down_block_additional_residuals.0.
 Inputs = Mapping[str, Tensor]
+PlainCall = Callable[[Tensor, Tensor, Inputs], Tensor]  # samples, their time steps and named inputs -> the network's output
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from qncd.models.calls import Call, Inputs, flatten, nested
+from qncd.models.calls import Call, Inputs, PlainCall, flatten, nested
 from qncd.models.seen import seen_inputs
 
 log = logging.getLogger("qncd")
@@ -188,7 +188,7 @@ class Network:
         return dict(inputs)
 
     @contextmanager
-    def traced(self, constants: Mapping[str, Any]) -> Iterator[Callable[[Tensor, Tensor, Inputs], Tensor]]:
+    def traced(self, constants: Mapping[str, Any]) -> Iterator[PlainCall]:
         """Within it, `call` in a form in which no shape depends on values, for tracing.
 
         Args:

@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from qncd.engines.packages import require
 from qncd.io.files import first_line
-from qncd.models.calls import Inputs
+from qncd.models.calls import PlainCall
 from qncd.models.network import Network
 from qncd.models.seen import seen_constants, settings_of
 from qncd.models.traceable import Traceable
@@ -45,7 +45,7 @@ class _Traced(nn.Module):
         names: of its inputs.
     """
 
-    def __init__(self, module: nn.Module, call: Callable[[Tensor, Tensor, Inputs], Tensor], names: Sequence[str]) -> None:
+    def __init__(self, module: nn.Module, call: PlainCall, names: Sequence[str]) -> None:
         super().__init__()
         self.module, self.call, self.names = module, call, tuple(names)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qncd.models.calls import Call, Inputs
+from qncd.models.calls import Call, Inputs, PlainCall
 from qncd.models.families.transformer import OfFractions, filled_rows, forwarding
 from qncd.models.traceable import Pairs, pairs_of
 
@@ -60,7 +60,7 @@ class Chroma(Flux):
     tokens: ClassVar[Mapping[str, int]] = {}
 
     @contextmanager
-    def traced(self, constants: Mapping[str, Any]) -> Iterator[Callable[[Tensor, Tensor, Inputs], Tensor]]:
+    def traced(self, constants: Mapping[str, Any]) -> Iterator[PlainCall]:
         embed: Any = self.module.time_text_embed
 
         def forward(timestep: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class QwenImage(Packed):
         return {**rows, self.mask: mask, self.shapes: shapes * len(rows[self.sample_name])}
 
     @contextmanager
-    def traced(self, constants: Mapping[str, Any]) -> Iterator[Callable[[Tensor, Tensor, Inputs], Tensor]]:
+    def traced(self, constants: Mapping[str, Any]) -> Iterator[PlainCall]:
         module: Any = self.module
         # All places of texts: what stands behind those of the image.
         places, all_texts = module.pos_embed(constants[self.shapes], max_txt_seq_len=1 << 20, device=self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qncd.models.calls import Inputs
+from qncd.models.calls import Inputs, PlainCall
 from qncd.models.families.transformer import TRAINED_STEPS, Transformer, filled_rows
 from qncd.models.traceable import Pairs, pairs_of
 
@@ -33,7 +33,7 @@ class Lumina2(Reversed):
     """Lumina2: captions with a mask, then the image."""
 
     @contextmanager
-    def traced(self, constants: Mapping[str, Any]) -> Iterator[Callable[[Tensor, Tensor, Inputs], Tensor]]:
+    def traced(self, constants: Mapping[str, Any]) -> Iterator[PlainCall]:
         """diffusers' own forward cuts each caption to its length. Here all keep the same number of tokens, and those that are
         none of a caption are masked: their order and number make no difference to the others.
         """
@@ -106,7 +106,7 @@ class ZImage(Reversed):
         return {**inputs, self.captions: inputs[self.captions][:, :count]}
 
     @contextmanager
-    def traced(self, constants: Mapping[str, Any]) -> Iterator[Callable[[Tensor, Tensor, Inputs], Tensor]]:
+    def traced(self, constants: Mapping[str, Any]) -> Iterator[PlainCall]:
         """diffusers' own forward takes lists apart. Here all captions keep the same number of tokens, and those beyond a
         caption's own multiple of CAPTION_ROWS are masked: their number makes no difference to the others.
         """

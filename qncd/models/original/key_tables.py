@@ -48,15 +48,10 @@ class Renamed:
 
 
 @dataclass(frozen=True)
-class Pointwise:
+class Pointwise(Renamed):
     """The weight of a 1x1 convolution (O, I, 1, ...) with `dims` dimensions of size 1 as that of a linear layer (O, I)."""
 
-    name: str
     dims: int = 2
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
 
     def split(self, value: Tensor) -> tuple[Tensor, ...]:
         return (value.reshape(value.shape[:2]),)

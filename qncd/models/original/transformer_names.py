@@ -31,15 +31,8 @@ class Rows:
         return torch.cat(values)
 
 
-@dataclass(frozen=True)
-class Exchanged:
+class Exchanged(Renamed):
     """The same tensor with its halves exchanged: shift and scale of the last norm, which diffusers has the other way round."""
-
-    name: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
 
     def split(self, value: Tensor) -> tuple[Tensor, ...]:
         return (torch.cat(value.chunk(2)[::-1]),)
