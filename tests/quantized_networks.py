@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from small_pipelines import KINDS, made
 from torch import Tensor, nn
 
+import qncd
+from qncd.models.calls import Call
 from qncd.models.network import Network, network_of
 from qncd.progress import Monitor, silent
 from qncd.ptq.data import CalibrationSet
@@ -28,6 +32,7 @@ from qncd.quant.inspection import quant_layers, set_act_bits_
 from qncd.recipe import CalibrationConfig, QuantConfig, Recipe, ReconstructionConfig, SmoothingConfig
 from qncd.sampling.diffusion import Diffusion
 from qncd.sampling.guidance import Conditions
+from qncd.sampling.pipeline import denoiser_of
 
 TIMES = [1, 251, 501, 751]
 CONTEXT = "encoder_hidden_states"
@@ -118,3 +123,15 @@ def assert_same_in_integers(full: Any, unet: Any, engine: Any, count: int = 8) -
     assert found.shape == expected.shape
     assert ((found - expected).abs() <= one_code).float().mean() >= 0.999
     assert (found - expected).square().mean() < (0.9 * (expected - exact)).square().mean()
+
+
+def called_pipeline(kind: str, width: str, mode: str, device: str = "cpu") -> tuple[Network, Network, Call]:
+    """The network of a small pipeline in full precision, quantized, and what the pipeline calls it with."""
+    pipe = made(kind).to(device)
+    full = network_of(copy.deepcopy(denoiser_of(pipe)[1]))
+    qncd.quantize(pipe, width, mode=mode, calls=[KINDS[kind].call] * 2, steps=2)
+    calls, network = list[Call](), network_of(denoiser_of(pipe)[1])
+    hook = network.module.register_forward_pre_hook(lambda _, args, kw: calls.append(network.bind(args, kw)), with_kwargs=True)
+    pipe(**KINDS[kind].call, num_inference_steps=2, output_type="latent")
+    hook.remove()
+    return full, network, calls[0]

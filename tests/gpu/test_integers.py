@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from quantized_networks import TIMES, assert_same_in_integers, call, inputs, prepared
+from quantized_networks import TIMES, assert_same_in_integers, call, called_pipeline, inputs, prepared
 from small_pipelines import KINDS, made
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qncd
 from qncd.engines.engine import check_engine
@@ -29,14 +32,15 @@ from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.quantizers import Stage
 from qncd.recipe import QuantConfig
-from qncd.sampling.pipeline import denoiser_of
 
 pytest.importorskip("triton")
 from qncd.engines.triton import kernels
+from qncd.engines.triton.blocks import IntegerResnetBlock, attend_on_codes
 from qncd.engines.triton.engine import open_triton
-from qncd.engines.triton.kernels import Grid
-from qncd.engines.triton.layers import IntegerConv2d, IntegerLinear, IntegerResnetBlock, attend_on_codes
-from qncd.engines.triton.network import IntegerNetwork, Steps
+from qncd.engines.triton.grids import Grids
+from qncd.engines.triton.kernels import Grid, Norm
+from qncd.engines.triton.layers import IntegerConv2d, IntegerLinear
+from qncd.engines.triton.network import IntegerNetwork
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,13 +84,13 @@ def test_every_layer_and_the_network(kind: str, config: QuantConfig, make_unet: 
     left = [m for m in engine.session.network.module.modules() if isinstance(m, ResnetBlock2D | Transformer2DModel | QuantLayer)]
     assert not left  # every block is fused
 
-    steps, seen, worst = Steps(unet.device), dict[str, tuple[Tensor, Tensor]](), 0.0
+    grids, seen, worst = Grids(unet.device), dict[str, tuple[Tensor, Tensor]](), 0.0
     for name, layer in quant_layers(unet).items():
         layer.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, (args[0], out)))
     call(unet, inputs(unet, 1))
     for name, layer in quant_layers(unet).items():
         kind_ = IntegerConv2d if isinstance(layer, QuantConv2d) else IntegerLinear
-        integer = kind_(name, layer, steps.row, torch.float32)
+        integer = kind_(name, layer, grids, torch.float32)
         x, expected = seen[name]
         worst = max(worst, float((integer(x) - expected).norm() / expected.norm()))
     assert worst < 1e-5
@@ -130,7 +134,7 @@ def test_group_norms(shape: tuple[int, ...]) -> None:
     x = randn(*shape) * 3 + 50
     rows = x.permute(0, 2, 3, 1).contiguous()
     factor, term = kernels.group_norm(rows, 4, norm.weight, norm.bias, norm.eps)
-    found = kernels.pointwise(rows, affine=(factor, term), silu=True, dtype=torch.float32).permute(0, 3, 1, 2)
+    found = kernels.pointwise(rows, affine=(factor, term), act="silu", dtype=torch.float32).permute(0, 3, 1, 2)
     with torch.no_grad():
         torch.testing.assert_close(found, F.silu(norm(x)), rtol=1e-4, atol=1e-4)
 
@@ -160,7 +164,7 @@ def test_codes_of_everything_before_a_product(bits: int, smooth: bool) -> None:
     norm = nn.LayerNorm(40).to(DEVICE)
     nn.init.normal_(norm.bias)
     with torch.no_grad():
-        check(kernels.layer_norm_codes(x, g, norm.weight, norm.bias, norm.eps), expected(norm(x), factors), g)
+        check(kernels.normed(x, Norm(norm.eps, norm.weight, norm.bias), g), expected(norm(x), factors), g)
     some = None if factors is None else factors[:20].contiguous()
     g = grid(scale, codes, zero, some)
     check(kernels.pointwise(x, g, gated=True), expected(x[..., :20] * F.gelu(x[..., 20:]), some), g)
@@ -206,7 +210,7 @@ def test_attention_with_a_mask() -> None:
         "one image": torch.stack([torch.zeros(keys, device=DEVICE), -10000.0 * far]).view(2, 1, 1, keys),
     }
     integers = copy.deepcopy(processor)
-    attend_on_codes("attn", integers, Steps(torch.device(DEVICE)).row, torch.float32)
+    attend_on_codes("attn", integers, Grids(torch.device(DEVICE)), torch.float32)
     for name, mask in masks.items():
         whole = mask.expand(2, 3, length, keys)
         expected = processor.attend(processor.q(q), processor.k(k), processor.v(v), whole, 0.25, False)
@@ -224,20 +228,46 @@ def test_attention_with_a_mask() -> None:
 )  # fmt: skip
 def test_transformers(kind: str, width: str, mode: str) -> None:
     """Joint and masked attention, rotary embeddings, rotations, low-rank branches and lists give what fake quantization does."""
-    pipe = made(kind).to(DEVICE)
-    full = network_of(copy.deepcopy(denoiser_of(pipe)[1]))
-    qncd.quantize(pipe, width, mode=mode, calls=[KINDS[kind].call] * 2, steps=2)
-    calls, network = list[Any](), network_of(denoiser_of(pipe)[1])
-    hook = network.module.register_forward_pre_hook(lambda _, args, kw: calls.append(network.bind(args, kw)), with_kwargs=True)
-    pipe(**KINDS[kind].call, num_inference_steps=2, output_type="latent")
-    hook.remove()
-    call = calls[0]
+    full, network, call = called_pipeline(kind, width, mode, DEVICE)
     given = (call.x, call.t, call.inputs)
     with torch.no_grad():
         exact, expected = (part.call(*given, **call.constants) for part in (full, network))
         found = network_of(open_triton(network.module)).call(*given, **call.constants)
     assert (found - expected).square().mean() < 0.2 * (expected - exact).square().mean()  # ties tip
     assert (found - expected).abs().median() < 1e-5 * expected.abs().mean()
+
+
+class Counted(TorchDispatchMode):
+    """How often torch's operations are called, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = collections.Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._schema.name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["DiT", "FLUX", "SD3"])
+def test_blocks_of_transformers_are_fused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No norm, activation, modulation or gate of a block is an operation of its own, and the result is the same without."""
+    _, network, call = called_pipeline(kind, "W8A8", "linear", DEVICE)
+    given = (call.x, call.t, call.inputs)
+    engine, alone = network_of(open_triton(network.module)), network_of(open_triton(network.module))
+    with torch.no_grad(), Counted() as fused:
+        found = engine.call(*given, **call.constants)
+    monkeypatch.setattr("qncd.engines.triton.network.Fusing", contextlib.nullcontext)
+    with torch.no_grad(), Counted() as plain:
+        expected = alone.call(*given, **call.constants)
+    assert (found - expected).square().mean() < 1e-4 * expected.square().mean()  # ties tip
+    assert (found - expected).abs().median() < 1e-5 * expected.abs().mean()
+    names = ("native_layer_norm", "rms_norm", "gelu", "silu")
+    assert sum(plain.counts[name] for name in names) > 10 and not any(fused.counts[name] for name in names)
+    blocks = sum(
+        len(part) for name, part in network.module.named_children() if isinstance(part, nn.ModuleList) and "blocks" in name
+    )
+    assert plain.counts["mul"] - fused.counts["mul"] >= 4 * blocks
 
 
 def test_half_precision() -> None:
@@ -296,10 +326,10 @@ def test_what_has_no_kernel_is_refused(make_unet: Any, monkeypatch: pytest.Monke
         open_triton(unet)
     with pytest.raises(ValueError, match="weights are in floating point"):
         open_triton(quantize_(make_unet(), QuantConfig(8, 8)).module.to(DEVICE))
-    sana = made("Sana").to(DEVICE)
-    qncd.quantize(sana, "W8A8", mode="linear", calls=[KINDS["Sana"].call], steps=2, samples=2)
-    with pytest.raises(ValueError, match="conv_depth: groups, dilation, two strides and named padding have no kernel"):
-        open_triton(sana.transformer)
+    unet = prepared(make_unet(), QuantConfig(8, 8)).to(DEVICE)
+    quant_layers(unet)["conv_in"].dilation = (2, 2)
+    with pytest.raises(ValueError, match="conv_in: groups of channels, dilation, two strides and named padding have no kernel"):
+        open_triton(unet)
     if DEVICE == "cuda":
         with pytest.raises(ValueError, match="backend triton on --device cpu: allowed is cuda"):
             open_triton(prepared(make_unet(), QuantConfig(8, 8)))

@@ -164,6 +164,20 @@ def test_what_is_traced_is_what_is_called(kind: str, calibrated: Any) -> None:
                 torch.testing.assert_close(call(x, t, inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [*PLACES, "Sana"])
+def test_what_is_traced_stays_on_its_device(kind: str, calibrated: Any) -> None:
+    """Nothing is taken from the CPU as it runs, so that a call can be recorded on a GPU; shapes alone show it."""
+    network, data = calibrated(kind)
+    network.module.to("meta")
+    constants = {name: value for name, value in data.constants.items() if not isinstance(value, Tensor)}
+    shared = {name: value for name, value in data.constants.items() if isinstance(value, Tensor)}
+    given = {**data.subset(torch.arange(2)).inputs, **shared}
+    inputs = {name: value.to("meta") for name, value in network.trimmed(given).items()}
+    with torch.no_grad(), network.traced(constants) as call, Traceable():
+        out = call(data.x[:2].to("meta"), data.t[:2].to("meta"), inputs)
+    assert out.device.type == "meta" and len(out) == 2
+
+
 def test_pairs_are_complex_numbers() -> None:
     a, b = torch.randn(2, 3, 4, dtype=torch.complex64), torch.randn(2, 4, dtype=torch.complex64)
     with Traceable():

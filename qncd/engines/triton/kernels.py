@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from torch import Tensor
 from qncd.engines.triton import triton_kernels
 
 FULL = 1024  # programs that fill a GPU
+ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh")  # by the number that kernels know them by
 
 
 class Packed:
@@ -44,6 +46,25 @@ class Packed:
         self.scale = scale.float().contiguous()
 
 
+class PackedDepthwise:
+    """The codes of a weight that multiplies each channel by its own, laid out for `depthwise`.
+
+    Args:
+        codes: (C, 1, h, w) int8.
+        scale: (C,) float32.
+
+    Attributes:
+        codes: (h * w, pitch) int8, filled up with zeros to `pitch`.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        channels, _, *self.size = codes.shape
+        self.pitch, self.channels = padded_channels(channels), channels
+        self.codes = codes.new_zeros(self.size[0] * self.size[1], self.pitch)
+        self.codes[:, :channels] = codes.flatten(1).T
+        self.scale = scale.float().contiguous()
+
+
 class Grid:
     """The integer grid of one activation.
 
@@ -58,14 +79,21 @@ class Grid:
     def __init__(self, scale: Tensor, row: Tensor, low: float, high: float, zero: int, smoothing: Tensor | None = None) -> None:
         self.scale, self.row, self.low, self.high, self.zero, self.smoothing = scale, row, low, high, zero, smoothing
 
-    def same_as(self, other: Grid) -> bool:
-        """Whether both give the same codes."""
-        numbers = [(grid.low, grid.high, grid.zero, grid.row.data_ptr()) for grid in (self, other)]
-        if numbers[0] != numbers[1] or not torch.equal(self.scale, other.scale):
-            return False
-        if self.smoothing is None or other.smoothing is None:
-            return self.smoothing is other.smoothing
-        return torch.equal(self.smoothing, other.smoothing)
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm over the last axis.
+
+    Attributes:
+        epsilon: added to the mean square.
+        weight, bias: (C,), or None.
+        centered: the mean is taken off first, as in a layer norm; without, it is a root-mean-square norm.
+    """
+
+    epsilon: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    centered: bool = True
 
 
 def padded_channels(channels: int) -> int:
@@ -98,7 +126,7 @@ def pointwise(
     x: Tensor,
     grid: Grid | None = None,
     affine: tuple[Tensor, Tensor] | None = None,
-    silu: bool = False,
+    act: str = "",
     gated: bool = False,
     up: bool = False,
     pads: tuple[int, int, int, int] = (0, 0, 0, 0),
@@ -110,8 +138,8 @@ def pointwise(
     Args:
         x: (N, H, W, C), contiguous.
         grid: round to it; None leaves floats.
-        affine: factor and term (N, C) that `group_norm` gave.
-        silu: x * sigmoid(x).
+        affine: factor and term (N, C), as `group_norm` gives them.
+        act: one of ACTIVATIONS.
         gated: the first half of the channels times GELU of the second.
         up: every pixel becomes two by two.
         pads: pixels of zeros on top, left, bottom and right.
@@ -137,24 +165,46 @@ def pointwise(
     triton_kernels.pointwise_kernel[tiles](
         x, out, factor, term, x if smoothing is None else smoothing, grid.scale if grid else x, grid.row if grid else x,
         float(grid.zero) if grid and dtype == torch.int8 else 0.0, grid.low if grid else 0.0, grid.high if grid else 0.0,
-        height, width, pitch, first, channels, out_height, out_width, out_pitch, top, left,
-        NORM=affine is not None, SILU=silu, GATED=gated, SMOOTH=smoothing is not None, QUANTIZE=grid is not None, UP=times,
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+        height, width, pitch, first, channels, out_height, out_width, out_pitch, top, left, factor.stride(0), term.stride(0),
+        NORM=affine is not None, ACT=ACTIVATIONS.index(act), GATED=gated, SMOOTH=smoothing is not None,
+        QUANTIZE=grid is not None, UP=times, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def layer_norm_codes(x: Tensor, grid: Grid, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """Codes (N, H, W, pitch) int8 of the layer norm of x (N, H, W, C), contiguous."""
+def normed(
+    x: Tensor,
+    norm: Norm,
+    grid: Grid | None = None,
+    factor: Tensor | None = None,
+    term: Tensor | None = None,
+    dtype: torch.dtype = torch.int8,
+) -> Tensor:
+    """norm(x) * factor + term, rounded.
+
+    Args:
+        x: (N, H, W, C), contiguous.
+        grid: round to it; None leaves floats.
+        factor, term: (N, C) with neighbouring channels side by side, or None.
+        dtype: of the result without a grid.
+
+    Returns:
+        Codes (N, H, W, pitch) int8, or floats (N, H, W, C).
+    """
     channels, rows = x.shape[-1], x.shape[:-1].numel()
-    pitch = padded_channels(channels)
-    out = x.new_empty(*x.shape[:-1], pitch, dtype=torch.int8)
+    pitch = padded_channels(channels) if grid else channels
+    out = x.new_empty(*x.shape[:-1], pitch, dtype=torch.int8 if grid else dtype)
     block_c = triton.next_power_of_2(pitch)
     block_r = max(1, 4096 // block_c)
-    triton_kernels.layer_norm_codes_kernel[(-(-rows // block_r),)](
-        x, out, weight, bias, x if grid.smoothing is None else grid.smoothing, grid.scale, grid.row, float(grid.zero),
-        grid.low, grid.high, rows, channels, pitch, epsilon,
-        SMOOTH=grid.smoothing is not None, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
+    smoothing = grid.smoothing if grid else None
+    weight, bias, factors, terms, smoothings = (x if v is None else v for v in (norm.weight, norm.bias, factor, term, smoothing))
+    triton_kernels.norm_kernel[(-(-rows // block_r),)](
+        x, out, weight, bias, factors, terms, smoothings, grid.scale if grid else x, grid.row if grid else x,
+        float(grid.zero) if grid else 0.0, grid.low if grid else 0.0, grid.high if grid else 0.0,
+        rows, x.shape[1] * x.shape[2], channels, pitch, norm.epsilon, factors.stride(0), terms.stride(0),
+        CENTER=norm.centered, WEIGHT=norm.weight is not None, BIAS=norm.bias is not None, FACTOR=factor is not None,
+        TERM=term is not None, SMOOTH=smoothing is not None, QUANTIZE=grid is not None, BLOCK_R=block_r, BLOCK_C=block_c,
+        num_warps=4,
     )  # fmt: skip
     return out
 
@@ -167,36 +217,67 @@ def convolve(
     stride: int = 1,
     bias: Tensor | None = None,
     embedding: Tensor | None = None,
+    gate: Tensor | None = None,
     residual: Tensor | None = None,
+    act: str = "",
     out_grid: Grid | None = None,
 ) -> Tensor:
-    """The convolution of codes (N, H, W, pitch) int8, padded already: floats (N, H', W', O).
+    """The convolution of codes (N, H, W, pitch) int8, padded already: (N, H', W', O), act((sums + embedding) * gate + residual).
 
     Args:
         grid: of the codes.
-        dtype: of the result.
+        dtype: of the result; with `out_grid`, float16 for codes less the zero point, or int8 for codes as they are stored.
         bias: (O,).
         embedding: (N, O) to add to every pixel.
+        gate: (N, O) to multiply every pixel by, with neighbouring channels side by side.
         residual: (N, H', W', O) to add.
-        out_grid: round to it; the result then is float16, codes less the zero point.
+        act: one of ACTIVATIONS.
+        out_grid: round to it; stored codes need as many outputs as `padded_channels` gives.
     """
     images, height, width, pitch = codes.shape
     assert pitch == weight.pitch
-    out_height, out_width = ((size - k) // stride + 1 for size, k in zip((height, width), weight.size, strict=True))
+    out_height, out_width = out_sizes((height, width), weight.size, stride)
     outputs, rows = len(weight.codes), images * out_height * out_width
-    out = codes.new_empty(images, out_height, out_width, outputs, dtype=torch.float16 if out_grid else dtype)
+    out = codes.new_empty(images, out_height, out_width, outputs, dtype=dtype)
     last = out_grid or grid
+    smoothing = out_grid.smoothing if out_grid else None
+    embeddings, gates, residuals, smoothings = (out if v is None else v for v in (embedding, gate, residual, smoothing))
     block_m, block_n, block_k, warps, stages = blocks(rows, outputs, pitch)
     triton_kernels.convolve_kernel[(-(-rows // block_m) * -(-outputs // block_n),)](
         codes, weight.codes, out, weight.scale, weight.sums, grid.scale, grid.row, grid.zero,
-        out if bias is None else bias, out if embedding is None else embedding, out if residual is None else residual,
-        last.scale, last.row, last.low, last.high,
+        out if bias is None else bias, embeddings, gates, residuals,
+        last.scale, last.row, smoothings, float(last.zero) if dtype == torch.int8 else 0.0, last.low, last.high,
         rows, outputs, pitch, height, width, out_height, out_width, stride, weight.size[1], weight.size[0] * weight.size[1],
-        BIAS=bias is not None, EMBEDDING=embedding is not None, RESIDUAL=residual is not None,
-        ROUND_OUT=out_grid is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8,
-        num_warps=warps, num_stages=stages,
+        gates.stride(0),
+        BIAS=bias is not None, EMBEDDING=embedding is not None, GATE=gate is not None, RESIDUAL=residual is not None,
+        ACT=ACTIVATIONS.index(act), ROUND_OUT=out_grid is not None, SMOOTH=smoothing is not None,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
+
+
+def depthwise(
+    codes: Tensor, weight: PackedDepthwise, grid: Grid, dtype: torch.dtype, stride: int = 1, bias: Tensor | None = None
+) -> Tensor:
+    """The convolution of codes (N, H, W, pitch) int8, padded already, channel by channel: floats (N, H', W', C)."""
+    images, height, width, pitch = codes.shape
+    assert pitch == weight.pitch
+    out_height, out_width = out_sizes((height, width), weight.size, stride)
+    out = codes.new_empty(images, out_height, out_width, weight.channels, dtype=dtype)
+    block_c = min(triton.next_power_of_2(weight.channels), 64)
+    block_p = min(triton.next_power_of_2(out_height * out_width), 2048 // block_c)
+    tiles = (images, -(-out_height * out_width // block_p), -(-weight.channels // block_c))
+    triton_kernels.depthwise_kernel[tiles](
+        codes, weight.codes, out, weight.scale, grid.scale, grid.row, grid.zero, out if bias is None else bias,
+        height, width, weight.channels, pitch, out_height, out_width, stride, weight.size[1],
+        BIAS=bias is not None, TAPS=weight.size[0] * weight.size[1], BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def out_sizes(sizes: Sequence[int], kernel: Sequence[int], stride: int) -> list[int]:
+    """Height and width of a convolution of what is padded already."""
+    return [(size - k) // stride + 1 for size, k in zip(sizes, kernel, strict=True)]
 
 
 def blocks(rows: int, outputs: int, pitch: int) -> tuple[int, int, int, int, int]:

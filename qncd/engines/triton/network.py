@@ -12,23 +12,33 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import Timesteps
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from qncd.engines.network import check_kernels
-from qncd.engines.triton.layers import (
-    ChannelsLastGroupNorm,
+from qncd.engines.triton.blocks import (
     IntegerAttnProcessor,
-    IntegerConv2d,
     IntegerDownsample,
     IntegerGatedFeedForward,
-    IntegerLinear,
     IntegerResnetBlock,
     IntegerTransformer,
     IntegerUpsample,
     attend_on_codes,
+)
+from qncd.engines.triton.deferred import plain
+from qncd.engines.triton.fusion import Fusing
+from qncd.engines.triton.grids import Grids
+from qncd.engines.triton.layers import (
+    ChannelsLastGroupNorm,
+    IntegerConv2d,
+    IntegerDepthwise,
+    IntegerLinear,
+    OncePerCall,
+    RowsNorm,
     fusable,
 )
 from qncd.io.files import first_line
@@ -45,27 +55,6 @@ log = logging.getLogger("qncd")
 WARM_UP_CALLS = 2  # before a call is recorded
 
 
-class Steps:
-    """Which of the time steps that have ranges a call is at, on the device, for each table of steps."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.tables: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-
-    def row(self, known: tuple[int, ...]) -> Tensor:
-        """() int32, which `select` sets."""
-        if known not in self.tables:
-            times = torch.tensor(known, device=self.device)
-            self.tables[known] = times, torch.zeros((), dtype=torch.int32, device=self.device)
-        return self.tables[known][1]
-
-    def select(self, timesteps: Tensor) -> None:
-        """The step nearest to the first of `timesteps` (N,)."""
-        for times, row in self.tables.values():
-            if len(times) > 1:
-                row.copy_((times - timesteps[0]).abs().argmin())
-
-
 class IntegerNetwork:
     """A calibrated network whose layers multiply int8 codes.
 
@@ -79,26 +68,29 @@ class IntegerNetwork:
 
     def __init__(self, network: Network, dtype: torch.dtype = torch.float32) -> None:
         check_kernels(network, "backend triton")
-        self.steps, self.dtype = Steps(network.device), dtype
+        self.grids, self.dtype = Grids(network.device), dtype
         self.settings = settings_of(network.module, seen_constants(network.module))
         self.network = copy.copy(network)
         self.network.module = self._converted(network)
         self.form = ExitStack()  # as long as this object: a form in which a graph can be recorded
         self.call = self.form.enter_context(self.network.traced(self.settings))
-        self.one_step_a_call = any(len(known) > 1 for known in self.steps.tables)
+        self.one_step_a_call = any(len(known) > 1 for known in self.grids.tables)
         self.graphs: dict[tuple[Any, ...], tuple[Any, dict[str, Tensor], Tensor] | None] = {}  # None: cannot be recorded
 
     def _converted(self, calibrated: Network) -> nn.Module:
         original, read = calibrated.module, calibrated.read_layers()
         shared = {id(tensor): tensor for tensor in (*original.parameters(), *original.buffers())}  # deepcopy keeps what it knows
         network: Any = copy.deepcopy(original, shared)
+        times: dict[Any, OncePerCall] = {}
         network._forward_pre_hooks.clear()  # the time steps of a call are told on the device
         for name, layer in quant_layers(network).items():
             if name in read:
                 layer.weight_dtype = self.dtype
                 continue
-            kind = IntegerConv2d if isinstance(layer, QuantConv2d) else IntegerLinear
-            _replace(network, name, kind(name, layer, self.steps.row, self.dtype))
+            kind: Any = IntegerConv2d if isinstance(layer, QuantConv2d) else IntegerLinear
+            if isinstance(layer, QuantConv2d) and IntegerDepthwise.fits(layer):
+                kind = IntegerDepthwise
+            _replace(network, name, kind(name, layer, self.grids, self.dtype))
         for name, module in list(network.named_modules()):
             new: nn.Module | None = None
             if isinstance(module, nn.GroupNorm):
@@ -109,6 +101,11 @@ class IntegerNetwork:
                 new = IntegerDownsample(conv, int(module.padding))
             elif isinstance(module, FeedForward):
                 new = _gated(module)
+            elif isinstance(module, RMSNorm | nn.RMSNorm) and RowsNorm.fits(module):
+                new = RowsNorm(module)
+            elif isinstance(module, Timesteps):
+                key = (module.num_channels, module.flip_sin_to_cos, module.downscale_freq_shift, module.scale)
+                new = times.setdefault(key, OncePerCall(module))
             elif isinstance(getattr(module, "processor", None), AttentionProducts):
                 self._convert_attention(name, module)
             if new is not None:
@@ -128,12 +125,12 @@ class IntegerNetwork:
 
     def _convert_attention(self, name: str, module: Any) -> None:
         processor, layers = module.processor, [getattr(module, part, None) for part in ("to_q", "to_k", "to_v")]
-        if isinstance(processor, QuantAttnProcessor) and self.network.channel_dim == 1:
-            norms = (module.spatial_norm, module.norm_q, module.norm_k)
+        if isinstance(processor, QuantAttnProcessor):
+            norms = (module.spatial_norm, module.norm_q, module.norm_k, module.norm_cross)
             if all(norm is None for norm in norms) and fusable(*layers, module.to_out[0]):
-                module.set_processor(IntegerAttnProcessor(name, processor, module, self.steps.row))
+                module.set_processor(IntegerAttnProcessor(name, processor, self.grids))
                 return
-        attend_on_codes(name, processor, self.steps.row, self.dtype)
+        attend_on_codes(name, processor, self.grids, self.dtype)
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -166,13 +163,13 @@ class IntegerNetwork:
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         times = inputs[self.network.time_name]
-        self.steps.select(times)
+        self.grids.select(times)
         times = times.to(self.dtype) if self.network.fractions else times  # as pipelines give them
         floats = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         x = floats.pop(self.network.sample_name)
         floats.pop(self.network.time_name)
-        with Traceable():
-            return self.call(x, times, floats).float().contiguous()
+        with Traceable(), Fusing():
+            return plain(self.call(x, times, floats)).float().contiguous()
 
 
 def recorded(call: Callable[[], Any]) -> tuple[Any, Any]:

@@ -87,14 +87,26 @@ def group_norm_affine_kernel(
     tl.store(term + image * channels + c, offset, mask=i < size)
 
 
-@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "top", "left"])
+@triton.jit
+def activated(values, ACT: tl.constexpr):
+    """Nothing (0), SiLU (1), GELU (2) or its approximation by tanh (3)."""
+    if ACT == 1:
+        values = values / (1.0 + tl.exp(-values))
+    if ACT == 2:
+        values = values * (0.5 + 0.5 * tl.erf(values * 0.7071067811865476))
+    if ACT == 3:  # (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u))
+        values = values / (1.0 + tl.exp(-1.5957691216057308 * (values + 0.044715 * values * values * values)))
+    return values
+
+
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "top", "left", "factor_step", "term_step"])
 def pointwise_kernel(
     x, out, factor, term, smoothing, scale, row, zero, low, high,
-    height, width, pitch, first, channels, out_height, out_width, out_pitch, top, left,
-    NORM: tl.constexpr, SILU: tl.constexpr, GATED: tl.constexpr, SMOOTH: tl.constexpr, QUANTIZE: tl.constexpr, UP: tl.constexpr,
+    height, width, pitch, first, channels, out_height, out_width, out_pitch, top, left, factor_step, term_step,
+    NORM: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, SMOOTH: tl.constexpr, QUANTIZE: tl.constexpr, UP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """What stands between two products: norm, SiLU or GEGLU, upsampling, padding, smoothing and rounding, in one pass."""
+    """What stands between two products: norm, activation or GEGLU, upsampling, padding, smoothing and rounding, in one pass."""
     image = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -106,14 +118,11 @@ def pointwise_kernel(
     place = x + source[:, None] * pitch + (first + c)[None, :]
     values = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     if GATED:
-        gate = tl.load(place + channels, mask=mask, other=0.0).to(tl.float32)
-        values = values * gate * (0.5 + 0.5 * tl.erf(gate * 0.7071067811865476))
+        values = values * activated(tl.load(place + channels, mask=mask, other=0.0).to(tl.float32), 2)
     if NORM:
-        total = image * pitch + first + c
-        values = values * tl.load(factor + total, mask=real, other=0.0)[None, :]
-        values = values + tl.load(term + total, mask=real, other=0.0)[None, :]
-    if SILU:
-        values = values / (1.0 + tl.exp(-values))
+        values = values * tl.load(factor + image * factor_step + first + c, mask=real, other=0.0)[None, :]
+        values = values + tl.load(term + image * term_step + first + c, mask=real, other=0.0)[None, :]
+    values = activated(values, ACT)
     target = (image * out_height * out_width + p)[:, None] * out_pitch + c[None, :]
     kept = (p < out_height * out_width)[:, None] & (c < out_pitch)[None, :]
     if QUANTIZE:
@@ -122,31 +131,43 @@ def pointwise_kernel(
     tl.store(out + target, values.to(out.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def layer_norm_codes_kernel(
-    x, out, weight, bias, smoothing, scale, row, zero, low, high, rows, channels, pitch, epsilon,
-    SMOOTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "each", "factor_step", "term_step"])
+def norm_kernel(
+    x, out, weight, bias, factor, term, smoothing, scale, row, zero, low, high,
+    rows, each, channels, pitch, epsilon, factor_step, term_step,
+    CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, TERM: tl.constexpr,
+    SMOOTH: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Whole rows at a time."""
+    """Norms over the channels, whole rows at a time, what an image multiplies them by and adds, and rounding."""
     r, c = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     real = c < channels
     mask = (r < rows)[:, None] & real[None, :]
     values = tl.load(x + r.to(tl.int64)[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    apart = tl.where(mask, values - (tl.sum(values, 1) / channels)[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(apart * apart, 1) / channels + epsilon)
-    own = tl.load(weight + c, mask=real, other=0.0).to(tl.float32)
-    values = apart * inverse[:, None] * own[None, :] + tl.load(bias + c, mask=real, other=0.0).to(tl.float32)[None, :]
-    divisor = divisors(scale, row, smoothing, c, real, SMOOTH)
-    codes = rounded(values, divisor[None, :], low, high) + zero
+    if CENTER:
+        values = tl.where(mask, values - (tl.sum(values, 1) / channels)[:, None], 0.0)
+    values = values * (1.0 / tl.sqrt(tl.sum(values * values, 1) / channels + epsilon))[:, None]
+    if WEIGHT:
+        values = values * tl.load(weight + c, mask=real, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        values = values + tl.load(bias + c, mask=real, other=0.0).to(tl.float32)[None, :]
+    image = (r // each).to(tl.int64)[:, None]
+    if FACTOR:
+        values = values * tl.load(factor + image * factor_step + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if TERM:
+        values = values + tl.load(term + image * term_step + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if QUANTIZE:
+        values = rounded(values, divisors(scale, row, smoothing, c, real, SMOOTH)[None, :], low, high) + zero
     kept = (r < rows)[:, None] & (c < pitch)[None, :]
-    tl.store(out + r.to(tl.int64)[:, None] * pitch + c[None, :], codes.to(out.dtype.element_ty), mask=kept)
+    tl.store(out + r.to(tl.int64)[:, None] * pitch + c[None, :], values.to(out.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["zero", "rows", "height", "width", "out_height", "out_width"])
+@triton.jit(do_not_specialize=["zero", "rows", "height", "width", "out_height", "out_width", "gate_step"])
 def convolve_kernel(
-    x, weight, out, weight_scale, weight_sum, scale, row, zero, bias, embedding, residual, out_scale, out_row, low, high,
-    rows, outputs, pitch, height, width, out_height, out_width, stride, columns, taps,
-    BIAS: tl.constexpr, EMBEDDING: tl.constexpr, RESIDUAL: tl.constexpr, ROUND_OUT: tl.constexpr,
+    x, weight, out, weight_scale, weight_sum, scale, row, zero, bias, embedding, gate, residual,
+    out_scale, out_row, out_smoothing, out_zero, low, high,
+    rows, outputs, pitch, height, width, out_height, out_width, stride, columns, taps, gate_step,
+    BIAS: tl.constexpr, EMBEDDING: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    ROUND_OUT: tl.constexpr, SMOOTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Codes (N, H, W, pitch) by codes (O, taps * pitch), padded already: no bounds are checked along the sums."""
@@ -177,12 +198,38 @@ def convolve_kernel(
     kept = (m < rows)[:, None] & inside[None, :]
     if EMBEDDING:
         values += tl.load(embedding + image[:, None] * outputs + n[None, :], mask=kept, other=0.0).to(tl.float32)
+    if GATE:
+        values *= tl.load(gate + image.to(tl.int64)[:, None] * gate_step + n[None, :], mask=kept, other=0.0).to(tl.float32)
     place = m.to(tl.int64)[:, None] * outputs + n[None, :]
     if RESIDUAL:
         values += tl.load(residual + place, mask=kept, other=0.0).to(tl.float32)
+    values = activated(values, ACT)
     if ROUND_OUT:
-        values = rounded(values, tl.load(out_scale + tl.load(out_row)), low, high)
+        values = rounded(values, divisors(out_scale, out_row, out_smoothing, n, inside, SMOOTH)[None, :], low, high) + out_zero
     tl.store(out + place, values.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit(do_not_specialize=["zero", "height", "width", "out_height", "out_width"])
+def depthwise_kernel(
+    x, weight, out, weight_scale, scale, row, zero, bias, height, width, channels, pitch, out_height, out_width, stride, columns,
+    BIAS: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Codes (N, H, W, pitch), padded already, by codes (taps, pitch): each channel by its own."""
+    image = tl.program_id(0).to(tl.int64)
+    p, c = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    kept = (p < out_height * out_width)[:, None] & (c < channels)[None, :]
+    corner = (image * height + (p // out_width) * stride) * width + (p % out_width) * stride
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.int32)
+    for tap in tl.static_range(TAPS):
+        place = corner + (tap // columns) * width + tap % columns
+        left = tl.load(x + place[:, None] * pitch + c[None, :], mask=kept, other=0).to(tl.int32) - zero
+        total += left * tl.load(weight + tap * pitch + c, mask=c < channels, other=0).to(tl.int32)[None, :]
+    step = tl.load(weight_scale + c, mask=c < channels, other=0.0) * tl.load(scale + tl.load(row))
+    values = total.to(tl.float32) * step[None, :]
+    if BIAS:
+        values += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
+    target = (image * out_height * out_width + p)[:, None] * channels + c[None, :]
+    tl.store(out + target, values.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit(do_not_specialize=["length", "keys", "mask_image", "mask_head", "mask_row", "mask_key"])

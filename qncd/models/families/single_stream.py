@@ -38,7 +38,7 @@ class Lumina2(Reversed):
         none of a caption are masked: their order and number make no difference to the others.
         """
         module: Any = self.module
-        tables, patch = [pairs_of(table) for table in module.rope_embedder.freqs_cis], module.config.patch_size
+        tables, patch = _tables(module.rope_embedder.freqs_cis, self.device), module.config.patch_size
 
         def call(x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
             mask = inputs["encoder_attention_mask"].bool()
@@ -113,7 +113,7 @@ class ZImage(Reversed):
         module: Any = self.module
         embedder = module.rope_embedder
         raw = embedder.freqs_cis or embedder.precompute_freqs_cis(embedder.axes_dims, embedder.axes_lens, embedder.theta)
-        tables, patch = [pairs_of(table) for table in raw], constants.get("patch_size", 2)
+        tables, patch = _tables(raw, self.device), constants.get("patch_size", 2)
         size = f"{patch}-{constants.get('f_patch_size', 1)}"
 
         def call(x: Tensor, t: Tensor, inputs: Inputs) -> Tensor:
@@ -170,6 +170,11 @@ def _grid(first: Tensor, rows: int, columns: int) -> Tensor:
     row = torch.arange(rows, device=first.device).repeat_interleave(columns)
     column = torch.arange(columns, device=first.device).repeat(rows)
     return torch.stack([part.expand(first.shape[0], rows * columns) for part in (first[:, None], row, column)], -1)
+
+
+def _tables(raw: Sequence[Tensor], device: torch.device) -> list[Pairs]:
+    """Rotations by place, one table for each axis, on the device: diffusers keeps them on the CPU."""
+    return [pairs_of(table.to(device)) for table in raw]
 
 
 def _rotations(tables: Sequence[Pairs], places: Tensor) -> Pairs:
