@@ -92,7 +92,7 @@ class QuantConfig:
     act_symmetric: bool = option(False, needs="act_bits")
     split: bool = option(True, flag="split", help="quantize the halves of skip concatenations apart")
     softmax_range: str | None = option(None, choices=ACT_RANGES, optional=True, needs="act_bits")
-    quantize_attention: bool = option(True)
+    quantize_attention: bool = option(True, flag="quantize_attention", help="quantize q, k, v and the softmax output as well")
     quantize_embedding: bool = option(True)
     stepwise_embedding: bool = option(False)
     stepwise_activations: bool = option(

@@ -125,11 +125,11 @@ def assert_same_in_integers(full: Any, unet: Any, engine: Any, count: int = 8) -
     assert (found - expected).square().mean() < (0.9 * (expected - exact)).square().mean()
 
 
-def called_pipeline(kind: str, width: str, mode: str, device: str = "cpu") -> tuple[Network, Network, Call]:
+def called_pipeline(kind: str, width: str, mode: str, device: str = "cpu", **options: Any) -> tuple[Network, Network, Call]:
     """The network of a small pipeline in full precision, quantized, and what the pipeline calls it with."""
     pipe = made(kind).to(device)
     full = network_of(copy.deepcopy(denoiser_of(pipe)[1]))
-    qncd.quantize(pipe, width, mode=mode, calls=[KINDS[kind].call] * 2, steps=2)
+    qncd.quantize(pipe, width, mode=mode, calls=[KINDS[kind].call] * 2, steps=2, **options)
     calls, network = list[Call](), network_of(denoiser_of(pipe)[1])
     hook = network.module.register_forward_pre_hook(lambda _, args, kw: calls.append(network.bind(args, kw)), with_kwargs=True)
     pipe(**KINDS[kind].call, num_inference_steps=2, output_type="latent")

@@ -16,8 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from qncd.distributed import OneProcess, Processes
-from qncd.engines.engine import check_engine, file_engines
-from qncd.engines.registry import TORCH
+from qncd.engines.engine import check_engine, engine_of, file_engines
+from qncd.engines.network import DYNAMIC_ATTENTION
+from qncd.engines.registry import ENGINES, TORCH
+from qncd.granularity import TENSOR
 from qncd.io.files import write_text
 from qncd.models.files.unpickle import load_checkpoint
 from qncd.models.network import Network
@@ -60,12 +62,22 @@ def check_engine_arguments(args: argparse.Namespace, recipe: Recipe | None) -> N
     if recipe is not None:
         kind_of(recipe)
     check_engine(args.backend, args.engine_precision)
-    if recipe is not None and args.backend != TORCH and (found := layer_config(recipe.quant).without_kernel) is not None:
-        raise ValueError(f"--backend {args.backend} has no form for {found}: allowed is {TORCH}")
+    if recipe is not None and args.backend != TORCH:
+        _check_kernels(recipe.quant, args.backend)
     if args.onnx and args.backend not in file_engines():
         raise ValueError(f"--onnx needs --backend {' or '.join(file_engines())}: {args.backend} does not run it")
     if args.backend != TORCH and getattr(args, "precision", "full") != "full":
         raise ValueError(f"--precision {args.precision} is torch's: with --backend {args.backend} there is --engine_precision")
+
+
+def _check_kernels(config: QuantConfig, backend: str) -> None:
+    """Raise ValueError for what an engine computes in no form."""
+    if (found := layer_config(config).without_kernel(engine_of(backend).tokens)) is not None:
+        others = [name for name in ENGINES if layer_config(config).without_kernel(engine_of(name).tokens) is None]
+        raise ValueError(f"--backend {backend} has no form for {found}: allowed is {' or '.join([TORCH, *others])}")
+    dynamic = config.act_bits is not None and config.act_granularity != TENSOR
+    if dynamic and config.quantize_attention:
+        raise ValueError(f"--backend {backend}: {DYNAMIC_ATTENTION}")
 
 
 def run_settings(recipe: Recipe | None, args: argparse.Namespace, batch_size: int) -> dict[str, Any]:

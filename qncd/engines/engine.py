@@ -26,11 +26,13 @@ class Engine(Protocol):
     Attributes:
         name: by which it is chosen.
         file: whether it runs an exported file.
+        tokens: whether it has kernels for scales of tokens, which are found at run time.
         precisions: in which it can compute what is not quantized.
     """
 
     name: str
     file: bool
+    tokens: bool
     precisions: Sequence[str]
 
     def check(self, precision: str) -> None:

@@ -208,10 +208,17 @@ def in_float32(network: Network) -> Network:
     return network_of(module, network.prediction)
 
 
-def check_kernels(network: Network, where: str) -> None:
-    """Raise ValueError naming the first layer that `where` has no form for."""
+DYNAMIC_ATTENTION = "attention's products with scales found at run time have no kernel: pass --no-quantize_attention"
+
+
+def check_kernels(network: Network, where: str, tokens: bool = False) -> None:
+    """Raise ValueError naming the first layer that `where` has no form for.
+
+    Args:
+        tokens: it has one for scales of tokens, which are found at run time.
+    """
     for name, layer in quant_layers(network.module).items():
-        if (found := layer.config.without_kernel) is not None:
+        if (found := layer.config.without_kernel(tokens)) is not None:
             raise ValueError(f"{name}: {where} has no form for {found}")
 
 

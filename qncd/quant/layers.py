@@ -49,13 +49,17 @@ class LayerConfig:
         """Whether the weight has scales of groups: float16 numbers, which may be negative."""
         return isinstance(self.weight_granularity, PerGroup)
 
-    @property
-    def without_kernel(self) -> str | None:
-        """What of it engines that compute in integers have no kernel for, in words."""
+    def without_kernel(self, tokens: bool = False) -> str | None:
+        """What of it an engine that computes in integers has no kernel for, in words.
+
+        Args:
+            tokens: it has one for scales of tokens, which are found at run time.
+        """
         if self.weight_codes is not None and isinstance(self.weight_granularity, PerGroup):
             return f"weights with one scale for each {self.weight_granularity.size} inputs"
-        if self.act_codes is not None and self.act_granularity != PER_TENSOR:
-            return "activations whose scales are found at run time"
+        of_tokens = tokens and self.act_granularity == PER_ROW and not self.act_differences
+        if self.act_codes is not None and self.act_granularity != PER_TENSOR and not of_tokens:
+            return "activations whose scales are found at run time" + (" for groups or differences" if tokens else "")
         return "fp8" if any(isinstance(codes, Float8Codes) for codes in (self.weight_codes, self.act_codes)) else None
 
 

@@ -35,8 +35,8 @@ FLAGS = {
         ("split", "on/off", ""), ("scale_split_static", "on/off", ""), ("bias_correction", "on/off", ""),
         ("gptq", "on/off", ""), ("smooth_search", "on/off", ""), ("allocate_bits", "on/off", ""),
         ("stepwise_act", "on/off", ""), ("step_weights", "on/off", ""), ("tracking", "on/off", ""), ("weight_only", "", ""),
-        ("weight_grid", "channel|gguf", "channel"), ("rotation", "on/off", ""), ("rank", "int", "0"),
-        ("branch_bits", "float", "1"),
+        ("weight_grid", "channel|gguf", "channel"), ("quantize_attention", "on/off", ""), ("rotation", "on/off", ""),
+        ("rank", "int", "0"), ("branch_bits", "float", "1"),
         ("weight_granularity", f"channel|{GROUPS}", "channel"), ("act_granularity", f"tensor|token|{GROUPS}", "tensor"),
         ("temporal_differences", "on/off", ""), ("attention_bits", "int", "as"),
         ("weight_format", "int|fp8", "int"), ("act_format", "int|fp8", "int"), ("step_window", "float", "0.1"),
@@ -232,18 +232,30 @@ def test_refusals_name_the_flag(words: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "found"),
+    ("words", "backend", "message"),
     [
-        ("--act_granularity token", "activations whose scales are found at run time"),
-        ("--weight_granularity group64", "weights with one scale for each 64 inputs"),
-        ("--act_format fp8", "fp8"),
+        ("--act_granularity token", "onnxruntime",
+         "has no form for activations whose scales are found at run time: allowed is torch or triton"),
+        ("--act_granularity group64", "triton",
+         "has no form for activations whose scales are found at run time for groups or differences: allowed is torch"),
+        ("--weight_granularity group32", "openvino",
+         "has no form for weights with one scale for each 32 inputs: allowed is torch"),
+        ("--act_format fp8", "openvino", "has no form for fp8: allowed is torch"),
     ],
-)
-def test_engines_without_kernels_are_refused_first(words: str, found: str) -> None:
+)  # fmt: skip
+def test_engines_without_kernels_are_refused_first(words: str, backend: str, message: str) -> None:
     asked = recipe("--quant_mode", "qncd", *words.split())
-    engine = argparse.Namespace(backend="onnxruntime", engine_precision="fp32", onnx=None)
-    with pytest.raises(ValueError, match=rf"^--backend onnxruntime has no form for {found}: allowed is torch$"):
+    engine = argparse.Namespace(backend=backend, engine_precision="fp32", onnx=None)
+    with pytest.raises(ValueError, match=rf"^--backend {backend} {re.escape(message)}$"):
         check_engine_arguments(engine, asked)
+
+
+def test_scales_of_tokens_in_attention_are_refused_first() -> None:
+    words = ("--quant_mode", "qncd", "--act_granularity", "token")
+    engine = argparse.Namespace(backend="triton", engine_precision="fp32", onnx=None)
+    with pytest.raises(ValueError, match=r"^--backend triton: attention's products with .*: pass --no-quantize_attention$"):
+        check_engine_arguments(engine, recipe(*words))
+    check_engine_arguments(engine, recipe(*words, "--no-quantize_attention"))
 
 
 @pytest.mark.parametrize(

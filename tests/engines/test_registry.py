@@ -41,7 +41,7 @@ class Reference(OnnxEngine):
 class Doubles:
     """The network itself in double precision: an engine that runs no file."""
 
-    name, file, precisions = "doubles", False, ("fp64",)
+    name, file, tokens, precisions = "doubles", False, False, ("fp64",)
 
     def check(self, precision: str) -> None:
         pass

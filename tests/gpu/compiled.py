@@ -59,6 +59,9 @@ def main(target: int, *kinds: str) -> None:
         given = network.trimmed({network.sample_name: call.x, network.time_name: call.t, **call.inputs, **shared})
         for dtype in (torch.float32, torch.float16):
             IntegerNetwork(network, dtype)(given)
+        if kind == kinds[0]:
+            _, network, _ = called_pipeline(kind, "W8A8", "linear", act_granularity="token", quantize_attention=False)
+            IntegerNetwork(network)(given)
         print(kind, *sorted(counts))
 
 

@@ -32,6 +32,6 @@ def test_kernels_compile(target: int, kinds: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = {line.split()[0]: set(line.split()[1:]) for line in done.stdout.splitlines()}
     assert list(found) == kinds
-    assert all({"attend_kernel", "convolve_kernel", "norm_kernel", "pointwise_kernel"} <= kernels for kernels in found.values())
+    assert all({"attend_kernel", "convolve_kernel", "rows_kernel", "pointwise_kernel"} <= kernels for kernels in found.values())
     assert "Sana" not in found or "depthwise_kernel" in found["Sana"]
     assert len(list(tmp_path.rglob("*.cubin"))) > 10

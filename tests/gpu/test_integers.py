@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qncd
 from qncd.engines.engine import check_engine
 from qncd.engines.network import EngineNetwork, in_float32
+from qncd.granularity import PER_ROW
 from qncd.models.loading import load_config, load_ddim
 from qncd.models.network import network_of
 from qncd.models.seen import seen_inputs
@@ -28,6 +29,7 @@ from qncd.ptq.stages.prepare import quantize_
 from qncd.ptq.stages.temporal import set_all_stepwise_
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import QuantAttnProcessor
+from qncd.quant.dynamic import DynamicActQuantizer
 from qncd.quant.inspection import quant_layers
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.quantizers import Stage
@@ -38,13 +40,15 @@ from qncd.engines.triton import kernels
 from qncd.engines.triton.blocks import IntegerResnetBlock, attend_on_codes
 from qncd.engines.triton.engine import open_triton
 from qncd.engines.triton.grids import Grids
-from qncd.engines.triton.kernels import Grid, Norm
+from qncd.engines.triton.kernels import Grid, Norm, Ranges, TokenGrid
 from qncd.engines.triton.layers import IntegerConv2d, IntegerLinear
 from qncd.engines.triton.network import IntegerNetwork
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPWISE = QuantConfig(4, 6, stepwise_activations=True, bit_allocation=True)
+OF_TOKENS = {"act_granularity": "token", "quantize_attention": False}
+TOKENS = QuantConfig(8, 6, act_granularity="token", quantize_attention=False)
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
 
 
@@ -171,6 +175,26 @@ def test_codes_of_everything_before_a_product(bits: int, smooth: bool) -> None:
     check(kernels.pointwise(x, g, part=slice(20, 40)), expected(x[..., 20:], some), g)
 
 
+@pytest.mark.parametrize("codes", [IntegerRange(8, False), IntegerRange(4, False), IntegerRange(8, True)], ids=str)
+@pytest.mark.parametrize("of_images", [False, True])
+def test_codes_of_ranges_found_at_run_time(codes: IntegerRange, of_images: bool) -> None:
+    """As the quantizer of fake quantization has them: rows of one sign and of zeros, and what is padded."""
+    x, factors = randn(2, 3, 4, 40), torch.linspace(0.5, 2, 40, device=DEVICE)
+    x[0, 0, 0], x[0, 0, 1], x[1, 2] = 0.0, x[0, 0, 1].abs() + 1, -x[1, 2].abs()
+    quantizer = DynamicActQuantizer(codes, PER_ROW, (-3, -2, -1) if of_images else (-1,))
+    quantizer.set_stage(Stage.QUANTIZE)
+    expected, g = quantizer(x / factors), TokenGrid(codes, factors)
+    found = kernels.image_codes(x, g, (1, 0, 2, 1)) if of_images else kernels.token_codes(x, g)
+    assert isinstance(found.grid, Ranges)
+    scale, zero = ((v.view(2, 1, 1, 1) if of_images else v.view(2, 3, 4, 1)) for v in (found.grid.scale, found.grid.zero))
+    values = (found.codes - zero).float() * scale
+    if of_images:
+        assert not values[:, :1].any() and not values[:, 4:].any() and not values[:, :, 4:].any()
+        values = values[:, 1:4, :4]
+    torch.testing.assert_close(values[..., :40], expected)
+    assert found.codes.dtype == torch.int8 and found.codes.shape[-1] == kernels.padded_channels(40)
+
+
 @pytest.mark.parametrize(("length", "keys", "depth"), [(70, 70, 24), (64, 128, 16), (20, 7, 40)])
 @pytest.mark.parametrize("softmax_bits", [8, 16])
 def test_attention(length: int, keys: int, depth: int, softmax_bits: int) -> None:
@@ -221,14 +245,16 @@ def test_attention_with_a_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "width", "mode"),
-    [("DiT", "W4A4", "qncd+"), ("FLUX", "W8A8", "svdquant"), ("SD3", "W8A8", "linear"), ("Qwen-Image", "W8A8", "linear"),
-     *(pytest.param(kind, "W8A8", "linear", marks=pytest.mark.slow)
-       for kind in ("PixArt alpha", "AuraFlow", "Chroma", "HunyuanDiT", "Lumina2", "Wan", "Z-Image"))],
+    ("kind", "width", "mode", "options"),
+    [("DiT", "W4A4", "qncd+", {}), ("FLUX", "W8A8", "svdquant", {}), ("SD3", "W8A8", "linear", {}),
+     ("Qwen-Image", "W8A8", "linear", {}), ("DiT", "W4A4", "qncd+", OF_TOKENS), ("Sana", "W8A8", "linear", OF_TOKENS),
+     *(pytest.param(kind, "W8A8", "linear", {}, marks=pytest.mark.slow)
+       for kind in ("PixArt alpha", "AuraFlow", "Chroma", "HunyuanDiT", "Lumina2", "Sana", "Wan", "Z-Image"))],
+    ids=str,
 )  # fmt: skip
-def test_transformers(kind: str, width: str, mode: str) -> None:
-    """Joint and masked attention, rotary embeddings, rotations, low-rank branches and lists give what fake quantization does."""
-    full, network, call = called_pipeline(kind, width, mode, DEVICE)
+def test_transformers(kind: str, width: str, mode: str, options: dict[str, Any]) -> None:
+    """Joint and masked attention, rotary embeddings, rotations, branches, scales of tokens and lists give what torch does."""
+    full, network, call = called_pipeline(kind, width, mode, DEVICE, **options)
     given = (call.x, call.t, call.inputs)
     with torch.no_grad():
         exact, expected = (part.call(*given, **call.constants) for part in (full, network))
@@ -298,6 +324,16 @@ def test_rotations_and_branches_of_unets(make_cross_unet: Any) -> None:
         assert_same_in_integers(full.to(DEVICE), unet, engine, count=2)
         fused = [m for m in engine.session.network.module.modules() if isinstance(m, IntegerResnetBlock)]
         assert bool(fused) == (config.rank == 0)
+
+
+def test_scales_of_tokens_in_unets(make_cross_unet: Any) -> None:
+    """Those of convolutions are of images, in the halves of skip concatenations apart."""
+    full = make_cross_unet()
+    unet = prepared(copy.deepcopy(full), TOKENS).to(DEVICE)
+    data = inputs(unet, 2)
+    exact, expected, found = call(full.to(DEVICE), data), call(unet, data), call(open_triton(unet), data)
+    assert (found - expected).square().mean() < 0.1 * (expected - exact).square().mean()  # ties tip
+    assert (found - expected).abs().median() < 1e-5 * expected.abs().mean()
 
 
 @on_gpu

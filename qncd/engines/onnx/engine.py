@@ -30,6 +30,7 @@ class OnnxEngine(ABC):
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     file: bool = True
+    tokens: bool = False
     precisions: tuple[str, ...] = ("fp32",)
 
     @abstractmethod

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qncd.engines.triton import kernels
 from qncd.engines.triton.deferred import Multiplied, Scaled, deferred, plain, put_off_norm
 from qncd.engines.triton.grids import Grids
-from qncd.engines.triton.kernels import Norm
+from qncd.engines.triton.kernels import Norm, Rounded
 from qncd.engines.triton.layers import IntegerConv2d, IntegerLayer, IntegerLinear, fusable
 from qncd.quant.attention import AttentionProducts, QuantAttnProcessor
 
@@ -93,7 +93,7 @@ class IntegerGatedFeedForward(nn.Module):
         super().__init__()
         self.first, self.second = first, second
 
-    def run(self, codes: list[Tensor], residual: Tensor | None = None) -> Tensor:
+    def run(self, codes: list[Rounded], residual: Tensor | None = None) -> Tensor:
         """From the first layer's codes (N, H, W, pitch): (N, H, W, C)."""
         return self.second.product(self._gated(codes), residual=residual)
 
@@ -102,7 +102,7 @@ class IntegerGatedFeedForward(nn.Module):
         codes, shape = self._gated(self.first.codes(x)), torch.Size((*x.shape[:-1], len(self.second.weights[0].codes)))
         return deferred(Multiplied(self.second, codes, shape), shape, self.second.dtype, x.device)
 
-    def _gated(self, codes: list[Tensor]) -> list[Tensor]:
+    def _gated(self, codes: list[Rounded]) -> list[Rounded]:
         return self.second.codes(self.first.product(codes), gated=True)
 
 

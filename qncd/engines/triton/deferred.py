@@ -6,15 +6,16 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from qncd.engines.triton import kernels
-from qncd.engines.triton.kernels import Grid, Norm
+from qncd.engines.triton.kernels import Grid, Norm, Rounded, TokenGrid
 
+T = TypeVar("T")
 SMALL = 1 << 16  # numbers in a tensor of which codes are kept until the end of a call
 RECENT = 2  # larger tensors of which they are kept: what a layer got, and its rotation
 
@@ -25,14 +26,14 @@ class Work(Protocol):
     def run(self, dtype: torch.dtype) -> Tensor:
         """The tensor."""
 
-    def codes(self, grid: Grid) -> Tensor | None:
-        """Its codes (N, H, W, pitch) int8, channels last; None where only a tensor can be rounded."""
+    def codes(self, grid: Grid | TokenGrid) -> Rounded | None:
+        """Its codes; None where only a tensor can be rounded."""
 
 
 class Product(Protocol):
     """A layer that multiplies codes, as `Multiplied` calls it."""
 
-    def product(self, codes: list[Tensor], **behind: Any) -> Tensor:
+    def product(self, codes: list[Rounded], **behind: Any) -> Tensor:
         """Codes of each segment -> (N, H, W, O); `behind` is what `kernels.convolve` does last."""
 
 
@@ -49,7 +50,7 @@ class Deferred(Tensor):
     work: Work
     value: Tensor | None
     taken: bool
-    shared: dict[Any, Tensor]
+    shared: dict[Any, Any]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -90,7 +91,7 @@ class Call:
     def __init__(self) -> None:
         self.pending: list[weakref.ref[Deferred]] = []
         self.memo: dict[Any, tuple[Any, Any]] = {}
-        self.recent: list[tuple[Tensor, dict[Any, Tensor]]] = []
+        self.recent: list[tuple[Tensor, dict[Any, Any]]] = []
 
     def before_writing(self, values: Iterable[Any]) -> None:
         """Compute what waits for tensors that are about to change, and forget what was made of them."""
@@ -103,14 +104,15 @@ class Call:
         self.recent = [(source, shared) for source, shared in self.recent if storages.isdisjoint(_storages([source]))]
         self.memo = {key: kept for key, kept in self.memo.items() if storages.isdisjoint(_storages(kept[:1]))}
 
-    def once(self, key: Any, argument: Any, make: Callable[[], Any]) -> Any:
+    def once(self, key: Any, argument: Any, make: Callable[[], T]) -> T:
         """What `make` gives, computed once a call for each key and argument."""
         key = (key, id(argument))
         if key not in self.memo:
             self.memo[key] = argument, make()  # the argument is kept, so that no other gets its id
-        return self.memo[key][1]
+        result: T = self.memo[key][1]
+        return result
 
-    def share(self, x: Tensor, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def share(self, x: Tensor, key: Any, make: Callable[[], T]) -> T:
         """What `make` makes of x: once for layers that follow one another, and once a call where x is small."""
         if x.numel() <= SMALL:
             return self.once(key, x, make)
@@ -120,7 +122,8 @@ class Call:
             self.recent = [*self.recent[1 - RECENT :], (x, known)]
         if key not in known:
             known[key] = make()
-        return known[key]
+        result: T = known[key]
+        return result
 
 
 CALL: ContextVar[Call | None] = ContextVar("call", default=None)  # the one that is under way
@@ -186,8 +189,11 @@ class Normed:
         back = sorted(range(len(order)), key=order.__getitem__)
         return kernels.normed(rows_of(dense), self.norm, dtype=dtype).view(dense.shape).permute(back)
 
-    def codes(self, grid: Grid) -> Tensor | None:
-        return kernels.normed(rows_of(self.source), self.norm, grid, self.factor, self.term)
+    def codes(self, grid: Grid | TokenGrid) -> Rounded | None:
+        rows = rows_of(self.source)
+        if isinstance(grid, TokenGrid):
+            return kernels.token_codes(rows, grid, self.norm, self.factor, self.term)
+        return Rounded(kernels.normed(rows, self.norm, grid, self.factor, self.term), grid)
 
 
 @dataclass(frozen=True)
@@ -200,8 +206,8 @@ class Scaled:
     def run(self, dtype: torch.dtype) -> Tensor:
         return kernels.pointwise(self.source, affine=self.affine, dtype=dtype)
 
-    def codes(self, grid: Grid) -> Tensor | None:
-        return kernels.pointwise(self.source, grid, affine=self.affine)
+    def codes(self, grid: Grid | TokenGrid) -> Rounded | None:
+        return None if isinstance(grid, TokenGrid) else Rounded(kernels.pointwise(self.source, grid, affine=self.affine), grid)
 
 
 @dataclass(frozen=True)
@@ -209,7 +215,7 @@ class Multiplied:
     """act(product of codes * gate + residual), in `shape`."""
 
     layer: Product
-    factors: list[Tensor]
+    factors: list[Rounded]
     shape: torch.Size
     gate: Tensor | None = None
     residual: Tensor | None = None
@@ -218,10 +224,10 @@ class Multiplied:
     def run(self, dtype: torch.dtype) -> Tensor:
         return self._product(dtype=dtype).view(self.shape)
 
-    def codes(self, grid: Grid) -> Tensor | None:
-        if self.shape[-1] != kernels.padded_channels(self.shape[-1]):
-            return None
-        return self._product(dtype=torch.int8, out_grid=grid)
+    def codes(self, grid: Grid | TokenGrid) -> Rounded | None:
+        if isinstance(grid, TokenGrid) or self.shape[-1] != kernels.padded_channels(self.shape[-1]):
+            return None  # no program sees a whole row, or the rest of it
+        return Rounded(self._product(dtype=torch.int8, out_grid=grid), grid)
 
     def _product(self, **behind: Any) -> Tensor:
         residual = None if self.residual is None else rows_of(self.residual)
@@ -238,22 +244,28 @@ class Activated:
     def run(self, dtype: torch.dtype) -> Tensor:
         return kernels.pointwise(rows_of(self.source), act=self.act, dtype=dtype).view(self.source.shape)
 
-    def codes(self, grid: Grid) -> Tensor | None:
-        return kernels.pointwise(rows_of(self.source), grid, act=self.act)
+    def codes(self, grid: Grid | TokenGrid) -> Rounded | None:
+        rows = rows_of(self.source)
+        if isinstance(grid, TokenGrid):
+            return kernels.token_codes(rows, grid, act=self.act)
+        return Rounded(kernels.pointwise(rows, grid, act=self.act), grid)
 
 
-def share(x: Tensor, key: Any, make: Callable[[], Tensor]) -> Tensor:
+def share(x: Tensor, key: Any, make: Callable[[], T]) -> T:
     """As `Call.share`; outside a call, what is made."""
     return make() if (call := CALL.get()) is None else call.share(x, key, make)
 
 
-def codes_of(x: Tensor, grid: Grid) -> Tensor:
-    """Codes (N, H, W, pitch) of x (..., C), which may be deferred."""
+def codes_of(x: Tensor, grid: Grid | TokenGrid) -> Rounded:
+    """Codes of x (..., C), which may be deferred."""
 
-    def make() -> Tensor:
+    def make() -> Rounded:
         work = _work_of(x)
         found = None if work is None else work.codes(grid)
-        return kernels.pointwise(rows_of(plain(x)), grid) if found is None else found
+        if found is not None:
+            return found
+        rows = rows_of(plain(x))
+        return kernels.token_codes(rows, grid) if isinstance(grid, TokenGrid) else Rounded(kernels.pointwise(rows, grid), grid)
 
     return share(x, grid, make)
 

@@ -21,6 +21,7 @@ class Triton:
 
     name = "triton"
     file = False
+    tokens = True
     precisions = tuple(DTYPES)
 
     def check(self, precision: str) -> None:

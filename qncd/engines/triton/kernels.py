@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from qncd.engines.triton import triton_kernels
+from qncd.quant.affine import IntegerRange, affine_qparams
 
 FULL = 1024  # programs that fill a GPU
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh")  # by the number that kernels know them by
@@ -80,6 +82,45 @@ class Grid:
         self.scale, self.row, self.low, self.high, self.zero, self.smoothing = scale, row, low, high, zero, smoothing
 
 
+@dataclass(frozen=True, eq=False)
+class TokenGrid:
+    """How an activation is rounded whose scales are found at run time: of each token, or of each image of a convolution.
+
+    Attributes:
+        codes: what values are rounded to; the zero point of signed ones is 0.
+        smoothing: (C,) float32, what the channels are divided by before the range is looked for, or None.
+    """
+
+    codes: IntegerRange
+    smoothing: Tensor | None = None
+
+    @property
+    def stored(self) -> int:
+        """What is added to a code where it is stored in 8 bits with a sign."""
+        return -128 if self.codes.qmax > 127 else 0
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What was found for the codes of one tensor.
+
+    Attributes:
+        scale: (G,) float32.
+        zero: (G,) int32 codes that stand for 0, as they are stored.
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Codes (N, H, W, pitch) int8, channels last, and what they stand for."""
+
+    codes: Tensor
+    grid: Grid | Ranges
+
+
 @dataclass(frozen=True)
 class Norm:
     """A norm over the last axis.
@@ -129,7 +170,7 @@ def pointwise(
     act: str = "",
     gated: bool = False,
     up: bool = False,
-    pads: tuple[int, int, int, int] = (0, 0, 0, 0),
+    pads: Sequence[int] = (0, 0, 0, 0),
     part: slice | None = None,
     dtype: torch.dtype = torch.int8,
 ) -> Tensor:
@@ -191,28 +232,76 @@ def normed(
     Returns:
         Codes (N, H, W, pitch) int8, or floats (N, H, W, C).
     """
-    channels, rows = x.shape[-1], x.shape[:-1].numel()
-    pitch = padded_channels(channels) if grid else channels
-    out = x.new_empty(*x.shape[:-1], pitch, dtype=torch.int8 if grid else dtype)
-    block_c = triton.next_power_of_2(pitch)
-    block_r = max(1, 4096 // block_c)
-    smoothing = grid.smoothing if grid else None
-    weight, bias, factors, terms, smoothings = (x if v is None else v for v in (norm.weight, norm.bias, factor, term, smoothing))
-    triton_kernels.norm_kernel[(-(-rows // block_r),)](
-        x, out, weight, bias, factors, terms, smoothings, grid.scale if grid else x, grid.row if grid else x,
-        float(grid.zero) if grid else 0.0, grid.low if grid else 0.0, grid.high if grid else 0.0,
-        rows, x.shape[1] * x.shape[2], channels, pitch, norm.epsilon, factors.stride(0), terms.stride(0),
-        CENTER=norm.centered, WEIGHT=norm.weight is not None, BIAS=norm.bias is not None, FACTOR=factor is not None,
-        TERM=term is not None, SMOOTH=smoothing is not None, QUANTIZE=grid is not None, BLOCK_R=block_r, BLOCK_C=block_c,
-        num_warps=4,
-    )  # fmt: skip
+    channels = padded_channels(x.shape[-1]) if grid else x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], channels, dtype=torch.int8 if grid else dtype)
+    smoothing, constants = None, (x, x, 0.0, 0.0, 0.0)
+    if grid is not None:
+        smoothing, constants = grid.smoothing, (grid.scale, grid.row, float(grid.zero), grid.low, grid.high)
+    _on_rows(x, out, norm, factor, term, "", smoothing, constants, QUANTIZE=grid is not None, TOKENS=False, SIGNED=False)
     return out
 
 
+def token_codes(
+    x: Tensor,
+    grid: TokenGrid,
+    norm: Norm | None = None,
+    factor: Tensor | None = None,
+    term: Tensor | None = None,
+    act: str = "",
+) -> Rounded:
+    """act(norm(x) * factor + term) of x (N, H, W, C), contiguous, each row of channels on the grid of its own range."""
+    out = x.new_empty(*x.shape[:-1], padded_channels(x.shape[-1]), dtype=torch.int8)
+    scale = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    zero = torch.empty_like(scale, dtype=torch.int32)
+    constants, signed = (x, x, float(grid.stored), float(grid.codes.qmin), float(grid.codes.qmax)), grid.codes.signed
+    _on_rows(x, out, norm, factor, term, act, grid.smoothing, constants, scale, zero, QUANTIZE=False, TOKENS=True, SIGNED=signed)
+    return Rounded(out, Ranges(scale, zero))
+
+
+def image_codes(x: Tensor, grid: TokenGrid, pads: Sequence[int] = (0, 0, 0, 0)) -> Rounded:
+    """x (N, H, W, C), each image on the grid of its own range, with pixels of zeros on top, left, bottom and right."""
+    x = x.float() if grid.smoothing is None else x.float() / grid.smoothing
+    low, high = (end.view(-1, 1, 1, 1) for end in (x.amin((1, 2, 3)).clamp(max=0), x.amax((1, 2, 3)).clamp(min=0)))
+    scale, zero = affine_qparams(low, high, grid.codes)
+    top, left, bottom, right = pads
+    images, height, width, channels = x.shape
+    stored = (zero + grid.stored).to(torch.int8)
+    out = stored.expand(images, height + top + bottom, width + left + right, padded_channels(channels)).contiguous()
+    inner = out[:, top : top + height, left : left + width, :channels]
+    inner.copy_((torch.round(x / scale) + zero).clamp(grid.codes.qmin, grid.codes.qmax) + grid.stored)
+    return Rounded(out, Ranges(scale.flatten(), stored.flatten().int()))
+
+
+def _on_rows(
+    x: Tensor,
+    out: Tensor,
+    norm: Norm | None,
+    factor: Tensor | None,
+    term: Tensor | None,
+    act: str,
+    smoothing: Tensor | None,
+    constants: tuple[Any, ...],
+    *found: Tensor,
+    **kinds: bool,
+) -> None:
+    """Start rows_kernel; `constants` are scale, row, zero, low and high, `found` what the ranges of rows go to."""
+    rows, block_c = x.shape[:-1].numel(), triton.next_power_of_2(out.shape[-1])
+    block_r = max(1, 4096 // block_c)
+    norm_ = norm or Norm(0.0)
+    given = (norm_.weight, norm_.bias, factor, term, smoothing)
+    weight, bias, factors, terms, smoothings = (x if value is None else value for value in given)
+    triton_kernels.rows_kernel[(-(-rows // block_r),)](
+        x, out, weight, bias, factors, terms, smoothings, *constants, *(found or (x, x)),
+        rows, x.shape[1] * x.shape[2], x.shape[-1], out.shape[-1], norm_.epsilon, factors.stride(0), terms.stride(0),
+        NORM=0 if norm is None else 1 + norm.centered, WEIGHT=norm_.weight is not None, BIAS=norm_.bias is not None,
+        FACTOR=factor is not None, TERM=term is not None, ACT=ACTIVATIONS.index(act), SMOOTH=smoothing is not None, **kinds,
+        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip
+
+
 def convolve(
-    codes: Tensor,
+    rounded: Rounded,
     weight: Packed,
-    grid: Grid,
     dtype: torch.dtype,
     stride: int = 1,
     bias: Tensor | None = None,
@@ -222,10 +311,9 @@ def convolve(
     act: str = "",
     out_grid: Grid | None = None,
 ) -> Tensor:
-    """The convolution of codes (N, H, W, pitch) int8, padded already: (N, H', W', O), act((sums + embedding) * gate + residual).
+    """The convolution of codes that are padded already: (N, H', W', O), act((sums + embedding) * gate + residual).
 
     Args:
-        grid: of the codes.
         dtype: of the result; with `out_grid`, float16 for codes less the zero point, or int8 for codes as they are stored.
         bias: (O,).
         embedding: (N, O) to add to every pixel.
@@ -234,32 +322,42 @@ def convolve(
         act: one of ACTIVATIONS.
         out_grid: round to it; stored codes need as many outputs as `padded_channels` gives.
     """
+    codes, (scale, row, zero) = rounded.codes, _scales(rounded.grid)
     images, height, width, pitch = codes.shape
     assert pitch == weight.pitch
     out_height, out_width = out_sizes((height, width), weight.size, stride)
     outputs, rows = len(weight.codes), images * out_height * out_width
     out = codes.new_empty(images, out_height, out_width, outputs, dtype=dtype)
-    last = out_grid or grid
-    smoothing = out_grid.smoothing if out_grid else None
+    smoothing, last = None, (scale, row, 0.0, 0.0, 0.0)
+    if out_grid is not None:
+        zero_out = float(out_grid.zero) if dtype == torch.int8 else 0.0
+        smoothing, last = out_grid.smoothing, (out_grid.scale, out_grid.row, zero_out, out_grid.low, out_grid.high)
+    out_scale, out_row, *ends = last
     embeddings, gates, residuals, smoothings = (out if v is None else v for v in (embedding, gate, residual, smoothing))
     block_m, block_n, block_k, warps, stages = blocks(rows, outputs, pitch)
+    tokens = isinstance(rounded.grid, Ranges)
     triton_kernels.convolve_kernel[(-(-rows // block_m) * -(-outputs // block_n),)](
-        codes, weight.codes, out, weight.scale, weight.sums, grid.scale, grid.row, grid.zero,
-        out if bias is None else bias, embeddings, gates, residuals,
-        last.scale, last.row, smoothings, float(last.zero) if dtype == torch.int8 else 0.0, last.low, last.high,
+        codes, weight.codes, out, weight.scale, weight.sums, scale, row, zero, rows // len(scale) if tokens else 1,
+        out if bias is None else bias, embeddings, gates, residuals, out_scale, out_row, smoothings, *ends,
         rows, outputs, pitch, height, width, out_height, out_width, stride, weight.size[1], weight.size[0] * weight.size[1],
         gates.stride(0),
         BIAS=bias is not None, EMBEDDING=embedding is not None, GATE=gate is not None, RESIDUAL=residual is not None,
         ACT=ACTIVATIONS.index(act), ROUND_OUT=out_grid is not None, SMOOTH=smoothing is not None,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8, num_warps=warps, num_stages=stages,
+        TOKENS=tokens, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
 
+def _scales(grid: Grid | Ranges) -> tuple[Tensor, Tensor, int]:
+    """What kernels get of it: scales, which of them or their zero points, and the zero point of all."""
+    return (grid.scale, grid.zero, 0) if isinstance(grid, Ranges) else (grid.scale, grid.row, grid.zero)
+
+
 def depthwise(
-    codes: Tensor, weight: PackedDepthwise, grid: Grid, dtype: torch.dtype, stride: int = 1, bias: Tensor | None = None
+    rounded: Rounded, weight: PackedDepthwise, dtype: torch.dtype, stride: int = 1, bias: Tensor | None = None
 ) -> Tensor:
-    """The convolution of codes (N, H, W, pitch) int8, padded already, channel by channel: floats (N, H', W', C)."""
+    """The convolution of codes that are padded already, channel by channel: floats (N, H', W', C)."""
+    codes, (scale, row, zero) = rounded.codes, _scales(rounded.grid)
     images, height, width, pitch = codes.shape
     assert pitch == weight.pitch
     out_height, out_width = out_sizes((height, width), weight.size, stride)
@@ -268,9 +366,10 @@ def depthwise(
     block_p = min(triton.next_power_of_2(out_height * out_width), 2048 // block_c)
     tiles = (images, -(-out_height * out_width // block_p), -(-weight.channels // block_c))
     triton_kernels.depthwise_kernel[tiles](
-        codes, weight.codes, out, weight.scale, grid.scale, grid.row, grid.zero, out if bias is None else bias,
+        codes, weight.codes, out, weight.scale, scale, row, zero, out if bias is None else bias,
         height, width, weight.channels, pitch, out_height, out_width, stride, weight.size[1],
-        BIAS=bias is not None, TAPS=weight.size[0] * weight.size[1], BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+        BIAS=bias is not None, TAPS=weight.size[0] * weight.size[1], TOKENS=isinstance(rounded.grid, Ranges),
+        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
     return out
 

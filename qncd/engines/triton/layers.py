@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from qncd.engines.triton import kernels
 from qncd.engines.triton.deferred import CALL, Multiplied, codes_of, deferred, plain, put_off_norm, rows_of, share
 from qncd.engines.triton.grids import Grids
-from qncd.engines.triton.kernels import Norm, Packed, PackedDepthwise
+from qncd.engines.triton.kernels import Grid, Norm, Packed, PackedDepthwise, Rounded, TokenGrid
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.rotation import rotate
 
@@ -34,6 +34,7 @@ class IntegerLayer(nn.Module):
     """
 
     packed: Any = Packed  # what lays out the codes of its weight
+    of_images = False  # whether scales that are found at run time are those of images, not of tokens
 
     def __init__(self, name: str, layer: QuantLayer, grids: Grids, dtype: torch.dtype) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class IntegerLayer(nn.Module):
         codes = codes if codes.ndim == 4 else codes[:, :, None, None]
         self.weights = [self.packed(codes[:, part], layer.weight_scale[:, i]) for i, part in enumerate(self.parts)]
 
-    def codes(self, x: Tensor, **before: Any) -> list[Tensor]:
+    def codes(self, x: Tensor, **before: Any) -> list[Rounded]:
         """The codes of x for each segment: (N, H, W, C), tokens (N, L, C) or rows (..., C), which may be deferred.
 
         Args:
@@ -76,10 +77,21 @@ class IntegerLayer(nn.Module):
         pads = tuple(a + b for a, b in zip(before.pop("pads", (0, 0, 0, 0)), self.pads, strict=True))
         if self.rotation is not None:
             x, before = self._rotated(x, before), {}
-        if len(self.parts) == 1 and not any(pads) and not before:
+        if before and isinstance(self.grids[0], TokenGrid):
+            x, before = kernels.pointwise(rows_of(plain(x)), dtype=self.dtype, **before), {}
+        alone = len(self.parts) == 1 and not any(pads) and not before
+        if alone and not (self.of_images and isinstance(self.grids[0], TokenGrid)):
             return [codes_of(x, self.grids[0])]
         x, pieces = rows_of(plain(x)), self.parts if len(self.parts) > 1 else [None]
-        return [kernels.pointwise(x, grid, pads=pads, part=part, **before) for grid, part in zip(self.grids, pieces, strict=True)]
+        return [self._part_codes(x, grid, part, pads, before) for grid, part in zip(self.grids, pieces, strict=True)]
+
+    def _part_codes(
+        self, x: Tensor, grid: Grid | TokenGrid, part: slice | None, pads: tuple[int, ...], before: dict[str, Any]
+    ) -> Rounded:
+        if isinstance(grid, Grid):
+            return Rounded(kernels.pointwise(x, grid, pads=pads, part=part, **before), grid)
+        x = x if part is None else x[..., part].contiguous()
+        return kernels.image_codes(x, grid, pads) if self.of_images else kernels.token_codes(x, grid)
 
     def _rotated(self, x: Tensor, before: dict[str, Any]) -> Tensor:
         """What comes before the rounding, in floats: all of `before`, smoothing and rotation."""
@@ -96,7 +108,7 @@ class IntegerLayer(nn.Module):
 
     def product(
         self,
-        codes: list[Tensor],
+        codes: list[Rounded],
         embedding: Tensor | None = None,
         residual: Tensor | None = None,
         dtype: torch.dtype | None = None,
@@ -104,10 +116,10 @@ class IntegerLayer(nn.Module):
     ) -> Tensor:
         """Codes of each segment -> (N, H', W', O), with (N, O) and (N, H', W', O) added; `behind` is what comes after that."""
         out = None if residual is None else plain(residual).contiguous()
-        for i, (part, weight, grid) in enumerate(zip(codes, self.weights, self.grids, strict=True)):
+        for i, (part, weight) in enumerate(zip(codes, self.weights, strict=True)):
             first, last = i == 0, i == len(codes) - 1
             out = kernels.convolve(
-                part, weight, grid, dtype or self.dtype if last else self.dtype, self.stride, self.bias if first else None,
+                part, weight, dtype or self.dtype if last else self.dtype, self.stride, self.bias if first else None,
                 plain(embedding) if first else None, residual=out, **(behind if last else {}),
             )  # fmt: skip
         assert out is not None
@@ -116,6 +128,8 @@ class IntegerLayer(nn.Module):
 
 class IntegerConv2d(IntegerLayer):
     """(N, C, H, W) in channels-last memory -> (N, O, H', W') in the same."""
+
+    of_images = True
 
     def forward(self, x: Tensor, **before: Any) -> Tensor:
         """`before` is what `kernels.pointwise` does first; a layer with a branch has nothing before it."""
@@ -137,9 +151,9 @@ class IntegerDepthwise(IntegerConv2d):
         """Whether each channel has a group and an output of its own."""
         return 1 < layer.groups == layer.in_channels == layer.out_channels
 
-    def product(self, codes: list[Tensor], *_: Any, **__: Any) -> Tensor:
+    def product(self, codes: list[Rounded], *_: Any, **__: Any) -> Tensor:
         """Codes (N, H, W, pitch) -> (N, H', W', C), alone: it is not `fusable`."""
-        return kernels.depthwise(codes[0], self.weights[0], self.grids[0], self.dtype, self.stride, self.bias)
+        return kernels.depthwise(codes[0], self.weights[0], self.dtype, self.stride, self.bias)
 
 
 class IntegerLinear(IntegerLayer):

@@ -67,7 +67,7 @@ class IntegerNetwork:
     """
 
     def __init__(self, network: Network, dtype: torch.dtype = torch.float32) -> None:
-        check_kernels(network, "backend triton")
+        check_kernels(network, "backend triton", tokens=True)
         self.grids, self.dtype = Grids(network.device), dtype
         self.settings = settings_of(network.module, seen_constants(network.module))
         self.network = copy.copy(network)

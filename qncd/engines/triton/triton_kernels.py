@@ -132,20 +132,24 @@ def pointwise_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "each", "factor_step", "term_step"])
-def norm_kernel(
-    x, out, weight, bias, factor, term, smoothing, scale, row, zero, low, high,
+def rows_kernel(
+    x, out, weight, bias, factor, term, smoothing, scale, row, zero, low, high, scales, zeros,
     rows, each, channels, pitch, epsilon, factor_step, term_step,
-    CENTER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, TERM: tl.constexpr,
-    SMOOTH: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr, TERM: tl.constexpr, ACT: tl.constexpr,
+    SMOOTH: tl.constexpr, QUANTIZE: tl.constexpr, TOKENS: tl.constexpr, SIGNED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Norms over the channels, whole rows at a time, what an image multiplies them by and adds, and rounding."""
+    """Whole rows of channels at a time: a root-mean-square (1) or layer norm (2), what an image multiplies by and adds, an
+    activation, and rounding; to a grid, or to that of the row's own range, which is kept in `scales` and `zeros`.
+    """
     r, c = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     real = c < channels
     mask = (r < rows)[:, None] & real[None, :]
     values = tl.load(x + r.to(tl.int64)[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    if CENTER:
+    if NORM == 2:
         values = tl.where(mask, values - (tl.sum(values, 1) / channels)[:, None], 0.0)
-    values = values * (1.0 / tl.sqrt(tl.sum(values * values, 1) / channels + epsilon))[:, None]
+    if NORM > 0:
+        values = values * (1.0 / tl.sqrt(tl.sum(values * values, 1) / channels + epsilon))[:, None]
     if WEIGHT:
         values = values * tl.load(weight + c, mask=real, other=0.0).to(tl.float32)[None, :]
     if BIAS:
@@ -155,22 +159,40 @@ def norm_kernel(
         values = values * tl.load(factor + image * factor_step + c[None, :], mask=mask, other=0.0).to(tl.float32)
     if TERM:
         values = values + tl.load(term + image * term_step + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    if QUANTIZE:
+    values = activated(values, ACT)
+    if TOKENS:
+        if SMOOTH:
+            values = values / tl.load(smoothing + c, mask=real, other=1.0)[None, :]
+        values = tl.where(mask, values, 0.0)
+        least, most = tl.minimum(tl.min(values, 1), 0.0), tl.maximum(tl.max(values, 1), 0.0)
+        width = tl.maximum(-least, most) / high if SIGNED else (most - least) / (high - low)
+        step = tl.where(width == 0.0, 1e-8, tl.maximum(width, 1.1754943508222875e-38))
+        own = tl.zeros([BLOCK_R], tl.float32)
+        if not SIGNED:
+            own = tl.minimum(tl.maximum((-least / step + ROUND) - ROUND, low), high)
+        tl.store(scales + r, step, mask=r < rows)
+        tl.store(zeros + r, (own + zero).to(tl.int32), mask=r < rows)
+        values = (tl.minimum(tl.maximum(values / step[:, None], -2097152.0), 2097152.0) + ROUND) - ROUND
+        values = tl.minimum(tl.maximum(values + own[:, None], low), high) + zero
+    elif QUANTIZE:
         values = rounded(values, divisors(scale, row, smoothing, c, real, SMOOTH)[None, :], low, high) + zero
     kept = (r < rows)[:, None] & (c < pitch)[None, :]
     tl.store(out + r.to(tl.int64)[:, None] * pitch + c[None, :], values.to(out.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["zero", "rows", "height", "width", "out_height", "out_width", "gate_step"])
+@triton.jit(do_not_specialize=["zero", "each", "rows", "height", "width", "out_height", "out_width", "gate_step"])
 def convolve_kernel(
-    x, weight, out, weight_scale, weight_sum, scale, row, zero, bias, embedding, gate, residual,
+    x, weight, out, weight_scale, weight_sum, scale, row, zero, each, bias, embedding, gate, residual,
     out_scale, out_row, out_smoothing, out_zero, low, high,
     rows, outputs, pitch, height, width, out_height, out_width, stride, columns, taps, gate_step,
     BIAS: tl.constexpr, EMBEDDING: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
-    ROUND_OUT: tl.constexpr, SMOOTH: tl.constexpr,
+    ROUND_OUT: tl.constexpr, SMOOTH: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Codes (N, H, W, pitch) by codes (O, taps * pitch), padded already: no bounds are checked along the sums."""
+    """Codes (N, H, W, pitch) by codes (O, taps * pitch), padded already: no bounds are checked along the sums.
+
+    With TOKENS each `each` outputs have a scale and a zero point of their own, the latter at `row`.
+    """
     count_m, count_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
     program = tl.program_id(0)
     wave = GROUP * count_n  # neighbours share weights in the second-level cache
@@ -191,8 +213,13 @@ def convolve_kernel(
         shift = ((tap // columns) * width + tap % columns) * pitch + (i % parts) * BLOCK_K
         total = tl.dot(tl.load(left + shift), tl.load(right + i * BLOCK_K), total, out_dtype=tl.int32)
     inside = n < outputs
-    step = tl.load(weight_scale + n, mask=inside, other=0.0) * tl.load(scale + tl.load(row))
-    values = (total - zero * tl.load(weight_sum + n, mask=inside, other=0)[None, :]).to(tl.float32) * step[None, :]
+    step, sums = tl.load(weight_scale + n, mask=inside, other=0.0), tl.load(weight_sum + n, mask=inside, other=0)
+    if TOKENS:
+        zeros = tl.load(row + m // each, mask=m < rows, other=0)
+        values = (total - zeros[:, None] * sums[None, :]).to(tl.float32) * step[None, :]
+        values = values * tl.load(scale + m // each, mask=m < rows, other=0.0)[:, None]
+    else:
+        values = (total - zero * sums[None, :]).to(tl.float32) * (step * tl.load(scale + tl.load(row)))[None, :]
     if BIAS:
         values += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[None, :]
     kept = (m < rows)[:, None] & inside[None, :]
@@ -212,10 +239,14 @@ def convolve_kernel(
 @triton.jit(do_not_specialize=["zero", "height", "width", "out_height", "out_width"])
 def depthwise_kernel(
     x, weight, out, weight_scale, scale, row, zero, bias, height, width, channels, pitch, out_height, out_width, stride, columns,
-    BIAS: tl.constexpr, TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BIAS: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Codes (N, H, W, pitch), padded already, by codes (taps, pitch): each channel by its own."""
+    """Codes (N, H, W, pitch), padded already, by codes (taps, pitch): each channel by its own. TOKENS: a scale for each image."""
     image = tl.program_id(0).to(tl.int64)
+    if TOKENS:
+        zero, place_of_scale = tl.load(row + image), image
+    else:
+        place_of_scale = tl.load(row).to(tl.int64)
     p, c = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     kept = (p < out_height * out_width)[:, None] & (c < channels)[None, :]
     corner = (image * height + (p // out_width) * stride) * width + (p % out_width) * stride
@@ -224,7 +255,7 @@ def depthwise_kernel(
         place = corner + (tap // columns) * width + tap % columns
         left = tl.load(x + place[:, None] * pitch + c[None, :], mask=kept, other=0).to(tl.int32) - zero
         total += left * tl.load(weight + tap * pitch + c, mask=c < channels, other=0).to(tl.int32)[None, :]
-    step = tl.load(weight_scale + c, mask=c < channels, other=0.0) * tl.load(scale + tl.load(row))
+    step = tl.load(weight_scale + c, mask=c < channels, other=0.0) * tl.load(scale + place_of_scale)
     values = total.to(tl.float32) * step[None, :]
     if BIAS:
         values += tl.load(bias + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
