@@ -40,9 +40,9 @@ from qncd.engines.triton import kernels
 from qncd.engines.triton.blocks import IntegerResnetBlock, attend_on_codes
 from qncd.engines.triton.engine import open_triton
 from qncd.engines.triton.grids import Grids
-from qncd.engines.triton.kernels import Grid, Norm, Ranges, TokenGrid
 from qncd.engines.triton.layers import IntegerConv2d, IntegerLinear
 from qncd.engines.triton.network import IntegerNetwork
+from qncd.engines.triton.operands import Grid, Norm, Ranges, TokenGrid, padded_channels
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,7 +155,7 @@ def test_codes_of_everything_before_a_product(bits: int, smooth: bool) -> None:
         return torch.clamp(torch.round(x / scale), codes.qmin - zero, codes.qmax - zero)
 
     def check(found: Tensor, exact: Tensor, g: Grid) -> None:
-        assert found.dtype == torch.int8 and found.shape[-1] == kernels.padded_channels(exact.shape[-1])
+        assert found.dtype == torch.int8 and found.shape[-1] == padded_channels(exact.shape[-1])
         apart = (found[..., : exact.shape[-1]].float() - g.zero - exact).abs()
         assert float(apart.max()) <= 1 and float((apart > 0).float().mean()) < 1e-3
 
@@ -192,7 +192,7 @@ def test_codes_of_ranges_found_at_run_time(codes: IntegerRange, of_images: bool)
         assert not values[:, :1].any() and not values[:, 4:].any() and not values[:, :, 4:].any()
         values = values[:, 1:4, :4]
     torch.testing.assert_close(values[..., :40], expected)
-    assert found.codes.dtype == torch.int8 and found.codes.shape[-1] == kernels.padded_channels(40)
+    assert found.codes.dtype == torch.int8 and found.codes.shape[-1] == padded_channels(40)
 
 
 @pytest.mark.parametrize(("length", "keys", "depth"), [(70, 70, 24), (64, 128, 16), (20, 7, 40)])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from qncd.engines.triton import kernels
 from qncd.engines.triton.deferred import Multiplied, Scaled, deferred, plain, put_off_norm
 from qncd.engines.triton.grids import Grids
-from qncd.engines.triton.kernels import Norm, Rounded
 from qncd.engines.triton.layers import IntegerConv2d, IntegerLayer, IntegerLinear, fusable
+from qncd.engines.triton.operands import Norm, Rounded
 from qncd.quant.attention import AttentionProducts, QuantAttnProcessor
 
 

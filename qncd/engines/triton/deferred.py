@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from qncd.engines.triton import kernels
-from qncd.engines.triton.kernels import Grid, Norm, Rounded, TokenGrid
+from qncd.engines.triton.operands import Grid, Norm, Rounded, TokenGrid, padded_channels
 
 T = TypeVar("T")
 SMALL = 1 << 16  # numbers in a tensor of which codes are kept until the end of a call
@@ -225,7 +225,7 @@ class Multiplied:
         return self._product(dtype=dtype).view(self.shape)
 
     def codes(self, grid: Grid | TokenGrid) -> Rounded | None:
-        if isinstance(grid, TokenGrid) or self.shape[-1] != kernels.padded_channels(self.shape[-1]):
+        if isinstance(grid, TokenGrid) or self.shape[-1] != padded_channels(self.shape[-1]):
             return None  # no program sees a whole row, or the rest of it
         return Rounded(self._product(dtype=torch.int8, out_grid=grid), grid)
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from qncd.engines.triton.deferred import CALL, Activated, Call, Deferred, Multiplied, Normed, Work, deferred, plain, put_off_norm
-from qncd.engines.triton.kernels import Norm
+from qncd.engines.triton.operands import Norm
 
 aten = torch.ops.aten
 

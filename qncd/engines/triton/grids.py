@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qncd.engines.network import DYNAMIC_ATTENTION
-from qncd.engines.triton.kernels import Grid, TokenGrid
+from qncd.engines.triton.operands import Grid, TokenGrid
 from qncd.quant.affine import IntegerRange
 from qncd.quant.attention import AttentionProducts
 from qncd.quant.dynamic import DynamicActQuantizer

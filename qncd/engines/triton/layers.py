@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from qncd.engines.triton import kernels
 from qncd.engines.triton.deferred import CALL, Multiplied, codes_of, deferred, plain, put_off_norm, rows_of, share
 from qncd.engines.triton.grids import Grids
-from qncd.engines.triton.kernels import Grid, Norm, Packed, PackedDepthwise, Rounded, TokenGrid
+from qncd.engines.triton.operands import Grid, Norm, Packed, PackedDepthwise, Rounded, TokenGrid
 from qncd.quant.layers import QuantConv2d, QuantLayer
 from qncd.quant.rotation import rotate
 

@@ -191,7 +191,7 @@ def convolve_kernel(
 ):  # fmt: skip
     """Codes (N, H, W, pitch) by codes (O, taps * pitch), padded already: no bounds are checked along the sums.
 
-    With TOKENS each `each` outputs have a scale and a zero point of their own, the latter at `row`.
+    With TOKENS `each` rows have a scale and a zero point, the latter at `row`.
     """
     count_m, count_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
     program = tl.program_id(0)
