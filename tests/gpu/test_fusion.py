@@ -134,6 +134,12 @@ def test_products(function: Callable[..., Tensor], products: tuple[int, int]) ->
     assert tuple(layer.count for layer in layers) == products
 
 
+def test_pixels_stay_as_they_lie_in_memory() -> None:
+    x = randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
+    with Fusing():
+        assert plain(F.silu(x)).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_tensor_that_was_put_off_can_leave() -> None:
     """It is computed when it is used, after the call too."""
     x = randn(IMAGES, TOKENS, WIDTH)

@@ -115,7 +115,7 @@ def _summed(x: Deferred, other: Tensor) -> Tensor | None:
 
 
 def _activate(act: str, x: Tensor) -> Any:
-    if not x.is_floating_point() or x.ndim < 2:
+    if not x.is_floating_point() or x.ndim not in (2, 3):  # pixels, which convolutions read, lie otherwise in memory
         return None
     if isinstance(x, Deferred) and isinstance(x.work, Multiplied) and not x.work.act:
         product = x.taken_product()
