@@ -72,8 +72,9 @@ def check_engine_arguments(args: argparse.Namespace, recipe: Recipe | None) -> N
 
 def _check_kernels(config: QuantConfig, backend: str) -> None:
     """Raise ValueError for what an engine computes in no form."""
-    if (found := layer_config(config).without_kernel(engine_of(backend).tokens)) is not None:
-        others = [name for name in ENGINES if layer_config(config).without_kernel(engine_of(name).tokens) is None]
+    layer = layer_config(config)
+    if (found := layer.without_kernel(engine_of(backend).tokens)) is not None:
+        others = [name for name in ENGINES if layer.without_kernel(engine_of(name).tokens) is None]
         raise ValueError(f"--backend {backend} has no form for {found}: allowed is {' or '.join([TORCH, *others])}")
     dynamic = config.act_bits is not None and config.act_granularity != TENSOR
     if dynamic and config.quantize_attention:

@@ -92,8 +92,7 @@ class QuantAttnProcessor(AttentionProducts):
             key = attn.norm_k(key)
         mask = None
         if attention_mask is not None:
-            mask = attn.prepare_attention_mask(attention_mask, context.shape[1], batch)
-            mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
+            mask = mask_of_heads(attn, attention_mask, batch, context.shape[1])
         out = self.attend(self.q(query), self.k(key), self.v(value), mask, attn.scale, attn.upcast_softmax)
         out = out.transpose(1, 2).flatten(2)  # (N, L, C)
         out = attn.to_out[1](attn.to_out[0](out))
@@ -102,6 +101,12 @@ class QuantAttnProcessor(AttentionProducts):
         if attn.residual_connection:
             out = out + residual
         return torch.div(out, attn.rescale_output_factor) if attn.rescale_output_factor != 1 else out
+
+
+def mask_of_heads(attn: Any, mask: Tensor, batch: int, keys: int) -> Tensor:
+    """(N, heads, 1 or L, L2) of what diffusers' attention gets as a mask, for so many keys."""
+    each: Tensor = attn.prepare_attention_mask(mask, keys, batch)
+    return each.view(batch, attn.heads, -1, each.shape[-1])
 
 
 class QuantizedProducts(AttentionProducts):

@@ -326,6 +326,20 @@ def test_rotations_and_branches_of_unets(make_cross_unet: Any) -> None:
         assert bool(fused) == (config.rank == 0)
 
 
+def test_attention_with_a_group_norm(make_unet: Any) -> None:
+    """Of pixels, and of tokens that lie side by side already."""
+    unet = prepared(make_unet(), QuantConfig(8, 8)).to(DEVICE)
+    engine = open_triton(unet)
+    name = next(name for name, module in unet.named_modules() if getattr(module, "group_norm", None) is not None)
+    attn, integers = unet.get_submodule(name), engine.session.network.module.get_submodule(name)
+    call(unet, inputs(unet, 1))
+    for x in (randn(2, 32, 4, 4), randn(2, 16, 32)):
+        with torch.no_grad():
+            expected, found = attn(x), integers(x)
+        assert (found - expected).norm() < 1e-3 * expected.norm()
+        assert (found - expected).abs().median() < 1e-5 * expected.abs().mean()
+
+
 def test_scales_of_tokens_in_unets(make_cross_unet: Any) -> None:
     """Those of convolutions are of images, in the halves of skip concatenations apart."""
     full = make_cross_unet()

@@ -10,11 +10,11 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from qncd.engines.triton import kernels
-from qncd.engines.triton.deferred import Multiplied, Scaled, deferred, plain, put_off_norm
+from qncd.engines.triton.deferred import Scaled, deferred, plain, put_off_norm, rows_of
 from qncd.engines.triton.grids import Grids
 from qncd.engines.triton.layers import IntegerConv2d, IntegerLayer, IntegerLinear, fusable
-from qncd.engines.triton.operands import Norm, Rounded
-from qncd.quant.attention import AttentionProducts, QuantAttnProcessor
+from qncd.engines.triton.operands import Norm
+from qncd.quant.attention import AttentionProducts, QuantAttnProcessor, mask_of_heads
 
 
 class IntegerResnetBlock(nn.Module):
@@ -93,17 +93,9 @@ class IntegerGatedFeedForward(nn.Module):
         super().__init__()
         self.first, self.second = first, second
 
-    def run(self, codes: list[Rounded], residual: Tensor | None = None) -> Tensor:
-        """From the first layer's codes (N, H, W, pitch): (N, H, W, C)."""
-        return self.second.product(self._gated(codes), residual=residual)
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C), put off within a call."""
-        codes, shape = self._gated(self.first.codes(x)), torch.Size((*x.shape[:-1], len(self.second.weights[0].codes)))
-        return deferred(Multiplied(self.second, codes, shape), shape, self.second.dtype, x.device)
-
-    def _gated(self, codes: list[Rounded]) -> list[Rounded]:
-        return self.second.codes(self.first.product(codes), gated=True)
+        return self.second.put_off(self.second.codes(self.first.product(self.first.codes(x)), gated=True), x)
 
 
 def attend_on_codes(name: str, products: AttentionProducts, grids: Grids, dtype: torch.dtype) -> None:
@@ -148,11 +140,6 @@ class IntegerAttnProcessor(nn.Module):
         out = kernels.attend(q, k, v, self.operands, self.softmax, attn.heads, attn.scale, attn.to_q.dtype, mask)
         return out.view(rounded[0].shape)
 
-    def run(self, attn: Any, x: Tensor, context: Tensor | None, residual: Tensor) -> Tensor:
-        """As `attend`; then to_out and the sum with a residual (N, H, W, O)."""
-        last: IntegerLayer = attn.to_out[0]
-        return last.product(last.codes(self.attend(attn, x, context)), residual=residual)
-
     # diffusers looks at the signature of __call__ itself to see which arguments a processor takes.
     def __call__(
         self,
@@ -163,19 +150,18 @@ class IntegerAttnProcessor(nn.Module):
         temb: Tensor | None = None,
     ) -> Tensor:
         """(N, L, C) or (N, C, H, W) in, the same shape out; `encoder_hidden_states` (N, L2, C2) for cross-attention."""
-        x, spatial, mask = hidden_states, hidden_states.ndim == 4, None
-        if spatial:
-            rows = x = hidden_states.permute(0, 2, 3, 1).contiguous()
-            if attn.group_norm is not None:
-                x = deferred(Scaled(rows, attn.group_norm.affine_of(rows)), rows.shape, rows.dtype, rows.device)
+        spatial, mask = hidden_states.ndim == 4, None
+        rows = x = hidden_states.permute(0, 2, 3, 1).contiguous() if spatial else hidden_states
+        if attn.group_norm is not None:
+            source = rows_of(plain(rows))
+            x = deferred(Scaled(source, attn.group_norm.affine_of(source)), source.shape, source.dtype, source.device)
         if attention_mask is not None:
             keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            mask = attn.prepare_attention_mask(attention_mask, keys.shape[1], len(hidden_states))
-            mask = mask.view(len(hidden_states), attn.heads, -1, mask.shape[-1])
+            mask = mask_of_heads(attn, attention_mask, len(hidden_states), keys.shape[1])
         out = self.attend(attn, x, encoder_hidden_states, mask)
         out = attn.to_out[0](out if spatial else out[:, 0])
         if attn.residual_connection:
-            out = out + (rows if spatial else hidden_states)
+            out = out + rows
         out = plain(out).permute(0, 3, 1, 2) if spatial else out
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
@@ -210,10 +196,15 @@ class IntegerTransformer(nn.Module):
         block: Any
         for block in self.blocks:
             first = encoder_hidden_states if block.only_cross_attention else None
-            x = block.attn1.processor.run(block.attn1, _normed(block.norm1, x), first, x)
-            x = block.attn2.processor.run(block.attn2, _normed(block.norm2, x), encoder_hidden_states, x)
-            x = block.ff.run(block.ff.first.codes(_normed(block.norm3, x)), x)
+            x = x + _attended(block.attn1, _normed(block.norm1, x), first)
+            x = x + _attended(block.attn2, _normed(block.norm2, x), encoder_hidden_states)
+            x = x + block.ff(_normed(block.norm3, x))
         return (self.proj_out.product(self.proj_out.codes(x), residual=residual).permute(0, 3, 1, 2),)
+
+
+def _attended(attn: Any, x: Tensor, context: Tensor | None) -> Tensor:
+    result: Tensor = attn.to_out[0](attn.processor.attend(attn, x, context))
+    return result
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:

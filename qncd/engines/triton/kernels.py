@@ -20,7 +20,8 @@ from torch import Tensor
 
 from qncd.engines.triton import triton_kernels
 from qncd.engines.triton.operands import Grid, Norm, Packed, PackedDepthwise, Ranges, Rounded, TokenGrid, padded_channels
-from qncd.quant.affine import affine_qparams
+from qncd.quant.affine import affine_qparams, quantize
+from qncd.quant.dynamic import extremes
 
 FULL = 1024  # programs that fill a GPU
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh")  # by the number that kernels know them by
@@ -84,16 +85,22 @@ def pointwise(
     block_c = min(triton.next_power_of_2(out_pitch), 128)
     block_p = min(triton.next_power_of_2(out_height * out_width), 4096 // block_c)
     factor, term = affine or (x, x)
-    smoothing = grid.smoothing if grid else None
+    smoothing, rounding = _rounding(grid, dtype, x)
     tiles = (images, -(-out_height * out_width // block_p), -(-out_pitch // block_c))
     triton_kernels.pointwise_kernel[tiles](
-        x, out, factor, term, x if smoothing is None else smoothing, grid.scale if grid else x, grid.row if grid else x,
-        float(grid.zero) if grid and dtype == torch.int8 else 0.0, grid.low if grid else 0.0, grid.high if grid else 0.0,
+        x, out, factor, term, x if smoothing is None else smoothing, *rounding,
         height, width, pitch, first, channels, out_height, out_width, out_pitch, top, left, factor.stride(0), term.stride(0),
         NORM=affine is not None, ACT=ACTIVATIONS.index(act), GATED=gated, SMOOTH=smoothing is not None,
         QUANTIZE=grid is not None, UP=times, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def _rounding(grid: Grid | None, dtype: torch.dtype, nothing: Tensor) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """What kernels get of a grid: its smoothing, then scale, row, zero point of what is stored in a dtype, low and high."""
+    if grid is None:
+        return None, (nothing, nothing, 0.0, 0.0, 0.0)
+    return grid.smoothing, (grid.scale, grid.row, float(grid.zero) if dtype == torch.int8 else 0.0, grid.low, grid.high)
 
 
 def normed(
@@ -115,12 +122,9 @@ def normed(
     Returns:
         Codes (N, H, W, pitch) int8, or floats (N, H, W, C).
     """
-    channels = padded_channels(x.shape[-1]) if grid else x.shape[-1]
-    out = x.new_empty(*x.shape[:-1], channels, dtype=torch.int8 if grid else dtype)
-    smoothing, constants = None, (x, x, 0.0, 0.0, 0.0)
-    if grid is not None:
-        smoothing, constants = grid.smoothing, (grid.scale, grid.row, float(grid.zero), grid.low, grid.high)
-    _on_rows(x, out, norm, factor, term, "", smoothing, constants, QUANTIZE=grid is not None, TOKENS=False, SIGNED=False)
+    channels, dtype = (padded_channels(x.shape[-1]), torch.int8) if grid else (x.shape[-1], dtype)
+    out, (smoothing, rounding) = x.new_empty(*x.shape[:-1], channels, dtype=dtype), _rounding(grid, dtype, x)
+    _on_rows(x, out, norm, factor, term, "", smoothing, rounding, QUANTIZE=grid is not None, TOKENS=False, SIGNED=False)
     return out
 
 
@@ -136,22 +140,21 @@ def token_codes(
     out = x.new_empty(*x.shape[:-1], padded_channels(x.shape[-1]), dtype=torch.int8)
     scale = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
     zero = torch.empty_like(scale, dtype=torch.int32)
-    constants, signed = (x, x, float(grid.stored), float(grid.codes.qmin), float(grid.codes.qmax)), grid.codes.signed
-    _on_rows(x, out, norm, factor, term, act, grid.smoothing, constants, scale, zero, QUANTIZE=False, TOKENS=True, SIGNED=signed)
+    rounding, signed = (x, x, float(grid.stored), float(grid.codes.qmin), float(grid.codes.qmax)), grid.codes.signed
+    _on_rows(x, out, norm, factor, term, act, grid.smoothing, rounding, scale, zero, QUANTIZE=False, TOKENS=True, SIGNED=signed)
     return Rounded(out, Ranges(scale, zero))
 
 
 def image_codes(x: Tensor, grid: TokenGrid, pads: Sequence[int] = (0, 0, 0, 0)) -> Rounded:
     """x (N, H, W, C), each image on the grid of its own range, with pixels of zeros on top, left, bottom and right."""
     x = x.float() if grid.smoothing is None else x.float() / grid.smoothing
-    low, high = (end.view(-1, 1, 1, 1) for end in (x.amin((1, 2, 3)).clamp(max=0), x.amax((1, 2, 3)).clamp(min=0)))
-    scale, zero = affine_qparams(low, high, grid.codes)
+    scale, zero = affine_qparams(*extremes(x, (1, *x.shape[1:])), grid.codes)  # (N, 1, 1, 1)
     top, left, bottom, right = pads
     images, height, width, channels = x.shape
     stored = (zero + grid.stored).to(torch.int8)
     out = stored.expand(images, height + top + bottom, width + left + right, padded_channels(channels)).contiguous()
     inner = out[:, top : top + height, left : left + width, :channels]
-    inner.copy_((torch.round(x / scale) + zero).clamp(grid.codes.qmin, grid.codes.qmax) + grid.stored)
+    inner.copy_(quantize(x, scale, zero, grid.codes) + grid.stored)
     return Rounded(out, Ranges(scale.flatten(), stored.flatten().int()))
 
 
@@ -163,18 +166,18 @@ def _on_rows(
     term: Tensor | None,
     act: str,
     smoothing: Tensor | None,
-    constants: tuple[Any, ...],
+    rounding: tuple[Any, ...],
     *found: Tensor,
     **kinds: bool,
 ) -> None:
-    """Start rows_kernel; `constants` are scale, row, zero, low and high, `found` what the ranges of rows go to."""
+    """Start rows_kernel; `rounding` is scale, row, zero, low and high, `found` what the ranges of rows go to."""
     rows, block_c = x.shape[:-1].numel(), triton.next_power_of_2(out.shape[-1])
     block_r = max(1, 4096 // block_c)
     norm_ = norm or Norm(0.0)
     given = (norm_.weight, norm_.bias, factor, term, smoothing)
     weight, bias, factors, terms, smoothings = (x if value is None else value for value in given)
     triton_kernels.rows_kernel[(-(-rows // block_r),)](
-        x, out, weight, bias, factors, terms, smoothings, *constants, *(found or (x, x)),
+        x, out, weight, bias, factors, terms, smoothings, *rounding, *(found or (x, x)),
         rows, x.shape[1] * x.shape[2], x.shape[-1], out.shape[-1], norm_.epsilon, factors.stride(0), terms.stride(0),
         NORM=0 if norm is None else 1 + norm.centered, WEIGHT=norm_.weight is not None, BIAS=norm_.bias is not None,
         FACTOR=factor is not None, TERM=term is not None, ACT=ACTIVATIONS.index(act), SMOOTH=smoothing is not None, **kinds,
@@ -211,11 +214,7 @@ def convolve(
     out_height, out_width = out_sizes((height, width), weight.size, stride)
     outputs, rows = len(weight.codes), images * out_height * out_width
     out = codes.new_empty(images, out_height, out_width, outputs, dtype=dtype)
-    smoothing, last = None, (scale, row, 0.0, 0.0, 0.0)
-    if out_grid is not None:
-        zero_out = float(out_grid.zero) if dtype == torch.int8 else 0.0
-        smoothing, last = out_grid.smoothing, (out_grid.scale, out_grid.row, zero_out, out_grid.low, out_grid.high)
-    out_scale, out_row, *ends = last
+    smoothing, (out_scale, out_row, *ends) = _rounding(out_grid, dtype, out)
     embeddings, gates, residuals, smoothings = (out if v is None else v for v in (embedding, gate, residual, smoothing))
     block_m, block_n, block_k, warps, stages = blocks(rows, outputs, pitch)
     tokens = isinstance(rounded.grid, Ranges)

@@ -162,16 +162,19 @@ class IntegerLinear(IntegerLayer):
     def forward(self, x: Tensor, **before: Any) -> Tensor:
         """`before` is what `kernels.pointwise` does first; a layer with a branch has nothing before it."""
         branch = None if self.branch is None else F.linear(F.linear(plain(x).to(self.dtype), self.branch[0]), self.branch[1])
+        return self.put_off(self.codes(x, **before), x, branch)
+
+    def put_off(self, codes: list[Rounded], x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The product of codes of what has the leading axes of x (..., C): (..., O), with (..., O) added."""
         shape = torch.Size((*x.shape[:-1], len(self.weights[0].codes)))
-        work = Multiplied(self, self.codes(x, **before), shape, residual=branch)
-        return deferred(work, shape, self.dtype, x.device)
+        return deferred(Multiplied(self, codes, shape, residual=residual), shape, self.dtype, x.device)
 
 
 def fusable(*layers: nn.Module | None) -> bool:
     """Whether layers (or None for none) run in integers, give nothing but the product of their codes, and add what follows."""
-    there = [layer for layer in layers if layer is not None]
-    return all(isinstance(layer, IntegerLayer) and layer.branch is None for layer in there) and not any(
-        isinstance(layer, IntegerDepthwise) for layer in there
+    return all(
+        layer is None or (isinstance(layer, IntegerLayer) and not isinstance(layer, IntegerDepthwise) and layer.branch is None)
+        for layer in layers
     )
 
 
@@ -200,7 +203,7 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
 class RowsNorm(nn.Module):
     """A root-mean-square norm in one kernel, put off within a call."""
 
-    def __init__(self, norm: RMSNorm | nn.RMSNorm) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, getattr(norm, "bias", None), norm.eps
 

@@ -13,7 +13,6 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import Timesteps
-from diffusers.models.normalization import RMSNorm
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
@@ -101,7 +100,7 @@ class IntegerNetwork:
                 new = IntegerDownsample(conv, int(module.padding))
             elif isinstance(module, FeedForward):
                 new = _gated(module)
-            elif isinstance(module, RMSNorm | nn.RMSNorm) and RowsNorm.fits(module):
+            elif RowsNorm.fits(module):
                 new = RowsNorm(module)
             elif isinstance(module, Timesteps):
                 key = (module.num_channels, module.flip_sin_to_cos, module.downscale_freq_shift, module.scale)
